@@ -1,0 +1,1 @@
+"""Compute kernels of Divisi: one folder per operation, plus the choice of implementation by device."""

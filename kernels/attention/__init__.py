@@ -1,0 +1,1 @@
+"""Gated attention over a paged KV pool."""

@@ -1,0 +1,1 @@
+"""The gated delta rule over state slots with a replay ring."""

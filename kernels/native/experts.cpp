@@ -1,0 +1,79 @@
+// Routed SwiGLU experts: gather each expert's tokens, two matrix products, sum per token in the order of its choices.
+#include "simd.h"
+#include <vector>
+
+struct Job { long expert, first, count; };  // pairs[first : first + count] go to expert
+
+template <class W>
+static void experts(const float* x, const int32_t* ids, const float* gates, const W* gate_up, const W* down, float* inner,
+                    float* parts, float* y, long t, long k, long d, long f, long num_experts, int threads) {
+  constexpr long BLOCK = 32;
+  std::vector<long> begin(num_experts + 1, 0);
+  for (long p = 0; p < t * k; p++) if (ids[p] >= 0) begin[ids[p] + 1]++;
+  std::vector<Job> jobs;
+  for (long e = 0; e < num_experts; e++) {
+    if (begin[e + 1]) jobs.push_back({e, begin[e], begin[e + 1]});
+    begin[e + 1] += begin[e];
+  }
+  std::vector<long> pairs(begin[num_experts]), next(begin.begin(), begin.end() - 1);
+  for (long p = 0; p < t * k; p++) if (ids[p] >= 0) pairs[next[ids[p]]++] = p;
+
+  // gate and up rows of the same block side by side, so that their product is taken while it is in cache
+  long up_blocks = (f + BLOCK - 1) / BLOCK, down_blocks = (d + BLOCK - 1) / BLOCK, n = (long)jobs.size();
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<const float*> rows;
+    std::vector<float> tile;
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < n * up_blocks; item++) {
+      const Job& job = jobs[item / up_blocks];
+      long j = item % up_blocks * BLOCK, width = f - j < BLOCK ? f - j : BLOCK;
+      rows.resize(job.count);
+      tile.resize(2 * job.count * BLOCK);
+      for (long i = 0; i < job.count; i++) rows[i] = x + pairs[job.first + i] / k * d;
+      const W* w = gate_up + (job.expert * 2 * f + j) * d;
+      float* up = tile.data() + job.count * BLOCK;
+      dot_block<W>(rows.data(), job.count, w, d, width, d, tile.data(), BLOCK);
+      dot_block<W>(rows.data(), job.count, w + f * d, d, width, d, up, BLOCK);
+      for (long i = 0; i < job.count; i++) {
+        float* o = inner + (job.first + i) * f + j;
+        for (long c = 0; c < width; c++) o[c] = silu(tile[i * BLOCK + c]) * up[i * BLOCK + c];
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < n * down_blocks; item++) {
+      const Job& job = jobs[item / down_blocks];
+      long j = item % down_blocks * BLOCK, width = d - j < BLOCK ? d - j : BLOCK;
+      rows.resize(job.count);
+      for (long i = 0; i < job.count; i++) rows[i] = inner + (job.first + i) * f;
+      dot_block<W>(rows.data(), job.count, down + (job.expert * d + j) * f, f, width, f, parts + job.first * d + j, d);
+    }
+#pragma omp single
+    {  // where each pair's result lies
+      next.assign(t * k, -1);
+      for (long i = 0; i < (long)pairs.size(); i++) next[pairs[i]] = i;
+    }
+#pragma omp for schedule(static)
+    for (long i = 0; i < t; i++) {
+      float* o = y + i * d;
+      memset(o, 0, d * sizeof(float));
+      for (long c = 0; c < k; c++) {
+        long at = next[i * k + c];
+        if (at < 0) continue;
+        const float* part = parts + at * d;
+        float g = gates[i * k + c];
+        for (long j = 0; j < d; j++) o[j] += g * part[j];
+      }
+    }
+  }
+}
+
+// inner: scratch [t * k, f]; parts: scratch [t * k, d]
+extern "C" void divisi_experts(const float* x, const int32_t* ids, const float* gates, const void* gate_up, const void* down,
+                               int w_is_bf16, float* inner, float* parts, float* y, long t, long k, long d, long f,
+                               long num_experts, int threads) {
+  if (w_is_bf16)
+    experts<bf16>(x, ids, gates, (const bf16*)gate_up, (const bf16*)down, inner, parts, y, t, k, d, f, num_experts, threads);
+  else
+    experts<float>(x, ids, gates, (const float*)gate_up, (const float*)down, inner, parts, y, t, k, d, f, num_experts, threads);
+}

@@ -1,0 +1,179 @@
+"""The C++ kernels under the signatures of the references. CPU tensors; fp32 activations; fp32 or bf16 weights.
+
+Shapes: as in the reference of each operation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from divisi.kernels.attention.layout import KvPool, QkNorm
+from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights
+
+# From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
+_GEMM_ROWS = 48
+
+
+class _Delta(ctypes.Structure):
+    """Mirror of ``struct Delta`` in gated_delta.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("state", "conv", "key", "delta", "decay", "position")),
+        *((name, ctypes.c_void_p) for name in ("taps", "rate", "dt_bias", "norm")),
+        *((name, ctypes.c_long) for name in ("ring", "num_taps", "key_heads", "key_dim", "value_heads", "value_dim")),
+        ("eps", ctypes.c_float),
+        ("threads", ctypes.c_int),
+    ]
+
+
+class NativeOps:
+    """Binds the library to a number of threads."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self._library = library
+        self._threads = threads
+        self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        tokens, inputs = x_TK.shape
+        if tokens >= _GEMM_ROWS:
+            return self._gemm(x_TK, weight_NK)
+        outputs = weight_NK.shape[0]
+        y_TN = torch.empty((tokens, outputs))
+        is_bf16 = weight_NK.dtype is torch.bfloat16
+        self._library.divisi_linear(
+            _pointer(x_TK), weight_NK.data_ptr(), is_bf16, y_TN.data_ptr(), tokens, outputs, inputs, self._threads
+        )
+        return y_TN
+
+    def _gemm(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        if weight_NK.dtype is torch.bfloat16 and self._bf16_gemm:
+            return torch.nn.functional.linear(x_TK.bfloat16(), weight_NK).float()
+        return torch.nn.functional.linear(x_TK, weight_NK.float())
+
+    def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+        return self._norm(x_TD, None, scale_D, eps)
+
+    def add_rms_norm(self, residual_TD: Tensor, update_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+        return self._norm(residual_TD, _pointer(update_TD), scale_D, eps)
+
+    def _norm(self, x_TD: Tensor, update: int | None, scale_D: Tensor, eps: float) -> Tensor:
+        out_TD = torch.empty_like(x_TD)
+        self._library.divisi_add_rms_norm(
+            _pointer(x_TD), update, scale_D.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], x_TD.shape[1], eps
+        )
+        return out_TD
+
+    def silu_mul(self, gate_up_TI2: Tensor) -> Tensor:
+        tokens, width = gate_up_TI2.shape
+        out_TI = torch.empty((tokens, width // 2))
+        self._library.divisi_silu_mul(_pointer(gate_up_TI2), out_TI.data_ptr(), tokens, width // 2, self._threads)
+        return out_TI
+
+    def route(self, logits_TE: Tensor, num_chosen: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        assert logits_TE.stride(1) == 1
+        tokens, experts = logits_TE.shape
+        ids_TK = torch.empty((tokens, num_chosen), dtype=torch.int32)
+        gates_TK = torch.empty((tokens, num_chosen))
+        self._library.divisi_route(
+            logits_TE.data_ptr(), logits_TE.stride(0), ids_TK.data_ptr(), gates_TK.data_ptr(),
+            tokens, experts, num_chosen, normalise, self._threads,
+        )  # fmt: skip
+        return ids_TK, gates_TK
+
+    def routed_experts(
+        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor
+    ) -> Tensor:
+        (tokens, chosen), (experts, width, inner) = local_ids_TK.shape, down_EDI.shape
+        y_TD = torch.empty((tokens, width))
+        inner_PI = torch.empty((tokens * chosen, inner))
+        parts_PD = torch.empty((tokens * chosen, width))
+        self._library.divisi_experts(
+            _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), gate_up_EFD.data_ptr(), down_EDI.data_ptr(),
+            gate_up_EFD.dtype is torch.bfloat16, inner_PI.data_ptr(), parts_PD.data_ptr(), y_TD.data_ptr(),
+            tokens, chosen, width, inner, experts, self._threads,
+        )  # fmt: skip
+        return y_TD
+
+    def gated_delta_decode(
+        self,
+        rows_TP: Tensor,
+        weights: DeltaWeights,
+        state: DeltaState,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        slots_S: Tensor,
+    ) -> Tensor:
+        mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
+        self._library.divisi_gated_delta_decode(
+            ctypes.byref(self._delta(weights, state)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            starts_S1.data_ptr(), lengths_S.data_ptr(), slots_S.data_ptr(), slots_S.shape[0],
+        )  # fmt: skip
+        return out_TX
+
+    def gated_delta_prefill(
+        self, rows_TP: Tensor, weights: DeltaWeights, state: DeltaState, slot: int, spare: int, length: int
+    ) -> Tensor:
+        mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
+        self._library.divisi_gated_delta_prefill(
+            ctypes.byref(self._delta(weights, state)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            rows_TP.shape[0], slot, spare, length,
+        )  # fmt: skip
+        return out_TX
+
+    def _delta_buffers(self, rows_TP: Tensor, state: DeltaState) -> tuple[Tensor, Tensor]:
+        dims = DeltaDims.of(state)
+        tokens = rows_TP.shape[0]
+        return torch.empty((tokens, dims.conv_channels)), torch.empty((tokens, dims.value_heads * dims.value_dim))
+
+    def _delta(self, weights: DeltaWeights, state: DeltaState) -> _Delta:
+        dims = DeltaDims.of(state)
+        tensors = (
+            state.state_SHKV,
+            state.conv_SRC,
+            state.key_SRGK,
+            state.delta_SRHV,
+            state.decay_SRH,
+            state.position_S,
+        )
+        small = (weights.conv_WC, weights.rate_H, weights.dt_bias_H, weights.norm_V)
+        return _Delta(
+            *(tensor.data_ptr() for tensor in tensors + small),
+            state.ring, weights.conv_WC.shape[0], dims.key_heads, dims.key_dim, dims.value_heads, dims.value_dim,
+            weights.eps, self._threads,
+        )  # fmt: skip
+
+    def attention_inputs(
+        self, rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int
+    ) -> Tensor:
+        _, kv_heads, dim = pool.key_PJD.shape
+        tokens = rows_TP.shape[0]
+        q_TQD = torch.empty((tokens, num_heads, dim))
+        self._library.divisi_attention_inputs(
+            _pointer(rows_TP), _pointer(cos_sin_TR), norm.query_D.data_ptr(), norm.key_D.data_ptr(), norm.eps,
+            pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(), pool.key_PJD.dtype is torch.bfloat16,
+            _pointer(kv_rows_T), q_TQD.data_ptr(), tokens, num_heads, kv_heads, dim, cos_sin_TR.shape[1] // 2,
+            self._threads,
+        )  # fmt: skip
+        return q_TQD
+
+    def attention_decode(
+        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
+    ) -> Tensor:
+        tokens, heads, dim = q_TQD.shape
+        out_TX = torch.empty((tokens, heads * dim))
+        self._library.divisi_attention_decode(
+            _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(),
+            pool.key_PJD.dtype is torch.bfloat16, pool.page_size, starts_S1.data_ptr(), lengths_S.data_ptr(),
+            pages_SN.data_ptr(), pages_SN.stride(0), out_TX.data_ptr(), lengths_S.shape[0], heads,
+            pool.key_PJD.shape[1], dim, self._threads,
+        )  # fmt: skip
+        return out_TX
+
+
+def _pointer(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()

@@ -1,0 +1,121 @@
+// Vectors of the machine's width through GCC's vector extension: the same source serves AVX2, AVX-512 and NEON.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int VB = 64;
+#elif defined(__AVX__)
+constexpr int VB = 32;
+#else
+constexpr int VB = 16;
+#endif
+constexpr int VL = VB / 4;  // floats per vector
+typedef float vf __attribute__((vector_size(VB)));
+typedef uint32_t vu __attribute__((vector_size(VB)));
+typedef uint16_t vh __attribute__((vector_size(VB / 2)));
+typedef uint16_t bf16;
+
+static inline vf load(const float* p) { vf v; memcpy(&v, p, VB); return v; }
+static inline vf load(const bf16* p) {
+  vh h; memcpy(&h, p, VB / 2);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+static inline void store(float* p, vf v) { memcpy(p, &v, VB); }
+static inline float scalar(const float* p) { return *p; }
+static inline float scalar(const bf16* p) { uint32_t u = (uint32_t)*p << 16; float f; memcpy(&f, &u, 4); return f; }
+// Fused wherever the machine can, in every tile alike: left to the compiler, two tiles may round differently.
+static inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+static inline float sum(vf v) {  // by halves
+  float s[VL];
+  store(s, v);
+  for (int half = VL / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) s[i] += s[i + half];
+  return s[0];
+}
+
+static inline void put(float* p, float x) { *p = x; }
+static inline void put(bf16* p, float x) {  // round to nearest even, NaN stays NaN
+  uint32_t u; memcpy(&u, &x, 4);
+  *p = (u & 0x7fffffff) > 0x7f800000 ? (bf16)((u >> 16) | 0x40) : (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// exp by 2^n * polynomial (Cephes expf), about 1 ulp; branch-free, so that loops over it vectorise.
+static inline float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  float n = __builtin_floorf(x * 1.44269504088896341f + 0.5f);
+  x -= n * 0.693359375f;
+  x -= n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * x + 1.3981999507e-3f;
+  p = p * x + 8.3334519073e-3f;
+  p = p * x + 4.1665795894e-2f;
+  p = p * x + 1.6666665459e-1f;
+  p = p * x + 5.0000001201e-1f;
+  p = p * x * x + x + 1.0f;
+  int32_t bits = ((int32_t)n + 127) << 23;
+  float scale; memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+static inline float silu(float x) { return x * sigmoid(x); }
+
+// Dot products of TM rows of x with NR rows of w over k entries: out[m * ldo + n].
+template <int TM, int NR, class W>
+static inline void dot_tile(const float* const* x, const W* w, long ldw, long k, float* out, long ldo) {
+  vf acc[TM][NR];
+  for (int m = 0; m < TM; m++) for (int n = 0; n < NR; n++) acc[m][n] = vf{};
+  long i = 0;
+  for (; i + VL <= k; i += VL) {
+    // One row of x streams through w: its short rows defeat the hardware's prefetcher, so ask for the next tile's.
+    if (TM == 1 && NR == 8 && i % (64 / (long)sizeof(W)) == 0)
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; n++) __builtin_prefetch(w + (n + NR) * ldw + i);
+    vf b[NR];
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; n++) b[n] = load(w + n * ldw + i);
+#pragma GCC unroll 4
+    for (int m = 0; m < TM; m++) {
+      vf a = load(x[m] + i);
+#pragma GCC unroll 8
+      for (int n = 0; n < NR; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
+    }
+  }
+  for (int m = 0; m < TM; m++)
+    for (int n = 0; n < NR; n++) {
+      float s = sum(acc[m][n]);
+      for (long j = i; j < k; j++) s = __builtin_fmaf(x[m][j], scalar(w + n * ldw + j), s);
+      out[m * ldo + n] = s;
+    }
+}
+
+// The same for any number of rows: m rows of x (pointers), n rows of w. Tiles keep eight accumulators in flight.
+// A row's result does not depend on the rows beside it only if each dot product is summed alike in every tile: it is.
+template <class W>
+static inline void dot_block(const float* const* x, long m, const W* w, long ldw, long n, long k, float* out, long ldo) {
+  long j = 0;
+  if (m == 1) {
+    for (; j + 8 <= n; j += 8) dot_tile<1, 8, W>(x, w + j * ldw, ldw, k, out + j, ldo);
+    for (; j < n; j++) dot_tile<1, 1, W>(x, w + j * ldw, ldw, k, out + j, ldo);
+    return;
+  }
+  for (; j + 2 <= n; j += 2) {
+    long i = 0;
+    for (; i + 4 <= m; i += 4) dot_tile<4, 2, W>(x + i, w + j * ldw, ldw, k, out + i * ldo + j, ldo);
+    for (; i < m; i++) dot_tile<1, 2, W>(x + i, w + j * ldw, ldw, k, out + i * ldo + j, ldo);
+  }
+  for (; j < n; j++)
+    for (long i = 0; i < m; i++) dot_tile<1, 1, W>(x + i, w + j * ldw, ldw, k, out + i * ldo + j, ldo);
+}

@@ -1,0 +1,33 @@
+"""How a decoder layer reaches the routed experts, wherever they live.
+
+Shapes: T tokens, D model width, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Pending(Protocol):
+    """Routed tokens on their way to the experts."""
+
+    def combine(self) -> Tensor:
+        """Wait for the experts and return ``y_TD`` (fp32): per token, the sum over its experts of gate x expert(x).
+
+        Raises whatever the dispatcher defines for a step that cannot be finished.
+        """
+        ...
+
+
+class Dispatcher(Protocol):
+    """Carries one layer's tokens to the shards that hold their experts, and their weighted sum back."""
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
+        """Start sending; returns at once so that the shared expert can run meanwhile.
+
+        ``x_TD`` is in the activation dtype, ``expert_ids_TK`` int32 (ids of the whole model), ``gates_TK`` fp32.
+        T >= 1.
+        """
+        ...

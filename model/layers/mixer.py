@@ -1,0 +1,67 @@
+"""Token mixers: gated attention over pages, gated DeltaNet over state slots.
+
+Rows of decoding sequences come first and go through one call; each prefill chunk has its own.
+Shapes: T rows, D model width, P projected row, X mixer output width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from divisi.kernels.attention.layout import KvPool
+from divisi.kernels.gated_delta.layout import DeltaState
+from divisi.kernels.select import Kernels
+from divisi.model.batch import StepBatch
+from divisi.model.weights import AttentionWeights, DeltaNetWeights
+
+
+def attention(
+    kernels: Kernels,
+    weights: AttentionWeights,
+    pool: KvPool,
+    num_heads: int,
+    x_TD: Tensor,
+    cos_sin_TR: Tensor,
+    batch: StepBatch,
+) -> Tensor:
+    """Write the step's keys and values to their pages and attend; return ``y_TD``."""
+    rows_TP = _biased(kernels.linear(x_TD, weights.rows_PD), weights.rows_bias_P)
+    q_TQD = kernels.attention_inputs(rows_TP, cos_sin_TR, weights.norm, pool, batch.kv_rows_T, num_heads)
+    parts = []
+    if batch.decode is not None:
+        rows, decode = slice(0, batch.decode_rows), batch.decode
+        parts.append(
+            kernels.attention_decode(
+                q_TQD[rows], rows_TP[rows], pool, decode.starts_S1, decode.lengths_S, decode.pages_SN
+            )
+        )
+    for chunk in batch.prefill:
+        rows = slice(chunk.start, chunk.end)
+        parts.append(kernels.attention_prefill(q_TQD[rows], rows_TP[rows], pool, chunk.pages_N, chunk.length))
+    return _biased(kernels.linear(_joined(parts), weights.out_DX), weights.out_bias_D)
+
+
+def delta_net(kernels: Kernels, weights: DeltaNetWeights, state: DeltaState, x_TD: Tensor, batch: StepBatch) -> Tensor:
+    """Advance each sequence's recurrence by its rows; return ``y_TD``."""
+    rows_TP = kernels.linear(x_TD, weights.rows_PD)
+    parts = []
+    if batch.decode is not None:
+        decode = batch.decode
+        parts.append(
+            kernels.gated_delta_decode(
+                rows_TP[: batch.decode_rows], weights.delta, state, decode.starts_S1, decode.lengths_S, decode.slots_S
+            )
+        )
+    for chunk in batch.prefill:
+        rows = rows_TP[chunk.start : chunk.end]
+        parts.append(kernels.gated_delta_prefill(rows, weights.delta, state, chunk.slot, chunk.spare, chunk.length))
+    return kernels.linear(_joined(parts).to(x_TD.dtype), weights.out_DX)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _biased(x_TN: Tensor, bias_N: Tensor | None) -> Tensor:
+    return x_TN if bias_N is None else x_TN + bias_N

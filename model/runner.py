@@ -1,0 +1,87 @@
+"""One forward pass of the full model over a step's tokens.
+
+Shapes: T rows, D model width, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from divisi.kernels.select import Kernels
+from divisi.model.batch import StepBatch
+from divisi.model.config import ModelConfig
+from divisi.model.dispatcher import Dispatcher
+from divisi.model.layers.mixer import attention, delta_net
+from divisi.model.layers.mlp import dense, mixture
+from divisi.model.layers.rotary import Rotary
+from divisi.model.state import StateStore
+from divisi.model.stopwatch import Stopwatch
+from divisi.model.weights import AttentionWeights, MlpWeights, Weights
+
+
+class ModelRunner:
+    """Holds the attention side's weights and memory; the routed experts are behind the dispatcher of each step.
+
+    Activations are fp32 on a CPU, whatever the weights' dtype, and in the weights' dtype on a GPU.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        store: StateStore,
+        kernels: Kernels,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        self.store = store
+        self.stopwatch = stopwatch or Stopwatch()
+        self._config, self._weights, self._kernels = config, weights, kernels
+        device = weights.embed_VD.device
+        self._activation_dtype = torch.float32 if device.type == "cpu" else weights.embed_VD.dtype
+        self._rotary = Rotary(config, device)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
+        """Return ``logits_RV`` (fp32). Nothing that the pass writes counts until the caller commits the step.
+
+        Raises what the dispatcher raises when the step cannot be finished; the same batch may then be run again.
+        """
+        kernels, eps = self._kernels, self._config.rms_norm_eps
+        residual_TD = self._weights.embed_VD[batch.token_ids_T].to(self._activation_dtype)
+        cos_sin_TR = self._rotary.cos_sin(batch.positions_T)
+        self.stopwatch.lap("other")
+        update_TD: Tensor | None = None
+        for index, layer in enumerate(self._weights.layers):
+            if update_TD is None:
+                x_TD = kernels.rms_norm(residual_TD, layer.input_scale_D, eps)
+            else:
+                x_TD = kernels.add_rms_norm(residual_TD, update_TD, layer.input_scale_D, eps)
+            mixed_TD = self._mix(index, x_TD, cos_sin_TR, batch)
+            self.stopwatch.lap("mixer")
+            x_TD = kernels.add_rms_norm(residual_TD, mixed_TD, layer.mlp_scale_D, eps)
+            if isinstance(layer.mlp, MlpWeights):
+                update_TD = dense(kernels, layer.mlp, x_TD)
+                self.stopwatch.lap("experts")
+            else:
+                update_TD = mixture(kernels, layer.mlp, self._config, index, x_TD, dispatcher, self.stopwatch)
+        assert update_TD is not None, "a model has at least one layer"
+        logits_RV = self._logits(residual_TD, update_TD, batch.logit_rows_R)
+        self.stopwatch.lap("other")
+        return logits_RV
+
+    def _mix(self, index: int, x_TD: Tensor, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
+        mixer = self._weights.layers[index].mixer
+        if isinstance(mixer, AttentionWeights):
+            heads = self._config.num_attention_heads
+            return attention(self._kernels, mixer, self.store.kv[index], heads, x_TD, cos_sin_TR, batch)
+        return delta_net(self._kernels, mixer, self.store.delta[index], x_TD, batch)
+
+    def _logits(self, residual_TD: Tensor, update_TD: Tensor, logit_rows_R: Tensor) -> Tensor:
+        if logit_rows_R.shape[0] == residual_TD.shape[0]:
+            hidden_RD, last_RD = residual_TD, update_TD
+        else:
+            hidden_RD, last_RD = residual_TD[logit_rows_R], update_TD[logit_rows_R]
+        scale_D = self._weights.final_scale_D
+        final_RD = self._kernels.add_rms_norm(hidden_RD, last_RD, scale_D, self._config.rms_norm_eps)
+        return self._kernels.linear(final_RD, self._weights.head_VD).float()

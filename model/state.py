@@ -1,0 +1,86 @@
+"""The memory of sequences on one attention worker: KV pages and state slots, as two separate sets of pools.
+
+Written by forward passes only. A step writes KV past the committed length, and state through the ring or a spare slot,
+so that a step which is never committed leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from divisi.kernels.attention.layout import KvPool
+from divisi.kernels.gated_delta.layout import DeltaState, ring_entries
+from divisi.kernels.gated_delta.reference import flush
+from divisi.model.config import ModelConfig
+
+
+class StateStore:
+    """One KvPool per full-attention layer, one DeltaState per linear layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_slots: int,
+        max_rows: int = 1,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """``max_rows`` is the most rows a decoding sequence has in a step (1 + drafts); ``dtype`` is that of the KV."""
+        self.num_pages, self.page_size, self.num_slots = num_pages, page_size, num_slots
+        kv_shape = (num_pages * page_size, config.num_key_value_heads, config.head_dim)
+        self.kv: dict[int, KvPool] = {
+            layer: KvPool(
+                torch.zeros(kv_shape, dtype=dtype, device=device),
+                torch.zeros(kv_shape, dtype=dtype, device=device),
+                page_size,
+            )
+            for layer in config.full_layers
+        }
+        ring = ring_entries(max_rows, config.linear_conv_kernel_dim)
+        shapes = [(num_slots, *shape) for shape in _slot_shapes(config, ring)]
+        self.delta: dict[int, DeltaState] = {
+            layer: DeltaState(
+                state_SHKV=torch.zeros(shapes[0], device=device),
+                conv_SRC=torch.zeros(shapes[1], device=device),
+                key_SRGK=torch.zeros(shapes[2], device=device),
+                delta_SRHV=torch.zeros(shapes[3], device=device),
+                decay_SRH=torch.zeros(shapes[4], device=device),
+                position_S=torch.zeros(num_slots, dtype=torch.int32, device=device),
+            )
+            for layer in config.linear_layers
+        }
+
+    def flush(self, slots: list[int], upto: list[int]) -> None:
+        """Replay the rings so that each slot's state stands at its committed length; before a snapshot or a swap."""
+        for state in self.delta.values():
+            for slot, length in zip(slots, upto, strict=True):
+                flush(state, slot, length)
+
+    @staticmethod
+    def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one page costs over all full-attention layers."""
+        per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return page_size * per_token * len(config.full_layers)
+
+    @staticmethod
+    def bytes_per_slot(config: ModelConfig, max_rows: int = 1) -> int:
+        """Bytes that one state slot with its ring costs over all linear layers."""
+        ring = ring_entries(max_rows, config.linear_conv_kernel_dim)
+        floats = sum(torch.Size(shape).numel() for shape in _slot_shapes(config, ring))
+        return (4 * floats + 4) * len(config.linear_layers)
+
+
+def _slot_shapes(config: ModelConfig, ring: int) -> list[tuple[int, ...]]:
+    """Shapes of one slot's fp32 tensors, in the order of DeltaState."""
+    groups, key_dim = config.linear_num_key_heads, config.linear_key_head_dim
+    heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
+    return [
+        (heads, key_dim, value_dim),
+        (ring, config.conv_dim),
+        (ring, groups, key_dim),
+        (ring, heads, value_dim),
+        (ring, heads),
+    ]

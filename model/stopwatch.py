@@ -1,0 +1,30 @@
+"""Where a step's time goes, measured in laps."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Literal
+
+Part = Literal["scheduler", "mixer", "router", "dispatch", "experts", "sampling", "other"]
+
+
+class Stopwatch:
+    """Adds up seconds per part of a step. One reading of the clock per lap, so it is always on."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def start(self) -> None:
+        """Begin a stretch: what passed since the last lap belongs to no part."""
+        self._last = perf_counter()
+
+    def lap(self, part: Part) -> None:
+        """Charge the time since the last lap (or start) to ``part``."""
+        now = perf_counter()
+        self._totals[part] = self._totals.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def totals(self) -> dict[str, float]:
+        """Seconds per part since construction."""
+        return dict(self._totals)

@@ -1,0 +1,44 @@
+"""Both implementations of the CPU kernels, and one table of tolerances for all of their tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from divisi.kernels.select import Kernels, select_kernels
+
+# (operation, weight or cache dtype) -> absolute and relative tolerance against the fp32 reference on the same inputs
+TOLERANCE = {
+    ("linear", torch.float32): 2e-5,
+    ("linear", torch.bfloat16): 2e-5,  # bf16 weights are exact in fp32, and the native product accumulates in fp32
+    ("norm", torch.float32): 2e-6,
+    ("activation", torch.float32): 2e-6,
+    ("router", torch.float32): 1e-6,
+    ("experts", torch.float32): 2e-5,
+    ("experts", torch.bfloat16): 2e-5,
+    ("gated_delta", torch.float32): 5e-5,
+    ("attention", torch.float32): 2e-5,
+    ("attention", torch.bfloat16): 2e-5,
+}
+
+
+def expect_close(
+    operation: str, actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> None:
+    tolerance = TOLERANCE[operation, dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(scope="session")
+def native() -> Kernels:
+    return select_kernels(torch.device("cpu"), "native")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Kernels:
+    return select_kernels(torch.device("cpu"), "reference")
+
+
+@pytest.fixture(params=["reference", "native"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return select_kernels(torch.device("cpu"), request.param)
