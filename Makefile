@@ -1,0 +1,61 @@
+# `make demo` and `make test` work on a fresh clone: they create .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL ?= build/random-model
+SERVE_ARGS ?= --topology split --expert-shards 2
+FOLDERS := kernels model cluster deploy benchmarks
+# The test machine's cores are shared by the processes of a cluster; more threads than this slow all of them down.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help install demo serve test verify check bench lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# pip from 26.2 on is not yet tested with this lock file.
+$(STAMP): pyproject.toml setup.py requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'pip>=25,<26.2' 'setuptools>=80' wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test]'
+	touch $@
+
+install: $(STAMP) ## create .venv with the locked versions
+
+$(VENV): $(STAMP)
+
+demo: $(STAMP) ## start a split cluster on this machine, ask it a question, stop it
+	$(BIN)/python -m divisi.deploy.demo
+
+serve: $(STAMP) ## serve MODEL=DIR (a random checkpoint where none is given)
+	test "$(MODEL)" != build/random-model -o -e "$(MODEL)/config.json" || $(BIN)/divisi checkpoint random --out "$(MODEL)"
+	$(BIN)/divisi serve "$(MODEL)" $(SERVE_ARGS)
+
+test: $(STAMP) ## the quick, seeded tier
+	$(BIN)/pytest -m "not verify"
+
+verify: $(STAMP) ## everything, with results in tests/results/
+	$(BIN)/pytest --verify
+
+check: $(STAMP) build/typecheck ## ruff and mypy
+	$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,dev]'
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(foreach folder,$(FOLDERS),-p divisi.$(folder))
+
+build/typecheck:
+	mkdir -p $@/divisi
+	for folder in $(FOLDERS); do ln -sfn "$(CURDIR)/$$folder" "$@/divisi/$$folder"; done
+
+bench: $(STAMP) ## the speed table of benchmarks/README.md
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,bench]'
+	$(BIN)/python -m divisi.benchmarks
+
+lock: $(STAMP) ## rewrite requirements.lock from .venv
+	$(BIN)/python .ci/lock.py > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find $(FOLDERS) tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""`python -m divisi.benchmarks`: the speed table of benchmarks/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from divisi.benchmarks import machine, speed, split_step
+from divisi.model.random_checkpoint import write_random_checkpoint
+
+_CONFIG = Path(__file__).parent / "configs" / "bench-s.json"
+
+
+def main() -> None:
+    """Measure and print; exits with an error if the answers are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m divisi.benchmarks", description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint folder; without it, a random one of configs/bench-s.json"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, interleaved (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default 2)")
+    parser.add_argument("--quick", action="store_true", help="shorter runs, to see that it works")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        model_dir = options.model or _random_model(Path(scratch))
+        print(machine.describe())
+        print(
+            f"bf16, {options.threads} threads, {model_dir.name}, {options.rounds} rounds, medians (lowest to highest)"
+        )
+        print(speed.check_correct(model_dir), flush=True)
+        contenders = speed.load_contenders(model_dir)
+        result = speed.measure(contenders, speed.cells(options.quick), options.rounds)
+        low, high = min(result.bandwidths) / 1e9, max(result.bandwidths) / 1e9
+        print(f"memory read at {low:.0f} to {high:.0f} GB/s between the rounds\n")
+        print(speed.table(result, contenders[0].name, [peer.name for peer in contenders[1:]]), flush=True)
+        print(f"\n{split_step.report(model_dir, options.rounds)}")
+
+
+def _random_model(scratch: Path) -> Path:
+    out = scratch / _CONFIG.stem
+    write_random_checkpoint(out, json.loads(_CONFIG.read_text()), tokenizer=False)
+    return out
+
+
+if __name__ == "__main__":
+    main()

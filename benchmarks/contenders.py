@@ -1,0 +1,146 @@
+"""The engines that are timed, behind one interface: seconds for a prefill, seconds for decode steps."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from transformers import Qwen3NextForCausalLM
+
+from divisi.cluster.assembly import build_engine
+from divisi.cluster.engine import Engine
+from divisi.cluster.gang.seats import GangShape
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.spec import GangSpec
+from divisi.model.config import ModelConfig
+from divisi.model.dispatcher import Dispatcher
+
+CONTEXT = 16
+"""Tokens before the first timed decode step."""
+
+
+class Contender(Protocol):
+    """Something that can be timed."""
+
+    name: str
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds to take in one prompt and choose its first token."""
+        ...
+
+    def decode(self, batch: int, steps: int) -> float:
+        """Seconds for ``steps`` decode steps of ``batch`` sequences."""
+        ...
+
+
+def prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
+    """The same random prompts for every contender."""
+    rng = random.Random(count * 100_000 + length)
+    return [[rng.randrange(10, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+class DivisiEngine:
+    """The whole engine: scheduler, step, sampling, commit. Only HTTP and Ray are missing."""
+
+    def __init__(self, name: str, engine: Engine, dispatcher: Dispatcher, vocabulary: int) -> None:
+        self.name = name
+        self._engine, self._dispatcher, self._vocabulary = engine, dispatcher, vocabulary
+
+    @classmethod
+    def local(cls, model_dir: Path, dtype: Literal["bfloat16", "float32"]) -> DivisiEngine:
+        """Everything in this process, with torch's number of threads."""
+        config = ModelConfig.load(model_dir)
+        spec = gang_spec(model_dir, GangShape(1, 0), dtype, torch.get_num_threads())
+        engine, dispatcher = build_engine(spec, config)
+        assert dispatcher is not None, "a gang without shards has its own experts"
+        return cls("divisi local", engine, dispatcher, config.vocab_size)
+
+    def prefill(self, tokens: int) -> float:
+        """See Contender."""
+        start = time.perf_counter()
+        self.generate(prompts(1, tokens, self._vocabulary), 1)
+        return time.perf_counter() - start
+
+    def decode(self, batch: int, steps: int) -> float:
+        """See Contender."""
+        self._submit(prompts(batch, CONTEXT, self._vocabulary), steps + 1)
+        self._step()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        elapsed = time.perf_counter() - start
+        assert self._engine.plan() is None, "the timed steps were not all of the answer"
+        return elapsed
+
+    def generate(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Greedy answers, for the check before any timing."""
+        self._submit(sequences, count)
+        answers: list[list[int]] = [[] for _ in sequences]
+        while (plan := self._engine.plan()) is not None:
+            for event in self._engine.run(plan, self._dispatcher):
+                answers[int(event.request_id)] += event.token_ids
+        return answers
+
+    def _submit(self, sequences: Sequence[Sequence[int]], count: int) -> None:
+        for index, prompt in enumerate(sequences):
+            self._engine.submit(Request(str(index), tuple(prompt), count, Sampling(temperature=0.0)))
+
+    def _step(self) -> None:
+        plan = self._engine.plan()
+        assert plan is not None, "the engine ran out of work"
+        self._engine.run(plan, self._dispatcher)
+
+
+def gang_spec(model_dir: Path, shape: GangShape, dtype: Literal["bfloat16", "float32"], threads: int) -> GangSpec:
+    """Room for the largest cell of the table."""
+    return GangSpec(
+        name="benchmark",
+        model_dir=str(model_dir),
+        dtype=dtype,
+        device="cpu",
+        threads=threads,
+        shape=shape,
+        max_model_len=8192,
+        kv_memory=2**28,
+        page_size=16,
+        max_seqs=32,
+        max_step_tokens=4096,
+        step_deadline_s=60.0,
+    )
+
+
+class Transformers:
+    """transformers' model with its own cache, in one of its ways to run experts."""
+
+    def __init__(self, model: Qwen3NextForCausalLM, experts: str) -> None:
+        self.name = f"transformers {experts}"
+        self._model, self._experts = model, experts
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int) -> float:
+        """See Contender."""
+        self._choose()
+        ids = torch.tensor(prompts(1, tokens, self._model.config.vocab_size))
+        start = time.perf_counter()
+        self._model(ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def decode(self, batch: int, steps: int) -> float:
+        """See Contender."""
+        self._choose()
+        ids = torch.tensor(prompts(batch, CONTEXT, self._model.config.vocab_size))
+        out = self._model(ids, use_cache=True, logits_to_keep=1)
+        tokens = out.logits[:, -1].argmax(-1, keepdim=True)
+        start = time.perf_counter()
+        for _ in range(steps):
+            out = self._model(tokens, past_key_values=out.past_key_values, use_cache=True)
+            tokens = out.logits[:, -1].argmax(-1, keepdim=True)
+        return time.perf_counter() - start
+
+    def _choose(self) -> None:
+        self._model.set_experts_implementation(self._experts)

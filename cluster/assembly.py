@@ -1,0 +1,117 @@
+"""Puts the parts of a rank together, from a spec and a checkpoint. Knows neither Ray nor threads."""
+
+from __future__ import annotations
+
+import socket
+
+import torch
+
+from divisi.cluster.dispatch.local import LocalDispatcher
+from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.engine import Engine
+from divisi.cluster.gang.inbox import EpochInbox
+from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.gang.shard_loop import ShardLoop
+from divisi.cluster.gang.worker_loop import WorkerNetwork
+from divisi.cluster.memory_plan import MemoryPlan
+from divisi.cluster.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.spec import GangSpec
+from divisi.kernels.select import select_kernels
+from divisi.model.checkpoint import Checkpoint
+from divisi.model.config import ModelConfig
+from divisi.model.dispatcher import Dispatcher
+from divisi.model.experts import ExpertBank
+from divisi.model.runner import ModelRunner
+from divisi.model.sampling import Sampler
+from divisi.model.state import StateStore
+from divisi.model.stopwatch import Stopwatch
+from divisi.model.weights import Progress, load_weights
+
+
+def torch_dtype(spec: GangSpec) -> torch.dtype:
+    """What the weights, the KV and the wire are in."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
+
+
+def wire_format(spec: GangSpec, config: ModelConfig) -> WireFormat:
+    """How tokens travel between the ranks of a gang."""
+    return WireFormat(config.hidden_size, config.num_experts_per_tok, torch_dtype(spec))
+
+
+def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
+    """How an attention worker reaches its gang."""
+    wire, device = wire_format(spec, config), torch.device(spec.device)
+    return WorkerNetwork(listener, wire, device, spec.worker_step_tokens, spec.step_deadline_s)
+
+
+def load_shard(
+    spec: GangSpec, config: ModelConfig, checkpoint: Checkpoint, index: int, progress: Progress | None = None
+) -> ExpertBank:
+    """The experts of one shard. Raises CheckpointError."""
+    device = torch.device(spec.device)
+    expert_ids = config.shard_experts(spec.shape.expert_shards)[index]
+    return ExpertBank.load(checkpoint, config, expert_ids, select_kernels(device), torch_dtype(spec), device, progress)
+
+
+def shard_loop(
+    spec: GangSpec, config: ModelConfig, experts: ExpertBank, inbox: EpochInbox, reports: EpochReports
+) -> ShardLoop:
+    """The loop that serves a shard's experts."""
+    device = torch.device(spec.device)
+    return ShardLoop(
+        experts,
+        config.moe_layers,
+        inbox,
+        reports,
+        wire_format(spec, config),
+        # As the runner has it: activations are fp32 on a CPU.
+        compute_dtype=torch_dtype(spec) if device.type == "cuda" else torch.float32,
+        device=device,
+        max_tokens=spec.worker_step_tokens,
+        step_deadline_s=spec.step_deadline_s,
+    )
+
+
+def build_engine(
+    spec: GangSpec, config: ModelConfig, progress: Progress | None = None
+) -> tuple[Engine, Dispatcher | None]:
+    """An attention worker's engine and, in a gang without shards, the dispatcher to its own experts.
+
+    `progress` is called with the bytes read so far. Raises CheckpointError.
+    """
+    device, dtype = torch.device(spec.device), torch_dtype(spec)
+    checkpoint = Checkpoint.open(spec.model_dir)
+    kernels, stopwatch = select_kernels(device), Stopwatch()
+    weights = load_weights(checkpoint, config, dtype, device, progress)
+    local = None
+    if not spec.shape.expert_shards:
+        experts = range(config.num_experts)
+        local = LocalDispatcher(ExpertBank.load(checkpoint, config, experts, kernels, dtype, device, progress))
+    memory = MemoryPlan.of(
+        config,
+        kv_memory=spec.kv_memory,
+        page_size=spec.page_size,
+        max_seqs=spec.max_seqs,
+        max_model_len=spec.max_model_len,
+        dtype=dtype,
+    )
+    store = StateStore(
+        config,
+        num_pages=memory.num_pages,
+        page_size=spec.page_size,
+        num_slots=memory.num_slots,
+        dtype=dtype,
+        device=device,
+    )
+    limits = SchedulerConfig(
+        vocab_size=config.vocab_size,
+        max_model_len=spec.max_model_len,
+        num_pages=memory.num_pages,
+        page_size=spec.page_size,
+        num_slots=memory.num_slots,
+        max_seqs=spec.max_seqs,
+        max_step_tokens=spec.worker_step_tokens,
+    )
+    runner = ModelRunner(config, weights, store, kernels, stopwatch)
+    return Engine(runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch), local

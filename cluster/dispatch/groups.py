@@ -1,0 +1,131 @@
+"""Process groups, one per epoch, with gloo or NCCL behind one interface.
+
+A group is made directly from its backend class, without torch.distributed's global default group, so that one process
+can leave a broken group and join the next without a trace of the old one. Groups of different epochs meet under
+different prefixes of one store and cannot hear each other.
+
+NCCL has been checked against its documentation only, as no machine with two GPUs was at hand: its waits block the
+host, since that is the only way to a deadline, and a group that failed is aborted, never destroyed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from divisi.cluster.errors import StepAborted
+from divisi.cluster.gang.seats import Address, Membership
+
+_TAG = 0
+# The type stubs lack most of what the backends have.
+_dist: Any = torch.distributed
+
+
+class Transfer(Protocol):
+    """A send or receive under way; the tensor must not be touched before `wait` has returned."""
+
+    def wait(self, deadline: float) -> None:
+        """Block until it is done. `deadline` is in `time.monotonic()` seconds. Raises StepAborted."""
+        ...
+
+
+class PeerGroup(Protocol):
+    """Point-to-point transfers between the ranks of one epoch. Tensors are contiguous uint8.
+
+    Two ranks must issue their transfers with each other in the same order.
+    """
+
+    def send(self, data: Tensor, rank: int) -> Transfer:
+        """Start sending."""
+        ...
+
+    def recv(self, data: Tensor, rank: int) -> Transfer:
+        """Start receiving exactly as many bytes as `data` holds."""
+        ...
+
+    def close(self) -> None:
+        """Drop all connections, failing what is under way here and at the peers."""
+        ...
+
+
+class StoreServer:
+    """Hosts the key-value store through which groups meet. Lives in the coordinator's process, through all epochs."""
+
+    def __init__(self, host: str) -> None:
+        self._store = _dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.address = Address(host, self._store.port)
+
+
+def join_group(membership: Membership, rank: int, device: torch.device, timeout_s: float) -> PeerGroup:
+    """Meet all ranks of an epoch; blocks until they are there. Raises StepAborted."""
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        tcp = _dist.TCPStore(membership.store.host, membership.store.port, is_master=False, timeout=timeout)
+        store = _dist.PrefixStore(f"epoch-{membership.epoch}", tcp)
+        store.set_timeout(timeout)
+        if device.type == "cuda":
+            backend = _nccl(store, rank, membership.shape.size, timeout)
+        else:
+            backend = _gloo(store, rank, membership, timeout)
+    except RuntimeError as error:  # torch.distributed's errors all derive from it
+        raise StepAborted(f"cannot form the process group of epoch {membership.epoch}: {error}") from error
+    return _BackendGroup(backend, membership)
+
+
+def _gloo(store: Any, rank: int, membership: Membership, timeout: timedelta) -> Any:
+    options = _dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._devices = [_dist.ProcessGroupGloo.create_device(hostname=membership.addresses[rank].host)]
+    return _dist.ProcessGroupGloo(store, rank, membership.shape.size, options)
+
+
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    options = _dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return _dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+class _BackendGroup:
+    def __init__(self, backend: Any, membership: Membership) -> None:
+        self._backend = backend
+        self._shape = membership.shape
+
+    def send(self, data: Tensor, rank: int) -> Transfer:
+        return self._start(data, rank, sending=True)
+
+    def recv(self, data: Tensor, rank: int) -> Transfer:
+        return self._start(data, rank, sending=False)
+
+    def _start(self, data: Tensor, rank: int, *, sending: bool) -> Transfer:
+        seat = str(self._shape.seat(rank))
+        if self._backend is None:
+            raise StepAborted("its process group was closed", seat)
+        try:
+            work = (self._backend.send if sending else self._backend.recv)([data], rank, _TAG)
+        except RuntimeError as error:
+            raise StepAborted(f"transfer failed: {error}", seat) from error
+        return _WorkTransfer(work, seat)
+
+    def close(self) -> None:
+        if self._backend is not None:
+            self._backend.abort()
+            self._backend = None
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkTransfer:
+    work: Any
+    seat: str
+
+    def wait(self, deadline: float) -> None:
+        left_s = max(deadline - time.monotonic(), 0.001)
+        try:
+            self.work.wait(timedelta(seconds=left_s))
+        except RuntimeError as error:
+            raise StepAborted(f"transfer failed: {error}", self.seat) from error

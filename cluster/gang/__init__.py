@@ -1,0 +1,1 @@
+"""Seats, epochs, the control mesh and the lockstep loops of a gang. Knows no Ray."""

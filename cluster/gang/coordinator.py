@@ -1,0 +1,163 @@
+"""The coordinator: the roster behind a lock, with blocking polls. One per gang; serves many threads.
+
+Imports no torch: the store through which process groups meet is handed in.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from divisi.cluster.gang.roster import Directive, Roster
+from divisi.cluster.gang.seats import Address, GangShape, Role, Seat
+
+Stats = Mapping[str, float | Mapping[str, float]]
+
+
+class CoordinatorClient(Protocol):
+    """The coordinator as a holder sees it. Every call may raise CoordinatorLost."""
+
+    def join(self, holder_id: str, role: Role, address: Address, index: int | None = None) -> Seat | None:
+        """Take a seat, or None when all of the role are held."""
+        ...
+
+    def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
+        """Renew the lease and wait up to `wait_s` for something to do. New `stats` replace the holder's former ones."""
+        ...
+
+    def serving(self, holder_id: str, epoch: int) -> None:
+        """Report that all peers of an epoch were reached."""
+        ...
+
+    def left(self, holder_id: str, epoch: int, reason: str) -> None:
+        """Report to be out of an epoch, and why."""
+        ...
+
+    def leave(self, holder_id: str, reason: str) -> None:
+        """Give the seat up."""
+        ...
+
+    def push_stats(self, holder_id: str, stats: Stats) -> None:
+        """Replace the holder's statistics without waiting for an answer."""
+        ...
+
+
+class CoordinatorLost(ConnectionError):
+    """The coordinator's process is gone or cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorStatus:
+    """What the gang looks like now. `stats` and `progress` are keyed by seat."""
+
+    ready: bool
+    reason: str
+    epoch: int
+    stats: Mapping[str, Stats] = field(default_factory=dict)
+    progress: Mapping[str, str] = field(default_factory=dict)
+    """Last word of each rank while it loads, for instance `expert:1` -> `120 MB read`."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Ranks that could not load, and why."""
+
+
+class Coordinator:
+    """Seats, epochs, health and statistics of one gang."""
+
+    def __init__(
+        self,
+        shape: GangShape,
+        store: Address,
+        lease_s: float = 10.0,
+        grace_s: float = 4.0,
+        clock: Callable[[], float] = time.monotonic,
+        first_epoch: int = 1,
+    ) -> None:
+        """`first_epoch` must be above every epoch of a former coordinator of the gang."""
+        self._roster = Roster(shape, store, lease_s, grace_s, first_epoch)
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._stats: dict[str, Stats] = {}
+        self._progress: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
+
+    def join(self, holder_id: str, role: Role, address: Address, index: int | None = None) -> Seat | None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.expire(self._clock())
+            seat = self._roster.join(holder_id, role, address, self._clock(), index)
+            self._changed.notify_all()
+        return seat
+
+    def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
+        """See CoordinatorClient."""
+        until = self._clock() + wait_s
+        with self._changed:
+            self._roster.beat(holder_id, self._clock())
+            if stats is not None:
+                self._stats[holder_id] = stats
+            while True:
+                if self._expired():
+                    self._changed.notify_all()
+                directive = self._roster.directive(holder_id)
+                left_s = until - self._clock()
+                if directive.action != "stay" or left_s <= 0:
+                    return directive
+                self._changed.wait(min(left_s, 1.0))
+
+    def serving(self, holder_id: str, epoch: int) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.serving(holder_id, epoch)
+
+    def left(self, holder_id: str, epoch: int, reason: str) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.left(holder_id, epoch, reason, self._clock())
+            self._changed.notify_all()
+
+    def leave(self, holder_id: str, reason: str) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.leave(holder_id, reason, self._clock())
+            self._changed.notify_all()
+
+    def push_stats(self, holder_id: str, stats: Stats) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._stats[holder_id] = stats
+
+    def report_progress(self, who: str, text: str) -> None:
+        """Note what a rank that holds no seat yet is doing."""
+        with self._changed:
+            self._progress[who] = text
+            self._failures.pop(who, None)
+
+    def report_failure(self, who: str, text: str) -> None:
+        """Note that a rank could not load."""
+        with self._changed:
+            self._failures[who] = text
+
+    def status(self) -> CoordinatorStatus:
+        """Readiness, the reason for it, and the last statistics of each seat."""
+        with self._changed:
+            if self._expired():
+                self._changed.notify_all()
+            seats = {holder.holder_id: str(holder.seat) for holder in self._roster.holders()}
+            self._stats = {holder_id: stats for holder_id, stats in self._stats.items() if holder_id in seats}
+            membership = self._roster.membership
+            return CoordinatorStatus(
+                ready=self._roster.ready(),
+                reason=self._roster.explain(),
+                epoch=membership.epoch if membership is not None else 0,
+                stats={seats[holder_id]: stats for holder_id, stats in self._stats.items()},
+                progress=dict(self._progress),
+                failures=dict(self._failures),
+            )
+
+    def _expired(self) -> bool:
+        before = self._roster.membership
+        self._roster.expire(self._clock())
+        return self._roster.membership is not before

@@ -1,0 +1,76 @@
+"""What other threads tell a lockstep loop: enter an epoch, drop one, stop. Imports no torch."""
+
+from __future__ import annotations
+
+import select
+import threading
+from dataclasses import dataclass
+
+from divisi.cluster.errors import StepAborted
+from divisi.cluster.gang.seats import Membership
+from divisi.cluster.gang.wake import Wake
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """An epoch to enter, and as which rank."""
+
+    membership: Membership
+    rank: int
+
+
+class EpochInbox:
+    """The epoch that a loop shall be in. Written by the membership watch, read by the loop."""
+
+    def __init__(self) -> None:
+        self.wake = Wake()
+        self._lock = threading.Lock()
+        self._offered: Assignment | None = None
+        self._over = 0
+        """The highest epoch that must not be worked in any more."""
+        self._stopping = False
+
+    def offer(self, assignment: Assignment) -> None:
+        """Send the loop into an epoch."""
+        with self._lock:
+            self._offered = assignment
+        self.wake.set()
+
+    def interrupt(self, epoch: int) -> None:
+        """Get the loop out of an epoch."""
+        with self._lock:
+            self._over = max(self._over, epoch)
+        self.wake.set()
+
+    def stop(self) -> None:
+        """End the loop for good."""
+        with self._lock:
+            self._stopping = True
+        self.wake.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def take(self) -> Assignment | None:
+        """The epoch to enter, once."""
+        with self._lock:
+            offered, self._offered = self._offered, None
+            if offered is not None and offered.membership.epoch <= self._over:
+                return None
+            return offered
+
+    def wait(self) -> None:
+        """Park until somebody wakes the loop."""
+        poller = select.poll()
+        poller.register(self.wake.fileno(), select.POLLIN)
+        poller.poll()
+        self.wake.clear()
+
+    def check(self, epoch: int) -> None:
+        """Raise StepAborted when the epoch is over."""
+        if self._stopping:
+            raise StepAborted("this rank is shutting down")
+        if epoch <= self._over:
+            raise StepAborted(f"epoch {epoch} is over")

@@ -1,0 +1,86 @@
+"""The fixed places of a gang and what fills them. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["attention", "expert"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Seat:
+    """A place in the gang; it outlives the process in it. Its text form is `expert:2`."""
+
+    role: Role
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.role}:{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class GangShape:
+    """How many seats of each role a gang has. Ranks number the attention workers first, then the shards."""
+
+    attention_workers: int
+    expert_shards: int
+
+    def __post_init__(self) -> None:
+        if self.attention_workers < 1 or self.expert_shards < 0:
+            raise ValueError(f"a gang needs attention_workers >= 1 and expert_shards >= 0, got {self}")
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.attention_workers + self.expert_shards
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """All seats, in rank order."""
+        return tuple(self.seat(rank) for rank in range(self.size))
+
+    @property
+    def attention_ranks(self) -> range:
+        """Ranks of the attention workers."""
+        return range(self.attention_workers)
+
+    @property
+    def expert_ranks(self) -> range:
+        """Ranks of the expert shards, in shard order."""
+        return range(self.attention_workers, self.size)
+
+    def seat(self, rank: int) -> Seat:
+        """The seat of a rank."""
+        if rank < self.attention_workers:
+            return Seat("attention", rank)
+        return Seat("expert", rank - self.attention_workers)
+
+    def rank(self, seat: Seat) -> int:
+        """The rank of a seat."""
+        return seat.index if seat.role == "attention" else self.attention_workers + seat.index
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a rank can be reached: `host` for its process group, `port` of its control listener (leader only)."""
+
+    host: str
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Who takes part in one epoch; never changes. `addresses` and `holders` are in rank order."""
+
+    epoch: int
+    shape: GangShape
+    holders: tuple[str, ...]
+    addresses: tuple[Address, ...]
+    store: Address
+    """The key-value store through which process groups meet."""
+
+    @property
+    def leader(self) -> Address:
+        """Control listener of `attention:0`."""
+        return self.addresses[0]

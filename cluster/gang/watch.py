@@ -1,0 +1,111 @@
+"""The thread that keeps a process in its seat: joins, renews the lease, passes epochs on. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from divisi.cluster.gang.coordinator import CoordinatorClient, CoordinatorLost, Stats
+from divisi.cluster.gang.inbox import Assignment, EpochInbox
+from divisi.cluster.gang.seats import Address, Role, Seat
+
+_RETRY_S = 1.0
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a process offers the coordinator. Shards ask for their own seat; a worker takes any of its role."""
+
+    role: Role
+    address: Address
+    index: int | None = None
+
+
+class SeatWatch:
+    """Holds a seat for a loop until stopped, through coordinator restarts and lost leases."""
+
+    def __init__(
+        self,
+        connect: Callable[[], CoordinatorClient],
+        candidate: Candidate,
+        inbox: EpochInbox,
+        stats: Callable[[], Stats | None],
+    ) -> None:
+        """`connect` raises CoordinatorLost while there is no coordinator; `stats` gives None when nothing changed."""
+        self._connect = connect
+        self._candidate = candidate
+        self._inbox = inbox
+        self._stats = stats
+        self._stop = threading.Event()
+        self._client: CoordinatorClient | None = None
+        self._holder_id = ""
+        self.seat: Seat | None = None
+        """The seat held now."""
+        self._thread = threading.Thread(target=self._run, name="seat-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look for a seat."""
+        self._thread.start()
+
+    def stop(self, reason: str) -> None:
+        """Give the seat up. The loop is to be stopped first."""
+        self._stop.set()
+        if self._client is not None:
+            with contextlib.suppress(CoordinatorLost):
+                self._client.leave(self._holder_id, reason)
+        self._thread.join(timeout=2 * _POLL_S)
+
+    def serving(self, epoch: int) -> None:
+        """For the loop: all peers of the epoch were reached."""
+        self._tell(lambda client: client.serving(self._holder_id, epoch))
+
+    def left(self, epoch: int, reason: str) -> None:
+        """For the loop: it is out of the epoch."""
+        self._tell(lambda client: client.left(self._holder_id, epoch, reason))
+
+    def push_stats(self, stats: Stats) -> None:
+        """For the loop: new statistics that should not wait for the next poll."""
+        self._tell(lambda client: client.push_stats(self._holder_id, stats))
+
+    def _tell(self, call: Callable[[CoordinatorClient], None]) -> None:
+        # A coordinator that is gone will hear of this process when it joins the next one.
+        if self._client is not None:
+            with contextlib.suppress(CoordinatorLost):
+                call(self._client)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._client = self._connect()
+                self._hold_seat(self._client)
+            except CoordinatorLost:
+                self._stop.wait(_RETRY_S)
+
+    def _hold_seat(self, client: CoordinatorClient) -> None:
+        """Join and follow directives until the seat is lost. Returns to join anew."""
+        self._holder_id = uuid.uuid4().hex
+        candidate = self._candidate
+        self.seat = client.join(self._holder_id, candidate.role, candidate.address, candidate.index)
+        if self.seat is None:
+            self._stop.wait(_RETRY_S)
+            return
+        epoch = 0
+        try:
+            while not self._stop.is_set():
+                directive = client.poll(self._holder_id, _POLL_S, self._stats())
+                match directive.action:
+                    case "enter" if directive.membership is not None:
+                        epoch = directive.epoch
+                        membership = directive.membership
+                        self._inbox.offer(Assignment(membership, membership.shape.rank(self.seat)))
+                    case "leave":
+                        self._inbox.interrupt(directive.epoch)
+                    case "rejoin":
+                        return
+        finally:
+            self.seat = None
+            self._inbox.interrupt(epoch)

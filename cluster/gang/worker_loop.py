@@ -1,0 +1,187 @@
+"""An attention worker's life: epoch after epoch, one step after another in lockstep with the gang.
+
+The engine lives in the loop's thread; other threads reach it by `submit` and `cancel`, which are carried out between
+two steps. A step that is aborted keeps its plan, which is run again in the next epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from divisi.cluster.dispatch.broadcast import BroadcastDispatcher
+from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.errors import RequestRejected, StepAborted
+from divisi.cluster.gang.inbox import Assignment, EpochInbox
+from divisi.cluster.gang.links import WorkerLinks, worker_links
+from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
+from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.request import Request, TokenEvent
+from divisi.model.dispatcher import Dispatcher
+
+log = logging.getLogger(__name__)
+
+
+class Plan(Protocol):
+    """What an engine wants to run next."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the step; at least one."""
+        ...
+
+
+PlanT = TypeVar("PlanT", bound=Plan)
+AnswerT = TypeVar("AnswerT")
+
+
+class StepEngine(Protocol[PlanT]):
+    """The engine as the loop sees it; see `divisi.cluster.engine.Engine`."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises RequestRejected."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request, if it is there."""
+        ...
+
+    def plan(self) -> PlanT | None:
+        """The next step, frozen until it has run; None with nothing to do."""
+        ...
+
+    def run(self, plan: PlanT, dispatcher: Dispatcher) -> Sequence[TokenEvent]:
+        """Run a step and commit it. Raises StepAborted with nothing committed."""
+        ...
+
+    def take_events(self) -> Sequence[TokenEvent]:
+        """Events that no step caused."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerNetwork:
+    """How a worker reaches its gang."""
+
+    listener: socket.socket
+    """Where the others connect if this worker leads."""
+    wire: WireFormat
+    device: torch.device
+    max_tokens: int
+    """Most tokens that the engine puts into a step."""
+    step_deadline_s: float
+
+
+class WorkerLoop(Generic[PlanT]):
+    """Runs an engine in the thread that calls `run`, until the inbox is stopped."""
+
+    def __init__(
+        self,
+        engine: StepEngine[PlanT],
+        local: Dispatcher | None,
+        inbox: EpochInbox,
+        reports: EpochReports,
+        network: WorkerNetwork,
+        deliver: Callable[[Sequence[TokenEvent]], None],
+    ) -> None:
+        """`local` runs the experts of a gang without shards; `deliver` gets a step's events, in the loop's thread."""
+        self._engine = engine
+        self._local = local
+        self._inbox = inbox
+        self._reports = reports
+        self._network = network
+        self._deliver = deliver
+        self._commands: deque[Callable[[], None]] = deque()
+        self._plan: PlanT | None = None
+
+    def submit(self, request: Request) -> Future[None]:
+        """Hand a request to the engine, from any thread; the future may carry RequestRejected."""
+        accepted: Future[None] = Future()
+
+        def command() -> None:
+            try:
+                self._engine.submit(request)
+            except RequestRejected as error:
+                accepted.set_exception(error)
+            else:
+                accepted.set_result(None)
+
+        self._command(command)
+        return accepted
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request, from any thread."""
+        self._command(lambda: self._engine.cancel(request_id))
+
+    def ask(self, question: Callable[[], AnswerT]) -> Future[AnswerT]:
+        """Have something about the engine answered in its own thread, between two steps."""
+        answer: Future[AnswerT] = Future()
+        self._command(lambda: answer.set_result(question()))
+        return answer
+
+    def run(self) -> None:
+        """Enter the epochs that the inbox offers; requests are accepted and cancelled in between, too."""
+        while not self._inbox.stopping:
+            assignment = self._inbox.take()
+            if assignment is None:
+                self._carry_out_commands()
+                self._inbox.wait()
+                continue
+            try:
+                self._serve(assignment)
+            except StepAborted as error:
+                log.warning("left epoch %d: %s", assignment.membership.epoch, error)
+                self._reports.left(assignment.membership.epoch, str(error))
+
+    def _serve(self, assignment: Assignment) -> None:
+        """One epoch; ends by StepAborted."""
+        with worker_links(assignment, self._inbox, self._network.listener, self._network.device) as links:
+            dispatcher = self._dispatcher(assignment, links)
+            self._reports.serving(assignment.membership.epoch)
+            while True:
+                self._step(links.mesh, assignment.rank, dispatcher)
+
+    def _step(self, mesh: LeaderMesh | FollowerMesh, rank: int, dispatcher: Dispatcher) -> None:
+        """Take part in one step of the gang, or wait for something to do."""
+        self._carry_out_commands()
+        if self._plan is None:
+            self._plan = self._engine.plan()
+        mesh.announce(self._plan.num_tokens if self._plan is not None else 0)
+        header = mesh.next_step(self._network.step_deadline_s)
+        if header is None or self._plan is None or not header.counts[rank]:
+            return
+        events = self._engine.run(self._plan, dispatcher)
+        self._plan = None
+        if events:
+            self._deliver(events)
+
+    def _dispatcher(self, assignment: Assignment, links: WorkerLinks) -> Dispatcher:
+        if links.group is None:
+            assert self._local is not None, "a gang without shards needs its experts here"
+            return self._local
+        network = self._network
+        return BroadcastDispatcher(
+            links.group,
+            assignment.membership.shape.expert_ranks,
+            network.wire,
+            network.max_tokens,
+            network.step_deadline_s,
+            network.device,
+        )
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._inbox.wake.set()
+
+    def _carry_out_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+        if events := self._engine.take_events():
+            self._deliver(events)

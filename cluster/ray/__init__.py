@@ -1,0 +1,1 @@
+"""The Ray actors of a gang: thin shells around `cluster.gang`."""

@@ -1,0 +1,113 @@
+"""The coordinator as a Ray actor, and the client through which ranks call it. Imports no torch where it is called."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
+from divisi.cluster.gang.roster import Directive
+from divisi.cluster.gang.seats import Address, Role, Seat
+from divisi.cluster.spec import GangSpec
+
+NAMESPACE = "divisi"
+"""The Ray namespace of the named actors."""
+
+_CALL_S = 15.0
+_REPLACE_S = 60.0
+_Answer = TypeVar("_Answer")
+
+
+class CoordinatorActor(Coordinator):
+    """Adds the store for process groups. Runs with one thread per blocked poll."""
+
+    def __init__(self, spec: GangSpec) -> None:
+        from divisi.cluster.dispatch.groups import StoreServer
+
+        self._server = StoreServer(ray.util.get_node_ip_address())
+        # Seconds as the first epoch: above every epoch of a coordinator that this one replaces.
+        super().__init__(spec.shape, self._server.address, first_epoch=int(time.time()))
+
+
+def start_coordinator(spec: GangSpec) -> ActorHandle[Any]:
+    """Create the named actor; it lives as long as its creator. Waits for one that is being cleared away."""
+    actor: Any = ray.remote(CoordinatorActor)
+    options = {
+        "name": spec.name,
+        "namespace": NAMESPACE,
+        "num_cpus": 0,
+        "max_concurrency": 4 * spec.shape.size + 32,
+    }
+    until = time.monotonic() + _REPLACE_S
+    while True:
+        try:
+            handle: Any = actor.options(**options).remote(spec)
+            break
+        except ValueError:  # the name is taken, by the actor of a gang replica that died a moment ago
+            if time.monotonic() > until:
+                raise
+            threading.Event().wait(0.5)  # Ray has no way to await that a name becomes free
+    ray.get(handle.status.remote())
+    found: ActorHandle[Any] = handle
+    return found
+
+
+def find_coordinator(name: str) -> ActorHandle[Any]:
+    """The gang's coordinator. Raises CoordinatorLost while there is none."""
+    try:
+        handle: ActorHandle[Any] = ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError as error:
+        raise CoordinatorLost(f"no coordinator {name!r} yet") from error
+    return handle
+
+
+class RayCoordinatorClient:
+    """Implements `CoordinatorClient` over actor calls."""
+
+    def __init__(self, name: str) -> None:
+        self._actor = find_coordinator(name)
+
+    def join(self, holder_id: str, role: Role, address: Address, index: int | None = None) -> Seat | None:
+        """See CoordinatorClient."""
+        seat: Seat | None = self._get(self._actor.join.remote(holder_id, role, address, index))
+        return seat
+
+    def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
+        """See CoordinatorClient."""
+        directive: Directive = self._get(self._actor.poll.remote(holder_id, wait_s, stats))
+        return directive
+
+    def serving(self, holder_id: str, epoch: int) -> None:
+        """See CoordinatorClient."""
+        self._get(self._actor.serving.remote(holder_id, epoch))
+
+    def left(self, holder_id: str, epoch: int, reason: str) -> None:
+        """See CoordinatorClient."""
+        self._get(self._actor.left.remote(holder_id, epoch, reason))
+
+    def leave(self, holder_id: str, reason: str) -> None:
+        """See CoordinatorClient."""
+        self._get(self._actor.leave.remote(holder_id, reason))
+
+    def push_stats(self, holder_id: str, stats: Stats) -> None:
+        """See CoordinatorClient."""
+        self._actor.push_stats.remote(holder_id, stats)
+
+    def report_progress(self, who: str, text: str) -> None:
+        """Tell what a rank is doing; needs no answer."""
+        self._actor.report_progress.remote(who, text)
+
+    def report_failure(self, who: str, text: str) -> None:
+        """Tell why a rank could not load."""
+        self._get(self._actor.report_failure.remote(who, text))
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference, timeout=_CALL_S)
+        except (RayActorError, GetTimeoutError) as error:
+            raise CoordinatorLost(str(error)) from error

@@ -1,0 +1,73 @@
+"""What owns a gang: creates the coordinator, the placement group and the shards, which all end with their owner.
+
+Ray ends the actors and placement groups of a process that ends, however it ends, as long as they are not detached:
+that is the whole ownership rule, and nothing here is detached.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from divisi.cluster.ray.coordinator import NAMESPACE, start_coordinator
+from divisi.cluster.spec import GangSpec
+
+_PLACE_S = 600.0
+
+
+class GangLost(RuntimeError):
+    """The coordinator is gone; the owner has to be replaced."""
+
+
+class GangOwner:
+    """Lives in one process; `close` or the end of the process ends the gang's actors."""
+
+    def __init__(self, spec: GangSpec) -> None:
+        self._coordinator = start_coordinator(spec)
+        self._group: PlacementGroup | None = None
+        self._shards: list[ActorHandle[Any]] = []
+        if spec.shape.expert_shards:
+            self._group = _place(spec)
+            self._shards = [_start_shard(spec, index, self._group) for index in range(spec.shape.expert_shards)]
+
+    def check(self) -> None:
+        """Raise GangLost if the coordinator has died. A shard's death is no reason: Ray restarts it."""
+        try:
+            ray.get(self._coordinator.status.remote(), timeout=10)
+        except RayActorError as error:
+            raise GangLost(str(error)) from error
+
+    def close(self) -> None:
+        """End all actors now."""
+        for actor in (*self._shards, self._coordinator):
+            ray.kill(actor)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+def _place(spec: GangSpec) -> PlacementGroup:
+    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device == "cuda" else {})
+    group: PlacementGroup = placement_group([bundle] * spec.shape.expert_shards, strategy="PACK")
+    ray.get(group.ready(), timeout=_PLACE_S)
+    return group
+
+
+def _start_shard(spec: GangSpec, index: int, group: PlacementGroup) -> ActorHandle[Any]:
+    # Late: the ingress imports this module too, and must not load torch, which comes with the shard.
+    actor = importlib.import_module("divisi.cluster.ray.shard").ExpertShardActor
+    options = {
+        "num_cpus": 1,
+        "num_gpus": 1 if spec.device == "cuda" else 0,
+        "max_restarts": -1,
+        "name": f"{spec.name}/expert:{index}",
+        "namespace": NAMESPACE,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+    }
+    handle: ActorHandle[Any] = ray.remote(actor).options(**options).remote(spec, index)
+    return handle

@@ -1,0 +1,121 @@
+"""An attention worker in a Ray process: loads its weights, takes a seat, and runs the engine in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+
+from divisi.cluster.assembly import build_engine, worker_network
+from divisi.cluster.gang.coordinator import Stats
+from divisi.cluster.gang.inbox import EpochInbox
+from divisi.cluster.gang.mesh import listen
+from divisi.cluster.gang.seats import Address
+from divisi.cluster.gang.watch import Candidate, SeatWatch
+from divisi.cluster.gang.worker_loop import WorkerLoop
+from divisi.cluster.plan import StepPlan
+from divisi.cluster.ray.coordinator import RayCoordinatorClient
+from divisi.cluster.ray.loading import prepare_process, reported
+from divisi.cluster.ray.streams import TokenStreams
+from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.spec import GangSpec
+from divisi.cluster.stats import EngineStats
+from divisi.model.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+_STATS_EVERY_S = 0.25
+
+
+class WorkerFailed(RuntimeError):
+    """The step loop has ended by an error; the process has to be replaced."""
+
+
+class AttentionRank:
+    """One attention worker. `generate` belongs to the event loop, everything else to the step loop's thread."""
+
+    def __init__(self, spec: GangSpec) -> None:
+        """Load the weights; blocks until it is done. The seat is taken afterwards, in the background."""
+        self._spec = spec
+        host = prepare_process(spec)
+        config = ModelConfig.load(spec.model_dir)
+        listener = listen(host)
+        with reported(spec.name, f"attention worker {os.getpid()}") as report:
+            self._engine, local = build_engine(spec, config, report)
+        self._streams = TokenStreams()
+        self._inbox = EpochInbox()
+        self._failure: str | None = None
+        self._told: EngineStats | None = None
+        self._pushed_at = 0.0
+        address = Address(host, listener.getsockname()[1])
+        self._watch = SeatWatch(
+            lambda: RayCoordinatorClient(spec.name), Candidate("attention", address), self._inbox, self._changed_stats
+        )
+        network = worker_network(spec, config, listener)
+        self._loop = WorkerLoop[StepPlan](self._engine, local, self._inbox, self._watch, network, self._deliver)
+        self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
+        self._thread.start()
+        self._watch.start()
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+        """Events of one request, several at a time when the reader is slow; the last one is terminal.
+
+        Closing the generator cancels the request. Raises RequestRejected before the first event.
+        """
+        stream = self._streams.open(request.request_id)
+        finished = False
+        try:
+            await asyncio.wrap_future(self._loop.submit(request))
+            while not finished:
+                events = await stream.take()
+                finished = events[-1].finish_reason is not None
+                yield events
+        finally:
+            self._streams.close(request.request_id)
+            if not finished:
+                self._loop.cancel(request.request_id)
+
+    def check(self) -> None:
+        """Raise WorkerFailed once the step loop has ended by an error."""
+        if self._failure is not None:
+            raise WorkerFailed(self._failure)
+
+    def close(self) -> None:
+        """Leave the gang."""
+        self._inbox.stop()
+        self._thread.join(timeout=self._spec.step_deadline_s)
+        self._watch.stop("its replica is shutting down")
+
+    def _run(self) -> None:
+        try:
+            self._loop.run()
+        except Exception as error:  # an engine in an unknown state must not go on, and its requests must end
+            log.exception("the step loop failed")
+            self._failure = f"{type(error).__name__}: {error}"
+            self._engine.fail_all("the attention worker failed")
+            self._deliver(self._engine.take_events())
+            self._watch.stop("its step loop failed")
+
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        # Numbers first: who has read an answer's end finds the answer in /metrics.
+        ended = any(event.finish_reason is not None for event in events)
+        if ended and time.monotonic() - self._pushed_at > _STATS_EVERY_S:
+            self._pushed_at = time.monotonic()
+            self._watch.push_stats(dataclasses.asdict(self._engine.stats()))
+        self._streams.deliver(events)
+
+    def _changed_stats(self) -> Stats | None:
+        """For the watch's poll: the engine's numbers, None when they are those of the last time."""
+        try:
+            stats = self._loop.ask(self._engine.stats).result(timeout=0.5)
+        except FutureTimeout:  # in the middle of a long step; the next poll asks again
+            return None
+        if stats == self._told:
+            return None
+        self._told = stats
+        return dataclasses.asdict(stats)

@@ -1,0 +1,64 @@
+"""What crosses between the ingress and an attention worker: a `Request` in, `TokenEvent`s out. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+
+    `seed` is taken modulo 2**64. The token at a position depends on the logits, these numbers and the position only.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer to produce.
+
+    `stop_ids` end the answer and are not part of it. `logprobs`: None for none, 0 for the chosen token's only, n for
+    the n best besides; `prompt_logprobs` the same for the prompt's tokens.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token under the raw logits (before temperature and filters); `top` is best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Progress of one request. Exactly one event of a request is terminal: the one with a `finish_reason`.
+
+    `prompt_logprobs` comes once, on the first event; its entry 0 is None, as nothing precedes the first token.
+    `error` says what went wrong where the reason is "error"; `stop_id` is the stop id that ended the answer.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    stop_id: int | None = None

@@ -1,0 +1,63 @@
+"""A request on its way through the engine: what is known of it, what is committed, and what memory it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from divisi.cluster.request import Request, TokenLogprob
+
+NOTHING = -1
+"""Stands for a slot or row that the sequence does not hold."""
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Mutable record of one request; only the scheduler changes it (and the engine its `prompt_logprobs`).
+
+    While it decodes, `len(tokens) == length + 1`: the last token is chosen but its KV and state are not yet written.
+    """
+
+    request: Request
+    arrival: int
+    """Number of the request in order of arrival."""
+    tokens: list[int]
+    """The prompt, then what was generated."""
+    max_tokens: int
+    """Tokens at which the answer is cut: the prompt's plus the request's limit, or the model's context."""
+    status: Status = Status.WAITING
+    length: int = 0
+    """Committed tokens: their KV is in the pages, their state in the slot and its ring."""
+    pages: list[int] = field(default_factory=list)
+    slot: int = NOTHING
+    spare: int = NOTHING
+    row: int = NOTHING
+    """Row of the engine's page table while the sequence is admitted."""
+    cancelled: bool = False
+    """Cancelled while a step that includes it was under way; takes effect when that step ends."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """Of the first tokens of the prompt, as far as chunks have been committed. None when not asked for, or sent."""
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens chosen so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def prompt_positions(self, start: int, end: int) -> range:
+        """The positions in `start:end` whose logits give a prompt log-probability that is asked for and missing.
+
+        The logits at a position tell the log-probability of the token after it. A sequence that was preempted
+        computes its prompt again, but not these.
+        """
+        if self.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, len(self.prompt_logprobs) - 1), min(end, len(self.request.prompt) - 1))

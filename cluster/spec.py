@@ -1,0 +1,34 @@
+"""What the processes of a gang are told when they are created. Imports neither Ray nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from divisi.cluster.gang.seats import GangShape
+
+
+@dataclass(frozen=True, slots=True)
+class GangSpec:
+    """One gang: the checkpoint, its shape and the sizes of its ranks, with nothing left to be found out."""
+
+    name: str
+    """Name of the coordinator's actor."""
+    model_dir: str
+    dtype: Literal["bfloat16", "float32", "float16"]
+    device: Literal["cpu", "cuda"]
+    threads: int
+    """CPU threads of each rank."""
+    shape: GangShape
+    max_model_len: int
+    kv_memory: int
+    page_size: int
+    max_seqs: int
+    max_step_tokens: int
+    """Of the whole gang."""
+    step_deadline_s: float
+
+    @property
+    def worker_step_tokens(self) -> int:
+        """The share of a step's token budget that each attention worker plans with."""
+        return max(self.max_step_tokens // self.shape.attention_workers, self.max_seqs)

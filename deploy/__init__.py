@@ -1,0 +1,1 @@
+"""What a user meets: settings, command line, HTTP API and the Serve application."""

@@ -1,0 +1,130 @@
+"""From token events to text: detokenised, stopped at stop strings, with log-probabilities placed in the text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from divisi.cluster.errors import GangNotReady
+from divisi.cluster.request import TokenEvent, TokenLogprob
+from divisi.deploy.api.compile import Call
+from divisi.deploy.api.engine_client import EngineClient
+from divisi.deploy.api.errors import AnswerError
+from divisi.model.text import Detokenizer, StopMatcher, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedToken:
+    """A token whose log-probability was asked for."""
+
+    token_id: int
+    offset: int
+    """Characters of the text before it."""
+    logprob: TokenLogprob | None
+    """None for the first token of a prompt, which nothing precedes."""
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one event adds to an answer."""
+
+    text: str
+    token_ids: list[int]
+    """Generated tokens; a prompt that is echoed is not among them."""
+    tokens: list[PlacedToken] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    """The stop string, or the stop id that the client named."""
+
+
+class Answer:
+    """One growing answer. Its text doesn't depend on how the engine groups tokens into events."""
+
+    def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
+        self._call = call
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(call.stops) if call.stops else None
+        self._offset = 0
+        self._started = False
+
+    def push(self, event: TokenEvent) -> Delta:
+        """Take one event. Raises AnswerError or GangNotReady where the engine gave the answer up."""
+        if event.finish_reason == "error":
+            raise AnswerError(event.error or "the engine ended the answer with an error")
+        if event.finish_reason == "cancelled":
+            raise GangNotReady("the server cancelled the answer; send the request again")
+        delta = Delta("", [])
+        pieces: list[str] = []
+        if not self._started:
+            self._started = True
+            if self._call.echo:
+                pieces.append(self._echo(event, delta))
+        for index, token_id in enumerate(event.token_ids):
+            delta.token_ids.append(token_id)
+            if event.logprobs is not None:
+                delta.tokens.append(PlacedToken(token_id, self._offset, event.logprobs[index]))
+            pieces.append(self._release(self._detokenizer.push(token_id)))
+            if self._stopped(delta):
+                break
+        else:
+            if event.finish_reason is not None:
+                self._end(event, delta, pieces)
+        delta.text = "".join(pieces)
+        return delta
+
+    def _release(self, piece: str) -> str:
+        self._offset += len(piece)
+        return piece if self._matcher is None else self._matcher.push(piece)
+
+    def _stopped(self, delta: Delta) -> bool:
+        if self._matcher is None or self._matcher.matched is None:
+            return False
+        delta.finish_reason, delta.stop_reason = "stop", self._matcher.matched
+        return True
+
+    def _end(self, event: TokenEvent, delta: Delta, pieces: list[str]) -> None:
+        """The engine's end: let out what was held back, which may complete a stop string."""
+        pieces.append(self._release(self._detokenizer.flush()))
+        if self._stopped(delta):
+            return
+        if self._matcher is not None:
+            pieces.append(self._matcher.flush())
+        delta.finish_reason = "length" if event.finish_reason == "length" else "stop"
+        delta.stop_reason = event.stop_id if event.stop_id in self._call.stop_token_ids else None
+
+    def _echo(self, event: TokenEvent, delta: Delta) -> str:
+        """The prompt as the model read it, special tokens shown."""
+        prompt = self._call.request.prompt
+        detokenizer = Detokenizer(self._tokenizer, skip_special=False)
+        wanted = self._call.request.logprobs is not None and event.prompt_logprobs is not None
+        logprobs = event.prompt_logprobs or ()
+        pieces: list[str] = []
+        for index, token_id in enumerate(prompt):
+            if wanted:
+                delta.tokens.append(PlacedToken(token_id, self._offset, logprobs[index]))
+            piece = detokenizer.push(token_id)
+            self._offset += len(piece)
+            pieces.append(piece)
+        pieces.append(tail := detokenizer.flush())
+        self._offset += len(tail)
+        return "".join(pieces)
+
+
+async def answer_deltas(engine: EngineClient, call: Call, tokenizer: Tokenizer) -> AsyncGenerator[Delta, None]:
+    """The deltas of one call; the last has a finish reason. Closing it closes the engine's iterator.
+
+    After a stop string the engine's iterator is closed at once, which cancels the request.
+    """
+    answer = Answer(call, tokenizer)
+    async with aclosing(engine.generate(call.request)) as events:
+        async for event in events:
+            delta = answer.push(event)
+            if delta.finish_reason is not None:
+                await events.aclose()
+            yield delta
+            if delta.finish_reason is not None:
+                return
+    raise AnswerError("the engine's answer broke off without an end")

@@ -1,0 +1,147 @@
+"""The HTTP application: routes, error handlers and middleware, composed from an engine client and a text codec."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from divisi.cluster.errors import DivisiError
+from divisi.deploy.api.body import parse_body, read_body
+from divisi.deploy.api.boundary import Boundary
+from divisi.deploy.api.chat import ChatWriter
+from divisi.deploy.api.compile import Compiler, check_model
+from divisi.deploy.api.completions import CompletionWriter
+from divisi.deploy.api.engine_client import EngineClient, GangStatus
+from divisi.deploy.api.errors import to_reply
+from divisi.deploy.api.metrics import CountRequests, Metrics, RequestClock
+from divisi.deploy.api.openapi import chat_docs, completion_docs
+from divisi.deploy.api.protocol import ChatBody, CompletionBody
+from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.api.streaming import GenerationResponse
+from divisi.model.text import TextCodec, TextError
+
+logger = logging.getLogger(__name__)
+
+
+class Api:
+    """The endpoints."""
+
+    def __init__(self, engine: EngineClient, text: TextCodec, settings: ApiSettings, metrics: Metrics) -> None:
+        self._engine = engine
+        self._tokenizer = text.tokenizer
+        self._settings = settings
+        self._metrics = metrics
+        self._compiler = Compiler(text, settings)
+        self._created = int(time.time())
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """POST /v1/chat/completions."""
+        clock = RequestClock(self._metrics, "chat")
+        body = parse_body(ChatBody, await read_body(http, self._settings.max_body_bytes))
+        call = await self._compiler.chat(body)
+        writer = ChatWriter(body, call, self._settings.served_model_name, self._tokenizer)
+        return GenerationResponse(self._engine, self._tokenizer, [call], writer, clock, stream=bool(body.stream))
+
+    async def completion(self, http: HttpRequest) -> Response:
+        """POST /v1/completions."""
+        clock = RequestClock(self._metrics, "completion")
+        body = parse_body(CompletionBody, await read_body(http, self._settings.max_body_bytes))
+        calls = await self._compiler.completion(body)
+        writer = CompletionWriter(body, calls, self._settings.served_model_name, self._tokenizer)
+        return GenerationResponse(self._engine, self._tokenizer, calls, writer, clock, stream=bool(body.stream))
+
+    async def models(self) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, model_id: str) -> Response:
+        """GET /v1/models/{id}; 404 for any but the served one."""
+        check_model(model_id, self._settings.served_model_name)
+        return JSONResponse(self._model())
+
+    async def live(self) -> Response:
+        """GET /v1/health/live: this process answers. It says nothing of the gang, which may be recovering."""
+        return JSONResponse({"status": "live"})
+
+    async def ready(self) -> Response:
+        """GET /v1/health/ready: 200 when the gang can serve now, else 503 and why not."""
+        status = await self._status()
+        if status.ready:
+            return JSONResponse({"status": "ready"})
+        wait = {"Retry-After": str(self._settings.retry_after_s)}
+        return JSONResponse({"status": "not ready", "reason": status.reason}, 503, wait)
+
+    async def metrics(self) -> Response:
+        """GET /metrics."""
+        return Response(self._metrics.render(await self._status()), media_type=CONTENT_TYPE_LATEST)
+
+    async def _status(self) -> GangStatus:
+        try:
+            async with asyncio.timeout(self._settings.status_timeout_s):
+                return await self._engine.status()
+        except TimeoutError:
+            return GangStatus(ready=False, reason="the gang does not answer")
+        except DivisiError as error:
+            return GangStatus(ready=False, reason=str(error))
+        except Exception:
+            # Whatever broke between here and the gang, the answer to "can it serve now" is no, not a 500.
+            logger.exception("the gang's status cannot be read")
+            return GangStatus(ready=False, reason="the gang's status cannot be read; the server's log has the details")
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._settings.served_model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "divisi",
+            "max_model_len": self._settings.max_model_len,
+        }
+
+
+def build_app(engine: EngineClient, text: TextCodec, settings: ApiSettings) -> FastAPI:
+    """The ASGI application of one HTTP process."""
+    app = FastAPI(
+        title="Divisi",
+        # FastAPI's own spans would fork the trace that Ray Serve carries.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    metrics = Metrics()
+    api = Api(engine, text, settings, metrics)
+    route = app.add_api_route
+    route("/v1/chat/completions", api.chat, methods=["POST"], response_class=Response, openapi_extra=chat_docs())
+    route("/v1/completions", api.completion, methods=["POST"], response_class=Response, openapi_extra=completion_docs())
+    route("/v1/models", api.models, methods=["GET"], response_class=JSONResponse)
+    route("/v1/models/{model_id:path}", api.model, methods=["GET"], response_class=JSONResponse)
+    route("/v1/health/live", api.live, methods=["GET"], response_class=JSONResponse)
+    route("/v1/health/ready", api.ready, methods=["GET"], response_class=JSONResponse)
+    route("/health", api.ready, methods=["GET"], response_class=JSONResponse, operation_id="health")
+    route("/metrics", api.metrics, methods=["GET"], response_class=Response)
+    handler = _error_handler(settings)
+    for kind in (DivisiError, TextError, HTTPException):
+        app.add_exception_handler(kind, handler)
+    # The last one added is the outermost: every reply is counted, the boundary's too.
+    app.add_middleware(Boundary)
+    app.add_middleware(CountRequests, metrics=metrics)
+    return app
+
+
+def _error_handler(settings: ApiSettings) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:
+    async def reply_to(http: HttpRequest, error: Exception) -> Response:
+        reply = to_reply(error, retry_after_s=settings.retry_after_s)
+        if reply.status >= 500 and reply.status != 503:
+            logger.error("%s %s failed: %s", http.method, http.url.path, error)
+        return Response(reply.body(), reply.status, reply.headers, media_type="application/json")
+
+    return reply_to

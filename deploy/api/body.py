@@ -1,0 +1,117 @@
+"""From the bytes of an HTTP request to a validated body, or an error that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request as HttpRequest
+
+from divisi.deploy.api.errors import ApiError
+from divisi.deploy.api.surface import has_no_effect, refusal
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+_OBJECT_TYPES = frozenset({"model_type", "dict_type"})
+
+
+async def read_body(http: HttpRequest, max_bytes: int) -> bytes:
+    """The body of a JSON request. Raises ApiError: 415 for another content type, 413 past the limit."""
+    content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ApiError(
+            f"Content-Type is {content_type or 'missing'!r}; send 'Content-Type: application/json'",
+            status=415,
+            code="unsupported_media_type",
+        )
+    if (encoding := http.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ApiError(
+            f"Content-Encoding {encoding!r} is not supported; send the body uncompressed",
+            status=415,
+            code="unsupported_media_type",
+        )
+    declared = http.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    async for piece in http.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+def parse_body(kind: type[BodyT], raw: bytes) -> BodyT:
+    """Validate a body. Raises ApiError for the first thing that is wrong with it."""
+    try:
+        data = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(data, dict):
+        raise ApiError(f"the body must be a JSON object, not {_shown(data)}", code="invalid_type")
+    known = kind.model_fields
+    for name in [name for name in data if name not in known]:
+        if not has_no_effect(name, data[name]):
+            message, code = refusal(name, list(known))
+            raise ApiError(message, param=name[:64], code=code)
+        del data[name]
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _from_validation(error) from None
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(f"the body has more than {max_bytes} bytes; send less", status=413, code="body_too_large")
+
+
+def _from_validation(error: ValidationError) -> ApiError:
+    """The first complaint, as `field: what is wrong, what was sent`."""
+    first: Mapping[str, Any] = error.errors(include_url=False)[0]
+    param = _place(first["loc"])
+    kind, message = first["type"], first["msg"]
+    if kind == "missing":
+        return ApiError(f"{param} is required", param=param, code="missing_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(f"{param} is not supported here; leave it out", param=param, code="unsupported_parameter")
+    if kind == "value_error":
+        text = message.removeprefix("Value error, ")
+        # A check across fields has no place of its own; its text begins with the field's name.
+        return ApiError(f"{param}: {text}" if param else text, param=param or text.split()[0].strip(":"))
+    text = "input should be a JSON object" if kind in _OBJECT_TYPES else message[:1].lower() + message[1:]
+    return ApiError(f"{param}: {text}, but it is {_shown(first['input'])}", param=param, code=_code(kind))
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """`("messages", 0, "content")` as `messages[0].content`; union tags left out."""
+    place = ""
+    for step in location:
+        if isinstance(step, int):
+            place += f"[{step}]"
+        elif not step.startswith("<"):
+            place += f".{step[:64]}" if place else step[:64]
+    return place
+
+
+def _code(kind: str) -> str:
+    return "invalid_type" if kind.endswith("_type") or kind == "kind" else "invalid_value"
+
+
+def _shown(value: object) -> str:
+    """A value for people, cut short; containers by size, since theirs may hold megabytes."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return f"an object of {len(value)}"
+        case list():
+            return f"a list of {len(value)}"
+        case str() if len(value) > 64:
+            return f"a string of {len(value)} characters"
+        case int() if abs(value) > 10**20:
+            return "a huge integer"
+        case _:
+            return repr(value)

@@ -1,0 +1,48 @@
+"""What the HTTP API needs of the gang: token events for a request, and whether it can serve now."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from divisi.cluster.request import Request, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class StatRow:
+    """One number of the engine, as `/metrics` shows it."""
+
+    name: str
+    """Without the `divisi_` prefix and without `_total`: `"step_seconds"`, `"requests_running"`."""
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+    """For instance `(("part", "mixer"), ("worker", "0"))`. Rows of one name carry the same label names."""
+    kind: Literal["counter", "gauge"] = "gauge"
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GangStatus:
+    """Whether the gang can serve now, why not, and its numbers."""
+
+    ready: bool
+    reason: str
+    """Why it isn't ready, for people: `"loading weights, 3 of 4 seats filled"`. Anything when it is."""
+    stats: tuple[StatRow, ...] = ()
+
+
+class EngineClient(Protocol):
+    """The gang as one HTTP process sees it."""
+
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Token events of one request, the last of them terminal.
+
+        Closing the iterator, or cancelling a task that waits in it, cancels the request.
+        Raises `Overloaded`, `GangNotReady` or `RequestRejected` before the first event.
+        """
+        ...
+
+    async def status(self) -> GangStatus:
+        """Answers at once, also while nothing is loaded."""
+        ...

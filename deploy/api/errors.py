@@ -1,0 +1,97 @@
+"""The one place where errors become HTTP: status, OpenAI-shaped body and headers.
+
+DivisiError
++-- ApiError              the HTTP request itself: body, fields, model name, path
++-- AnswerError          an answer broke off inside the engine
++-- TextError             (model/text) a conversation or text that cannot become a prompt
++-- RequestRejected, Overloaded, GangNotReady, StepAborted   (cluster/errors)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+
+from divisi.cluster.errors import DivisiError, GangNotReady, Overloaded, RequestRejected, StepAborted
+from divisi.model.text import TemplateError, TextError
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+
+
+class ApiError(DivisiError):
+    """A request that the API refuses. `param` names the field, `message` what is wrong and what to do."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, code: str = "invalid_value"
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+class AnswerError(DivisiError):
+    """The engine ended an answer with an error, or without a terminal event."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """An error as HTTP sees it."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """`{"error": {...}}` as OpenAI spells it."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return to_json({"error": error})
+
+
+def to_reply(error: BaseException, *, retry_after_s: int = 1) -> ErrorReply:
+    """The reply to any error. What isn't part of the error tree is a 500 that tells nothing of its inside."""
+    match error:
+        case ApiError():
+            return ErrorReply(error.status, error.message, INVALID_REQUEST, error.param, error.code)
+        case RequestRejected():
+            return ErrorReply(400, str(error), INVALID_REQUEST, None, "request_rejected")
+        case TemplateError():
+            return ErrorReply(400, str(error), INVALID_REQUEST, "messages", "template_error")
+        case TextError():
+            return ErrorReply(400, str(error), INVALID_REQUEST, None, "invalid_text")
+        case Overloaded():
+            wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+            return ErrorReply(429, str(error), "rate_limit_error", None, "overloaded", wait)
+        case GangNotReady():
+            wait = {"Retry-After": str(retry_after_s)}
+            return ErrorReply(503, str(error), "service_unavailable_error", None, "gang_not_ready", wait)
+        case StepAborted():
+            return ErrorReply(500, f"a step was aborted: {error}", SERVER_ERROR, None, "step_aborted")
+        case AnswerError():
+            return ErrorReply(500, str(error), SERVER_ERROR, None, "answer_failed")
+        case HTTPException():
+            return _from_http_exception(error)
+        case _:
+            return ErrorReply(500, "internal error; the server's log has the details", SERVER_ERROR, None, "internal")
+
+
+def _from_http_exception(error: HTTPException) -> ErrorReply:
+    """What the router itself raises: no such path, wrong method."""
+    hints = {404: "no such path", 405: "this path doesn't take that method"}
+    codes = {404: "path_not_found", 405: "method_not_allowed"}
+    return ErrorReply(
+        error.status_code,
+        hints.get(error.status_code, str(error.detail)),
+        INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR,
+        None,
+        codes.get(error.status_code),
+        dict(error.headers or {}),
+    )

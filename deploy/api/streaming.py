@@ -1,0 +1,137 @@
+"""The reply to a generation request: one JSON body, or server-sent events."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from divisi.deploy.api.answer import Delta, answer_deltas
+from divisi.deploy.api.compile import Call
+from divisi.deploy.api.engine_client import EngineClient
+from divisi.deploy.api.errors import AnswerError, to_reply
+from divisi.deploy.api.merge import ClientLeftError, merge, until_client_leaves
+from divisi.deploy.api.metrics import RequestClock
+from divisi.model.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # a proxy that buffers would turn a stream into one late block
+]
+DONE = b"data: [DONE]\n\n"
+
+
+class Writer(Protocol):
+    """How one endpoint spells answers; one object per request."""
+
+    def opening(self) -> bytes:
+        """Events before the first delta."""
+        ...
+
+    def chunk(self, index: int, delta: Delta) -> bytes:
+        """Events of one delta of choice `index`; empty where it shows nothing."""
+        ...
+
+    def closing(self) -> bytes:
+        """Events after the last delta, up to `[DONE]`."""
+        ...
+
+    def whole(self, answers: Sequence[Delta]) -> bytes:
+        """The body of an answer that isn't streamed; one finished delta per choice."""
+        ...
+
+
+class GenerationResponse(Response):
+    """Generates and replies. The status is decided after the first event, so an early failure keeps its own.
+
+    Errors before that are raised for the app's handlers; later ones become an SSE error event that ends the stream.
+    A client that leaves ends the generation at once.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        calls: Sequence[Call],
+        writer: Writer,
+        clock: RequestClock,
+        *,
+        stream: bool,
+    ) -> None:
+        super().__init__()
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._calls = calls
+        self._writer = writer
+        self._clock = clock
+        self._stream = stream
+        self._reasons = ["cancelled"] * len(calls)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request; returns after the last byte, or after the clean-up when the client has left."""
+        try:
+            await until_client_leaves(receive, self._reply_streamed(send) if self._stream else self._reply_whole(send))
+        except ClientLeftError:
+            return  # nobody is there to answer
+        except Exception:
+            self._fail()
+            raise
+        finally:
+            self._clock.close(sum(len(call.request.prompt) for call in self._calls), self._reasons)
+
+    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        sources = [answer_deltas(self._engine, call, self._tokenizer) for call in self._calls]
+        async with aclosing(merge(sources)) as merged:
+            async for index, delta in merged:
+                self._clock.tick(len(delta.token_ids))
+                if delta.finish_reason is not None:
+                    self._reasons[index] = delta.finish_reason
+                yield index, delta
+
+    async def _reply_whole(self, send: Send) -> None:
+        answers = [Delta("", []) for _ in self._calls]
+        texts: list[list[str]] = [[] for _ in self._calls]
+        async with aclosing(self._deltas()) as deltas:
+            async for index, delta in deltas:
+                answer = answers[index]
+                texts[index].append(delta.text)
+                answer.token_ids += delta.token_ids
+                answer.tokens += delta.tokens
+                answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+        for answer, pieces in zip(answers, texts, strict=True):
+            answer.text = "".join(pieces)
+        body = self._writer.whole(answers)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _reply_streamed(self, send: Send) -> None:
+        async with aclosing(self._deltas()) as deltas:
+            index, first = await anext(deltas)
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            await _send_events(send, self._writer.opening() + self._writer.chunk(index, first))
+            try:
+                async for index, delta in deltas:
+                    if events := self._writer.chunk(index, delta):
+                        await _send_events(send, events)
+                last = self._writer.closing()
+            except Exception as error:
+                self._fail()
+                if not isinstance(error, AnswerError):
+                    logger.error("a stream broke off", exc_info=error)
+                last = b"data: " + to_reply(error).body() + b"\n\n"
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _fail(self) -> None:
+        self._reasons = ["error" if reason == "cancelled" else reason for reason in self._reasons]
+
+
+async def _send_events(send: Send, events: bytes) -> None:
+    await send({"type": "http.response.body", "body": events, "more_body": True})

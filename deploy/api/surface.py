@@ -1,0 +1,112 @@
+"""Fields of OpenAI's and vLLM's surface that have no effect here: which are harmless, neutral, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+HARMLESS = frozenset({"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Accepted with any value: they are notes to the operator, not to the model."""
+
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "store": (None, False),
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "logit_bias": (None, {}),
+    "bad_words": (None, []),
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "add_special_tokens": (None,),
+    "use_beam_search": (None, False),
+    "suffix": (None, ""),
+    "priority": (None, 0),
+}
+"""Accepted with a value that asks for nothing beyond what is done anyway; refused with any other."""
+
+UNSUPPORTED = frozenset(
+    [
+        "allowed_token_ids",
+        "audio",
+        "cache_salt",
+        "chat_template",
+        "documents",
+        "function_call",
+        "guided_choice",
+        "guided_grammar",
+        "guided_json",
+        "guided_regex",
+        "include_reasoning",
+        "kv_transfer_params",
+        "logits_processors",
+        "mm_processor_kwargs",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_logprobs",
+        "reasoning",
+        "reasoning_effort",
+        "request_id",
+        "return_tokens_as_token_ids",
+        "structured_outputs",
+        "thinking",
+        "truncate_prompt_tokens",
+        "verbosity",
+        "vllm_xargs",
+        "web_search_options",
+        "prompt_embeds",
+        "prompt_cache_retention",
+        "max_completion_tokens",
+        "top_logprobs",
+        "chat_template_kwargs",
+        "messages",
+        "prompt",
+        "echo",
+        "logprobs",
+    ]
+)
+"""Known by name, refused unless null. The last ones belong to one endpoint and are refused on the other."""
+
+
+def strip_without_effect(data: object, neutral: Mapping[str, tuple[object, ...]]) -> object:
+    """`data` without the fields whose value changes nothing; other values stay, to be refused by name."""
+    if not isinstance(data, dict):
+        return data
+    return {name: value for name, value in data.items() if name not in neutral or not _is_one_of(value, neutral[name])}
+
+
+def has_no_effect(name: str, value: object) -> bool:
+    """Whether a field that the body's model lacks may be dropped."""
+    if name in HARMLESS:
+        return True
+    if name in NEUTRAL:
+        return _is_one_of(value, NEUTRAL[name])
+    return name in UNSUPPORTED and value is None
+
+
+def refusal(name: str, known: list[str]) -> tuple[str, str]:
+    """Message and error code for a field that is refused."""
+    if name in NEUTRAL and len(NEUTRAL[name]) > 1:
+        return f"{name}: only {NEUTRAL[name][1]!r} is supported by this server; leave it out", "unsupported_parameter"
+    if name in NEUTRAL or name in UNSUPPORTED:
+        return f"{name} is not supported by this endpoint of this server; leave it out", "unsupported_parameter"
+    close = get_close_matches(name[:64], known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; leave it out"
+    return f"{name[:64]!r} is not a known field{hint}", "unknown_parameter"
+
+
+def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
+    # 1 == True in Python, but not in JSON.
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed)

@@ -1,0 +1,5 @@
+"""The `divisi` command."""
+
+from divisi.deploy.cli.main import main
+
+__all__ = ["main"]

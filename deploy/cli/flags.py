@@ -1,0 +1,85 @@
+"""Flags that `serve` and `inspect` share, and how they become settings."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from divisi.deploy.settings import Settings, SettingsError
+from divisi.model.config import ModelConfig
+
+# flag's destination -> (group, field) of Settings
+_FIELDS = {
+    "model_dir": ("model", "model_dir"),
+    "dtype": ("model", "dtype"),
+    "max_model_len": ("model", "max_model_len"),
+    "topology": ("gang", "topology"),
+    "attention_workers": ("gang", "attention_workers"),
+    "expert_shards": ("gang", "expert_shards"),
+    "device": ("gang", "device"),
+    "threads_per_process": ("gang", "threads_per_process"),
+    "kv_memory": ("cache", "kv_memory"),
+    "page_size": ("cache", "page_size"),
+    "max_seqs": ("cache", "max_seqs"),
+    "max_step_tokens": ("cache", "max_step_tokens"),
+    "host": ("http", "host"),
+    "port": ("http", "port"),
+    "served_model_name": ("http", "served_model_name"),
+}
+
+
+def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the model directory, --config and the flags for model, gang and cache."""
+    parser.add_argument(
+        "model_dir", metavar="MODEL_DIR", nargs="?", type=Path,
+        help="directory with config.json, safetensors and tokenizer.json (may be in the configuration file instead)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path,
+        help="settings as TOML, YAML or JSON; flags win over it (default: the file named by DIVISI_CONFIG, if any)",
+    )  # fmt: skip
+    model = parser.add_argument_group("model")
+    model.add_argument("--dtype", choices=("auto", "bfloat16", "float32", "float16"), help="default: the checkpoint's")
+    model.add_argument("--max-model-len", metavar="TOKENS", help="longest prompt plus answer (default: the model's)")
+    gang = parser.add_argument_group("gang")
+    gang.add_argument(
+        "--topology", choices=("local", "split"),
+        help="local: one process; split: workers and shards apart (default: split if shards are given)",
+    )  # fmt: skip
+    gang.add_argument("--attention-workers", metavar="N", help="each holds its own sequences (default: 1)")
+    gang.add_argument("--expert-shards", metavar="N", help="the routed experts are shared out among them (default: 1)")
+    gang.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+    gang.add_argument("--threads-per-process", metavar="N", help="CPU threads of each rank (default: a fair share)")
+    cache = parser.add_argument_group("memory, for each attention worker")
+    cache.add_argument("--kv-memory", metavar="SIZE", help="for KV pages, as in 512MiB or 16GiB (default: 1GiB)")
+    cache.add_argument("--page-size", metavar="TOKENS", help="tokens per KV page (default: 16)")
+    cache.add_argument("--max-seqs", metavar="N", help="sequences that run at once (default: 32)")
+    cache.add_argument("--max-step-tokens", metavar="N", help="token budget of one step (default: 512)")
+
+
+def load_settings(args: argparse.Namespace) -> Settings:
+    """Merge flags over the configuration file. Raises SettingsError."""
+    overrides: dict[str, dict[str, object]] = {}
+    for flag, (group, field) in _FIELDS.items():
+        overrides.setdefault(group, {})[field] = getattr(args, flag, None)
+    settings = Settings.load(args.config, overrides)
+    if not settings.model.model_dir.is_dir():
+        raise SettingsError(
+            f"model.model_dir: {settings.model.model_dir} is no directory; "
+            f"give a model directory, or make one with: divisi checkpoint random --out {settings.model.model_dir}"
+        )
+    return settings
+
+
+def check_fit(settings: Settings, config: ModelConfig) -> None:
+    """Refuse what this model cannot do: more shards than experts, more tokens than positions. Raises SettingsError."""
+    shards, length = settings.gang.expert_shards, settings.model.max_model_len or 0
+    if shards > config.num_experts:
+        raise SettingsError(
+            f"gang.expert_shards: {shards} is more than the model's {config.num_experts} experts; use fewer"
+        )
+    if length > config.max_position_embeddings:
+        raise SettingsError(
+            f"model.max_model_len: {length} is more than the model's {config.max_position_embeddings} positions; "
+            f"give that or less"
+        )

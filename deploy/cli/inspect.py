@@ -1,0 +1,168 @@
+"""`divisi inspect`: what each rank of a deployment would load, without loading it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from divisi.deploy.cli.flags import add_deployment_flags, check_fit, load_settings
+from divisi.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from divisi.deploy.settings import Settings
+    from divisi.model.checkpoint import Checkpoint, Role
+
+EXAMPLES = """\
+examples:
+  divisi inspect /models/tiny                        one process
+  divisi inspect /models/next --attention-workers 2 --expert-shards 4 --kv-memory 16GiB
+  divisi inspect /models/next --expert-shards 8 --json
+
+Reads the headers of the files only. Memory that kernels and Python take on top is not counted.
+"""
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "inspect",
+        help="show what each rank would load",
+        description="Check a checkpoint and show what each rank would load: tensors, bytes and the memory plan.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_deployment_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report. Raises SettingsError, ConfigError and CheckpointError."""
+    settings = load_settings(args)
+    config = ModelConfig.load(settings.model.model_dir)
+    check_fit(settings, config)
+    # late: imports torch
+    from divisi.model.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(settings.model.model_dir)
+    checkpoint.check_all(config)
+    report = build_report(settings, config, checkpoint)
+    print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
+    return 0
+
+
+def build_report(settings: Settings, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the report as JSON-ready data; all sizes in bytes."""
+    from divisi.model.checkpoint import Role
+
+    dtype = config.dtype if settings.model.dtype == "auto" else settings.model.dtype
+    roles = Role.all_of(config, settings.gang.attention_workers, settings.gang.expert_shards)
+    mtp = [info.num_bytes for name, info in checkpoint.tensors.items() if name.startswith("mtp.")]
+    return {
+        "model": {
+            "name": settings.served_model_name,
+            "layers": config.num_hidden_layers,
+            "linear_attention_layers": len(config.linear_layers),
+            "full_attention_layers": len(config.full_layers),
+            "moe_layers": len(config.moe_layers),
+            "experts": config.num_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "dtype": dtype,
+            "max_model_len": settings.model.max_model_len or config.max_position_embeddings,
+        },
+        "ranks": [_rank(role, settings, config, checkpoint, dtype) for role in roles],
+        "mtp": {"tensors": len(mtp), "bytes": sum(mtp), "loaded": False},
+    }
+
+
+def _rank(role: Role, settings: Settings, config: ModelConfig, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    from divisi.model.checkpoint import plan_rank
+
+    plan = plan_rank(config, checkpoint.tensors, role)
+    weights = 0
+    for label, num_bytes in plan.items():
+        disk = checkpoint.tensors[label.partition("[")[0]]
+        weights += num_bytes * _ELEMENT_BYTES[dtype] // (2 if disk.dtype in ("BF16", "F16") else 4)
+    rank: dict[str, Any] = {
+        "seat": role.name,
+        "experts": [role.experts.start, role.experts.stop] if role.experts else None,
+        "tensors": len(plan),
+        "bytes_on_disk": sum(plan.values()),
+        "weight_bytes": weights,
+        "memory_bytes": weights,
+    }
+    if role.attention:
+        rank |= _sequence_memory(settings, config, dtype)
+        rank["memory_bytes"] += rank["kv_bytes"] + rank["state_bytes"]
+    return rank
+
+
+def _sequence_memory(settings: Settings, config: ModelConfig, dtype: str) -> dict[str, int]:
+    import torch
+
+    from divisi.cluster.memory_plan import MemoryPlan
+
+    cache = settings.cache
+    plan = MemoryPlan.of(
+        config,
+        kv_memory=cache.kv_memory,
+        page_size=cache.page_size,
+        max_seqs=cache.max_seqs,
+        max_model_len=settings.model.max_model_len or config.max_position_embeddings,
+        dtype=getattr(torch, dtype),
+    )
+    return {
+        "pages": plan.num_pages,
+        "page_size": plan.page_size,
+        "tokens": plan.num_tokens,
+        "kv_bytes": plan.kv_bytes,
+        "state_slots": plan.num_slots,
+        "state_bytes": plan.state_bytes,
+    }
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    model, mtp = report["model"], report["mtp"]
+    lines = [
+        f"{model['name']}: {model['layers']} layers ({model['linear_attention_layers']} linear attention, "
+        f"{model['full_attention_layers']} full attention, {model['moe_layers']} with {model['experts']} experts, "
+        f"top {model['experts_per_token']}), {model['dtype']}, up to {model['max_model_len']:,} tokens",
+        "",
+        *_table(report["ranks"]),
+        "",
+    ]
+    worker = report["ranks"][0]
+    lines.append(
+        f"Each attention worker: {worker['pages']:,} pages of {worker['page_size']} tokens = "
+        f"{worker['tokens']:,} tokens of KV; {worker['state_slots']} state slots"
+    )
+    if mtp["tensors"]:
+        lines.append(f"MTP layer: {mtp['tensors']} tensors, {_size(mtp['bytes'])}, recognised and not loaded")
+    return lines
+
+
+def _table(ranks: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [("seat", "experts", "tensors", "reads", "weights", "KV", "state", "memory")]
+    for rank in ranks:
+        experts = f"{rank['experts'][0]}..{rank['experts'][1] - 1}" if rank["experts"] else "-"
+        sizes = ("bytes_on_disk", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes")
+        cells = [_size(rank[name]) if name in rank else "-" for name in sizes]
+        rows.append((rank["seat"], experts, f"{rank['tensors']:,}", *cells))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *rest]))
+    return lines
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,54 @@
+"""`divisi serve`: checks the settings and the checkpoint, then runs the Serve application until stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+from divisi.deploy.cli.flags import add_deployment_flags, check_fit, load_settings
+from divisi.model.config import ModelConfig
+
+EXAMPLES = """\
+examples:
+  divisi serve /models/tiny                                      one process
+  divisi serve /models/tiny --expert-shards 2                    one attention worker, two expert shards
+  divisi serve /models/next --attention-workers 2 --expert-shards 4 --device cuda --kv-memory 16GiB
+  divisi serve --config divisi.toml --port 9000                  flags win over the file
+
+then:
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}'
+
+Stop it with Ctrl-C; it takes all of its processes with it.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over the OpenAI API",
+        description="Serve a model directory over the OpenAI API, on this machine or on the Ray cluster it belongs to.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_deployment_flags(parser)
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    http.add_argument("--port", metavar="N", help="default: 8000")
+    http.add_argument("--served-model-name", metavar="NAME", help="default: the directory's name")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted. Raises SettingsError, ConfigError and CheckpointError before anything is started."""
+    settings = load_settings(args)
+    config = ModelConfig.load(settings.model.model_dir)
+    check_fit(settings, config)
+    # Late: `divisi --help` should not take the seconds that importing torch and Ray takes.
+    from divisi.model.checkpoint import Checkpoint
+
+    Checkpoint.open(settings.model.model_dir).check_all(config)
+    from divisi.deploy.serve_app import run as serve_until_stopped
+
+    serve_until_stopped(settings)
+    return 0

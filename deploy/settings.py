@@ -1,0 +1,250 @@
+"""All settings of a deployment, as frozen models; the only module that reads the environment.
+
+A setting comes from a command-line flag, else from the configuration file, else from its default.
+The file (TOML, YAML or JSON) has the shape of `Settings`: one table per group.
+
+    [model]
+    model_dir = "/models/Qwen3-Next-80B-A3B-Instruct"
+    [gang]
+    topology = "split"
+    expert_shards = 4
+    [cache]
+    kv_memory = "16GiB"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+CONFIG_VARIABLE = "DIVISI_CONFIG"
+"""Names the configuration file where none is given on the command line (a container image's entry point)."""
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
+
+
+class SettingsError(ValueError):
+    """A setting is unknown, malformed or contradicts another; the text names field, value and remedy."""
+
+
+def parse_bytes(value: object) -> object:
+    """Turn `512MiB`, `2 GiB`, `1.5GB` or `4096` into bytes; leave what is no text to the caller's validation."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", value.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError("not a size: write bytes, or a number with a unit as in 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Group(BaseModel):
+    """What all groups share: immutable, unknown keys rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Group):
+    """The checkpoint and how its numbers are held."""
+
+    model_dir: Path
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """Weights and KV; `auto` takes the checkpoint's own."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest prompt plus answer in tokens; None takes the checkpoint's `max_position_embeddings`."""
+
+
+class GangSettings(Group):
+    """The processes that run one copy of the model."""
+
+    topology: Literal["local", "split"] = "local"
+    """`local`: one process does everything. `split`: attention workers and expert shards apart."""
+    attention_workers: int = Field(default=1, ge=1, le=64)
+    expert_shards: int = Field(default=0, ge=0, le=512)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_process: int | None = Field(default=None, ge=1)
+    """CPU threads of each rank; None shares the machine's cores out among the ranks on it."""
+    step_deadline_s: float = Field(default=30.0, gt=0)
+    """Longest wait inside one step before it is aborted and replayed in a new epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infer_topology(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        values = dict(data)
+        if "topology" not in values and values.get("expert_shards") not in (None, 0, "0"):
+            values["topology"] = "split"
+        if values.get("topology") == "split":
+            values.setdefault("expert_shards", 1)
+        return values
+
+    @model_validator(mode="after")
+    def _check_topology(self) -> Self:
+        if self.topology == "split" and self.expert_shards < 1:
+            raise ValueError("topology 'split' needs expert_shards >= 1; give it, or use topology 'local'")
+        if self.topology == "local" and self.expert_shards > 0:
+            raise ValueError(f"topology 'local' has no expert shards, got {self.expert_shards}; use topology 'split'")
+        if self.topology == "local" and self.attention_workers > 1:
+            raise ValueError(f"topology 'local' is one process, got attention_workers={self.attention_workers}")
+        return self
+
+
+class CacheSettings(Group):
+    """Memory for sequences, per attention worker, and the size of a step."""
+
+    kv_memory: Bytes = Field(default=2**30, ge=2**16)
+    """At most so many bytes for KV pages. State slots come on top, see `max_seqs` and `divisi inspect`."""
+    page_size: int = Field(default=16, ge=1, le=4096)
+    """Tokens per KV page."""
+    max_seqs: int = Field(default=32, ge=1, le=4096)
+    """Sequences that run at once: so many state slots, and spares for their prefill."""
+    max_step_tokens: int = Field(default=512, ge=1)
+    """Token budget of one step of the gang: decodes first, the rest prefill chunks."""
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.max_step_tokens < self.max_seqs:
+            raise ValueError(
+                f"max_step_tokens={self.max_step_tokens} cannot decode max_seqs={self.max_seqs} sequences in one step; "
+                f"raise max_step_tokens to {self.max_seqs} or more, or lower max_seqs"
+            )
+        return self
+
+
+class HttpSettings(Group):
+    """Where the API listens and what it calls the model."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    served_model_name: str | None = Field(default=None, min_length=1)
+    """Name in /v1/models and in requests; None takes the model directory's name."""
+    ingress_replicas: int = Field(default=1, ge=1, le=256)
+
+
+class LimitSettings(Group):
+    """What one client, or all of them together, may ask of the service."""
+
+    max_queued_requests: int = Field(default=1024, ge=1)
+    """Requests admitted and unfinished over the whole gang; above it 429 with Retry-After."""
+    max_body_bytes: Bytes = Field(default=16 * 2**20, ge=1024)
+    max_prompts: int = Field(default=128, ge=1)
+    """Prompts in one /v1/completions body."""
+    max_logprobs: int = Field(default=20, ge=0, le=1000)
+    retry_after_s: int = Field(default=1, ge=1)
+    shutdown_grace_s: float = Field(default=10.0, ge=0)
+    """How long running answers may go on after a stop signal."""
+
+
+class Settings(Group):
+    """One deployment."""
+
+    model: ModelSettings
+    gang: GangSettings = GangSettings()
+    cache: CacheSettings = CacheSettings()
+    http: HttpSettings = HttpSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @property
+    def served_model_name(self) -> str:
+        """The model's name in the API."""
+        return self.http.served_model_name or self.model.model_dir.resolve().name
+
+    def to_args(self) -> dict[str, Any]:
+        """JSON-ready form, for the `args` of a Serve application."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, Any]) -> Settings:
+        """Inverse of `to_args`; also takes a hand-written `args` mapping. Raises SettingsError."""
+        try:
+            return cls.model_validate(dict(args))
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+    @classmethod
+    def load(cls, file: Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+        """Settings of a file under overrides given as {group: {field: value}}; overrides of None count as not given.
+
+        Without a file, the one that DIVISI_CONFIG names is read, if any. Raises SettingsError.
+        """
+        if file is None and (named := os.environ.get(CONFIG_VARIABLE)):
+            file = Path(named)
+        merged = read_config_file(file) if file is not None else {}
+        for group, fields in (overrides or {}).items():
+            given = {name: value for name, value in fields.items() if value is not None}
+            if given:
+                merged[group] = {**_table(merged.get(group, {}), group), **given}
+        merged.setdefault("model", {})
+        return cls.from_args(merged)
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """This process's environment with some variables set, for a child process."""
+    return {**os.environ, **extra}
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Parse a TOML, YAML or JSON file by its suffix into a plain mapping. Raises SettingsError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        match path.suffix:
+            case ".toml":
+                data: object = tomllib.loads(text)
+            case ".yaml" | ".yml":
+                data = yaml.safe_load(text) or {}
+            case ".json":
+                data = json.loads(text)
+            case other:
+                raise SettingsError(f"{path}: unknown kind {other!r}; name the file .toml, .yaml or .json")
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot read the configuration file: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    return _table(data, str(path))
+
+
+def _table(data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise SettingsError(f"{where}: expected a table of settings, found {data!r}")
+    return dict(data)
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error: field, value, remedy."""
+    path = [str(part) for part in problem["loc"]]
+    field = ".".join(path) or "settings"
+    if problem["type"] == "extra_forbidden":
+        known = _known_fields(path[:-1])
+        near = get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{field}: unknown setting; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: missing; give it on the command line or in the configuration file"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], Mapping) else f" (got {problem['input']!r})"
+    return f"{field}: {message}{shown}"
+
+
+def _known_fields(path: list[str]) -> list[str]:
+    group: type[BaseModel] = Settings
+    for name in path:
+        annotation = group.model_fields[name].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        group = annotation
+    return list(group.model_fields)

@@ -1,0 +1,62 @@
+"""Which tensors each rank loads, and how many bytes they are, without reading any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from divisi.model.checkpoint.index import TensorInfo
+from divisi.model.checkpoint.layout import expert_shapes, main_shapes, packed_name, packed_shapes
+from divisi.model.config import ModelConfig
+
+_CONFIG_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a rank holds: the attention side, some routed experts, or both."""
+
+    name: str
+    """The seat's name: `attention:0`, `expert:2`, `local`."""
+    attention: bool
+    experts: range
+
+    @classmethod
+    def all_of(cls, config: ModelConfig, attention_workers: int, expert_shards: int) -> tuple[Self, ...]:
+        """Every rank of a gang; without expert shards, one rank that holds it all."""
+        if expert_shards == 0:
+            return (cls("local", True, range(config.num_experts)),)
+        workers = tuple(cls(f"attention:{i}", True, range(0)) for i in range(attention_workers))
+        shards = config.shard_experts(expert_shards)
+        return workers + tuple(cls(f"expert:{i}", False, experts) for i, experts in enumerate(shards))
+
+
+def plan_rank(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, role: Role) -> dict[str, int]:
+    """Return {tensor: bytes on disk} that a rank reads.
+
+    `tensors` is a checkpoint's index; None plans for the published layout in the config's dtype. The share of
+    a packed tensor is named with the expert ids, as in `...experts.down_proj[0:128]`.
+    """
+    plan: dict[str, int] = {}
+    element = _CONFIG_BYTES[config.dtype]
+
+    def add(name: str, shape: tuple[int, ...]) -> None:
+        known = tensors.get(name) if tensors is not None else None
+        plan[name] = known.num_bytes if known is not None else math.prod(shape) * element
+
+    if role.attention:
+        for name, shape in main_shapes(config).items():
+            add(name, shape)
+    if role.experts:
+        for layer in config.moe_layers:
+            if tensors is not None and packed_name(layer, "down_proj") in tensors:
+                for name in packed_shapes(config, layer):
+                    label = f"{name}[{role.experts.start}:{role.experts.stop}]"
+                    plan[label] = tensors[name].num_bytes * len(role.experts) // config.num_experts
+            else:
+                for expert in role.experts:
+                    for name, shape in expert_shapes(config, layer, expert).items():
+                        add(name, shape)
+    return plan

@@ -1,0 +1,142 @@
+"""The model's shape, read from a Hugging Face `config.json`. Imports no torch.
+
+Two spellings are in use and both are read: that of the published checkpoints (`rope_theta`,
+`partial_rotary_factor`, `rope_scaling`, `full_attention_interval`) and that of transformers 5
+(`rope_parameters`, `layer_types`). Defaults are those of transformers' `Qwen3NextConfig`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from divisi.model.errors import ConfigError
+from divisi.model.hf_config import normalise
+
+LayerType = Literal["linear_attention", "full_attention"]
+
+
+class ModelConfig(BaseModel):
+    """Everything that the layers, the caches and the checkpoint reader need to know; immutable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    layer_types: tuple[LayerType, ...]
+
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    rotary_dim: PositiveInt
+    """Leading channels of a head that are rotated; the rest carry no position."""
+    rope_theta: PositiveFloat
+    attention_bias: bool
+
+    linear_num_key_heads: PositiveInt
+    linear_num_value_heads: PositiveInt
+    linear_key_head_dim: PositiveInt
+    linear_value_head_dim: PositiveInt
+    linear_conv_kernel_dim: PositiveInt
+
+    num_experts: int
+    num_experts_per_tok: PositiveInt
+    norm_topk_prob: bool
+    moe_intermediate_size: PositiveInt
+    shared_expert_intermediate_size: PositiveInt
+    intermediate_size: PositiveInt
+    """Width of the dense MLP in layers without experts."""
+    moe_layers: tuple[int, ...]
+
+    rms_norm_eps: PositiveFloat
+    tie_word_embeddings: bool
+    max_position_embeddings: PositiveInt
+    hidden_act: Literal["silu"]
+    dtype: Literal["bfloat16", "float32", "float16"]
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Indices of the Gated DeltaNet layers."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == "linear_attention")
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Indices of the full-attention layers."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == "full_attention")
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of a linear layer's convolution: its q, k and v side by side."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is a mixture of experts."""
+        return layer in self.moe_layers
+
+    def shard_experts(self, num_shards: int) -> tuple[range, ...]:
+        """Contiguous expert ids of each shard; sizes differ by one at most, the larger ones first.
+
+        Raises ValueError where a shard would get none.
+        """
+        if not 1 <= num_shards <= self.num_experts:
+            raise ValueError(
+                f"cannot share {self.num_experts} experts among {num_shards} shards; "
+                f"use 1 to {self.num_experts} expert shards"
+            )
+        size, extra = divmod(self.num_experts, num_shards)
+        bounds = [i * size + min(i, extra) for i in range(num_shards + 1)]
+        return tuple(range(low, high) for low, high in itertools.pairwise(bounds))
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> Self:
+        """Read `config.json` in a model directory. Raises ConfigError."""
+        path = Path(model_dir) / "config.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError("file", str(path), f"cannot be read: {error.strerror}; give a model directory") from None
+        except ValueError as error:
+            raise ConfigError("file", str(path), f"is not valid JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError("file", str(path), "must hold a JSON object")
+        return cls.from_hf(data)
+
+    @classmethod
+    def from_hf(cls, data: dict[str, Any]) -> Self:
+        """Read the content of a `config.json` in either spelling. Raises ConfigError."""
+        fields = normalise(data)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
+                raise own from None
+            name = str(first["loc"][0]) if first["loc"] else "config"
+            remedy = str(first["msg"]).removeprefix("Value error, ")
+            raise ConfigError(name, fields.get(name), remedy[:1].lower() + remedy[1:]) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _divides(self, "num_attention_heads", "num_key_value_heads")
+        _divides(self, "linear_num_value_heads", "linear_num_key_heads")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ConfigError(
+                "partial_rotary_factor",
+                self.rotary_dim / self.head_dim,
+                f"int(head_dim * factor) must be even and in 2..{self.head_dim}, is {self.rotary_dim}",
+            )
+        if self.moe_layers and self.num_experts_per_tok > self.num_experts:
+            remedy = f"must be at most num_experts = {self.num_experts}"
+            raise ConfigError("num_experts_per_tok", self.num_experts_per_tok, remedy)
+        return self
+
+
+def _divides(config: ModelConfig, whole: str, part: str) -> None:
+    if getattr(config, whole) % getattr(config, part):
+        raise ConfigError(whole, getattr(config, whole), f"must be a multiple of {part} = {getattr(config, part)}")

@@ -1,0 +1,107 @@
+"""Chat templates: sandboxed Jinja with the environment that Hugging Face templates are written for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from divisi.model.text.errors import TemplateError
+
+MAX_TEMPLATE_CHARS = 1 << 20
+"""Longest template that is compiled."""
+MAX_RENDERED_CHARS = 1 << 26
+"""Longest text that a template may produce; a runaway template stops here."""
+
+
+class ChatTemplate:
+    """A compiled chat template; `render` is safe to call from several threads."""
+
+    def __init__(self, source: str, *, variables: Mapping[str, str] | None = None) -> None:
+        """`variables`: special tokens that templates name (`bos_token`, `eos_token`). Raises TemplateError."""
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise TemplateError(f"chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are taken")
+        self._variables = dict(variables or {})
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"chat template does not compile: {error}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        max_chars: int = MAX_RENDERED_CHARS,
+        **arguments: Any,
+    ) -> str:
+        """The prompt of a conversation. Raises TemplateError where the template refuses it or runs away.
+
+        `arguments` reach the template by name, as `chat_template_kwargs` do.
+        """
+        context = {**arguments, **self._variables}
+        context |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in self._template.generate(context):
+                size += len(piece)
+                if size > max_chars:
+                    raise TemplateError(f"the rendered conversation has more than {max_chars} characters")
+                pieces.append(piece)
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the chat template refuses the conversation: {error}") from error
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, TemplateError):
+                raise
+            # What template code raises on a conversation that its author didn't think of.
+            raise TemplateError(f"the chat template failed on the conversation: {error}") from error
+        except RecursionError as error:
+            raise TemplateError("the chat template recurses without end on the conversation") from error
+        return "".join(pieces)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    # Whitespace options, extension, filter and globals as in transformers' chat_template_utils: published templates
+    # rely on each of them.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks assistant text for training; when serving it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class types it as a plain set
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes HTML, which no model has seen in training."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

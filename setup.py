@@ -1,0 +1,11 @@
+"""Maps the top-level folders to one import package: kernels/ is divisi.kernels, and so on."""
+
+from setuptools import find_namespace_packages, setup
+
+FOLDERS = ("kernels", "model", "cluster", "deploy", "benchmarks")
+found = find_namespace_packages(include=[pattern for name in FOLDERS for pattern in (name, f"{name}.*")])
+
+setup(
+    packages=[f"divisi.{name}" for name in found],
+    package_dir={f"divisi.{name}": name for name in FOLDERS},
+)

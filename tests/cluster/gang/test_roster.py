@@ -1,0 +1,177 @@
+"""Seats and epochs: the rules one by one, then random histories against the invariants."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from divisi.cluster.gang.roster import Roster
+from divisi.cluster.gang.seats import Address, GangShape, Seat
+
+STORE = Address("127.0.0.1", 1)
+
+
+def make_roster(workers: int = 1, shards: int = 2) -> Roster:
+    return Roster(GangShape(workers, shards), STORE, lease_s=10.0, grace_s=2.0)
+
+
+def fill(roster: Roster, now: float = 0.0) -> list[str]:
+    ids = []
+    for seat in roster.shape.seats:
+        holder_id = f"{seat}@{now}"
+        index = seat.index if seat.role == "expert" else None
+        if roster.join(holder_id, seat.role, Address("h"), now, index) is not None:
+            ids.append(holder_id)
+    return ids
+
+
+def enter_all(roster: Roster, ids: list[str]) -> int:
+    directives = [roster.directive(holder_id) for holder_id in ids]
+    assert {d.action for d in directives} == {"enter"}
+    epoch = directives[0].epoch
+    for holder_id in ids:
+        roster.serving(holder_id, epoch)
+    return epoch
+
+
+def test_ranks_number_workers_first() -> None:
+    shape = GangShape(2, 3)
+    assert [str(seat) for seat in shape.seats] == ["attention:0", "attention:1", "expert:0", "expert:1", "expert:2"]
+    assert [shape.rank(seat) for seat in shape.seats] == list(range(5))
+    assert (list(shape.attention_ranks), list(shape.expert_ranks)) == ([0, 1], [2, 3, 4])
+
+
+def test_epoch_forms_when_every_seat_is_held() -> None:
+    roster = make_roster()
+    roster.join("w", "attention", Address("a", 7), 0.0)
+    roster.join("s1", "expert", Address("b"), 0.0, index=1)
+    assert roster.membership is None
+    assert "missing expert:0" in roster.explain()
+    roster.join("s0", "expert", Address("c"), 0.0, index=0)
+    assert roster.membership is not None
+    assert roster.membership.holders == ("w", "s0", "s1")
+    assert roster.membership.leader == Address("a", 7)
+    assert not roster.ready()
+    enter_all(roster, ["w", "s0", "s1"])
+    assert roster.ready()
+
+
+def test_a_worker_without_a_free_seat_waits() -> None:
+    roster = make_roster(workers=1)
+    assert roster.join("a", "attention", Address("h"), 0.0) == Seat("attention", 0)
+    assert roster.join("b", "attention", Address("h"), 0.0) is None
+    assert roster.join("a", "attention", Address("h"), 0.0) == Seat("attention", 0)
+
+
+def test_an_abort_leads_to_the_next_epoch_when_all_have_left() -> None:
+    roster = make_roster()
+    ids = fill(roster)
+    epoch = enter_all(roster, ids)
+    roster.left(ids[0], epoch, "a transfer failed", 1.0)
+    assert roster.membership is None
+    assert roster.directive(ids[0]).action == "stay"
+    for holder_id in ids[1:]:
+        directive = roster.directive(holder_id)
+        assert (directive.action, directive.epoch) == ("leave", epoch)
+        assert roster.directive(holder_id).action == "stay", "told once"
+    roster.left(ids[1], epoch, "told to", 1.0)
+    assert roster.membership is None, "one is still in the old epoch"
+    roster.left(ids[2], epoch, "told to", 1.0)
+    assert roster.membership is not None
+    assert roster.membership.epoch == epoch + 1
+
+
+def test_stale_and_repeated_reports_change_nothing() -> None:
+    roster = make_roster()
+    ids = fill(roster)
+    first = enter_all(roster, ids)
+    for holder_id in ids:
+        roster.left(holder_id, first, "x", 0.0)
+        roster.left(holder_id, first, "again", 0.0)
+    second = enter_all(roster, ids)
+    assert second == first + 1
+    for stale in (first, second + 5):
+        roster.left(ids[1], stale, "stale", 0.0)
+    roster.left("nobody", second, "unknown", 0.0)
+    assert roster.ready()
+
+
+def test_a_restarted_shard_takes_its_seat_over() -> None:
+    roster = make_roster()
+    ids = fill(roster)
+    epoch = enter_all(roster, ids)
+    assert roster.join("new", "expert", Address("new"), 1.0, index=1) == Seat("expert", 1)
+    assert roster.directive(ids[2]).action == "rejoin"
+    for holder_id in ids[:2]:
+        roster.left(holder_id, epoch, "x", 1.0)
+    assert roster.membership is not None
+    assert roster.membership.holders == (*ids[:2], "new")
+
+
+def test_a_lapsed_lease_frees_the_seat_and_a_break_shortens_leases() -> None:
+    roster = make_roster()
+    ids = fill(roster)
+    epoch = enter_all(roster, ids)
+    roster.left(ids[0], epoch, "x", 1.0)
+    roster.beat(ids[0], 2.0)
+    roster.beat(ids[1], 2.0)
+    roster.expire(2.9)
+    assert roster.directive(ids[2]).action == "leave"
+    roster.expire(3.1)
+    assert roster.directive(ids[2]).action == "rejoin", "not heard of within the grace after the break"
+    assert "missing expert:1" in roster.explain()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_histories_keep_the_invariants(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = GangShape(rng.randint(1, 3), rng.randint(0, 3))
+    roster = Roster(shape, STORE, lease_s=5.0, grace_s=1.0)
+    now, names, known, last_epoch = 0.0, 0, [], 0
+    inside: dict[str, int] = {}
+    for _ in range(600):
+        now += rng.random() * 0.4
+        match rng.choice(["join", "poll", "poll", "poll", "left", "leave", "stale", "silent"]):
+            case "join":
+                names += 1
+                role = rng.choice(["attention", "expert"]) if shape.expert_shards else "attention"
+                index = rng.randrange(shape.expert_shards) if role == "expert" else None
+                if roster.join(f"h{names}", role, Address("h"), now, index) is not None:
+                    known.append(f"h{names}")
+            case "poll" if known:
+                for holder_id in rng.sample(known, len(known)):
+                    roster.beat(holder_id, now)
+                    directive = roster.directive(holder_id)
+                    if directive.action == "enter":
+                        assert holder_id not in inside, f"seed {seed}: sent into two epochs at once"
+                        inside[holder_id] = directive.epoch
+                        roster.serving(holder_id, directive.epoch)
+                    elif directive.action == "rejoin":
+                        known.remove(holder_id)
+                        inside.pop(holder_id, None)
+            case "left" if inside:
+                holder_id = rng.choice(sorted(inside))
+                roster.left(holder_id, inside.pop(holder_id), "abort", now)
+            case "leave" if known and rng.random() < 0.1:
+                roster.leave(rng.choice(known), "bye", now)
+            case "stale" if known:
+                roster.left(rng.choice(known), last_epoch + 10, "stale", now)
+            case "silent":
+                roster.expire(now)
+        holders = {h.holder_id: h for h in roster.holders()}
+        seats = [h.seat for h in holders.values()]
+        assert len(set(seats)) == len(seats) <= shape.size, f"seed {seed}"
+        if (current := roster.membership) is not None:
+            assert set(current.holders) == set(holders), f"seed {seed}"
+            assert [holders[i].seat for i in current.holders] == list(shape.seats), f"seed {seed}"
+            assert current.epoch >= last_epoch, f"seed {seed}"
+            last_epoch = current.epoch
+            assert {h.epoch for h in holders.values()} <= {0, current.epoch}, f"seed {seed}"
+        assert roster.ready() <= (roster.membership is not None), f"seed {seed}"
+    # Left alone, with every seat refilled, the gang always comes back.
+    for seat in shape.seats:
+        roster.join(f"last-{seat}", seat.role, Address("h"), now, seat.index)
+    for holder in list(roster.holders()):
+        roster.left(holder.holder_id, holder.epoch, "end", now)
+    assert roster.membership is not None, f"seed {seed}: {roster.explain()}"

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from divisi.cluster.errors import RequestRejected
+from divisi.cluster.plan import Outcome, StepPlan
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.sequence import Status
+
+STOP = 9
+
+
+def make(**changes: Any) -> Scheduler:
+    sizes = {"vocab_size": 100, "max_model_len": 64, "num_pages": 32, "page_size": 4, "num_slots": 8, "max_seqs": 4}
+    limits = {"max_step_tokens": 16, "max_prefill_chunk": 8}
+    return Scheduler(SchedulerConfig(**{**sizes, **limits, **changes}))
+
+
+def request(name: str, prompt: int = 5, max_tokens: int = 4, **changes: Any) -> Request:
+    return Request(name, tuple(range(10, 10 + prompt)), max_tokens, Sampling(), **changes)
+
+
+def step(scheduler: Scheduler, token: int = 1) -> tuple[StepPlan, list[Outcome]]:
+    plan = scheduler.plan()
+    assert plan is not None
+    sampled = len(plan.decodes) + sum(chunk.samples for chunk in plan.chunks)
+    return plan, scheduler.commit(plan, [token] * sampled)
+
+
+def chunks(plan: StepPlan) -> list[tuple[str, int, int]]:
+    return [(chunk.sequence.request.request_id, chunk.start, chunk.end) for chunk in plan.chunks]
+
+
+def decodes(plan: StepPlan) -> list[str]:
+    return [sequence.request.request_id for sequence in plan.decodes]
+
+
+def drain(scheduler: Scheduler) -> dict[str, str]:
+    ends: dict[str, str] = {}
+    for _ in range(1000):
+        if not scheduler.has_work:
+            return ends
+        for outcome in step(scheduler)[1]:
+            if outcome.finish_reason:
+                assert outcome.sequence.request.request_id not in ends
+                ends[outcome.sequence.request.request_id] = outcome.finish_reason
+    raise AssertionError("requests do not end")
+
+
+def assert_all_free(scheduler: Scheduler) -> None:
+    assert not scheduler.has_work
+    assert not scheduler.running
+    assert not scheduler.waiting
+    assert scheduler.pages.num_free == scheduler.config.num_pages
+    assert scheduler.pages.num_used == 0
+    assert scheduler.slots.num_free == scheduler.config.num_slots
+
+
+def test_nothing_to_do_is_no_plan() -> None:
+    assert make().plan() is None
+
+
+def test_prompt_goes_in_chunks_then_one_token_a_step() -> None:
+    scheduler = make()
+    scheduler.submit(request("a", prompt=19, max_tokens=2))
+    seen = [step(scheduler) for _ in range(4)]
+    assert [chunks(plan) for plan, _ in seen] == [[("a", 0, 8)], [("a", 8, 16)], [("a", 16, 19)], []]
+    assert [decodes(plan) for plan, _ in seen] == [[], [], [], ["a"]]
+    assert [outcomes for _, outcomes in seen[:2]] == [[], []]
+    assert [outcome.token_ids for _, outcomes in seen[2:] for outcome in outcomes] == [(1,), (1,)]
+    assert seen[3][1][0].finish_reason == "length"
+    assert_all_free(scheduler)
+
+
+def test_decodes_come_first_and_chunks_share_the_rest_of_the_budget() -> None:
+    scheduler = make(max_step_tokens=10)
+    scheduler.submit(request("a", prompt=3, max_tokens=9))
+    step(scheduler)
+    scheduler.submit(request("b", prompt=6))
+    scheduler.submit(request("c", prompt=6))
+    plan, _ = step(scheduler)
+    assert decodes(plan) == ["a"]
+    assert chunks(plan) == [("b", 0, 6), ("c", 0, 3)]
+    assert plan.num_tokens == 10
+    plan, _ = step(scheduler)
+    assert decodes(plan) == ["a", "b"]
+    assert chunks(plan) == [("c", 3, 6)]
+
+
+def test_a_chunk_swaps_slot_and_spare_and_the_last_one_frees_the_spare() -> None:
+    scheduler = make()
+    sequence = scheduler.submit(request("a", prompt=12))
+    plan = scheduler.plan()
+    assert plan is not None
+    slot, spare = sequence.slot, sequence.spare
+    assert slot != spare
+    scheduler.commit(plan, [])
+    assert (sequence.slot, sequence.spare) == (spare, slot)
+    assert scheduler.slots.num_free == scheduler.config.num_slots - 2
+    step(scheduler)
+    assert sequence.slot == slot
+    assert scheduler.slots.num_free == scheduler.config.num_slots - 1
+    assert sequence.status is Status.DECODE
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_seqs": 2}, {"num_slots": 4}, {"num_pages": 14}], ids=["rows", "slots", "pages"]
+)
+def test_admission_waits_for_what_is_missing_in_order(limit: dict[str, int]) -> None:
+    scheduler = make(**limit)
+    sequences = [scheduler.submit(request(name, prompt=17, max_tokens=3)) for name in "abc"]
+    small = scheduler.submit(request("small", prompt=1, max_tokens=1))
+    step(scheduler)
+    assert scheduler.running == sequences[:2]
+    while sequences[2].status is Status.WAITING:
+        assert small.status is Status.WAITING
+        step(scheduler)
+    drain(scheduler)
+    assert_all_free(scheduler)
+
+
+def test_the_latest_arrival_gives_way_and_keeps_its_tokens() -> None:
+    scheduler = make(num_pages=5, page_size=4, max_model_len=20)
+    first = scheduler.submit(request("a", prompt=7, max_tokens=12))
+    second = scheduler.submit(request("b", prompt=3, max_tokens=12))
+    for token in range(20, 40):
+        step(scheduler, token)
+        if second.status is Status.WAITING:
+            break
+    assert scheduler.preemptions == 1
+    assert first.status is Status.DECODE
+    assert second.tokens[:3] == [10, 11, 12]
+    kept = len(second.tokens)
+    assert kept > 4
+    assert (second.length, second.pages) == (0, [])
+    assert drain(scheduler) == {"a": "length", "b": "length"}
+    assert len(second.tokens) == 15
+    assert second.tokens[3:kept] == list(range(20, 20 + kept - 3))
+    assert_all_free(scheduler)
+
+
+def test_an_aborted_plan_keeps_its_pages_for_the_replay_and_a_dropped_one_for_the_next() -> None:
+    scheduler = make()
+    sequence = scheduler.submit(request("a", prompt=4, max_tokens=6))
+    step(scheduler)
+    plan = scheduler.plan()
+    assert plan is not None
+    pages = list(sequence.pages)
+    assert [growth.pages for growth in plan.growths] == [pages[1:]]
+    assert scheduler.drop(plan) == []
+    again = scheduler.plan()
+    assert again is not None
+    assert sequence.pages == pages
+    assert again.growths == ()
+    assert decodes(again) == ["a"]
+    scheduler.commit(again, [1])
+    assert drain(scheduler) == {"a": "length"}
+    assert_all_free(scheduler)
+
+
+def test_cancel_frees_at_once_or_with_the_step_under_way() -> None:
+    scheduler = make(max_seqs=2)
+    for name in "abc":
+        scheduler.submit(request(name))
+    step(scheduler)
+    for name in "ac":
+        outcome = scheduler.cancel(name)
+        assert outcome is not None
+        assert outcome.finish_reason == "cancelled"
+    plan = scheduler.plan()
+    assert plan is not None
+    assert scheduler.cancel("b") is None
+    assert scheduler.has_work
+    outcomes = scheduler.commit(plan, [1])
+    assert [(outcome.finish_reason, outcome.token_ids) for outcome in outcomes] == [("cancelled", ())]
+    assert scheduler.cancel("b") is None
+    assert_all_free(scheduler)
+
+
+@pytest.mark.parametrize("prompt", [5, 30], ids=["last chunk", "first chunk"])
+def test_cancel_during_a_chunk(prompt: int) -> None:
+    for drop in (False, True):
+        scheduler = make()
+        scheduler.submit(request("a", prompt=prompt))
+        plan = scheduler.plan()
+        assert plan is not None
+        scheduler.cancel("a")
+        outcomes = scheduler.drop(plan) if drop else scheduler.commit(plan, [1] if plan.chunks[0].samples else [])
+        assert [outcome.finish_reason for outcome in outcomes] == ["cancelled"]
+        assert_all_free(scheduler)
+
+
+def test_a_stop_id_ends_the_answer_and_is_not_in_it() -> None:
+    scheduler = make()
+    scheduler.submit(request("a", stop_ids=frozenset({STOP})))
+    step(scheduler)
+    (outcome,) = step(scheduler, STOP)[1]
+    assert (outcome.token_ids, outcome.finish_reason, outcome.stop_id) == ((), "stop", STOP)
+    assert_all_free(scheduler)
+
+
+def test_the_context_ends_an_answer_that_max_tokens_does_not() -> None:
+    scheduler = make(max_model_len=9)
+    sequence = scheduler.submit(request("a", prompt=5, max_tokens=1000))
+    assert drain(scheduler) == {"a": "length"}
+    assert len(sequence.tokens) == 9
+
+
+def test_no_tokens_wanted_is_a_prefill_that_samples_nothing() -> None:
+    scheduler = make()
+    scheduler.submit(request("a", max_tokens=0))
+    plan, outcomes = step(scheduler)
+    assert not plan.chunks[0].samples
+    assert [(outcome.token_ids, outcome.finish_reason) for outcome in outcomes] == [((), "length")]
+    assert_all_free(scheduler)
+
+
+def test_prompt_logprobs_bound_the_rows_of_logits_per_step() -> None:
+    scheduler = make(max_prompt_logit_rows=3)
+    sequence = scheduler.submit(request("a", prompt=7, prompt_logprobs=0))
+    assert sequence.prompt_logprobs is not None
+    scheduler.submit(request("b", prompt=7))
+    seen = []
+    for _ in range(3):
+        plan = scheduler.plan()
+        assert plan is not None
+        seen.append(chunks(plan))
+        for chunk in plan.chunks:
+            if chunk.sequence is sequence:
+                told = len(sequence.prompt_positions(chunk.start, chunk.end))
+                assert told <= 3
+                sequence.prompt_logprobs += [None] * told
+        scheduler.commit(plan, [1] * (len(plan.decodes) + sum(chunk.samples for chunk in plan.chunks)))
+    assert seen == [[("a", 0, 3), ("b", 0, 7)], [("a", 3, 7)], []]
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (request("new", prompt=0), "empty"),
+        (request("new", prompt=64), r"64 tokens, and the model's context of 64"),
+        (request("new", max_tokens=-1), "max_tokens is -1"),
+        (request("new", prompt=40, max_tokens=20), r"40 tokens.*20.*15 pages of 4 tokens.*has 8"),
+        (Request("new", (5, 100), 1, Sampling()), r"outside 0\.\.99"),
+        (Request("new", (-1,), 1, Sampling()), r"outside 0\.\.99"),
+        (request("old"), "already"),
+    ],
+)
+def test_what_can_never_be_served_is_rejected_with_numbers(bad: Request, text: str) -> None:
+    scheduler = make(num_pages=8)
+    scheduler.submit(request("old"))
+    with pytest.raises(RequestRejected, match=text):
+        scheduler.submit(bad)
+    assert drain(scheduler) == {"old": "length"}
+    assert_all_free(scheduler)
+
+
+def test_the_largest_request_that_fits_is_served() -> None:
+    scheduler = make(num_pages=8, num_slots=2)
+    scheduler.submit(request("a", prompt=20, max_tokens=13))
+    assert drain(scheduler) == {"a": "length"}
+    with pytest.raises(RequestRejected):
+        scheduler.submit(request("a", prompt=20, max_tokens=14))
+
+
+def test_end_all_ends_every_request_once() -> None:
+    scheduler = make(max_seqs=2)
+    for name in "abc":
+        scheduler.submit(request(name))
+    step(scheduler)
+    scheduler.plan()
+    ended = scheduler.end_all("error")
+    assert [outcome.sequence.request.request_id for outcome in ended] == ["a", "b", "c"]
+    assert_all_free(scheduler)
+
+
+def test_a_step_must_hold_every_decode() -> None:
+    with pytest.raises(ValidationError, match=r"max_step_tokens is 3 .* max_seqs = 4"):
+        make(max_step_tokens=3)

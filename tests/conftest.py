@@ -1,0 +1,105 @@
+"""What all tests share: the thread limit, the full tier, and the record of measured numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch: without a limit, every process of a cluster takes every core.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+
+RESULTS = Path(__file__).parent / "results"
+VERSIONS = ("torch", "triton", "ray", "transformers", "tokenizers", "safetensors")
+_RECORDS = pytest.StashKey[dict[str, dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--verify", action="store_true", help="full tier: store results in tests/results/verify.{json,md}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RECORDS] = {}
+
+
+@pytest.fixture(scope="session")
+def full_tier(pytestconfig: pytest.Config) -> bool:
+    """Whether this is `make verify`: tests may then take their full sizes."""
+    return bool(pytestconfig.getoption("--verify"))
+
+
+@pytest.fixture
+def record_result(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
+    """`record_result(name, value)` keeps a measured number of this test for the report of `make verify`."""
+    records = request.config.stash[_RECORDS]
+
+    def record(name: str, value: object) -> None:
+        records.setdefault(request.node.nodeid, {}).setdefault("numbers", {})[name] = value
+
+    return record
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    entry = item.config.stash[_RECORDS].setdefault(item.nodeid, {})
+    entry["seconds"] = round(entry.get("seconds", 0.0) + report.duration, 3)
+    if report.when == "call" or report.outcome != "passed":
+        entry["outcome"] = report.outcome
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--verify") and not session.config.option.collectonly:
+        _store(session.config.stash[_RECORDS])
+
+
+def _store(records: dict[str, dict[str, Any]]) -> None:
+    outcomes = [entry.get("outcome", "error") for entry in records.values()]
+    report = {
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONS},
+        "counts": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
+        "tests": records,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "verify.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    (RESULTS / "verify.md").write_text(_markdown(report), encoding="utf-8")
+
+
+def _commit() -> str:
+    """The commit, with a mark where the tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    done = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    lines = [
+        f"# make verify, {report['date']}",
+        "",
+        f"Commit {report['commit']}; {report['machine']}; Python {report['python']}; "
+        + ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+        "",
+        ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items()),
+        "",
+        "| test | outcome | s | measured |",
+        "|---|---|---|---|",
+    ]
+    for test, entry in report["tests"].items():
+        numbers = entry.get("numbers", {})
+        if numbers or entry.get("outcome") != "passed":
+            shown = "; ".join(f"{name} = {value}" for name, value in numbers.items()).replace("|", "\\|")
+            lines.append(f"| {test} | {entry.get('outcome', 'error')} | {entry['seconds']} | {shown} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,118 @@
+"""The command line: what it prints, and that mistakes end in one line and status 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from divisi.deploy.cli import main
+from divisi.deploy.settings import Settings
+from divisi.model.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "tiny"
+    assert main(["checkpoint", "random", "--out", str(out), "--seed", "3"]) == 0
+    return out
+
+
+def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], ["serve"], ["inspect"], ["checkpoint", "random"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, "--help"])
+        assert caught.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_inspect_json_adds_up(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--attention-workers", "2", "--expert-shards", "3", "--kv-memory", "4MiB", "--max-seqs", "4"]
+    assert main(["inspect", str(model_dir), "--json", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ranks = {rank["seat"]: rank for rank in report["ranks"]}
+    assert list(ranks) == ["attention:0", "attention:1", "expert:0", "expert:1", "expert:2"]
+    assert ranks["attention:0"]["kv_bytes"] <= 4 * 2**20
+    assert ranks["attention:0"]["pages"] * ranks["attention:0"]["page_size"] == ranks["attention:0"]["tokens"]
+    assert ranks["attention:0"]["state_slots"] > 4
+    once = [rank for seat, rank in ranks.items() if seat != "attention:1"]
+    tensors = Checkpoint.open(model_dir).tensors
+    assert sum(rank["bytes_on_disk"] for rank in once) == sum(info.num_bytes for info in tensors.values())
+    assert sum(rank["tensors"] for rank in once) == len(tensors)
+
+
+def test_inspect_counts_weights_in_the_dtype_served(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model_dir), "--json", "--dtype", "float32"]) == 0
+    (rank,) = json.loads(capsys.readouterr().out)["ranks"]
+    assert rank["seat"] == "local"
+    elements = sum(math.prod(info.shape) for info in Checkpoint.open(model_dir).tensors.values())
+    assert rank["weight_bytes"] == 4 * elements == 2 * rank["bytes_on_disk"]
+
+
+def test_inspect_table_recognises_mtp(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["mtp.fc.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "MTP layer: 1 tensors" in out
+    assert "not loaded" in out
+    assert "local" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["inspect", "{dir}", "--expert-shards", "17"], "16 experts"),
+        (["serve", "{dir}", "--max-model-len", "8193"], "8192 positions"),
+        (["inspect", "{dir}", "--expert-shards", "many"], "gang.expert_shards"),
+        (["inspect", "{dir}", "--kv-memory", "lots"], "512MiB"),
+        (["inspect", "{dir}/none"], "no directory"),
+        (["inspect"], "model.model_dir: missing"),
+        (["serve", "{dir}", "--port", "high"], "http.port"),
+        (["serve", "{dir}", "--config", "{dir}/none.toml"], "none.toml"),
+        (["serve", "{dir}/.."], "config.json"),
+        (["checkpoint", "random", "--out", "{dir}"], "not empty"),
+        (["checkpoint", "random", "--out", "{dir}/new", "--like", "{dir}/none.json"], "none.json"),
+    ],
+)
+def test_mistakes(arguments: list[str], part: str, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([argument.replace("{dir}", str(model_dir)) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("divisi: error: ")
+    assert part in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_serve_passes_the_settings_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    fake = SimpleNamespace(run=seen.append)
+    monkeypatch.setitem(sys.modules, "divisi.deploy.serve_app", fake)
+    config = tmp_path / "c.toml"
+    config.write_text(f'[model]\nmodel_dir = "{model_dir}"\n[http]\nport = 1\nhost = "0.0.0.0"\n')
+    assert main(["serve", "--config", str(config), "--port", "9", "--expert-shards", "2"]) == 0
+    (settings,) = seen
+    assert (settings.http.port, settings.http.host) == (9, "0.0.0.0")
+    assert (settings.gang.topology, settings.gang.expert_shards) == ("split", 2)
+
+
+def test_serve_refuses_a_damaged_checkpoint_before_it_starts(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "pickle" in capsys.readouterr().err
+
+
+def test_like_copies_a_shape(model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "like"
+    assert main(["checkpoint", "random", "--out", str(out), "--like", str(model_dir), "--layout", "packed"]) == 0
+    assert "model.layers.0.mlp.experts.down_proj" in Checkpoint.open(out).names

@@ -1,0 +1,101 @@
+"""Settings: merging, round trip, and messages that say what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, parse_bytes, read_config_file
+
+TOML = '[model]\nmodel_dir = "/m/tiny"\n[gang]\nexpert_shards = 2\n[cache]\nkv_memory = "64MiB"\n'
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "divisi.toml"
+    path.write_text(TOML)
+    return path
+
+
+def test_flags_win_over_the_file(config_file: Path) -> None:
+    settings = Settings.load(config_file, {"cache": {"kv_memory": "2GiB", "page_size": None}, "http": {"port": 9000}})
+    assert settings.cache.kv_memory == 2 * 2**30
+    assert settings.cache.page_size == 16
+    assert settings.http.port == 9000
+    assert settings.gang.topology == "split"
+    assert settings.served_model_name == "tiny"
+
+
+def test_file_named_by_the_environment(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_VARIABLE, str(config_file))
+    assert Settings.load().gang.expert_shards == 2
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_other_formats(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"c{suffix}"
+    path.write_text(json.dumps({"model": {"model_dir": "/m"}, "http": {"port": 1}}))   # JSON is YAML too
+    assert Settings.load(path).http.port == 1
+
+
+def test_json_round_trip() -> None:
+    settings = Settings.load(None, {"model": {"model_dir": "/m"}, "gang": {"topology": "split", "expert_shards": 3}})
+    assert Settings.from_args(json.loads(json.dumps(settings.to_args()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4096", 4096), ("512MiB", 2**29), ("2 GiB", 2**31), ("1.5gb", 1_500_000_000), ("8K", 8192)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({}, ["model", "missing"]),
+        ({"model": {"model_dir": "/m", "dtyp": "x"}}, ["model.dtyp", "did you mean 'dtype'"]),
+        ({"model": {"model_dir": "/m"}, "gagn": {"x": 1}}, ["gagn", "did you mean 'gang'"]),
+        ({"model": {"model_dir": "/m"}, "cache": {"kv_memory": "lots"}}, ["cache.kv_memory", "'lots'", "512MiB"]),
+        ({"model": {"model_dir": "/m"}, "cache": {"kv_memory": "-1"}}, ["cache.kv_memory", "'-1'"]),
+        ({"model": {"model_dir": "/m"}, "http": {"port": 70000}}, ["http.port", "70000", "65535"]),
+        ({"model": {"model_dir": "/m"}, "gang": {"topology": "local", "expert_shards": 2}}, ["gang", "'split'"]),
+        ({"model": {"model_dir": "/m"}, "gang": {"topology": "split", "expert_shards": 0}}, ["expert_shards >= 1"]),
+        ({"model": {"model_dir": "/m"}, "gang": {"attention_workers": 2}}, ["gang", "one process"]),
+        ({"model": {"model_dir": "/m"}, "cache": {"max_seqs": 64, "max_step_tokens": 8}}, ["max_step_tokens=8"]),
+    ],
+)
+def test_errors_name_field_value_and_remedy(overrides: dict[str, dict[str, object]], parts: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(None, overrides)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("a.toml", "model = [", "not valid TOML"),
+        ("a.yaml", "a: [", "not valid YAML"),
+        ("a.json", "[1]", "expected a table"),
+        ("a.ini", "", "name the file .toml"),
+        ("a.toml", 'model = "x"', "expected a table"),
+    ],
+)
+def test_bad_files(name: str, text: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=part):
+        Settings.load(path, {"model": {"model_dir": "/m"}})
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot read"):
+        read_config_file(tmp_path / "none.toml")
+
+
+def test_frozen() -> None:
+    settings = Settings.load(None, {"model": {"model_dir": "/m"}})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.cache.page_size = 3  # type: ignore[misc]

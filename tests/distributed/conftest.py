@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from divisi.cluster.request import Request, Sampling
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small"
+    write_random_checkpoint(path, SMALL_CONFIG | {"num_hidden_layers": 4}, seed=3)
+    return path
+
+
+@pytest.fixture(scope="session")
+def requests() -> list[Request]:
+    return [
+        Request(f"r{i}", tuple(range(5 + 3 * i, 12 + 13 * i)), 24, Sampling(temperature=float(i % 2), seed=i))
+        for i in range(5)
+    ]

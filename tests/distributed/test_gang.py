@@ -1,0 +1,152 @@
+"""Real loops over real sockets and groups: the same tokens in every topology, and after losing a process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.managers import BaseManager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.gang.coordinator import Coordinator
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.spec import GangSpec
+from tests.support.thread_gang import HOST, Shard, Worker, small_spec, thread_gang
+
+Answers = dict[str, list[int]]
+
+
+@pytest.fixture(scope="module")
+def local_answers(small_model: Path, requests: list[Request]) -> Answers:
+    with thread_gang(small_spec(small_model, 1, 0)) as (worker,):
+        worker.submit(*requests)
+        return {request.request_id: worker.finish(request.request_id) for request in requests}
+
+
+@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (1, 2), (2, 2), (1, 3)])
+def test_every_topology_gives_the_same_tokens(
+    small_model: Path, requests: list[Request], local_answers: Answers, workers: int, shards: int
+) -> None:
+    with thread_gang(small_spec(small_model, workers, shards)) as gang:
+        for number, request in enumerate(requests):
+            gang[number % workers].submit(request)
+        for number, request in enumerate(requests):
+            assert gang[number % workers].finish(request.request_id) == local_answers[request.request_id]
+        late = Request("late", requests[1].prompt, 24, requests[1].sampling)
+        gang[-1].submit(late)  # the gang is parked by now
+        assert gang[-1].finish("late") == local_answers["r1"]
+
+
+def test_cancelling_frees_everything(small_model: Path) -> None:
+    with thread_gang(small_spec(small_model, 1, 1)) as (worker,):
+        before = worker.loop.ask(worker.engine.stats).result(10)
+        worker.submit(Request("long", (1, 2, 3), 400, Sampling(temperature=0.0)))
+        worker.wait_for_tokens("long", 2)
+        worker.loop.cancel("long")
+        assert len(worker.finish("long")) < 400
+        after = worker.loop.ask(worker.engine.stats).result(10)
+        assert (after.free_pages, after.free_slots, after.running) == (before.free_pages, before.free_slots, 0)
+
+
+def test_an_idle_gang_uses_no_processor_time(small_model: Path, record_result: Callable[[str, object], None]) -> None:
+    with thread_gang(small_spec(small_model, 2, 2)) as workers:
+        workers[0].submit(Request("warm", (1, 2, 3), 4, Sampling(temperature=0.0)))
+        workers[0].finish("warm")
+        begin, used = time.monotonic(), _cpu_seconds()
+        threading.Event().wait(3.0)
+        share = (_cpu_seconds() - used) / (time.monotonic() - begin)
+    record_result("share of a core, four idle ranks with their coordinator", round(share, 4))
+    assert share < 0.05
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
+def test_an_answer_goes_on_when_a_shard_process_is_lost(
+    small_model: Path, fault: signal.Signals, record_result: Callable[[str, object], None]
+) -> None:
+    spec = small_spec(small_model, 1, 2, step_deadline_s=2.0)
+    request = Request("a", (3, 1, 4, 1, 5), 300, Sampling(temperature=0.8, seed=9))
+    with thread_gang(small_spec(small_model, 1, 0)) as (local,):
+        local.submit(request)
+        want = local.finish("a")
+    with coordinator_server(spec) as (coordinator, port), shard_processes(spec, port) as start_shard:
+        shards = [start_shard(0), start_shard(1)]
+        worker = Worker(spec, coordinator)
+        try:
+            worker.submit(request)
+            worker.wait_for_tokens("a", 5)
+            assert shards[1].pid is not None
+            os.kill(shards[1].pid, fault)
+            lost_at = time.monotonic()
+            start_shard(1)
+            seen = len(worker.tokens("a"))
+            assert seen < 300
+            assert worker.finish("a") == want
+            assert worker.engine.stats().aborted_steps >= 1
+            record_result("seconds from the loss to the answer's end", round(time.monotonic() - lost_at, 2))
+        finally:
+            worker.close()
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+class _Manager(BaseManager):
+    """Serves the coordinator to other processes."""
+
+
+@contextmanager
+def coordinator_server(spec: GangSpec) -> Iterator[tuple[Coordinator, int]]:
+    store = StoreServer(HOST)
+    coordinator = Coordinator(spec.shape, store.address, lease_s=6.0, grace_s=2.0)
+    _Manager.register("coordinator", callable=lambda: coordinator)
+    server = _Manager((HOST, 0), authkey=b"test").get_server()
+    threading.Thread(target=_serve_forever, args=(server,), daemon=True).start()
+    yield coordinator, server.address[1]
+    server.stop_event.set()  # type: ignore[attr-defined]
+
+
+def _serve_forever(server: Any) -> None:
+    with suppress(SystemExit):  # how this server ends
+        server.serve_forever()
+
+
+@contextmanager
+def shard_processes(spec: GangSpec, port: int) -> Iterator[Callable[[int], BaseProcess]]:
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+
+    def start(index: int) -> BaseProcess:
+        process = context.Process(target=_run_shard, args=(spec, port, index), daemon=True)
+        process.start()
+        processes.append(process)
+        return process
+
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(10)
+
+
+def _run_shard(spec: GangSpec, port: int, index: int) -> None:
+    class Client(BaseManager):
+        """The other end."""
+
+    Client.register("coordinator")
+    client = Client((HOST, port), authkey=b"test")
+    client.connect()
+    Shard(spec, index, client.coordinator())  # type: ignore[attr-defined]
+    threading.Event().wait()

@@ -1,0 +1,103 @@
+"""One `divisi serve` per module, as a user starts it: a child process on a free port, which must leave nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+
+_MARK = "DIVISI_TEST_CLUSTER"
+
+
+@dataclass
+class Cluster:
+    """A running server. `health` is what the health endpoints said while it started."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    mark: str
+    log: Path
+    ready_after_s: float = 0.0
+    health: list[tuple[int, int]] = field(default_factory=list)
+    """(live, ready) status codes before the first 200 of ready."""
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """The server's processes whose title contains `title`."""
+        found = []
+        for process in psutil.process_iter(["environ", "cmdline", "status"]):
+            if (process.info["environ"] or {}).get(_MARK) != self.mark:
+                continue
+            if process.info["status"] != psutil.STATUS_ZOMBIE and title in " ".join(process.info["cmdline"] or []):
+                found.append(process)
+        return found
+
+    def wait_until_ready(self, timeout_s: float) -> float:
+        """Poll the ready endpoint; returns the seconds it took."""
+        begin = time.monotonic()
+        while time.monotonic() - begin < timeout_s:
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+            try:
+                ready = httpx.get(f"{self.url}/v1/health/ready", timeout=5).status_code
+                if ready == 200:
+                    return time.monotonic() - begin
+                self.health.append((httpx.get(f"{self.url}/v1/health/live", timeout=5).status_code, ready))
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(0.1)
+        raise AssertionError(f"not ready within {timeout_s} s:\n{self.log.read_text()}")
+
+
+@contextmanager
+def running_cluster(model_dir: Path, log: Path, *arguments: str) -> Iterator[Cluster]:
+    """Start a server, wait until it is ready, stop it by SIGTERM, and fail if a process of it is left."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mark = uuid.uuid4().hex
+    command = [sys.executable, "-m", "divisi.deploy.cli", "serve", str(model_dir), "--port", str(port), *arguments]
+    environment = os.environ | {_MARK: mark, "RAY_ADDRESS": ""}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    cluster = Cluster(f"http://127.0.0.1:{port}", process, mark, log)
+    try:
+        cluster.ready_after_s = cluster.wait_until_ready(90.0)
+        yield cluster
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, log.read_text()
+        _, left = psutil.wait_procs(cluster.processes(), timeout=10)
+        assert not left, f"left behind: {left}"
+    finally:
+        for survivor in (process, *cluster.processes()):
+            if survivor.pid and psutil.pid_exists(survivor.pid):
+                survivor.kill()
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small"
+    write_random_checkpoint(path, SMALL_CONFIG, seed=5)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One attention worker and two expert shards."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    sizes = ("--kv-memory", "32MiB", "--max-seqs", "8", "--max-model-len", "1024", "--dtype", "float32")
+    with running_cluster(small_model, log, "--expert-shards", "2", "--device", "cpu", *sizes) as cluster:
+        yield cluster

@@ -1,0 +1,180 @@
+"""The split cluster as its users see it: `divisi serve`, the `openai` client, and processes that die."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from divisi.model.checkpoint import Checkpoint
+from divisi.model.config import ModelConfig
+
+from .conftest import Cluster
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def metric(cluster: Cluster, name: str) -> list[float]:
+    text = httpx.get(f"{cluster.url}/metrics", timeout=10).text
+    return [float(value) for value in re.findall(rf"^divisi_{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, what
+        threading.Event().wait(0.2)
+
+
+def complete(client: openai.OpenAI, max_tokens: int) -> str:
+    answer = client.completions.create(
+        model="small", prompt="Once upon a time", max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True}
+    )
+    return answer.choices[0].text
+
+
+def test_live_before_ready(cluster: Cluster, record_result: Callable[[str, object], None]) -> None:
+    record_result("seconds until ready", round(cluster.ready_after_s, 1))
+    assert cluster.ready_after_s < 60
+    assert cluster.health, "it never said that it was alive but not ready"
+    # Until Serve knows the routes it answers 404 to everything, for a second or so.
+    known = [pair for pair in cluster.health if 404 not in pair]
+    assert set(known) == {(200, 503)}
+    wait_for(lambda: "curl http://" in cluster.log.read_text(), 10, "no ready line")
+
+
+def test_chat_and_completions_stream(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Who are you?"}]
+    whole = client.chat.completions.create(model="small", messages=messages, max_tokens=20, temperature=0)  # type: ignore[arg-type]
+    stream = client.chat.completions.create(
+        model="small",
+        messages=messages,  # type: ignore[arg-type]
+        max_tokens=20,
+        temperature=0,
+        stream=True,
+    )
+    pieces = [choice for chunk in stream for choice in chunk.choices]
+    assert "".join(piece.delta.content or "" for piece in pieces) == whole.choices[0].message.content
+    assert [piece.finish_reason for piece in pieces if piece.finish_reason] == [whole.choices[0].finish_reason]
+    text = complete(client, 20)
+    parts = client.completions.create(
+        model="small",
+        prompt="Once upon a time",
+        max_tokens=20,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    assert "".join(choice.text for chunk in parts for choice in chunk.choices) == text
+
+
+def test_a_disconnected_client_frees_what_it_held(cluster: Cluster) -> None:
+    wait_for(lambda: metric(cluster, "requests_running") == [0.0], 10, "something still runs")
+    free = metric(cluster, "kv_pages_free")
+    assert free
+    body = {"model": "small", "prompt": "long", "max_tokens": 900, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=30) as response:
+        response.raise_for_status()
+        lines = response.iter_lines()    # held, since dropping it would close the connection
+        next(lines)
+        wait_for(lambda: metric(cluster, "requests_running") == [1.0], 10, "the request never ran")
+    wait_for(lambda: metric(cluster, "requests_running") == [0.0], 5, "the request outlived its client")
+    assert metric(cluster, "kv_pages_free") == free
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b'{"model": "other", "prompt": "x"}', 404),
+        (b'{"model": "small", "prompt": "x", "max_tokens": "many"}', 400),
+        (b'{"model": "small", "prompt": "x", "mood": 1}', 400),
+        (b'{"model": "small", "prompt": "\xff"}', 400),
+        (b'{"model": "small", "prompt": [1,2,3], "max_tokens": 100000}', 400),
+    ],
+)
+def test_bad_input_is_refused_and_the_server_goes_on(
+    cluster: Cluster, client: openai.OpenAI, body: bytes, status: int
+) -> None:
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{cluster.url}/v1/completions", content=body, headers=headers, timeout=30)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+    assert complete(client, 2)
+
+
+def test_a_shard_reads_and_holds_only_its_experts(cluster: Cluster, small_model: Path) -> None:
+    config, checkpoint = ModelConfig.load(small_model), Checkpoint.open(small_model)
+    for layer in config.moe_layers:
+        checkpoint.read_experts(layer, range(config.num_experts), config, None)
+    shares = metric(cluster, "expert_weight_bytes_read")
+    assert len(shares) == 2
+    assert sum(shares) == checkpoint.bytes_read
+    assert max(shares) / sum(shares) < 0.55
+
+
+def test_an_idle_cluster_uses_little_processor_time(
+    cluster: Cluster, record_result: Callable[[str, object], None]
+) -> None:
+    ranks = cluster.processes("ExpertShardActor") + cluster.processes("AttentionWorker")
+    assert len(ranks) == 3
+
+    def used() -> float:
+        return sum(sum(rank.cpu_times()[:2]) for rank in ranks)
+
+    before, begin = used(), time.monotonic()
+    threading.Event().wait(4.0)
+    share = (used() - before) / (time.monotonic() - begin)
+    record_result("share of a core, three idle rank processes with Ray's own threads", round(share, 3))
+    assert share < 0.25
+
+
+def test_an_answer_goes_on_when_a_shard_is_killed(
+    cluster: Cluster, client: openai.OpenAI, record_result: Callable[[str, object], None]
+) -> None:
+    want = complete(client, 400)
+    stream = client.completions.create(
+        model="small",
+        prompt="Once upon a time",
+        max_tokens=400,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    got, longest, last, killed = "", 0.0, time.monotonic(), False
+    for chunk in stream:
+        got += "".join(choice.text for choice in chunk.choices)
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+        if not killed and len(got) > 20:
+            shard: psutil.Process = cluster.processes("ExpertShardActor")[0]
+            os.kill(shard.pid, signal.SIGKILL)
+            killed = True
+    record_result("seconds of pause when a shard process was killed", round(longest, 2))
+    assert got == want
+    assert sum(metric(cluster, "aborted_steps_total")) >= 1
+    cluster.wait_until_ready(30)
+
+
+def test_the_gang_comes_back_when_its_owner_is_killed(cluster: Cluster, client: openai.OpenAI) -> None:
+    want = complete(client, 10)
+    shards = {process.pid for process in cluster.processes("ExpertShardActor")}
+    (owner,) = cluster.processes("ServeReplica:divisi:Gang")
+    os.kill(owner.pid, signal.SIGKILL)
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in shards), 30, "the shards outlived their owner")
+    cluster.wait_until_ready(60)
+    assert complete(client, 10) == want

@@ -1,0 +1,57 @@
+"""A shard reads and keeps its share of the experts, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from divisi.model.checkpoint.layout import ExpertLayout
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+
+MIB = 2**20
+# 96 MiB of experts
+CONFIG_JSON = SMALL_CONFIG | {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 64}
+LOAD = """
+import gc, json, sys
+import psutil, torch
+from divisi.kernels.select import select_kernels
+from divisi.model.checkpoint import Checkpoint
+from divisi.model.config import ModelConfig
+from divisi.model.experts import ExpertBank
+
+path, shard, shards = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+config, device = ModelConfig.load(path), torch.device("cpu")
+kernels = select_kernels(device)
+checkpoint = Checkpoint.open(path)
+before = psutil.Process().memory_info().rss
+bank = ExpertBank.load(checkpoint, config, config.shard_experts(shards)[shard], kernels, torch.bfloat16, device)
+read = checkpoint.bytes_read
+del checkpoint
+gc.collect()
+print(json.dumps({"read": read, "kept": bank.nbytes, "rss": psutil.Process().memory_info().rss - before}))
+"""
+
+
+@pytest.mark.parametrize("layout", ["published", "packed"])
+def test_a_shard_takes_its_share(
+    layout: ExpertLayout, tmp_path: Path, record_result: Callable[[str, object], None]
+) -> None:
+    config = write_random_checkpoint(tmp_path, CONFIG_JSON, layout=layout, tokenizer=False)
+    experts = config.num_hidden_layers * config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size * 2
+
+    def load(shard: int, shards: int) -> dict[str, int]:
+        command = [sys.executable, "-c", LOAD, str(tmp_path), str(shard), str(shards)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
+        measured: dict[str, int] = json.loads(done.stdout)
+        record_result(f"shard {shard} of {shards}, MiB", {k: round(v / MIB, 1) for k, v in measured.items()})
+        return measured
+
+    for shards in (1, 4):
+        measured = load(shards - 1, shards)
+        assert measured["read"] == measured["kept"] == experts // shards
+        assert measured["rss"] < experts // shards + 12 * MIB

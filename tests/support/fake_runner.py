@@ -1,0 +1,161 @@
+"""A stand-in for the model whose answer depends on every token of the history, as found in its memory.
+
+It keeps memory by the rules of the real one: two layers, each with KV pages, state slots that stand at a position, and
+a ring of what the last decode brought. Wrong pages, positions, slots, or a step applied twice change the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from divisi.cluster.errors import StepAborted
+from divisi.cluster.request import Request
+from divisi.model.batch import StepBatch
+from divisi.model.dispatcher import Dispatcher, Pending
+from divisi.model.sampling import RowSampling, Sampler, SamplingBatch
+
+VOCAB = 61
+_LAYERS = 2
+_BANK = torch.from_numpy(np.random.default_rng(7).normal(size=(4093, VOCAB)).astype(np.float32) * 3)
+_GARBAGE = 0x5EED
+
+
+class PlainDispatcher:
+    """A dispatcher that never fails."""
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
+        return _Done(x_TD)
+
+
+class FailingDispatcher(PlainDispatcher):
+    """Aborts the step at one layer."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
+        if layer == self._layer:
+            raise StepAborted("injected", seat="expert:0")
+        return _Done(x_TD)
+
+
+class _Done:
+    def __init__(self, y_TD: Tensor) -> None:
+        self._y_TD = y_TD
+
+    def combine(self) -> Tensor:
+        return self._y_TD
+
+
+class _Layer:
+    def __init__(self, number: int, num_pages: int, page_size: int, num_slots: int) -> None:
+        self.number, self.page_size = number, page_size
+        self.kv = np.full(num_pages * page_size, -1, dtype=np.int64)
+        self.positions = [_GARBAGE] * num_slots
+        self.states = [_GARBAGE] * num_slots
+        self.rings: list[dict[int, tuple[int, int]]] = [{} for _ in range(num_slots)]
+
+    def history(self, pages: Tensor, length: int) -> int:
+        positions = np.arange(length)
+        rows = pages.numpy()[positions // self.page_size] * self.page_size + positions % self.page_size
+        return hash((self.number, *self.kv[rows].tolist()))
+
+    def decode(self, slot: int, length: int, token: int) -> int:
+        """Bring the slot up to `length` from the ring; return the state after `token`, which goes to the ring only."""
+        ring = self.rings[slot]
+        while self.positions[slot] < length:
+            position, earlier = ring.get(self.positions[slot] % 2, (_GARBAGE, 0))
+            if position != self.positions[slot]:
+                self.states[slot], self.positions[slot] = _GARBAGE, length
+                break
+            self.states[slot] = _after(self.states[slot], earlier)
+            self.positions[slot] += 1
+        if self.positions[slot] != length:
+            self.states[slot] = _GARBAGE
+        ring[length % 2] = (length, token)
+        return _after(self.states[slot], token)
+
+    def prefill(self, slot: int, spare: int, length: int, tokens: list[int]) -> list[int]:
+        """Return the state after each token; leave the last one in the spare."""
+        state = self.number
+        if length:
+            state = self.states[slot] if self.positions[slot] == length else _GARBAGE
+        states = []
+        for token in tokens:
+            state = _after(state, token)
+            states.append(state)
+        self.states[spare], self.positions[spare], self.rings[spare] = state, length + len(tokens), {}
+        return states
+
+
+class FakeRunner:
+    """Runs `StepBatch`es; see the module."""
+
+    def __init__(self, *, num_pages: int, page_size: int, num_slots: int) -> None:
+        self.layers = [_Layer(number, num_pages, page_size, num_slots) for number in range(_LAYERS)]
+        self.batches = 0
+
+    def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
+        self.batches += 1
+        wanted = batch.logit_rows_R.tolist()
+        found: list[list[int]] = [[] for _ in wanted]
+        for layer in self.layers:
+            states = self._layer(layer, batch)
+            for index, row in enumerate(wanted):
+                found[index] += states[row]
+            empty = torch.zeros(batch.num_tokens, 1)
+            dispatcher.dispatch(layer.number, empty, empty.int(), empty).combine()
+        return _BANK[[hash(tuple(values)) % len(_BANK) for values in found]]
+
+    def _layer(self, layer: _Layer, batch: StepBatch) -> list[list[int]]:
+        """Per row: the hash of its history in the KV, and the state after it."""
+        tokens = batch.token_ids_T.tolist()
+        positions = batch.positions_T.tolist()
+        layer.kv[batch.kv_rows_T.numpy()] = batch.token_ids_T.numpy()
+        results: list[list[int]] = []
+        if batch.decode is not None:
+            rows = batch.decode
+            assert rows.starts_S1.tolist() == list(range(len(rows.lengths_S) + 1))
+            for row, (length, slot) in enumerate(zip(rows.lengths_S.tolist(), rows.slots_S.tolist(), strict=True)):
+                history = layer.history(rows.pages_SN[row], positions[row] + 1)
+                results.append([history, layer.decode(slot, length, tokens[row])])
+        for chunk in batch.prefill:
+            assert chunk.start == len(results)
+            states = layer.prefill(chunk.slot, chunk.spare, chunk.length, tokens[chunk.start : chunk.end])
+            for row, state in zip(range(chunk.start, chunk.end), states, strict=True):
+                results.append([layer.history(chunk.pages_N, positions[row] + 1), state])
+        assert len(results) == batch.num_tokens
+        return results
+
+
+def logits_after(tokens: Sequence[int]) -> Tensor:
+    """The logits [V] that the fake model gives after these tokens, computed from nothing else."""
+    found = []
+    for number in range(_LAYERS):
+        state = number
+        for token in tokens:
+            state = _after(state, token)
+        found += [hash((number, *tokens)), state]
+    return _BANK[hash(tuple(found)) % len(_BANK)]
+
+
+def solo_answer(request: Request, max_model_len: int) -> list[int]:
+    """The tokens that a request gets when it is alone."""
+    tokens = list(request.prompt)
+    sampling = request.sampling
+    row = SamplingBatch([RowSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)])
+    while len(tokens) < min(len(request.prompt) + request.max_tokens, max_model_len):
+        sampled = Sampler().sample(logits_after(tokens)[None], row, np.array([len(tokens)]))
+        token = int(sampled.token_ids_R[0])
+        if token in request.stop_ids:
+            break
+        tokens.append(token)
+    return tokens[len(request.prompt) :]
+
+
+def _after(state: int, token: int) -> int:
+    return hash((state, token))

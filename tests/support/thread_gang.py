@@ -1,0 +1,139 @@
+"""A whole gang over a checkpoint in one process: real loops, sockets and gloo groups, one thread per rank."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from divisi.cluster.assembly import build_engine, load_shard, shard_loop, worker_network
+from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.engine import Engine
+from divisi.cluster.gang.coordinator import Coordinator
+from divisi.cluster.gang.inbox import EpochInbox
+from divisi.cluster.gang.mesh import listen
+from divisi.cluster.gang.seats import Address, GangShape
+from divisi.cluster.gang.shard_loop import ShardLoop
+from divisi.cluster.gang.watch import Candidate, SeatWatch
+from divisi.cluster.gang.worker_loop import WorkerLoop
+from divisi.cluster.plan import StepPlan
+from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.spec import GangSpec
+from divisi.model.checkpoint import Checkpoint
+from divisi.model.config import ModelConfig
+
+HOST = "127.0.0.1"
+
+
+def small_spec(path: Path, workers: int, shards: int, **changes: object) -> GangSpec:
+    fields: dict[str, object] = {
+        "name": "test",
+        "model_dir": str(path),
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "shape": GangShape(workers, shards),
+        "max_model_len": 512,
+        "kv_memory": 8 * 2**20,
+        "page_size": 8,
+        "max_seqs": 8,
+        "max_step_tokens": 64 * workers,
+        "step_deadline_s": 10.0,
+    }
+    return GangSpec(**(fields | changes))  # type: ignore[arg-type]
+
+
+class Worker:
+    """One attention worker in a thread; collects the events of its requests."""
+
+    def __init__(self, spec: GangSpec, coordinator: Coordinator) -> None:
+        config = ModelConfig.load(spec.model_dir)
+        self._listener = listen(HOST)
+        self._inbox = EpochInbox()
+        self.engine: Engine
+        self.engine, local = build_engine(spec, config)
+        address = Address(HOST, self._listener.getsockname()[1])
+        self.watch = SeatWatch(lambda: coordinator, Candidate("attention", address), self._inbox, lambda: None)
+        network = worker_network(spec, config, self._listener)
+        self.loop = WorkerLoop[StepPlan](self.engine, local, self._inbox, self.watch, network, self._collect)
+        self._thread = threading.Thread(target=self.loop.run)
+        self._changed = threading.Condition()
+        self.events: dict[str, list[TokenEvent]] = defaultdict(list)
+        self._thread.start()
+        self.watch.start()
+
+    def _collect(self, events: Sequence[TokenEvent]) -> None:
+        with self._changed:
+            for event in events:
+                self.events[event.request_id].append(event)
+            self._changed.notify_all()
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for event in self.events[request_id] for token in event.token_ids]
+
+    def wait_for_tokens(self, request_id: str, count: int, timeout: float = 60.0) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.tokens(request_id)) >= count, timeout)
+
+    def finish(self, request_id: str, timeout: float = 60.0) -> list[int]:
+        """Wait for the request's end; its tokens."""
+
+        def ended() -> bool:
+            events = self.events[request_id]
+            return bool(events) and events[-1].finish_reason is not None
+
+        with self._changed:
+            assert self._changed.wait_for(ended, timeout), f"{request_id} has not ended: {self.events[request_id]}"
+        return self.tokens(request_id)
+
+    def submit(self, *requests: Request) -> None:
+        for request in requests:
+            self.loop.submit(request).result(timeout=30)
+
+    def close(self) -> None:
+        self._inbox.stop()
+        self._thread.join(20)
+        self.watch.stop("the test is over")
+        self._listener.close()
+
+
+class Shard:
+    """One expert shard in a thread."""
+
+    def __init__(self, spec: GangSpec, index: int, coordinator: Coordinator) -> None:
+        config = ModelConfig.load(spec.model_dir)
+        experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), index)
+        self._inbox = EpochInbox()
+        self._watch = SeatWatch(
+            lambda: coordinator, Candidate("expert", Address(HOST), index), self._inbox, lambda: None
+        )
+        self.loop: ShardLoop = shard_loop(spec, config, experts, self._inbox, self._watch)
+        self._thread = threading.Thread(target=self.loop.run)
+        self._thread.start()
+        self._watch.start()
+
+    def close(self) -> None:
+        self._inbox.stop()
+        self._thread.join(20)
+        self._watch.stop("the test is over")
+
+
+@contextlib.contextmanager
+def thread_gang(spec: GangSpec) -> Iterator[list[Worker]]:
+    """The workers of a running gang."""
+    torch.set_num_threads(spec.threads)
+    store = StoreServer(HOST)
+    coordinator = Coordinator(spec.shape, store.address)
+    with contextlib.ExitStack() as stack:
+        shards = [Shard(spec, index, coordinator) for index in range(spec.shape.expert_shards)]
+        workers = []
+        for _ in range(spec.shape.attention_workers):
+            workers.append(Worker(spec, coordinator))
+            stack.callback(workers[-1].close)
+        for shard in shards:
+            stack.callback(shard.close)
+        yield workers

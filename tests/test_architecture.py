@@ -1,0 +1,197 @@
+"""The layer rules, enforced on the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("kernels", "model", "cluster", "deploy", "benchmarks")     # each may import itself and those before it
+TOP_LEVEL = {*LAYERS, "k8s", "tests"}
+NOT_OURS = {"build", "dist"}
+MAX_FILE, MAX_FUNCTION = 400, 60
+
+# deploy sees the model through its configuration, its text side and, in the CLI only, its files.
+DEPLOY_MAY_IMPORT = ("divisi.model.config", "divisi.model.text", "divisi.model.errors")
+CLI_MAY_IMPORT = ("divisi.model.checkpoint", "divisi.model.random_checkpoint")
+MAY_IMPORT_RAY = re.compile(r"cluster/ray/|deploy/(serve_app|serve_client|local_run)\.py")
+MAY_READ_ENVIRONMENT = {
+    "deploy/settings.py": "the one place",
+}
+TORCH_FREE = (
+    "divisi.model.config",
+    "divisi.model.errors",
+    "divisi.model.text",
+    "divisi.cluster.errors",
+    "divisi.cluster.request",
+    "divisi.deploy.settings",
+    "divisi.deploy.api.app",
+    "divisi.deploy.serve_app",
+    "divisi.deploy.cli",
+)
+# Installed with a declared distribution of another name, or part of one.
+DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "opentelemetry-sdk",
+                 "pydantic_core": "pydantic", "prometheus_client": "prometheus-client"}  # fmt: skip
+BENCH_ONLY = {"transformers", "openai"}
+
+
+@cache
+def sources() -> tuple[Path, ...]:
+    return tuple(path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py")))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every imported module or object with its line, those inside functions and type checks too."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import; write it out"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def within(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def report(problems: list[str]) -> None:
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_top_level_folders_are_fixed() -> None:
+    found = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert {name for name in found - NOT_OURS if not name.endswith(".egg-info")} <= TOP_LEVEL
+
+
+def test_imports_never_go_upward() -> None:
+    problems = []
+    for path in sources():
+        layer = path.relative_to(ROOT).parts[0]
+        allowed = tuple(f"divisi.{name}" for name in LAYERS[: LAYERS.index(layer) + 1])
+        for module, line in imports(path):
+            if within(module, ("divisi",)) and not within(module, allowed):
+                problems.append(f"{name_of(path)}:{line}: {layer} imports {module}")
+            if within(module, tuple(TOP_LEVEL)):
+                problems.append(f"{name_of(path)}:{line}: {module}: write divisi.{module}")
+    report(problems)
+
+
+def test_deploy_sees_only_text_and_config_of_the_model() -> None:
+    problems = []
+    for path in sources():
+        name = name_of(path)
+        if not name.startswith("deploy/"):
+            continue
+        allowed = DEPLOY_MAY_IMPORT + (CLI_MAY_IMPORT if name.startswith("deploy/cli/") else ())
+        for module, line in imports(path):
+            if within(module, ("divisi.kernels", "divisi.model")) and not within(module, allowed):
+                problems.append(f"{name}:{line}: {module}")
+    report(problems)
+
+
+def test_ray_is_imported_in_few_modules() -> None:
+    report([
+        f"{name_of(path)}:{line}: {module}"
+        for path in sources() if not MAY_IMPORT_RAY.match(name_of(path)) and not name_of(path).startswith("benchmarks/")
+        for module, line in imports(path) if within(module, ("ray",))
+    ])  # fmt: skip
+
+
+def test_the_model_knows_no_process_groups() -> None:
+    report([
+        f"{name_of(path)}:{line}: {module}"
+        for path in sources() if name_of(path).startswith(("kernels/", "model/"))
+        for module, line in imports(path) if within(module, ("torch.distributed",))
+    ])  # fmt: skip
+
+
+def test_product_code_needs_no_transformers() -> None:
+    report([
+        f"{name_of(path)}:{line}: {module}"
+        for path in sources() if not name_of(path).startswith("benchmarks/")
+        for module, line in imports(path) if within(module, ("transformers",))
+    ])  # fmt: skip
+
+
+def test_one_module_reads_the_environment() -> None:
+    problems = []
+    for path in sources():
+        if name_of(path) in MAY_READ_ENVIRONMENT or name_of(path).startswith("benchmarks/"):
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv", "environb"):
+                problems.append(f"{name_of(path)}:{node.lineno}: os.{node.attr}")
+        problems += [
+            f"{name_of(path)}:{line}: {module}"
+            for module, line in imports(path)
+            if module in ("os.environ", "os.getenv", "os.putenv")
+        ]
+    report(problems)
+
+
+def test_sizes() -> None:
+    problems = []
+    for path in sources():
+        length = len(path.read_text(encoding="utf-8").splitlines())
+        if length > MAX_FILE:
+            problems.append(f"{name_of(path)}: {length} lines")
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION:
+                    problems.append(f"{name_of(path)}:{node.lineno}: {node.name} has {length} lines")
+    report(problems)
+
+
+def test_third_party_imports_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[<>=~;! ]", line, maxsplit=1)[0].lower() for line in project["dependencies"]}
+    problems = []
+    for path in sources():
+        for module, line in imports(path):
+            top = module.partition(".")[0]
+            allowed = top in sys.stdlib_module_names or top == "divisi" or DISTRIBUTIONS.get(top, top) in declared
+            if not allowed and not (name_of(path).startswith("benchmarks/") and top in BENCH_ONLY):
+                problems.append(f"{name_of(path)}:{line}: {top} is no declared dependency")
+    report(problems)
+
+
+def test_every_package_is_typed_and_has_an_init() -> None:
+    problems = [f"{layer}/py.typed is missing" for layer in LAYERS if not (ROOT / layer / "py.typed").is_file()]
+    problems += [
+        f"{folder.relative_to(ROOT)}/__init__.py is missing"
+        for folder in {path.parent for path in sources()}
+        if not (folder / "__init__.py").is_file()
+    ]
+    report(problems)
+
+
+def test_the_repository_root_is_not_on_the_path() -> None:
+    code = "import importlib.util as u; print([n for n in ('kernels', 'model', 'cluster', 'deploy') if u.find_spec(n)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_what_the_ingress_imports_is_free_of_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted(m for m in ('torch', 'triton', 'transformers') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
