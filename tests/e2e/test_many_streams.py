@@ -1,4 +1,4 @@
-"""64 clients at once, some of whom hang up: every finished answer is its solo answer, and nothing is held afterwards."""
+"""64 clients at once, some of whom hang up: finished answers are their solo answers, and nothing is held afterwards."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from tests.parity.oracle import Excuses, Oracle
 from transformers import Qwen3NextForCausalLM
+
+from tests.parity.oracle import Excuses, Oracle
 
 from .conftest import Cluster
 from .test_serve_split import metric, wait_for

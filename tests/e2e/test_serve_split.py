@@ -17,8 +17,7 @@ import pytest
 
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
-
-from .conftest import Cluster
+from tests.e2e.conftest import Cluster
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -89,7 +88,7 @@ def test_a_disconnected_client_frees_what_it_held(cluster: Cluster) -> None:
     body = {"model": "small", "prompt": "long", "max_tokens": 900, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=30) as response:
         response.raise_for_status()
-        lines = response.iter_lines()    # held, since dropping it would close the connection
+        lines = response.iter_lines()  # held, since dropping it would close the connection
         next(lines)
         wait_for(lambda: metric(cluster, "requests_running") == [1.0], 10, "the request never ran")
     wait_for(lambda: metric(cluster, "requests_running") == [0.0], 5, "the request outlived its client")

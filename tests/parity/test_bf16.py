@@ -1,4 +1,4 @@
-"""bf16 weights: the engine's likeliest tokens agree with the fp32 oracle's at least as often as transformers' bf16 does."""
+"""bf16 weights: the likeliest tokens agree with the fp32 oracle at least as often as transformers' own bf16 does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.parity.engines import local_engine
-from tests.parity.variants import build_oracle
 
 from divisi.cluster.request import Request, Sampling
+from tests.parity.engines import local_engine
+from tests.parity.variants import build_oracle
 
 
 def test_top_1_agreement(tmp_path: Path, record_result: Callable[[str, object], None]) -> None:

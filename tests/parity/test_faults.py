@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parity.engines import LocalEngine, local_engine
-from tests.parity.variants import build_oracle, save_oracle
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.model.dispatcher import Dispatcher, Pending
+from tests.parity.engines import LocalEngine, local_engine
+from tests.parity.variants import build_oracle, save_oracle
 
 LAYERS = 4
 

@@ -6,11 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+
+from divisi.cluster.request import Request, Sampling
 from tests.parity.oracle import Excuses, Oracle
 from tests.parity.variants import build_oracle, save_oracle
 from tests.support.thread_gang import small_spec, thread_gang
-
-from divisi.cluster.request import Request, Sampling
 
 SHAPES = [(1, 0), (1, 1), (1, 2), (2, 2), (1, 3)]
 VARIANTS = ["base", "seven-experts", "dense-mixed-in", "top-10-of-12-unnormalised"]
