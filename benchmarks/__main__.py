@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, interleaved (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default 2)")
     parser.add_argument("--quick", action="store_true", help="shorter runs, to see that it works")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -33,11 +34,11 @@ def main() -> None:
             f"bf16, {options.threads} threads, {model_dir.name}, {options.rounds} rounds, medians (lowest to highest)"
         )
         print(speed.check_correct(model_dir), flush=True)
-        contenders = speed.load_contenders(model_dir)
+        contenders = speed.load_contenders(model_dir, compiled=not options.no_compile)
         result = speed.measure(contenders, speed.cells(options.quick), options.rounds)
         low, high = min(result.bandwidths) / 1e9, max(result.bandwidths) / 1e9
         print(f"memory read at {low:.0f} to {high:.0f} GB/s between the rounds\n")
-        print(speed.table(result, contenders[0].name, [peer.name for peer in contenders[1:]]), flush=True)
+        print(speed.table(result, contenders[0].name), flush=True)
         print(f"\n{split_step.report(model_dir, options.rounds)}")
 
 

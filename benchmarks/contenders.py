@@ -6,10 +6,10 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from transformers import Qwen3NextForCausalLM
+from transformers import Qwen3NextForCausalLM, StaticCache
 
 from divisi.cluster.assembly import build_engine
 from divisi.cluster.engine import Engine
@@ -28,8 +28,8 @@ class Contender(Protocol):
 
     name: str
 
-    def prefill(self, tokens: int) -> float:
-        """Seconds to take in one prompt and choose its first token."""
+    def prefill(self, tokens: int) -> float | None:
+        """Seconds to take in one prompt and choose its first token; None where it would be another contender's."""
         ...
 
     def decode(self, batch: int, steps: int) -> float:
@@ -144,3 +144,34 @@ class Transformers:
 
     def _choose(self) -> None:
         self._model.set_experts_implementation(self._experts)
+
+
+class CompiledTransformers:
+    """transformers with a static cache and its decode step compiled by inductor; prefill is the eager one's."""
+
+    def __init__(self, model: Qwen3NextForCausalLM, experts: str) -> None:
+        self.name = f"transformers {experts}, static cache, compiled"
+        self._model, self._experts = model, experts
+        self._step: Any = torch.compile(model.forward, dynamic=False)
+
+    def prefill(self, tokens: int) -> None:
+        """See Contender."""
+        return None
+
+    @torch.inference_mode()
+    def decode(self, batch: int, steps: int) -> float:
+        """See Contender."""
+        self._model.set_experts_implementation(self._experts)
+        ids = torch.tensor(prompts(batch, CONTEXT, self._model.config.vocab_size))
+        cache = StaticCache(config=self._model.config, max_cache_len=128)
+        out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens = self._advance(out.logits[:, -1].argmax(-1, keepdim=True), cache, 2)  # compiles, the first time
+        start = time.perf_counter()
+        self._advance(tokens, cache, steps)
+        return time.perf_counter() - start
+
+    def _advance(self, tokens: torch.Tensor, cache: StaticCache, steps: int) -> torch.Tensor:
+        for _ in range(steps):
+            out = self._step(tokens, past_key_values=cache, use_cache=True)
+            tokens = out.logits[:, -1].argmax(-1, keepdim=True)
+        return tokens

@@ -11,10 +11,11 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen3NextForCausalLM
 
-from divisi.benchmarks.contenders import Contender, DivisiEngine, Transformers, prompts
+from divisi.benchmarks.contenders import CompiledTransformers, Contender, DivisiEngine, Transformers, prompts
 from divisi.benchmarks.machine import read_bandwidth
 
 EXPERT_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+COMPILED_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 CHECKED_TOKENS = 32
 
 
@@ -25,7 +26,7 @@ class Cell:
     title: str
     tokens: int
     """Tokens of work in one run."""
-    run: Callable[[Contender], float]
+    run: Callable[[Contender], float | None]
     target: float | None = None
     """What times the best of transformers is wanted."""
 
@@ -38,9 +39,23 @@ class Result:
     bandwidths: list[float] = field(default_factory=list)
     rates: dict[str, list[list[float]]] = field(default_factory=dict)
 
+    def add(self, name: str, cell: int, rate: float) -> None:
+        """Keep one run's tokens per second."""
+        self.rates[name][cell].append(rate)
+
     def median(self, name: str, cell: int) -> float:
-        """Tokens per second."""
-        return statistics.median(self.rates[name][cell])
+        """Tokens per second; 0 where the contender does not take part."""
+        return statistics.median(self.rates[name][cell] or [0.0])
+
+    def hopeless(self, name: str, cell: int, ours: str) -> bool:
+        """Whether a peer is far behind another peer, or does not take part."""
+        best = max(self.median(peer, cell) for peer in self.rates if peer != ours)
+        return name != ours and self.median(name, cell) < best / 4
+
+    def forget_warm_ups(self, going_on: set[tuple[str, int]]) -> None:
+        """Drop the first run of those that will be run again."""
+        for name, cell in going_on:
+            self.rates[name][cell].clear()
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -70,46 +85,54 @@ def check_correct(model_dir: Path) -> str:
     return f"checked: 4 x {CHECKED_TOKENS} greedy tokens in fp32 are transformers' own"
 
 
-def load_contenders(model_dir: Path) -> list[Contender]:
-    """Divisi, and transformers in each of its ways to run experts; all in bf16."""
+def load_contenders(model_dir: Path, compiled: bool) -> list[Contender]:
+    """Divisi, then transformers in each of its ways to run experts; all in bf16."""
     model = Qwen3NextForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
-    peers = [Transformers(model, experts) for experts in EXPERT_IMPLEMENTATIONS]
+    peers: list[Contender] = [Transformers(model, experts) for experts in EXPERT_IMPLEMENTATIONS]
+    if compiled:
+        peers += [CompiledTransformers(model, experts) for experts in COMPILED_IMPLEMENTATIONS]
     return [DivisiEngine.local(model_dir, "bfloat16"), *peers]
 
 
 def measure(contenders: Sequence[Contender], columns: Sequence[Cell], rounds: int) -> Result:
-    """Time every contender in every cell, round after round; one warm-up each that does not count."""
-    result = Result(columns)
-    result.rates = {contender.name: [[] for _ in columns] for contender in contenders}
-    bar = tqdm(total=(rounds + 1) * len(contenders) * len(columns), unit="run", leave=False)
+    """Time every contender in every cell, round after round, after one warm-up each.
+
+    A peer whose warm-up is over four times slower than the best peer's is not run again in that cell.
+    """
+    result = Result(columns, rates={contender.name: [[] for _ in columns] for contender in contenders})
+    runs = [(index, contender) for index in range(len(columns)) for contender in contenders]
     for turn in range(rounds + 1):
         result.bandwidths.append(read_bandwidth(torch.get_num_threads()))
-        for index, cell in enumerate(columns):
-            for contender in contenders:
-                bar.set_description(f"{contender.name}, {cell.title}")
-                rate = cell.tokens / cell.run(contender)
-                if turn:
-                    result.rates[contender.name][index].append(rate)
-                bar.update()
-    bar.close()
+        for index, contender in tqdm(runs, desc=f"round {turn} of {rounds}", unit="run", leave=False):
+            seconds = columns[index].run(contender)
+            if seconds is not None:
+                result.add(contender.name, index, columns[index].tokens / seconds)
+        if turn == 0:
+            runs = [run for run in runs if not result.hopeless(run[1].name, run[0], contenders[0].name)]
+            result.forget_warm_ups({(contender.name, index) for index, contender in runs})
     return result
 
 
-def table(result: Result, ours: str, peers: Sequence[str]) -> str:
+def table(result: Result, ours: str) -> str:
     """Markdown: medians with their range, then the ratio to the fastest peer."""
-    lines = [
-        "| tokens/s | " + " | ".join(cell.title for cell in result.cells) + " |",
-        "|---" * (len(result.cells) + 1) + "|",
-    ]
+    titles = [cell.title for cell in result.cells]
+    lines = [f"| tokens/s | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for name, columns in result.rates.items():
-        shown = [f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})" for rates in columns]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    ratios = []
-    for index, cell in enumerate(result.cells):
-        ratio = result.median(ours, index) / max(result.median(peer, index) for peer in peers)
-        wanted = (
-            "" if cell.target is None else f", wanted {cell.target:g}: {'met' if ratio >= cell.target else 'MISSED'}"
-        )
-        ratios.append(f"{ratio:.2f}x{wanted}")
-    lines.append("| **best of transformers** | " + " | ".join(ratios) + " |")
+        lines.append(f"| {name} | {' | '.join(map(_shown, columns))} |")
+    verdicts = [_verdict(result, ours, index) for index in range(len(titles))]
+    lines.append(f"| **{ours} : best peer** | {' | '.join(verdicts)} |")
     return "\n".join(lines)
+
+
+def _shown(rates: Sequence[float]) -> str:
+    if len(rates) < 2:
+        return f"{rates[0]:,.0f} (once)" if rates else "as eager"
+    return f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+
+
+def _verdict(result: Result, ours: str, index: int) -> str:
+    best = max(result.median(name, index) for name in result.rates if name != ours)
+    ratio, target = result.median(ours, index) / best, result.cells[index].target
+    if target is None:
+        return f"{ratio:.2f}x"
+    return f"{ratio:.2f}x, wanted {target:g}x: {'met' if ratio >= target else 'MISSED'}"

@@ -7,7 +7,7 @@ struct Job { long expert, first, count; };  // pairs[first : first + count] go t
 template <class W>
 static void experts(const float* x, const int32_t* ids, const float* gates, const W* gate_up, const W* down, float* inner,
                     float* parts, float* y, long t, long k, long d, long f, long num_experts, int threads) {
-  constexpr long BLOCK = 32;
+  constexpr long UP = 64, DOWN = 128;  // rows of weights per work item
   std::vector<long> begin(num_experts + 1, 0);
   for (long p = 0; p < t * k; p++) if (ids[p] >= 0) begin[ids[p] + 1]++;
   std::vector<Job> jobs;
@@ -19,7 +19,7 @@ static void experts(const float* x, const int32_t* ids, const float* gates, cons
   for (long p = 0; p < t * k; p++) if (ids[p] >= 0) pairs[next[ids[p]]++] = p;
 
   // gate and up rows of the same block side by side, so that their product is taken while it is in cache
-  long up_blocks = (f + BLOCK - 1) / BLOCK, down_blocks = (d + BLOCK - 1) / BLOCK, n = (long)jobs.size();
+  long up_blocks = (f + UP - 1) / UP, down_blocks = (d + DOWN - 1) / DOWN, n = (long)jobs.size();
 #pragma omp parallel num_threads(threads)
   {
     std::vector<const float*> rows;
@@ -27,23 +27,23 @@ static void experts(const float* x, const int32_t* ids, const float* gates, cons
 #pragma omp for schedule(dynamic)
     for (long item = 0; item < n * up_blocks; item++) {
       const Job& job = jobs[item / up_blocks];
-      long j = item % up_blocks * BLOCK, width = f - j < BLOCK ? f - j : BLOCK;
+      long j = item % up_blocks * UP, width = f - j < UP ? f - j : UP;
       rows.resize(job.count);
-      tile.resize(2 * job.count * BLOCK);
+      tile.resize(2 * job.count * UP);
       for (long i = 0; i < job.count; i++) rows[i] = x + pairs[job.first + i] / k * d;
       const W* w = gate_up + (job.expert * 2 * f + j) * d;
-      float* up = tile.data() + job.count * BLOCK;
-      dot_block<W>(rows.data(), job.count, w, d, width, d, tile.data(), BLOCK);
-      dot_block<W>(rows.data(), job.count, w + f * d, d, width, d, up, BLOCK);
+      float* up = tile.data() + job.count * UP;
+      dot_block<W>(rows.data(), job.count, w, d, width, d, tile.data(), UP);
+      dot_block<W>(rows.data(), job.count, w + f * d, d, width, d, up, UP);
       for (long i = 0; i < job.count; i++) {
         float* o = inner + (job.first + i) * f + j;
-        for (long c = 0; c < width; c++) o[c] = silu(tile[i * BLOCK + c]) * up[i * BLOCK + c];
+        for (long c = 0; c < width; c++) o[c] = silu(tile[i * UP + c]) * up[i * UP + c];
       }
     }
 #pragma omp for schedule(dynamic)
     for (long item = 0; item < n * down_blocks; item++) {
       const Job& job = jobs[item / down_blocks];
-      long j = item % down_blocks * BLOCK, width = d - j < BLOCK ? d - j : BLOCK;
+      long j = item % down_blocks * DOWN, width = d - j < DOWN ? d - j : DOWN;
       rows.resize(job.count);
       for (long i = 0; i < job.count; i++) rows[i] = inner + (job.first + i) * f;
       dot_block<W>(rows.data(), job.count, down + (job.expert * d + j) * f, f, width, f, parts + job.first * d + j, d);
