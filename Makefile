@@ -7,8 +7,6 @@ STAMP := $(VENV)/.installed
 MODEL ?= build/random-model
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
-# The test machine's cores are shared by the processes of a cluster; more threads than this slow all of them down.
-export OMP_NUM_THREADS ?= 2
 
 .PHONY: help install demo serve test verify check bench lock clean
 

@@ -42,12 +42,13 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="divisi-demo-") as folder:
             model_dir = Path(folder) / "tiny"
             _say("Writing a random checkpoint (its answers are noise; everything else is real)")
-            _command("checkpoint", "random", "--out", str(model_dir))
+            _write_checkpoint(model_dir)
             port = _free_port()
             _say("Starting one attention worker and two expert shards")
             with running_server(_serve_command(model_dir, port)) as (server, announced):
-                _wait_until_ready(server, port)
-                announced.wait(5)    # lest the ready line gets into the answer
+                seconds = _wait_until_ready(server, port)
+                announced.wait(5)  # lest the ready line gets into the answer
+                _say(f"Ready after {seconds:.1f} s")
                 _ask(port)
                 _show_times(port)
                 _say("Stopping")
@@ -134,9 +135,7 @@ def _descendants(server: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def _marked(mark: str) -> list[psutil.Process]:
     return [
-        process
-        for process in psutil.process_iter(["environ"])
-        if (process.info["environ"] or {}).get(MARK) == mark
+        process for process in psutil.process_iter(["environ"]) if (process.info["environ"] or {}).get(MARK) == mark
     ]
 
 
@@ -145,10 +144,13 @@ def _serve_command(model_dir: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "divisi.deploy.cli", *arguments, "--kv-memory", "64MiB", "--max-seqs", "8"]
 
 
-def _command(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "divisi.deploy.cli", *arguments], check=False)
+def _write_checkpoint(out: Path) -> None:
+    command = [sys.executable, "-m", "divisi.deploy.cli", "checkpoint", "random", "--out", str(out)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise DemoFailed(f"divisi {' '.join(arguments)} ended with status {done.returncode}")
+        raise DemoFailed(f"{' '.join(command[2:])} ended with status {done.returncode}")
+    # The next line says how to serve it, which the demo does itself.
+    print(f"   | {done.stdout.splitlines()[0]}", flush=True)
 
 
 def _free_port() -> int:
@@ -157,15 +159,15 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_until_ready(server: subprocess.Popen[str], port: int) -> None:
+def _wait_until_ready(server: subprocess.Popen[str], port: int) -> float:
+    """The seconds it took."""
     begin = time.monotonic()
     while time.monotonic() - begin < READY_TIMEOUT_S:
         try:
             if httpx.get(f"http://127.0.0.1:{port}/v1/health/ready", timeout=5).status_code == 200:
-                _say(f"Ready after {time.monotonic() - begin:.1f} s")
-                return
+                return time.monotonic() - begin
         except httpx.TransportError:
-            pass    # not listening yet
+            pass  # not listening yet
         try:
             status = server.wait(0.25)
         except subprocess.TimeoutExpired:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -14,7 +17,8 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from divisi.cluster.errors import DivisiError
@@ -33,15 +37,17 @@ class StartFailed(DivisiError):
 
 
 def serve_until_stopped(settings: Settings) -> None:
-    """Run the application until SIGINT or SIGTERM. Raises StartFailed."""
-    spec = gang_spec(settings, 0)
+    """Run the application until SIGINT or SIGTERM. Raises StartFailed and SettingsError."""
+    ranks = settings.gang.attention_workers + settings.gang.expert_shards
     # Ray installs a handler for SIGTERM of its own, so that ours must come after it.
-    with _ray(spec), _stop_signals() as stop:
-        spec = gang_spec(settings, ray.cluster_resources().get("GPU", 0))
+    with contextlib.ExitStack() as stopping, _ray(ranks) as own, _stop_signals() as stop:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        spec = gang_spec(settings, gpus)
+        if own and spec.device == "cuda" and gpus < ranks:
+            raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
         _say(f"Starting {_describe(spec)}")
-        http = {"host": settings.http.host, "port": settings.http.port}
-        serve.start(proxy_location="HeadOnly", http_options=http)
         try:
+            _start_http(settings)
             serve.run_many(
                 [serve.RunTarget(build_from(settings, spec), name=APP)],
                 wait_for_ingress_deployment_creation=False,
@@ -52,7 +58,31 @@ def serve_until_stopped(settings: Settings) -> None:
             stop.wait()
             _say("Stopping")
         finally:
-            serve.shutdown()
+            # Ray would print that it goes on trying to reach the actors which are ended here.
+            stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            _take_down()
+
+
+def _start_http(settings: Settings) -> None:
+    """Until the application is known, a second or so, Serve itself answers: 404 to every path but its own."""
+    http = settings.http
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
+    except (RayError, RayServeException) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        raise StartFailed(f"cannot listen on {http.host}:{http.port}; is another server there? ({cause})") from None
+
+
+def _take_down() -> None:
+    """End the application, and Serve with it unless it has others to serve on a cluster that was there before."""
+    try:
+        others = set(serve.status().applications) - {APP}
+    except RayServeException:  # nothing was started
+        return
+    if others:
+        serve.delete(APP)
+    else:
+        serve.shutdown()
 
 
 @contextlib.contextmanager
@@ -72,26 +102,39 @@ def _stop_signals() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def _ray(spec: GangSpec) -> Iterator[None]:
-    """Join the cluster that this machine belongs to, or start a quiet one for as long as the context lasts."""
+def _ray(ranks: int) -> Iterator[bool]:
+    """Join the cluster that `ray start` or RAY_ADDRESS names, or start a quiet one for as long as the context lasts.
+
+    Yields whether it is its own. Another `divisi serve` on this machine is left alone (`address="auto"` would join it).
+    """
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _say("Starting Ray, or joining this machine's cluster")
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError:
+        own = _init_ray(ranks)
+    except ConnectionError as error:
+        raise StartFailed(f"cannot reach the Ray cluster that RAY_ADDRESS or `ray start` names: {error}") from None
+    try:
+        yield own
+    finally:
+        ray.shutdown()
+
+
+def _init_ray(ranks: int) -> bool:
+    """Whether a new instance was started. Raises ConnectionError."""
+    try:
         ray.init(
-            address="local",
             # Logical CPUs only place processes; every rank must find its place on a small machine, too.
-            num_cpus=max(os.cpu_count() or 1, spec.shape.size + 1),
+            num_cpus=max(os.cpu_count() or 1, ranks + 1),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    except ValueError:  # there is a cluster, and only a new one takes a number of CPUs
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        return False
+    return True
 
 
 def _wait_until_ready(spec: GangSpec, settings: Settings, stop: threading.Event) -> bool:
@@ -128,15 +171,23 @@ def _status(spec: GangSpec) -> CoordinatorStatus | None:
 
 
 def _describe(spec: GangSpec) -> str:
-    shards = f" and {spec.shape.expert_shards} expert shard(s)" if spec.shape.expert_shards else ", all in one process"
-    return f"{spec.shape.attention_workers} attention worker(s){shards} on {spec.device}, {spec.dtype}"
+    workers, shards = spec.shape.attention_workers, spec.shape.expert_shards
+    ranks = _count(workers, "attention worker")
+    ranks += f" and {_count(shards, 'expert shard')}" if shards else ", all in one process"
+    return f"{ranks} on {spec.device}, {spec.dtype}, up to {spec.max_model_len:,} tokens"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _ready_text(settings: Settings) -> str:
-    host = "127.0.0.1" if settings.http.host == "0.0.0.0" else settings.http.host
-    url = f"http://{host}:{settings.http.port}"
-    body = f'{{"model": "{settings.served_model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    return f"Ready. Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.http.host, settings.http.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.http.port}"
+    body = json.dumps(
+        {"model": settings.served_model_name, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False
+    )
+    return f"Ready. Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
 
 
 def _say(text: str) -> None:

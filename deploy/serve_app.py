@@ -5,6 +5,7 @@ Imports no torch: the ingress replicas load this module, and only the constructo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -13,16 +14,19 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from divisi.cluster.errors import RequestRejected
+from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
 from divisi.cluster.gang.seats import GangShape
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.fit import fit
 from divisi.deploy.serve_client import ServeEngineClient
 from divisi.deploy.settings import Settings
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
+
+log = logging.getLogger(__name__)
 
 # Serve's own limits stand aside: admission is the ingress's work, and it answers in OpenAI's shape.
 _UNLIMITED = 1_000_000
@@ -64,13 +68,13 @@ class AttentionWorker:
 
         self._rank = AttentionRank(spec)
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent] | RequestRejected, None]:
-        """Events of one request. A rejection is an item: as an exception it would arrive wrapped and as a traceback."""
+    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent] | DivisiError, None]:
+        """Events of one request. A refusal is an item: as an exception it would arrive wrapped and as a traceback."""
         events = self._rank.generate(request)
         try:
             async for batch in events:
                 yield batch
-        except RequestRejected as error:
+        except (RequestRejected, GangNotReady) as error:
             yield error
         finally:
             await events.aclose()
@@ -102,20 +106,25 @@ class Gang:
 
 
 def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
-    """Settle everything that settings leave open. `num_gpus` is what the cluster has. Raises ConfigError."""
+    """Settle everything that settings leave open; logs what may surprise. `num_gpus` is what the cluster has.
+
+    Raises SettingsError and ConfigError.
+    """
     model_dir = settings.model.model_dir.resolve()
     config = ModelConfig.load(model_dir)
     gang, cache = settings.gang, settings.cache
     shape = GangShape(gang.attention_workers, gang.expert_shards)
-    device = gang.device if gang.device != "auto" else ("cuda" if num_gpus >= shape.size else "cpu")
+    fitted = fit(settings, config, num_gpus)
+    for note in fitted.notes:
+        log.warning("%s", note)
     return GangSpec(
         name=f"coordinator/{settings.served_model_name}",
         model_dir=str(model_dir),
-        dtype=config.dtype if settings.model.dtype == "auto" else settings.model.dtype,
-        device=device,
+        dtype=fitted.dtype,
+        device=fitted.device,
         threads=gang.threads_per_process or max((os.cpu_count() or 1) // shape.size, 1),
         shape=shape,
-        max_model_len=settings.model.max_model_len or config.max_position_embeddings,
+        max_model_len=fitted.max_model_len,
         kv_memory=cache.kv_memory,
         page_size=cache.page_size,
         max_seqs=cache.max_seqs,

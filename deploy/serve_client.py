@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -12,7 +14,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
+from divisi.cluster.errors import DivisiError, GangNotReady, Overloaded
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.request import Request, TokenEvent
@@ -36,21 +38,20 @@ class ServeEngineClient:
         self._retry_after_s = retry_after_s
         self._unfinished = 0
         self._status = GangStatus(False, "starting")
-        self._checked_at = 0.0
+        self._checked_at = -math.inf
+        self._checking = asyncio.Lock()
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See EngineClient."""
         if self._unfinished >= self._max_unfinished:
             raise Overloaded(f"{self._unfinished} requests are being served or queued", self._retry_after_s)
-        status = self._status
-        if not status.ready or time.monotonic() - self._checked_at > _FRESH_S:
-            status = await self.status()
-        if not status.ready:
-            raise GangNotReady(status.reason)
+        # Counted before the first await: a burst must not slip past the limit while its status is being asked for.
         self._unfinished += 1
         try:
-            async for event in self._stream(request):
-                yield event
+            await self._check_ready()
+            async with contextlib.aclosing(self._stream(request)) as events:
+                async for event in events:
+                    yield event
         finally:
             self._unfinished -= 1
 
@@ -65,16 +66,25 @@ class ServeEngineClient:
             reason = str(error) if isinstance(error, CoordinatorLost) else "the coordinator has stopped"
             self._status = GangStatus(False, reason)
         else:
-            self._status = GangStatus(found.ready, found.reason, stat_rows(found.stats))
+            failures = [f"{who} could not load: {text}" for who, text in sorted(found.failures.items())]
+            self._status = GangStatus(found.ready, "; ".join([found.reason, *failures]), stat_rows(found.stats))
         self._checked_at = time.monotonic()
         return self._status
+
+    async def _check_ready(self) -> None:
+        """One question serves a whole burst of requests; while the gang serves, its answer is good for a moment."""
+        async with self._checking:
+            if time.monotonic() - self._checked_at > _FRESH_S:
+                await self.status()
+        if not self._status.ready:
+            raise GangNotReady(self._status.reason)
 
     async def _stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         response: Any = self._generate.remote(request)
         finished = False
         try:
             async for item in response:
-                if isinstance(item, RequestRejected):
+                if isinstance(item, DivisiError):
                     finished = True
                     raise item
                 for event in item:

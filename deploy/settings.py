@@ -61,9 +61,9 @@ class ModelSettings(Group):
 
     model_dir: Path
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
-    """Weights and KV; `auto` takes the checkpoint's own."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Longest prompt plus answer in tokens; None takes the checkpoint's `max_position_embeddings`."""
+    """Weights and KV; `auto` takes the checkpoint's own, on a CPU bfloat16 in place of float16."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus answer in tokens; None takes the model's positions, or what the KV pages hold."""
 
 
 class GangSettings(Group):
@@ -98,7 +98,9 @@ class GangSettings(Group):
         if self.topology == "local" and self.expert_shards > 0:
             raise ValueError(f"topology 'local' has no expert shards, got {self.expert_shards}; use topology 'split'")
         if self.topology == "local" and self.attention_workers > 1:
-            raise ValueError(f"topology 'local' is one process, got attention_workers={self.attention_workers}")
+            raise ValueError(
+                f"topology 'local' is one process, got attention_workers={self.attention_workers}; use topology 'split'"
+            )
         return self
 
 
@@ -235,6 +237,8 @@ def _explain(problem: Any) -> str:
         return f"{field}: unknown setting; {hint}"
     if problem["type"] == "missing":
         return f"{field}: missing; give it on the command line or in the configuration file"
+    if problem["type"] == "model_type":
+        return f"{field}: expected a table of settings (got {problem['input']!r})"
     message = str(problem["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], Mapping) else f" (got {problem['input']!r})"
     return f"{field}: {message}{shown}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,10 @@ from divisi.model.errors import ConfigError
 from divisi.model.hf_config import normalise
 
 LayerType = Literal["linear_attention", "full_attention"]
+DType = Literal["bfloat16", "float32", "float16"]
+
+DTYPE_BYTES: Mapping[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of one number."""
 
 
 class ModelConfig(BaseModel):
@@ -57,7 +62,7 @@ class ModelConfig(BaseModel):
     tie_word_embeddings: bool
     max_position_embeddings: PositiveInt
     hidden_act: Literal["silu"]
-    dtype: Literal["bfloat16", "float32", "float16"]
+    dtype: DType
 
     @property
     def linear_layers(self) -> tuple[int, ...]:
@@ -74,6 +79,11 @@ class ModelConfig(BaseModel):
         """Channels of a linear layer's convolution: its q, k and v side by side."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token leaves in the KV pages: its k and v in every full-attention layer."""
+        return 2 * self.num_key_value_heads * self.head_dim * len(self.full_layers)
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer's feed-forward part is a mixture of experts."""

@@ -62,8 +62,7 @@ class StateStore:
     @staticmethod
     def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one page costs over all full-attention layers."""
-        per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-        return page_size * per_token * len(config.full_layers)
+        return page_size * config.kv_values_per_token * dtype.itemsize
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, max_rows: int = 1) -> int:

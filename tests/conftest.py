@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Before anything imports torch: without a limit, every process of a cluster takes every core.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before anything imports torch. The models are tiny and the cores few: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -54,11 +54,9 @@ class EpochInbox:
         return self._stopping
 
     def take(self) -> Assignment | None:
-        """The epoch to enter, once."""
+        """The epoch to enter, once. It may be over already: `check` it, so that the loop reports to have left it."""
         with self._lock:
             offered, self._offered = self._offered, None
-            if offered is not None and offered.membership.epoch <= self._over:
-                return None
             return offered
 
     def wait(self) -> None:

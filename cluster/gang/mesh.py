@@ -70,7 +70,10 @@ class _Peer:
             raise StepAborted(f"control connection failed: {error}", self.seat) from error
         if not data:
             raise StepAborted("control connection was closed", self.seat)
-        return self._reader.feed(data)
+        try:
+            return self._reader.feed(data)
+        except ValueError as error:
+            raise StepAborted(f"control connection carries something else: {error}", self.seat) from error
 
     def close(self) -> None:
         self._socket.close()
@@ -156,7 +159,7 @@ class LeaderMesh:
                         unknown.remove(ready)
                         self._greet(ready)
                         continue
-                    with contextlib.suppress(BlockingIOError):
+                    with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it hung up meanwhile
                         unknown.append(_Peer(listener.accept()[0], "a rank that said no hello"))
         finally:
             for peer in unknown:
@@ -165,11 +168,12 @@ class LeaderMesh:
     def _greet(self, peer: _Peer) -> None:
         try:
             frames = peer.receive()
-        except StepAborted:  # a rank that gave up an older epoch while it waited in the backlog
+        except StepAborted:  # a rank that gave up an older epoch while it waited in the backlog, or a port scanner
             peer.close()
             return
         for frame in frames[:1]:
-            if frame.kind is Kind.HELLO and frame.epoch == self._membership.epoch:
+            known = 0 < frame.sender < self._membership.shape.size
+            if known and frame.kind is Kind.HELLO and frame.epoch == self._membership.epoch:
                 peer.seat = str(self._membership.shape.seat(frame.sender))
                 self._peers[frame.sender] = peer
                 for early in frames[1:]:

@@ -58,6 +58,7 @@ class ShardLoop:
 
     def _serve(self, assignment: Assignment) -> None:
         membership = assignment.membership
+        self.inbox.check(membership.epoch)
         with shard_links(assignment, self.inbox, self.device) as links, torch.inference_mode():
             exchange = ShardExchange(
                 links.group,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from divisi.cluster.gang.coordinator import CoordinatorClient, CoordinatorLost, Stats
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.seats import Address, Role, Seat
+
+log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _POLL_S = 1.0
@@ -41,6 +44,7 @@ class SeatWatch:
         self._inbox = inbox
         self._stats = stats
         self._stop = threading.Event()
+        self._unheard = threading.Event()
         self._client: CoordinatorClient | None = None
         self._holder_id = ""
         self.seat: Seat | None = None
@@ -72,10 +76,12 @@ class SeatWatch:
         self._tell(lambda client: client.push_stats(self._holder_id, stats))
 
     def _tell(self, call: Callable[[CoordinatorClient], None]) -> None:
-        # A coordinator that is gone will hear of this process when it joins the next one.
         if self._client is not None:
-            with contextlib.suppress(CoordinatorLost):
+            try:
                 call(self._client)
+            except CoordinatorLost:
+                # It would wait for this report for ever, if it is there at all; a new holder owes it nothing.
+                self._unheard.set()
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -84,9 +90,13 @@ class SeatWatch:
                 self._hold_seat(self._client)
             except CoordinatorLost:
                 self._stop.wait(_RETRY_S)
+            except Exception:  # whatever it was: without this thread the seat would stay empty for good
+                log.exception("the seat watch failed and begins anew")
+                self._stop.wait(_RETRY_S)
 
     def _hold_seat(self, client: CoordinatorClient) -> None:
         """Join and follow directives until the seat is lost. Returns to join anew."""
+        self._unheard.clear()
         self._holder_id = uuid.uuid4().hex
         candidate = self._candidate
         self.seat = client.join(self._holder_id, candidate.role, candidate.address, candidate.index)
@@ -95,7 +105,7 @@ class SeatWatch:
             return
         epoch = 0
         try:
-            while not self._stop.is_set():
+            while not self._stop.is_set() and not self._unheard.is_set():
                 directive = client.poll(self._holder_id, _POLL_S, self._stats())
                 match directive.action:
                     case "enter" if directive.membership is not None:

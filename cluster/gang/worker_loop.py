@@ -6,19 +6,20 @@ two steps. A step that is aborted keeps its plan, which is run again in the next
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from divisi.cluster.dispatch.broadcast import BroadcastDispatcher
 from divisi.cluster.dispatch.wire import WireFormat
-from divisi.cluster.errors import RequestRejected, StepAborted
+from divisi.cluster.errors import GangNotReady, RequestRejected, StepAborted
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import WorkerLinks, worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
@@ -79,6 +80,32 @@ class WorkerNetwork:
     step_deadline_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Command(Generic[AnswerT]):
+    """Something to do with the engine, and who waits for it."""
+
+    question: Callable[[], AnswerT]
+    answer: Future[AnswerT]
+
+    def carry_out(self) -> None:
+        """Anything but a rejection leaves the engine in an unknown state, and is raised here too."""
+        # A client may have left while a long step kept its request waiting; a cancelled future takes no result.
+        if not self.answer.set_running_or_notify_cancel():
+            return
+        try:
+            self.answer.set_result(self.question())
+        except RequestRejected as error:
+            self.answer.set_exception(error)
+        except BaseException as error:
+            self.answer.set_exception(error)
+            raise
+
+    def refuse(self, error: Exception) -> None:
+        """Tell who waits that it will not happen."""
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(error)
+
+
 class WorkerLoop(Generic[PlanT]):
     """Runs an engine in the thread that calls `run`, until the inbox is stopped."""
 
@@ -98,36 +125,39 @@ class WorkerLoop(Generic[PlanT]):
         self._reports = reports
         self._network = network
         self._deliver = deliver
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[_Command[Any]] = deque()
+        self._ended = False
         self._plan: PlanT | None = None
 
     def submit(self, request: Request) -> Future[None]:
-        """Hand a request to the engine, from any thread; the future may carry RequestRejected."""
-        accepted: Future[None] = Future()
-
-        def command() -> None:
-            try:
-                self._engine.submit(request)
-            except RequestRejected as error:
-                accepted.set_exception(error)
-            else:
-                accepted.set_result(None)
-
-        self._command(command)
-        return accepted
+        """Hand a request to the engine, from any thread. The future may carry RequestRejected."""
+        return self.ask(lambda: self._engine.submit(request))
 
     def cancel(self, request_id: str) -> None:
         """Drop a request, from any thread."""
-        self._command(lambda: self._engine.cancel(request_id))
+        self.ask(lambda: self._engine.cancel(request_id))
 
     def ask(self, question: Callable[[], AnswerT]) -> Future[AnswerT]:
-        """Have something about the engine answered in its own thread, between two steps."""
+        """Have something done with the engine in its own thread, between two steps; skipped if cancelled before.
+
+        The future carries GangNotReady when the loop has ended.
+        """
         answer: Future[AnswerT] = Future()
-        self._command(lambda: answer.set_result(question()))
+        self._commands.append(_Command(question, answer))
+        self._inbox.wake.set()
+        if self._ended:
+            self._refuse_commands()
         return answer
 
     def run(self) -> None:
         """Enter the epochs that the inbox offers; requests are accepted and cancelled in between, too."""
+        try:
+            self._enter_epochs()
+        finally:
+            self._ended = True
+            self._refuse_commands()
+
+    def _enter_epochs(self) -> None:
         while not self._inbox.stopping:
             assignment = self._inbox.take()
             if assignment is None:
@@ -142,6 +172,7 @@ class WorkerLoop(Generic[PlanT]):
 
     def _serve(self, assignment: Assignment) -> None:
         """One epoch; ends by StepAborted."""
+        self._inbox.check(assignment.membership.epoch)
         with worker_links(assignment, self._inbox, self._network.listener, self._network.device) as links:
             dispatcher = self._dispatcher(assignment, links)
             self._reports.serving(assignment.membership.epoch)
@@ -176,12 +207,14 @@ class WorkerLoop(Generic[PlanT]):
             network.device,
         )
 
-    def _command(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        self._inbox.wake.set()
+    def _refuse_commands(self) -> None:
+        """Nobody carries them out any more, and nobody shall wait for that. From any thread."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._commands.popleft().refuse(GangNotReady("this attention worker has stopped"))
 
     def _carry_out_commands(self) -> None:
         while self._commands:
-            self._commands.popleft()()
+            self._commands.popleft().carry_out()
         if events := self._engine.take_events():
             self._deliver(events)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RaySystemError
 
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
 from divisi.cluster.gang.roster import Directive
@@ -109,5 +109,5 @@ class RayCoordinatorClient:
     def _get(self, reference: Any) -> Any:
         try:
             return ray.get(reference, timeout=_CALL_S)
-        except (RayActorError, GetTimeoutError) as error:
+        except (RayActorError, GetTimeoutError, ObjectLostError, RaySystemError) as error:
             raise CoordinatorLost(str(error)) from error

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from divisi.cluster.gang.coordinator import CoordinatorStatus
 from divisi.cluster.ray.coordinator import NAMESPACE, start_coordinator
 from divisi.cluster.spec import GangSpec
 
@@ -22,7 +23,7 @@ _PLACE_S = 600.0
 
 
 class GangLost(RuntimeError):
-    """The coordinator is gone; the owner has to be replaced."""
+    """The coordinator is gone, or a shard for good; the owner has to be replaced."""
 
 
 class GangOwner:
@@ -32,16 +33,23 @@ class GangOwner:
         self._coordinator = start_coordinator(spec)
         self._group: PlacementGroup | None = None
         self._shards: list[ActorHandle[Any]] = []
+        self._shard_seats = {str(spec.shape.seat(rank)) for rank in spec.shape.expert_ranks}
         if spec.shape.expert_shards:
             self._group = _place(spec)
             self._shards = [_start_shard(spec, index, self._group) for index in range(spec.shape.expert_shards)]
 
     def check(self) -> None:
-        """Raise GangLost if the coordinator has died. A shard's death is no reason: Ray restarts it."""
+        """Raise GangLost if the coordinator has died, or a shard could not load.
+
+        A shard that dies is no reason, since Ray restarts it; but not one whose constructor raised.
+        """
         try:
-            ray.get(self._coordinator.status.remote(), timeout=10)
+            reply: Any = self._coordinator.status.remote()
+            status: CoordinatorStatus = ray.get(reply, timeout=10)
         except RayActorError as error:
             raise GangLost(str(error)) from error
+        if failed := [f"{who}: {text}" for who, text in status.failures.items() if who in self._shard_seats]:
+            raise GangLost("; ".join(failed))
 
     def close(self) -> None:
         """End all actors now."""

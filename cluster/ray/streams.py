@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import TokenEvent
 
 
@@ -36,7 +37,12 @@ class TokenStreams:
         self._streams: dict[str, TokenStream] = {}
 
     def open(self, request_id: str) -> TokenStream:
-        """Begin to collect a request's events, in the event loop that will take them."""
+        """Begin to collect a request's events, in the event loop that will take them.
+
+        Raises RequestRejected for the id of a request that is still being served: the two would share their end.
+        """
+        if request_id in self._streams:
+            raise RequestRejected(f"request id {request_id!r} is already being served")
         self._loop = asyncio.get_running_loop()
         stream = self._streams[request_id] = TokenStream()
         return stream

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from divisi.cluster.assembly import build_engine, worker_network
+from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang.coordinator import Stats
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import listen
@@ -65,7 +66,8 @@ class AttentionRank:
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         """Events of one request, several at a time when the reader is slow; the last one is terminal.
 
-        Closing the generator cancels the request. Raises RequestRejected before the first event.
+        Closing the generator cancels the request. Raises RequestRejected, and GangNotReady when the step loop has
+        ended, before the first event.
         """
         stream = self._streams.open(request.request_id)
         finished = False
@@ -97,9 +99,11 @@ class AttentionRank:
         except Exception as error:  # an engine in an unknown state must not go on, and its requests must end
             log.exception("the step loop failed")
             self._failure = f"{type(error).__name__}: {error}"
-            self._engine.fail_all("the attention worker failed")
-            self._deliver(self._engine.take_events())
-            self._watch.stop("its step loop failed")
+            try:
+                self._engine.fail_all("the attention worker failed")
+                self._streams.deliver(self._engine.take_events())
+            finally:
+                self._watch.stop("its step loop failed")
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         # Numbers first: who has read an answer's end finds the answer in /metrics.
@@ -113,7 +117,7 @@ class AttentionRank:
         """For the watch's poll: the engine's numbers, None when they are those of the last time."""
         try:
             stats = self._loop.ask(self._engine.stats).result(timeout=0.5)
-        except FutureTimeout:  # in the middle of a long step; the next poll asks again
+        except (FutureTimeout, GangNotReady):  # in the middle of a long step, where the next poll asks again; or ended
             return None
         if stats == self._told:
             return None

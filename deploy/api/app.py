@@ -122,12 +122,12 @@ def build_app(engine: EngineClient, text: TextCodec, settings: ApiSettings) -> F
     route = app.add_api_route
     route("/v1/chat/completions", api.chat, methods=["POST"], response_class=Response, openapi_extra=chat_docs())
     route("/v1/completions", api.completion, methods=["POST"], response_class=Response, openapi_extra=completion_docs())
-    route("/v1/models", api.models, methods=["GET"], response_class=JSONResponse)
-    route("/v1/models/{model_id:path}", api.model, methods=["GET"], response_class=JSONResponse)
-    route("/v1/health/live", api.live, methods=["GET"], response_class=JSONResponse)
-    route("/v1/health/ready", api.ready, methods=["GET"], response_class=JSONResponse)
-    route("/health", api.ready, methods=["GET"], response_class=JSONResponse, operation_id="health")
-    route("/metrics", api.metrics, methods=["GET"], response_class=Response)
+    _get(app, "/v1/models", api.models)
+    _get(app, "/v1/models/{model_id:path}", api.model)
+    _get(app, "/v1/health/live", api.live)
+    _get(app, "/v1/health/ready", api.ready)
+    _get(app, "/health", api.ready, operation_id="health")
+    _get(app, "/metrics", api.metrics, response_class=Response)
     handler = _error_handler(settings)
     for kind in (DivisiError, TextError, HTTPException):
         app.add_exception_handler(kind, handler)
@@ -135,6 +135,19 @@ def build_app(engine: EngineClient, text: TextCodec, settings: ApiSettings) -> F
     app.add_middleware(Boundary)
     app.add_middleware(CountRequests, metrics=metrics)
     return app
+
+
+def _get(
+    app: FastAPI,
+    path: str,
+    endpoint: Callable[..., Awaitable[Response]],
+    *,
+    response_class: type[Response] = JSONResponse,
+    operation_id: str | None = None,
+) -> None:
+    """GET, and HEAD for the load balancers that probe with it; the server drops the body."""
+    app.add_api_route(path, endpoint, methods=["GET"], response_class=response_class, operation_id=operation_id)
+    app.add_api_route(path, endpoint, methods=["HEAD"], response_class=response_class, include_in_schema=False)
 
 
 def _error_handler(settings: ApiSettings) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:

@@ -13,6 +13,12 @@ from divisi.deploy.api.errors import ApiError
 from divisi.deploy.api.surface import has_no_effect, refusal
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
+_LENGTHS = {
+    "too_short": ("at least", "min_length"),
+    "too_long": ("at most", "max_length"),
+    "string_too_short": ("at least", "min_length"),
+    "string_too_long": ("at most", "max_length"),
+}
 _OBJECT_TYPES = frozenset({"model_type", "dict_type"})
 
 
@@ -79,8 +85,18 @@ def _from_validation(error: ValidationError) -> ApiError:
         text = message.removeprefix("Value error, ")
         # A check across fields has no place of its own; its text begins with the field's name.
         return ApiError(f"{param}: {text}" if param else text, param=param or text.split()[0].strip(":"))
+    if kind in _LENGTHS:
+        # Pydantic's text goes on about validation and says the length twice.
+        return ApiError(f"{param}: {_length_text(kind, first)}", param=param, code=_code(kind))
     text = "input should be a JSON object" if kind in _OBJECT_TYPES else message[:1].lower() + message[1:]
     return ApiError(f"{param}: {text}, but it is {_shown(first['input'])}", param=param, code=_code(kind))
+
+
+def _length_text(kind: str, first: Mapping[str, Any]) -> str:
+    word, bound = _LENGTHS[kind]
+    limit = first["ctx"][bound]
+    unit = ("character" if kind.startswith("string") else "item") + ("" if limit == 1 else "s")
+    return f"must have {word} {limit} {unit}, but has {len(first['input'])}"
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from divisi.deploy.api.errors import to_reply
@@ -31,6 +32,8 @@ class Boundary:
 
         try:
             await self._app(scope, receive, watching_send)
+        except ClientDisconnect:
+            return  # it left while it sent its body: nobody is there to answer
         except Exception as error:
             if scope["type"] != "http" or started:
                 raise

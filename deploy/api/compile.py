@@ -54,8 +54,9 @@ class Compiler:
             return self._text.tokenizer.encode(rendered, add_special_tokens=False)
 
         prompt = await _off_loop(tokenise, sum(len(message["content"]) for message in messages))
-        wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        max_tokens = self._fit("messages", len(prompt), wanted, default=self._settings.max_model_len)
+        asked = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        wanted: int | None = getattr(body, asked)
+        max_tokens = self._fit("messages", len(prompt), wanted, default=self._settings.max_model_len, asked=asked)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self._check_logprobs("top_logprobs", logprobs)
         return self._call(body, f"chatcmpl-{uuid4().hex}", prompt, max_tokens, logprobs)
@@ -146,8 +147,13 @@ class Compiler:
                 code="context_length_exceeded",
             )
 
-    def _fit(self, param: str, prompt_tokens: int, wanted: int | None, *, default: int) -> int:
-        """Tokens to generate at most; ApiError where prompt and answer don't fit the context."""
+    def _fit(
+        self, param: str, prompt_tokens: int, wanted: int | None, *, default: int, asked: str = "max_tokens"
+    ) -> int:
+        """Tokens to generate at most; ApiError where prompt and answer don't fit the context.
+
+        `param` and `asked` name the fields of the prompt and of `wanted`.
+        """
         limit = self._settings.max_model_len
         room = limit - prompt_tokens
         if prompt_tokens == 0:
@@ -161,9 +167,9 @@ class Compiler:
             )
         if wanted is not None and wanted > room:
             raise ApiError(
-                f"max_tokens: this model's context is {limit} tokens, but {prompt_tokens} of the prompt and {wanted} "
+                f"{asked}: this model's context is {limit} tokens, but {prompt_tokens} of the prompt and {wanted} "
                 f"of the answer make {prompt_tokens + wanted}; shorten the prompt or ask for at most {room}",
-                param="max_tokens",
+                param=asked,
                 code="context_length_exceeded",
             )
         return min(default, room) if wanted is None else wanted

@@ -29,7 +29,9 @@ class Metrics:
             "divisi_http_requests", "HTTP requests.", ("path", "method", "status"), registry=registry
         )
         self.open_requests = Gauge("divisi_http_open_requests", "HTTP requests being answered.", registry=registry)
-        self.prompt_tokens = Counter("divisi_prompt_tokens", "Tokens of accepted prompts.", registry=registry)
+        self.prompt_tokens = Counter(
+            "divisi_prompt_tokens", "Tokens of the prompts that were answered.", registry=registry
+        )
         self.completion_tokens = Counter("divisi_completion_tokens", "Generated tokens.", registry=registry)
         self.finished = Counter("divisi_requests_finished", "Answers by finish reason.", ("reason",), registry=registry)
         self.first_token = Histogram(
@@ -84,7 +86,7 @@ class RequestClock:
         self._tokens += tokens
 
     def close(self, prompt_tokens: int, reasons: Iterable[str]) -> None:
-        """The request is over, one reason per choice: a finish reason, `cancelled` or `error`."""
+        """The request is over, one reason per choice: a finish reason, `cancelled`, `refused` or `error`."""
         metrics = self._metrics
         metrics.prompt_tokens.inc(prompt_tokens)
         metrics.completion_tokens.inc(self._tokens)

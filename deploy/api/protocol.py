@@ -19,6 +19,8 @@ MAX_TEMPLATE_ARGUMENTS = 16
 MAX_ARGUMENT_CHARS = 4096
 MAX_PROMPTS = 4096
 """Bound of the schema; ApiSettings.max_prompts is the one that people meet."""
+MAX_PROMPT_IDS = 2**20
+"""Bound of the schema, lest a hopeless prompt costs the event loop a second; the model's context is the one to meet."""
 MAX_INT = 2**31 - 1
 
 # Alternatives of a union are tagged, so that an error is reported for the one that the client meant. Tags begin with
@@ -45,7 +47,7 @@ def _one_of(kind: Any, expected: str) -> Discriminator:
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
 Stop = Annotated[
     Annotated[StopText, Tag("<text>")]
     | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")],

@@ -10,6 +10,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
 from divisi.deploy.api.answer import Delta, answer_deltas
 from divisi.deploy.api.compile import Call
 from divisi.deploy.api.engine_client import EngineClient
@@ -73,6 +74,7 @@ class GenerationResponse(Response):
         self._clock = clock
         self._stream = stream
         self._reasons = ["cancelled"] * len(calls)
+        self._begun: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request; returns after the last byte, or after the clean-up when the client has left."""
@@ -80,16 +82,17 @@ class GenerationResponse(Response):
             await until_client_leaves(receive, self._reply_streamed(send) if self._stream else self._reply_whole(send))
         except ClientLeftError:
             return  # nobody is there to answer
-        except Exception:
-            self._fail()
+        except Exception as error:
+            self._fail("refused" if isinstance(error, (Overloaded, GangNotReady, RequestRejected)) else "error")
             raise
         finally:
-            self._clock.close(sum(len(call.request.prompt) for call in self._calls), self._reasons)
+            self._clock.close(sum(len(self._calls[index].request.prompt) for index in self._begun), self._reasons)
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         sources = [answer_deltas(self._engine, call, self._tokenizer) for call in self._calls]
         async with aclosing(merge(sources)) as merged:
             async for index, delta in merged:
+                self._begun.add(index)
                 self._clock.tick(len(delta.token_ids))
                 if delta.finish_reason is not None:
                     self._reasons[index] = delta.finish_reason
@@ -123,14 +126,14 @@ class GenerationResponse(Response):
                         await _send_events(send, events)
                 last = self._writer.closing()
             except Exception as error:
-                self._fail()
+                self._fail("error")
                 if not isinstance(error, AnswerError):
                     logger.error("a stream broke off", exc_info=error)
                 last = b"data: " + to_reply(error).body() + b"\n\n"
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _fail(self) -> None:
-        self._reasons = ["error" if reason == "cancelled" else reason for reason in self._reasons]
+    def _fail(self, why: str) -> None:
+        self._reasons = [why if reason == "cancelled" else reason for reason in self._reasons]
 
 
 async def _send_events(send: Send, events: bytes) -> None:

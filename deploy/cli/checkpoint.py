@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     # late: imports torch
     from divisi.model.random_checkpoint import write_random_checkpoint
 
-    config = write_random_checkpoint(args.out, config_json, args.seed, args.layout)
+    try:
+        config = write_random_checkpoint(args.out, config_json, args.seed, args.layout)
+    except OSError as error:
+        raise SettingsError(f"--out: cannot write {error.filename or args.out}: {error.strerror}") from None
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
     layers, experts = config.num_hidden_layers, config.num_experts
     print(f"{args.out}: {layers} layers, {experts} experts, {size / 1e6:.1f} MB of weights")

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from divisi.deploy.settings import Settings, SettingsError
-from divisi.model.config import ModelConfig
 
 # flag's destination -> (group, field) of Settings
 _FIELDS = {
@@ -40,7 +39,10 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     model = parser.add_argument_group("model")
     model.add_argument("--dtype", choices=("auto", "bfloat16", "float32", "float16"), help="default: the checkpoint's")
-    model.add_argument("--max-model-len", metavar="TOKENS", help="longest prompt plus answer (default: the model's)")
+    model.add_argument(
+        "--max-model-len", metavar="TOKENS",
+        help="longest prompt plus answer (default: the model's, or what --kv-memory holds)",
+    )  # fmt: skip
     gang = parser.add_argument_group("gang")
     gang.add_argument(
         "--topology", choices=("local", "split"),
@@ -69,17 +71,3 @@ def load_settings(args: argparse.Namespace) -> Settings:
             f"give a model directory, or make one with: divisi checkpoint random --out {settings.model.model_dir}"
         )
     return settings
-
-
-def check_fit(settings: Settings, config: ModelConfig) -> None:
-    """Refuse what this model cannot do: more shards than experts, more tokens than positions. Raises SettingsError."""
-    shards, length = settings.gang.expert_shards, settings.model.max_model_len or 0
-    if shards > config.num_experts:
-        raise SettingsError(
-            f"gang.expert_shards: {shards} is more than the model's {config.num_experts} experts; use fewer"
-        )
-    if length > config.max_position_embeddings:
-        raise SettingsError(
-            f"model.max_model_len: {length} is more than the model's {config.max_position_embeddings} positions; "
-            f"give that or less"
-        )

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from divisi.deploy.cli.flags import add_deployment_flags, check_fit, load_settings
-from divisi.model.config import ModelConfig
+from divisi.deploy.cli.flags import add_deployment_flags, load_settings
+from divisi.deploy.fit import Fit, fit
+from divisi.model.config import DTYPE_BYTES, ModelConfig
 
 if TYPE_CHECKING:
     from divisi.deploy.settings import Settings
@@ -22,7 +23,6 @@ examples:
 
 Reads the headers of the files only. Memory that kernels and Python take on top is not counted.
 """
-_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,22 +43,23 @@ def run(args: argparse.Namespace) -> int:
     """Print the report. Raises SettingsError, ConfigError and CheckpointError."""
     settings = load_settings(args)
     config = ModelConfig.load(settings.model.model_dir)
-    check_fit(settings, config)
-    # late: imports torch
+    # late: torch takes seconds to import
+    import torch
+
     from divisi.model.checkpoint import Checkpoint
 
+    fitted = fit(settings, config, torch.cuda.device_count())
     checkpoint = Checkpoint.open(settings.model.model_dir)
     checkpoint.check_all(config)
-    report = build_report(settings, config, checkpoint)
+    report = build_report(settings, fitted, config, checkpoint)
     print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
     return 0
 
 
-def build_report(settings: Settings, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the report as JSON-ready data; all sizes in bytes."""
     from divisi.model.checkpoint import Role
 
-    dtype = config.dtype if settings.model.dtype == "auto" else settings.model.dtype
     roles = Role.all_of(config, settings.gang.attention_workers, settings.gang.expert_shards)
     mtp = [info.num_bytes for name, info in checkpoint.tensors.items() if name.startswith("mtp.")]
     return {
@@ -70,22 +71,24 @@ def build_report(settings: Settings, config: ModelConfig, checkpoint: Checkpoint
             "moe_layers": len(config.moe_layers),
             "experts": config.num_experts,
             "experts_per_token": config.num_experts_per_tok,
-            "dtype": dtype,
-            "max_model_len": settings.model.max_model_len or config.max_position_embeddings,
+            "device": fitted.device,
+            "dtype": fitted.dtype,
+            "max_model_len": fitted.max_model_len,
         },
-        "ranks": [_rank(role, settings, config, checkpoint, dtype) for role in roles],
+        "ranks": [_rank(role, settings, fitted, config, checkpoint) for role in roles],
+        "notes": list(fitted.notes),
         "mtp": {"tensors": len(mtp), "bytes": sum(mtp), "loaded": False},
     }
 
 
-def _rank(role: Role, settings: Settings, config: ModelConfig, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     from divisi.model.checkpoint import plan_rank
 
     plan = plan_rank(config, checkpoint.tensors, role)
     weights = 0
     for label, num_bytes in plan.items():
         disk = checkpoint.tensors[label.partition("[")[0]]
-        weights += num_bytes * _ELEMENT_BYTES[dtype] // (2 if disk.dtype in ("BF16", "F16") else 4)
+        weights += num_bytes * DTYPE_BYTES[fitted.dtype] // (2 if disk.dtype in ("BF16", "F16") else 4)
     rank: dict[str, Any] = {
         "seat": role.name,
         "experts": [role.experts.start, role.experts.stop] if role.experts else None,
@@ -95,12 +98,12 @@ def _rank(role: Role, settings: Settings, config: ModelConfig, checkpoint: Check
         "memory_bytes": weights,
     }
     if role.attention:
-        rank |= _sequence_memory(settings, config, dtype)
+        rank |= _sequence_memory(settings, fitted, config)
         rank["memory_bytes"] += rank["kv_bytes"] + rank["state_bytes"]
     return rank
 
 
-def _sequence_memory(settings: Settings, config: ModelConfig, dtype: str) -> dict[str, int]:
+def _sequence_memory(settings: Settings, fitted: Fit, config: ModelConfig) -> dict[str, int]:
     import torch
 
     from divisi.cluster.memory_plan import MemoryPlan
@@ -111,8 +114,8 @@ def _sequence_memory(settings: Settings, config: ModelConfig, dtype: str) -> dic
         kv_memory=cache.kv_memory,
         page_size=cache.page_size,
         max_seqs=cache.max_seqs,
-        max_model_len=settings.model.max_model_len or config.max_position_embeddings,
-        dtype=getattr(torch, dtype),
+        max_model_len=fitted.max_model_len,
+        dtype=getattr(torch, fitted.dtype),
     )
     return {
         "pages": plan.num_pages,
@@ -139,6 +142,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"Each attention worker: {worker['pages']:,} pages of {worker['page_size']} tokens = "
         f"{worker['tokens']:,} tokens of KV; {worker['state_slots']} state slots"
     )
+    lines += report["notes"]
     if mtp["tensors"]:
         lines.append(f"MTP layer: {mtp['tensors']} tensors, {_size(mtp['bytes'])}, recognised and not loaded")
     return lines

@@ -11,6 +11,7 @@ from divisi.cluster.errors import DivisiError
 from divisi.deploy.cli import checkpoint, inspect, serve
 from divisi.deploy.settings import SettingsError
 from divisi.model.errors import CheckpointError, ConfigError
+from divisi.model.text import TextError
 
 EXAMPLES = """\
 examples:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         status: int = args.run(args)
-    except (SettingsError, ConfigError, CheckpointError) as error:
+    except (SettingsError, ConfigError, CheckpointError, TextError) as error:
         print(f"divisi: error: {error}", file=sys.stderr)
         return 2
     except DivisiError as error:

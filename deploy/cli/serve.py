@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 
-from divisi.deploy.cli.flags import add_deployment_flags, check_fit, load_settings
+from divisi.deploy.cli.flags import add_deployment_flags, load_settings
+from divisi.deploy.fit import fit
 from divisi.model.config import ModelConfig
+from divisi.model.text import TextCodec
 
 EXAMPLES = """\
 examples:
@@ -40,14 +43,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted. Raises SettingsError, ConfigError and CheckpointError before anything is started."""
+    """Serve until interrupted.
+
+    Raises SettingsError, ConfigError, TextError and CheckpointError before anything is started.
+    """
     settings = load_settings(args)
     config = ModelConfig.load(settings.model.model_dir)
-    check_fit(settings, config)
+    fit(settings, config, num_gpus=math.inf)
     # Late: `divisi --help` should not take the seconds that importing torch and Ray takes.
     from divisi.model.checkpoint import Checkpoint
 
     Checkpoint.open(settings.model.model_dir).check_all(config)
+    TextCodec.load(settings.model.model_dir)
     from divisi.deploy.serve_app import run as serve_until_stopped
 
     serve_until_stopped(settings)

@@ -9,9 +9,7 @@ from typing import Self
 
 from divisi.model.checkpoint.index import TensorInfo
 from divisi.model.checkpoint.layout import expert_shapes, main_shapes, packed_name, packed_shapes
-from divisi.model.config import ModelConfig
-
-_CONFIG_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from divisi.model.config import DTYPE_BYTES, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ def plan_rank(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, rol
     a packed tensor is named with the expert ids, as in `...experts.down_proj[0:128]`.
     """
     plan: dict[str, int] = {}
-    element = _CONFIG_BYTES[config.dtype]
+    element = DTYPE_BYTES[config.dtype]
 
     def add(name: str, shape: tuple[int, ...]) -> None:
         known = tensors.get(name) if tensors is not None else None

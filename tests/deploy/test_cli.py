@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,3 +117,19 @@ def test_like_copies_a_shape(model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "like"
     assert main(["checkpoint", "random", "--out", str(out), "--like", str(model_dir), "--layout", "packed"]) == 0
     assert "model.layers.0.mlp.experts.down_proj" in Checkpoint.open(out).names
+
+
+def test_random_checkpoint_where_nothing_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["checkpoint", "random", "--out", str(tmp_path / "file" / "tiny")]) == 2
+    assert capsys.readouterr().err.startswith("divisi: error: --out: cannot write")
+
+
+def test_serve_checks_the_tokenizer_before_it_starts_anything(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    (broken / "tokenizer.json").unlink()
+    assert main(["serve", str(broken)]) == 2
+    assert "tokenizer.json is missing" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_file_named_by_the_environment(config_file: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
 def test_other_formats(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"c{suffix}"
-    path.write_text(json.dumps({"model": {"model_dir": "/m"}, "http": {"port": 1}}))   # JSON is YAML too
+    path.write_text(json.dumps({"model": {"model_dir": "/m"}, "http": {"port": 1}}))  # JSON is YAML too
     assert Settings.load(path).http.port == 1
 
 

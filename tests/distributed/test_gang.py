@@ -26,6 +26,13 @@ from tests.support.thread_gang import HOST, Shard, Worker, small_spec, thread_ga
 Answers = dict[str, list[int]]
 
 
+@pytest.fixture(autouse=True)
+def importable_in_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a spawned process find this module, without the repository's root on its path."""
+    (tmp_path / "tests").symlink_to(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def local_answers(small_model: Path, requests: list[Request]) -> Answers:
     with thread_gang(small_spec(small_model, 1, 0)) as (worker,):

@@ -142,10 +142,8 @@ def test_an_idle_cluster_uses_little_processor_time(
     assert share < 0.25
 
 
-def test_an_answer_goes_on_when_a_shard_is_killed(
-    cluster: Cluster, client: openai.OpenAI, record_result: Callable[[str, object], None]
-) -> None:
-    want = complete(client, 400)
+def answer_while_killing(client: openai.OpenAI, victim: psutil.Process) -> tuple[str, float]:
+    """Stream an answer of 400 tokens and kill a process early in it: the text, and the longest pause in seconds."""
     stream = client.completions.create(
         model="small",
         prompt="Once upon a time",
@@ -160,13 +158,46 @@ def test_an_answer_goes_on_when_a_shard_is_killed(
         now = time.monotonic()
         longest, last = max(longest, now - last), now
         if not killed and len(got) > 20:
-            shard: psutil.Process = cluster.processes("ExpertShardActor")[0]
-            os.kill(shard.pid, signal.SIGKILL)
+            os.kill(victim.pid, signal.SIGKILL)
             killed = True
-    record_result("seconds of pause when a shard process was killed", round(longest, 2))
+    return got, longest
+
+
+def test_an_answer_goes_on_when_a_shard_is_killed(
+    cluster: Cluster, client: openai.OpenAI, record_result: Callable[[str, object], None]
+) -> None:
+    want = complete(client, 400)
+    got, pause_s = answer_while_killing(client, cluster.processes("ExpertShardActor")[0])
+    record_result("seconds of pause when a shard process was killed", round(pause_s, 2))
     assert got == want
     assert sum(metric(cluster, "aborted_steps_total")) >= 1
     cluster.wait_until_ready(30)
+
+
+def test_an_answer_goes_on_when_the_coordinator_is_killed(
+    cluster: Cluster, client: openai.OpenAI, record_result: Callable[[str, object], None]
+) -> None:
+    want = complete(client, 400)
+    (coordinator,) = cluster.processes("CoordinatorActor")
+    got, pause_s = answer_while_killing(client, coordinator)
+    record_result("seconds of pause when the coordinator was killed", round(pause_s, 2))
+    assert got == want
+    cluster.wait_until_ready(60)
+
+
+def test_an_answer_ends_with_an_error_when_its_attention_worker_is_killed(
+    cluster: Cluster, client: openai.OpenAI, record_result: Callable[[str, object], None]
+) -> None:
+    want = complete(client, 10)
+    (worker,) = cluster.processes("AttentionWorker")
+    with pytest.raises(openai.APIError, match="attention worker was lost"):
+        answer_while_killing(client, worker)
+    begin = time.monotonic()
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 10, "it was not killed")
+    wait_for(lambda: httpx.get(f"{cluster.url}/v1/health/ready").status_code == 503, 20, "it never said that it cannot")
+    cluster.wait_until_ready(90)
+    record_result("seconds without service when the attention worker was killed", round(time.monotonic() - begin, 1))
+    assert complete(client, 10) == want
 
 
 def test_the_gang_comes_back_when_its_owner_is_killed(cluster: Cluster, client: openai.OpenAI) -> None:

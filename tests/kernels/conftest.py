@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -29,8 +31,17 @@ def expect_close(
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.fixture(scope="session")
-def native() -> Kernels:
+@pytest.fixture(scope="package", autouse=True)
+def two_threads() -> Iterator[None]:
+    """The kernels divide their work; the other tests run on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def native(two_threads: None) -> Kernels:
     return select_kernels(torch.device("cpu"), "native")
 
 
@@ -40,5 +51,5 @@ def reference() -> Kernels:
 
 
 @pytest.fixture(params=["reference", "native"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
+def kernels(request: pytest.FixtureRequest, two_threads: None) -> Kernels:
     return select_kernels(torch.device("cpu"), request.param)

@@ -24,9 +24,7 @@ class Faulty:
         self._inner = inner
         self.fail_at: tuple[int, bool] | None = None
 
-    def dispatch(
-        self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
-    ) -> Pending:
+    def dispatch(self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor) -> Pending:
         if self.fail_at == (layer, False):
             raise StepAborted("planted", "expert:0")
         return _Pending(self, layer, self._inner.dispatch(layer, x_TD, expert_ids_TK, gates_TK))

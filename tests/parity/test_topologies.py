@@ -9,17 +9,18 @@ import pytest
 
 from divisi.cluster.request import Request, Sampling
 from tests.parity.oracle import Excuses, Oracle
-from tests.parity.variants import build_oracle, save_oracle
+from tests.parity.variants import ALL, make_variant
 from tests.support.thread_gang import small_spec, thread_gang
 
 SHAPES = [(1, 0), (1, 1), (1, 2), (2, 2), (1, 3)]
-VARIANTS = ["base", "seven-experts", "dense-mixed-in", "top-10-of-12-unnormalised"]
+QUICK = ("base", "seven-experts")
+VARIANTS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.verify) for name in ALL]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Oracle]:
-    oracle = build_oracle(request.param)
-    return request.param, save_oracle(oracle, tmp_path_factory.mktemp(request.param)), Oracle(oracle)
+    path = tmp_path_factory.mktemp(request.param)
+    return request.param, path, Oracle(make_variant(request.param, path))
 
 
 @pytest.mark.parametrize(("workers", "shards"), SHAPES)

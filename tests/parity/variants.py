@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
+from divisi.model.random_checkpoint import write_random_checkpoint
+
 BASE: dict[str, Any] = {
     "vocab_size": 211, "hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 64,
     "max_position_embeddings": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -45,6 +47,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biased-conv-2": {"attention_bias": True, "linear_conv_kernel_dim": 2, "norm_topk_prob": False},
 }
 
+PUBLISHED = "published-layout"
+# the spelling of the published checkpoints, with one tensor per expert
+PUBLISHED_CONFIG: dict[str, Any] = {
+    **BASE, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "full_attention_interval": 4,
+    "num_hidden_layers": 8, "rope_theta": 10000000, "rope_scaling": None, "partial_rotary_factor": 0.25,
+    "hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "torch_dtype": "float32",
+}  # fmt: skip
+ALL = [*VARIANTS, PUBLISHED]
+
 
 def build_oracle(name: str, seed: int = 0) -> Qwen3NextForCausalLM:
     """A random fp32 model whose routing and logits are decisive enough for exact comparison."""
@@ -81,3 +93,13 @@ def save_oracle(model: Qwen3NextForCausalLM, path: Path) -> Path:
     """Write a folder in transformers' own spelling (config with rope_parameters and layer_types)."""
     model.save_pretrained(path)
     return path
+
+
+def make_variant(name: str, path: Path) -> Qwen3NextForCausalLM:
+    """Write a variant to `path` and return its model; PUBLISHED goes the other way, from our files to the model."""
+    if name != PUBLISHED:
+        model = build_oracle(name)
+        save_oracle(model, path)
+        return model
+    write_random_checkpoint(path, PUBLISHED_CONFIG, seed=2, tokenizer=False)
+    return Qwen3NextForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

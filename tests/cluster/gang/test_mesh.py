@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -177,3 +178,20 @@ def test_leftovers_of_older_epochs_are_not_let_in() -> None:
     for mesh in (leader, fresh, stale):
         mesh.close()
     listener.close()
+
+
+def test_strangers_on_the_listener_are_sent_away() -> None:
+    listener = listen("127.0.0.1")
+    address = Address("127.0.0.1", listener.getsockname()[1])
+    membership = Membership(1, GangShape(1, 1), ("a", "b"), (address,) * 2, address)
+    inbox, deadline = EpochInbox(), time.monotonic() + 10
+    strangers = [socket.create_connection((address.host, address.port)) for _ in range(3)]
+    strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n")
+    strangers[1].sendall(Frame(Kind.HELLO, 9, 1, 0).encode())  # no such rank
+    strangers[2].close()
+    follower = FollowerMesh(membership, 1, inbox, deadline)
+    leader = LeaderMesh(listener, membership, inbox, deadline)
+    leader.announce(1)
+    assert begin(leader) == follower.next_step(5.0)
+    for end in (leader, follower, listener, *strangers, inbox.wake):
+        end.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -122,6 +123,22 @@ def test_leaving_cancels_at_once(
     assert engine.all_closed(10)
 
 
+def test_leaving_while_sending_the_body_is_no_server_error(
+    engine: FakeEngine, http: httpx.Client, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = ("divisi_http_requests_total", (("method", "POST"), ("path", "/v1/completions"), ("status", "499")))
+    before = _samples(http).get(key, 0.0)
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port or 0)) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+    deadline = time.monotonic() + 10
+    while _samples(http).get(key, 0.0) == before:
+        assert time.monotonic() < deadline, "it was never counted"
+    assert not caplog.records
+
+
 def test_closing_a_stream_cancels(client: openai.OpenAI, engine: FakeEngine) -> None:
     engine.held = "after"
     stream = client.chat.completions.create(**ASK, stream=True)
@@ -141,6 +158,13 @@ def test_health(http: httpx.Client, engine: FakeEngine) -> None:
         assert reply.status_code == 503
         assert reply.json()["reason"] == "loading weights"
     assert http.get("/v1/health/live").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/health/ready", "/v1/health/live", "/v1/models", "/metrics"])
+def test_head_is_get_without_a_body(http: httpx.Client, path: str) -> None:
+    reply = http.head(path)
+    assert reply.status_code == 200
+    assert not reply.content
 
 
 def test_health_when_the_status_breaks(http: httpx.Client, engine: FakeEngine) -> None:
@@ -187,3 +211,15 @@ def test_metrics(http: httpx.Client, engine: FakeEngine) -> None:
     assert after[("divisi_step_seconds_total", (("part", "mixer"),))] == 1.5
     assert after[("divisi_ready", ())] == 1
     assert after[("divisi_http_open_requests", ())] == 1  # this very request
+
+
+def test_refused_requests_are_no_failed_answers(http: httpx.Client, engine: FakeEngine) -> None:
+    before = _samples(http)
+    engine.script = lambda request: [Overloaded("full", 1)]
+    assert http.post("/v1/completions", json=TEXT).status_code == 429
+    after = _samples(http)
+    for reason, grown in (("refused", 1), ("error", 0)):
+        key = ("divisi_requests_finished_total", (("reason", reason),))
+        assert after.get(key, 0.0) - before.get(key, 0.0) == grown
+    tokens = ("divisi_prompt_tokens_total", ())
+    assert after[tokens] == before[tokens]

@@ -27,7 +27,9 @@ def completion(**fields: Any) -> tuple[str, dict[str, Any]]:
 
 # (path and body, status, the error's param, words that its message must have)
 FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
-    (chat(messages=[]), 400, "messages", "at least 1"),
+    (chat(messages=[]), 400, "messages", "must have at least 1 item, but has 0"),
+    (chat(max_completion_tokens=100_000), 400, "max_completion_tokens", "max_completion_tokens: this model's context"),
+    (completion(prompt=[1] * 60_000), 400, "prompt", "the prompt alone has 60000"),
     (chat(messages="hi"), 400, "messages", "list"),
     (chat(messages=None), 400, "messages", "null"),
     (chat(messages=[1]), 400, "messages[0]", "object"),
@@ -79,7 +81,7 @@ FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(stop=["a"] * 17), 400, "stop", "at most 16"),
     (chat(stop=["a", 1]), 400, "stop[1]", "string"),
     (chat(stop={"a": 1}), 400, "stop", "string or a list"),
-    (chat(stop="x" * 600), 400, "stop", "600 characters"),
+    (chat(stop="x" * 600), 400, "stop", "has 600"),
     (chat(stop_token_ids=["a"]), 400, "stop_token_ids[0]", "integer"),
     (chat(stop_token_ids=[-1]), 400, "stop_token_ids[0]", "-1"),
     (chat(stream="yes"), 400, "stream", "boolean"),

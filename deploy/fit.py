@@ -1,0 +1,83 @@
+"""Settles what settings leave open for a model and a cluster, and refuses what cannot work. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from divisi.deploy.settings import Settings, SettingsError
+from divisi.model.config import DTYPE_BYTES, DType, ModelConfig
+
+_SHORTEST = 2
+"""Tokens of the shortest context that can answer: one of prompt, one of answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Where and how a model is served. `notes` tell people where that isn't what they may expect."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: DType
+    max_model_len: int
+    """Longest prompt plus answer; one such sequence fits into the KV pages of a worker."""
+    notes: tuple[str, ...] = ()
+
+
+def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
+    """Fit a model into a cluster with `num_gpus` GPUs (infinity: not known yet). Raises SettingsError."""
+    gang = settings.gang
+    if gang.expert_shards > config.num_experts:
+        raise SettingsError(
+            f"gang.expert_shards: {gang.expert_shards} is more than the model's {config.num_experts} experts; use fewer"
+        )
+    ranks = gang.attention_workers + gang.expert_shards
+    device = gang.device if gang.device != "auto" else ("cuda" if num_gpus >= ranks else "cpu")
+    dtype = settings.model.dtype if settings.model.dtype != "auto" else config.dtype
+    notes = []
+    if device == "cpu" and dtype == "float16":
+        if settings.model.dtype != "auto":
+            raise SettingsError(
+                "model.dtype: a CPU has no kernels for 'float16'; use 'bfloat16', 'float32' or 'auto', or device 'cuda'"
+            )
+        dtype = "bfloat16"
+        notes.append("The checkpoint is in float16, which the CPU kernels don't take: served in bfloat16")
+    length, note = _max_model_len(settings, config, dtype)
+    return Fit(device, dtype, length, (*notes, note) if note else tuple(notes))
+
+
+def _max_model_len(settings: Settings, config: ModelConfig, dtype: DType) -> tuple[int, str | None]:
+    """The length asked for, or the longest that both the model and the KV pages take, and a note if the pages limit it.
+
+    The scheduler takes a request only if its longest possible answer fits into the pages.
+    """
+    asked, positions = settings.model.max_model_len, config.max_position_embeddings
+    if asked is not None and asked > positions:
+        raise SettingsError(
+            f"model.max_model_len: {asked} is more than the model's {positions} positions; give that or less"
+        )
+    page_size, memory = settings.cache.page_size, settings.cache.kv_memory
+    page_bytes = page_size * config.kv_values_per_token * DTYPE_BYTES[dtype]
+    if not page_bytes:  # without full attention there is no KV
+        return asked or positions, None
+
+    def bytes_for(tokens: int) -> int:
+        return -(-tokens // page_size) * page_bytes
+
+    held = memory // page_bytes * page_size
+    if held < _SHORTEST:
+        raise SettingsError(
+            f"cache.kv_memory: {memory} bytes hold no sequence, since a page of {page_size} tokens takes {page_bytes}; "
+            f"give at least {bytes_for(_SHORTEST)}, better {bytes_for(asked or positions)}, or lower cache.page_size"
+        )
+    if asked is not None and asked > held:
+        raise SettingsError(
+            f"cache.kv_memory: {memory} bytes hold {held} tokens, and model.max_model_len={asked} needs "
+            f"{bytes_for(asked)} bytes; raise cache.kv_memory to that, or lower model.max_model_len to {held} or less"
+        )
+    if asked is None and positions > held:
+        note = (
+            f"The longest prompt plus answer is {held:,} tokens, not the model's {positions:,}: "
+            f"cache.kv_memory would have to be {bytes_for(positions)} bytes for that"
+        )
+        return held, note
+    return asked or positions, None

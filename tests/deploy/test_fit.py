@@ -1,0 +1,109 @@
+"""What settings leave open: the context that the KV pages hold, the dtype that the device has kernels for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from divisi.cluster.errors import RequestRejected
+from divisi.cluster.memory_plan import MemoryPlan
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.scheduler import Scheduler, SchedulerConfig
+from divisi.deploy.cli import main
+from divisi.deploy.fit import fit
+from divisi.deploy.serve_app import gang_spec
+from divisi.deploy.settings import Settings, SettingsError
+from divisi.model.config import ModelConfig
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+
+POSITIONS = int(SMALL_CONFIG["max_position_embeddings"])
+CONFIG = ModelConfig.from_hf(SMALL_CONFIG)
+PAGE = 16 * CONFIG.kv_values_per_token * 2
+"""Bytes of a page of 16 tokens in bfloat16."""
+
+
+def settings(*, dtype: str = "auto", length: int | None = None, device: str = "cpu", **cache: object) -> Settings:
+    model = {"model_dir": "/m", "dtype": dtype, "max_model_len": length}
+    return Settings.from_args({"model": model, "gang": {"device": device}, "cache": cache})
+
+
+@pytest.mark.parametrize(("dtype", "pages"), [("bfloat16", 20), ("float32", 10)])
+def test_an_open_context_is_what_the_pages_hold(dtype: str, pages: int) -> None:
+    fitted = fit(settings(dtype=dtype, kv_memory=20 * PAGE + 5), CONFIG, 0)
+    assert fitted.max_model_len == pages * 16 < POSITIONS
+    (note,) = fitted.notes
+    assert f"{pages * 16} tokens" in note
+    assert str(POSITIONS // 16 * PAGE * 20 // pages) in note
+    roomy = fit(settings(dtype=dtype, kv_memory=POSITIONS // 16 * PAGE * 2), CONFIG, 0)
+    assert (roomy.max_model_len, roomy.notes) == (POSITIONS, ())
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 23])
+def test_a_request_that_leaves_max_tokens_open_is_taken(page_size: int) -> None:
+    chosen = settings(kv_memory=3 * PAGE + 2**16, page_size=page_size, max_seqs=4)
+    length = fit(chosen, CONFIG, 0).max_model_len
+    sizes = {"page_size": page_size, "max_seqs": 4, "max_model_len": length}
+    plan = MemoryPlan.of(CONFIG, kv_memory=chosen.cache.kv_memory, dtype=torch.bfloat16, **sizes)
+    assert length == plan.num_tokens, "the torch-free arithmetic is that of the store"
+    limits = SchedulerConfig(
+        vocab_size=CONFIG.vocab_size, num_pages=plan.num_pages, num_slots=plan.num_slots, max_step_tokens=8, **sizes
+    )
+    scheduler = Scheduler(limits)
+    scheduler.submit(Request("open", (1, 2, 3), length - 3, Sampling()))
+    scheduler.submit(Request("whole", (1,) * length, 0, Sampling(), prompt_logprobs=0))
+    with pytest.raises(RequestRejected):
+        scheduler.submit(Request("long", (1,) * length, 1, Sampling()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"length": 1000, "kv_memory": 62 * PAGE}, ["cache.kv_memory", f"{63 * PAGE} bytes", "992 or less"]),
+        ({"page_size": 4096, "kv_memory": 2**16}, ["cache.kv_memory", f"at least {256 * PAGE}", "cache.page_size"]),
+        ({"length": POSITIONS + 1}, ["model.max_model_len", f"{POSITIONS} positions"]),
+        ({"dtype": "float16"}, ["model.dtype", "'float16'", "bfloat16"]),
+        ({"dtype": "float16", "device": "auto"}, ["model.dtype"]),
+    ],
+)
+def test_what_cannot_work_is_refused(changes: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        fit(settings(**changes), CONFIG, 0)  # type: ignore[arg-type]
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_float16_is_for_gpus() -> None:
+    half = ModelConfig.from_hf(SMALL_CONFIG | {"torch_dtype": "float16"})
+    on_cpu = fit(settings(device="auto"), half, 0)
+    assert (on_cpu.device, on_cpu.dtype) == ("cpu", "bfloat16")
+    assert "float16" in on_cpu.notes[0]
+    on_gpu = fit(settings(device="auto"), half, 1)
+    assert (on_gpu.device, on_gpu.dtype, on_gpu.notes) == ("cuda", "float16", ())
+    assert fit(settings(device="auto", dtype="float16"), CONFIG, math.inf).dtype == "float16"
+
+
+def test_inspect_and_serve_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_random_checkpoint(tmp_path, SMALL_CONFIG | {"torch_dtype": "float16"}, seed=1, tokenizer=False)
+    flags = ["--kv-memory", str(9 * PAGE), "--device", "cpu"]
+    assert main(["inspect", str(tmp_path), *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    with caplog.at_level(logging.WARNING):
+        spec = gang_spec(
+            Settings.from_args(
+                {"model": {"model_dir": str(tmp_path)}, "cache": {"kv_memory": 9 * PAGE}, "gang": {"device": "cpu"}}
+            ),
+            0,
+        )
+    assert (spec.dtype, spec.max_model_len) == (report["model"]["dtype"], report["model"]["max_model_len"])
+    assert (spec.dtype, spec.max_model_len) == ("bfloat16", 9 * 16)
+    assert report["ranks"][0]["tokens"] == 9 * 16
+    assert [record.message for record in caplog.records] == report["notes"]
+    assert main(["inspect", str(tmp_path), *flags]) == 0
+    assert "up to 144 tokens" in capsys.readouterr().out

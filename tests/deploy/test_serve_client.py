@@ -1,0 +1,152 @@
+"""The ingress's end of the gang: the limit on unfinished requests, refusals, and streams that are given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
+from divisi.cluster.gang.coordinator import CoordinatorStatus
+from divisi.cluster.request import Request, Sampling, TokenEvent
+from divisi.deploy import serve_client
+from divisi.deploy.api.app import build_app
+from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.serve_client import ServeEngineClient
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+from divisi.model.text import TextCodec
+
+
+class Response:
+    """One streaming call to a worker: what it yields, and whether it was cancelled."""
+
+    def __init__(self, request: Request, items: list[object] | None, go_on: asyncio.Event) -> None:
+        self._request, self._items, self._go_on = request, items, go_on
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    async def __aiter__(self) -> AsyncIterator[object]:
+        if self._items is not None:
+            for item in self._items:
+                yield item
+            return
+        yield [TokenEvent(self._request.request_id, (5,), None)]
+        await self._go_on.wait()
+        yield [TokenEvent(self._request.request_id, (), None, finish_reason="length")]
+
+
+class Workers:
+    """Stands for the handle of the AttentionWorker deployment."""
+
+    def __init__(self, items: list[object] | None = None) -> None:
+        self.items = items
+        self.go_on = asyncio.Event()
+        self.calls: list[Response] = []
+
+    def options(self, **_: object) -> Workers:
+        return self
+
+    def remote(self, request: Request) -> Response:
+        self.calls.append(Response(request, self.items, self.go_on))
+        return self.calls[-1]
+
+
+class Coordinator:
+    """Stands for the handle of the coordinator's actor."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.asked = 0
+        self._answer = CoordinatorStatus(**{"ready": True, "reason": "epoch 1 serves", "epoch": 1} | changes)
+        self.status = SimpleNamespace(remote=self._status)
+
+    async def _status(self) -> CoordinatorStatus:
+        self.asked += 1
+        await asyncio.sleep(0)
+        return self._answer
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
+    found = Coordinator()
+    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: found)
+    return found
+
+
+def make(workers: Workers, limit: int = 4) -> ServeEngineClient:
+    return ServeEngineClient(workers, "coordinator/m", limit, 7.0)  # type: ignore[arg-type]
+
+
+def request(number: int = 0) -> Request:
+    return Request(f"r{number}", (1, 2), 4, Sampling())
+
+
+async def read(client: ServeEngineClient, number: int) -> int:
+    return len([event async for event in client.generate(request(number))])
+
+
+async def test_a_burst_does_not_slip_past_the_limit(coordinator: Coordinator) -> None:
+    workers = Workers()
+    client = make(workers)
+    tasks = [asyncio.create_task(read(client, i)) for i in range(10)]
+    while len(workers.calls) < 4:
+        await asyncio.sleep(0.001)
+    workers.go_on.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [result for result in results if not isinstance(result, Overloaded)] == [2] * 4
+    refused = [result for result in results if isinstance(result, Overloaded)]
+    assert len(refused) == 6
+    assert refused[0].retry_after == 7.0
+    assert len(workers.calls) == 4
+    assert coordinator.asked == 1, "one question for the whole burst"
+    assert await read(client, 11) == 2, "finished requests make room"
+
+
+async def test_a_stream_that_is_closed_is_cancelled_at_once(coordinator: Coordinator) -> None:
+    workers = Workers()
+    client = make(workers, limit=1)
+    async with aclosing(client.generate(request())) as events:
+        assert (await anext(events)).token_ids == (5,)
+    assert workers.calls[0].cancelled
+    workers.go_on.set()
+    assert await read(client, 1) == 2
+    assert not workers.calls[1].cancelled
+
+
+@pytest.mark.parametrize("error", [RequestRejected("too long"), GangNotReady("this attention worker has stopped")])
+async def test_a_workers_refusal_is_raised_as_it_is(coordinator: Coordinator, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        await read(make(Workers([error])), 0)
+
+
+async def test_a_gang_that_is_not_ready_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Coordinator(ready=False, reason="0 of 2 seats filled", failures={"expert:0": "CheckpointError: short"})
+    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: broken)
+    with pytest.raises(GangNotReady, match=r"0 of 2 seats filled; expert:0 could not load: CheckpointError: short"):
+        await read(make(Workers()), 0)
+
+
+async def test_over_the_limit_http_answers_429_with_retry_after(coordinator: Coordinator, tmp_path: Path) -> None:
+    config = write_random_checkpoint(tmp_path, SMALL_CONFIG | {"num_hidden_layers": 4}, seed=1)
+    api = ApiSettings(served_model_name="m", max_model_len=64, vocab_size=config.vocab_size)
+    workers = Workers()
+    app = build_app(make(workers, limit=1), TextCodec.load(tmp_path), api)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        body = {"model": "m", "prompt": "hello", "max_tokens": 4}
+        first = asyncio.create_task(http.post("/v1/completions", json=body))
+        while not workers.calls:
+            await asyncio.sleep(0.001)
+        second = await http.post("/v1/completions", json=body)
+        assert second.status_code == 429
+        assert second.headers["retry-after"] == "7"
+        assert second.json()["error"]["code"] == "overloaded"
+        workers.go_on.set()
+        assert (await first).status_code == 200
