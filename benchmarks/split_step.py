@@ -83,6 +83,7 @@ def _split_gang(spec: GangSpec) -> Iterator[DivisiEngine]:
         target=_serve_shard, args=(spec, membership, theirs), daemon=True
     )
     shard.start()
+    torch.set_num_threads(spec.threads)  # the kernels keep the number that they are made with
     engine, _ = build_engine(spec, config)
     group = join_group(membership, 0, _CPU, 60.0)
     wire, tokens, deadline = wire_format(spec, config), spec.worker_step_tokens, spec.step_deadline_s
