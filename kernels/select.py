@@ -14,7 +14,7 @@ from divisi.kernels.experts.reference import routed_experts
 from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights
 from divisi.kernels.linear.reference import linear
-from divisi.kernels.native.library import load_library
+from divisi.kernels.native.loader import load_library
 from divisi.kernels.native.ops import NativeOps
 from divisi.kernels.norm.reference import add_rms_norm, rms_norm
 from divisi.kernels.router.reference import route
