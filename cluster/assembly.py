@@ -6,20 +6,19 @@ import socket
 
 import torch
 
-from divisi.cluster.dispatch.local import LocalDispatcher
 from divisi.cluster.dispatch.wire import WireFormat
 from divisi.cluster.engine import Engine
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.worker_loop import WorkerNetwork
+from divisi.cluster.grammar import Grammars, GrammarVocabulary
 from divisi.cluster.memory_plan import MemoryPlan
 from divisi.cluster.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.spec import GangSpec
-from divisi.kernels.select import select_kernels
+from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
-from divisi.model.dispatcher import Dispatcher
 from divisi.model.experts import ExpertBank
 from divisi.model.runner import ModelRunner
 from divisi.model.sampling import Sampler
@@ -34,6 +33,11 @@ def torch_dtype(spec: GangSpec) -> torch.dtype:
     return dtype
 
 
+def compute_dtype(spec: GangSpec) -> torch.dtype:
+    """What the experts take their input in: as the runner has it, activations are fp32 on a CPU."""
+    return torch_dtype(spec) if spec.device == "cuda" else torch.float32
+
+
 def wire_format(spec: GangSpec, config: ModelConfig) -> WireFormat:
     """How tokens travel between the ranks of a gang."""
     return WireFormat(config.hidden_size, config.num_experts_per_tok, torch_dtype(spec))
@@ -41,8 +45,15 @@ def wire_format(spec: GangSpec, config: ModelConfig) -> WireFormat:
 
 def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
     """How an attention worker reaches its gang."""
-    wire, device = wire_format(spec, config), torch.device(spec.device)
-    return WorkerNetwork(listener, wire, device, spec.worker_step_tokens, spec.step_deadline_s)
+    return WorkerNetwork(
+        listener,
+        wire_format(spec, config),
+        torch.device(spec.device),
+        spec.worker_step_tokens,
+        spec.step_deadline_s,
+        compute_dtype(spec),
+        config.moe_layers,
+    )
 
 
 def load_shard(
@@ -65,8 +76,7 @@ def shard_loop(
         inbox,
         reports,
         wire_format(spec, config),
-        # As the runner has it: activations are fp32 on a CPU.
-        compute_dtype=torch_dtype(spec) if device.type == "cuda" else torch.float32,
+        compute_dtype=compute_dtype(spec),
         device=device,
         max_tokens=spec.worker_step_tokens,
         step_deadline_s=spec.step_deadline_s,
@@ -74,20 +84,14 @@ def shard_loop(
 
 
 def build_engine(
-    spec: GangSpec, config: ModelConfig, progress: Progress | None = None
-) -> tuple[Engine, Dispatcher | None]:
-    """An attention worker's engine and, in a gang without shards, the dispatcher to its own experts.
+    spec: GangSpec, config: ModelConfig, index: int = 0, progress: Progress | None = None
+) -> tuple[Engine, ExpertBank | None]:
+    """The engine of `attention:index`, and the experts that it holds itself: all, a shard of a colocated gang, or none.
 
     `progress` is called with the bytes read so far. Raises CheckpointError.
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
-    checkpoint = Checkpoint.open(spec.model_dir)
-    kernels, stopwatch = select_kernels(device), Stopwatch()
-    weights = load_weights(checkpoint, config, dtype, device, progress)
-    local = None
-    if not spec.shape.expert_shards:
-        experts = range(config.num_experts)
-        local = LocalDispatcher(ExpertBank.load(checkpoint, config, experts, kernels, dtype, device, progress))
+    checkpoint, kernels = Checkpoint.open(spec.model_dir), select_kernels(device)
     memory = MemoryPlan.of(
         config,
         kv_memory=spec.kv_memory,
@@ -95,14 +99,6 @@ def build_engine(
         max_seqs=spec.max_seqs,
         max_model_len=spec.max_model_len,
         dtype=dtype,
-    )
-    store = StateStore(
-        config,
-        num_pages=memory.num_pages,
-        page_size=spec.page_size,
-        num_slots=memory.num_slots,
-        dtype=dtype,
-        device=device,
     )
     limits = SchedulerConfig(
         vocab_size=config.vocab_size,
@@ -113,5 +109,40 @@ def build_engine(
         max_seqs=spec.max_seqs,
         max_step_tokens=spec.worker_step_tokens,
     )
+    engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress)
+    experts = None
+    if spec.shape.colocated:
+        experts = load_shard(spec, config, checkpoint, index, progress)
+    elif not spec.shape.expert_shards:
+        all_ids = range(config.num_experts)
+        experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
+    return engine, experts
+
+
+def assemble_engine(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    limits: SchedulerConfig,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Engine:
+    """An engine with the attention side's weights and memory for `limits`. Raises CheckpointError."""
+    stopwatch = Stopwatch()
+    weights = load_weights(checkpoint, config, dtype, device, progress)
+    store = StateStore(
+        config,
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        num_slots=limits.num_slots,
+        dtype=dtype,
+        device=device,
+    )
     runner = ModelRunner(config, weights, store, kernels, stopwatch)
-    return Engine(runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch), local
+    grammars = Grammars(
+        lambda: GrammarVocabulary.load(checkpoint.model_dir, config.vocab_size),
+        config.vocab_size,
+        threads=torch.get_num_threads(),
+    )
+    return Engine(runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch, grammars=grammars)

@@ -35,7 +35,7 @@ class PageGrowth(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes. Its sequences do not change until it is committed or dropped.
+    """What one step computes. Its sequences do not change until it is committed.
 
     Tokens are chosen for each of `decodes`, then for each of `chunks` that samples, in this order.
     """

@@ -10,15 +10,24 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+    """How the next token is chosen. `temperature` 0 is greedy; the defaults of all else are off.
 
-    `seed` is taken modulo 2**64. The token at a position depends on the logits, these numbers and the position only.
+    `seed` is taken modulo 2**64. The token at a position depends on the logits, these numbers, the tokens before it and
+    the position only. `bad_words` are token sequences that must not appear; of each, the last token is masked where the
+    ones before it stand at the end. The repetition penalty counts prompt and answer, the other two the answer only.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +35,8 @@ class Request:
     """One answer to produce.
 
     `stop_ids` end the answer and are not part of it. `logprobs`: None for none, 0 for the chosen token's only, n for
-    the n best besides; `prompt_logprobs` the same for the prompt's tokens.
+    the n best besides; `prompt_logprobs` the same for the prompt's tokens. Until `min_tokens` were generated, the stop
+    ids are masked. `grammar` is an llguidance grammar, validated by the ingress, that the answer must follow.
     """
 
     request_id: str
@@ -36,6 +46,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    min_tokens: int = 0
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,21 +10,23 @@ The rules, in order:
 
 So the sequences that run are always the earliest that are alive, the very earliest always advances, and none starves.
 
-A step is planned, run, and committed or dropped. What planning changes (admission, pages, preemption) stands on its
-own: pages taken for a step that aborts stay with their sequences and serve the replay, or the next plan.
+A step is planned, run as often as it takes, and committed. What planning changes (admission, pages, preemption) stands
+on its own: pages taken for a step that aborts stay with their sequences and serve the replay.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from divisi.cluster.errors import RequestRejected
+from divisi.cluster.grammar import Guide
 from divisi.cluster.pages import PagePool, pages_for
 from divisi.cluster.plan import Chunk, Outcome, PageGrowth, StepPlan
 from divisi.cluster.request import FinishReason, Request
+from divisi.cluster.request_check import check_request
 from divisi.cluster.sequence import NOTHING, Sequence, Status
 from divisi.cluster.slots import SLOTS_TO_PREFILL, SlotPool
 
@@ -85,10 +87,10 @@ class Scheduler:
         """Whether any request is unfinished."""
         return bool(self._sequences)
 
-    def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises RequestRejected if it could not be served even alone."""
-        max_tokens = self._check(request)
-        sequence = Sequence(request, self._arrivals, list(request.prompt), max_tokens)
+    def submit(self, request: Request, guide: Guide | None = None) -> Sequence:
+        """Queue a request; `guide` belongs to its grammar. Raises RequestRejected, see `check`."""
+        max_tokens = self.check(request)
+        sequence = Sequence(request, self._arrivals, list(request.prompt), max_tokens, guide=guide)
         if request.prompt_logprobs is not None:
             sequence.prompt_logprobs = [None]
         self._arrivals += 1
@@ -115,7 +117,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """Choose the next step's work; None when there is nothing to do."""
-        assert self.outstanding is None, "the last plan is neither committed nor dropped"
+        assert self.outstanding is None, "the last plan is not committed"
         if not self._sequences:
             return None
         self._growths = []
@@ -127,29 +129,26 @@ class Scheduler:
         self._steps += 1
         return self.outstanding
 
-    def commit(self, plan: StepPlan, tokens: list[int]) -> list[Outcome]:
-        """Make a step final: `tokens` are what it chose, in the order that StepPlan gives."""
+    def commit(
+        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+    ) -> list[Outcome]:
+        """Make a step final: `tokens` are what it chose, in the order that StepPlan gives.
+
+        Sequences in `ends` end here, without a token, for the reason that stands there.
+        """
         assert plan is self.outstanding, "only the plan under way can be committed"
         self.outstanding = None
+        ends = ends or {}
         outcomes = []
         chosen = iter(tokens)
         for sequence in plan.decodes:
             sequence.length += 1
-            outcomes.append(self._advance(sequence, next(chosen)))
+            outcomes.append(self._advance(sequence, next(chosen), ends.get(sequence)))
         for chunk in plan.chunks:
             self._commit_chunk(chunk)
             token = next(chosen) if chunk.samples else None
             if chunk.last or chunk.sequence.cancelled:
-                outcomes.append(self._advance(chunk.sequence, token))
-        self._forget_finished(outcomes)
-        return outcomes
-
-    def drop(self, plan: StepPlan) -> list[Outcome]:
-        """Give up a plan; nothing of it counts. Returns the cancellations that waited for it."""
-        assert plan is self.outstanding, "only the plan under way can be dropped"
-        self.outstanding = None
-        planned = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
-        outcomes = [self._finish(sequence, "cancelled") for sequence in planned if sequence.cancelled]
+                outcomes.append(self._advance(chunk.sequence, token, ends.get(chunk.sequence)))
         self._forget_finished(outcomes)
         return outcomes
 
@@ -161,17 +160,15 @@ class Scheduler:
         self.waiting.clear()
         return outcomes
 
-    def _check(self, request: Request) -> int:
-        """Return the number of tokens at which the answer is cut, or raise RequestRejected."""
+    def check(self, request: Request) -> int:
+        """Return the number of tokens at which the answer is cut.
+
+        Raises RequestRejected if the request could not be served even alone.
+        """
         config, prompt = self.config, len(request.prompt)
         if request.request_id in self._sequences:
             raise RequestRejected(f"request id {request.request_id!r} is already being served")
-        if prompt == 0:
-            raise RequestRejected("the prompt is empty: give at least one token")
-        if request.max_tokens < 0:
-            raise RequestRejected(f"max_tokens is {request.max_tokens}: it must not be negative")
-        if min(request.prompt) < 0 or max(request.prompt) >= config.vocab_size:
-            raise RequestRejected(f"the prompt has token ids outside 0..{config.vocab_size - 1}")
+        check_request(request, config.vocab_size)
         room = config.max_model_len - prompt
         if room < min(request.max_tokens, 1):
             raise RequestRejected(
@@ -277,10 +274,12 @@ class Scheduler:
             sequence.spare = NOTHING
             sequence.status = Status.DECODE
 
-    def _advance(self, sequence: Sequence, token: int | None) -> Outcome:
+    def _advance(self, sequence: Sequence, token: int | None, end: FinishReason | None) -> Outcome:
         """Append the token that a committed step chose, and end the sequence where a rule says so."""
         if sequence.cancelled:
             return self._finish(sequence, "cancelled")
+        if end is not None:
+            return self._finish(sequence, end)
         if token is None:
             return self._finish(sequence, "length")
         if token in sequence.request.stop_ids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from divisi.cluster.grammar import Guide
 from divisi.cluster.request import Request, TokenLogprob
 
 NOTHING = -1
@@ -44,6 +45,8 @@ class Sequence:
     """Row of the engine's page table while the sequence is admitted."""
     cancelled: bool = False
     """Cancelled while a step that includes it was under way; takes effect when that step ends."""
+    guide: Guide | None = None
+    """Follows the answer through the request's grammar, if it has one."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """Of the first tokens of the prompt, as far as chunks have been committed. None when not asked for, or sent."""
 

@@ -25,13 +25,13 @@ class Fit:
 
 def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
     """Fit a model into a cluster with `num_gpus` GPUs (infinity: not known yet). Raises SettingsError."""
-    gang = settings.gang
-    if gang.expert_shards > config.num_experts:
+    gang, shape = settings.gang, settings.gang.shape
+    if shape.expert_shards > config.num_experts:
+        field = "attention_workers" if shape.colocated else "expert_shards"
         raise SettingsError(
-            f"gang.expert_shards: {gang.expert_shards} is more than the model's {config.num_experts} experts; use fewer"
+            f"gang.{field}: {shape.expert_shards} is more than the model's {config.num_experts} experts; use fewer"
         )
-    ranks = gang.attention_workers + gang.expert_shards
-    device = gang.device if gang.device != "auto" else ("cuda" if num_gpus >= ranks else "cpu")
+    device = gang.device if gang.device != "auto" else ("cuda" if num_gpus >= shape.size else "cpu")
     dtype = settings.model.dtype if settings.model.dtype != "auto" else config.dtype
     notes = []
     if device == "cpu" and dtype == "float16":

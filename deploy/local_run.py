@@ -24,6 +24,7 @@ from ray.serve.schema import ApplicationStatus
 from divisi.cluster.errors import DivisiError
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
+from divisi.cluster.ray.draining import drain_gang
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.serve_app import build_from, gang_spec
 from divisi.deploy.settings import Settings
@@ -38,9 +39,9 @@ class StartFailed(DivisiError):
 
 def serve_until_stopped(settings: Settings) -> None:
     """Run the application until SIGINT or SIGTERM. Raises StartFailed and SettingsError."""
-    ranks = settings.gang.attention_workers + settings.gang.expert_shards
+    ranks = settings.gang.shape.size
     # Ray installs a handler for SIGTERM of its own, so that ours must come after it.
-    with contextlib.ExitStack() as stopping, _ray(ranks) as own, _stop_signals() as stop:
+    with contextlib.ExitStack() as stopping, _ray(ranks) as own, _stop_signals() as (stop, at_once):
         gpus = ray.cluster_resources().get("GPU", 0)
         spec = gang_spec(settings, gpus)
         if own and spec.device == "cuda" and gpus < ranks:
@@ -56,7 +57,7 @@ def serve_until_stopped(settings: Settings) -> None:
             if _wait_until_ready(spec, settings, stop):
                 _say(_ready_text(settings))
             stop.wait()
-            _say("Stopping")
+            _stop_taking(spec, settings.limits.shutdown_grace_s, at_once)
         finally:
             # Ray would print that it goes on trying to reach the actors which are ended here.
             stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -73,6 +74,12 @@ def _start_http(settings: Settings) -> None:
         raise StartFailed(f"cannot listen on {http.host}:{http.port}; is another server there? ({cause})") from None
 
 
+def _stop_taking(spec: GangSpec, grace_s: float, at_once: threading.Event) -> None:
+    """Let open answers go on for the grace. Proxy, ingress, workers and shards must all outlive them."""
+    _say(f"Stopping; open answers have {grace_s:g} s, a second signal ends them now")
+    drain_gang(spec.name, grace_s, at_once)
+
+
 def _take_down() -> None:
     """End the application, and Serve with it unless it has others to serve on a cluster that was there before."""
     try:
@@ -86,16 +93,16 @@ def _take_down() -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set."""
-    stop = threading.Event()
+def _stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Two events: the first SIGINT or SIGTERM sets one, the second the other, too."""
+    stop, at_once = threading.Event(), threading.Event()
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        stop.set()
+        (at_once if stop.is_set() else stop).set()
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield stop, at_once
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -171,9 +178,14 @@ def _status(spec: GangSpec) -> CoordinatorStatus | None:
 
 
 def _describe(spec: GangSpec) -> str:
-    workers, shards = spec.shape.attention_workers, spec.shape.expert_shards
-    ranks = _count(workers, "attention worker")
-    ranks += f" and {_count(shards, 'expert shard')}" if shards else ", all in one process"
+    shape = spec.shape
+    ranks = _count(shape.attention_workers, "attention worker")
+    if shape.colocated:
+        ranks += f" with {'all' if shape.size == 1 else 'a share of'} the experts{'' if shape.size == 1 else ' each'}"
+    elif shape.expert_shards:
+        ranks += f" and {_count(shape.expert_shards, 'expert shard')}"
+    else:
+        ranks += ", all in one process"
     return f"{ranks} on {spec.device}, {spec.dtype}, up to {spec.max_model_len:,} tokens"
 
 

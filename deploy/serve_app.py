@@ -5,31 +5,43 @@ Imports no torch: the ingress replicas load this module, and only the constructo
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
-from divisi.cluster.gang.seats import GangShape
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
 from divisi.deploy.fit import fit
+from divisi.deploy.limits import Gate, GateLimits, KeyFile
+from divisi.deploy.logs import configure_logs
+from divisi.deploy.routing import REPORT_EVERY_S, WorkerReport
 from divisi.deploy.serve_client import ServeEngineClient
-from divisi.deploy.settings import Settings
+from divisi.deploy.serve_router import QueuedTokensRouter
+from divisi.deploy.settings import LogSettings, Settings
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
+from divisi.model.text.grammar import GrammarLimits
 
 log = logging.getLogger(__name__)
 
 # Serve's own limits stand aside: admission is the ingress's work, and it answers in OpenAI's shape.
 _UNLIMITED = 1_000_000
+_LAST_WORDS_S = 3.0
+"""For the error events of streams that outlast the grace: the ingress ends them, not Serve by killing replicas."""
+# Requests are logged by the API, with what only it knows.
+_NO_ACCESS_LOG = {"enable_access_log": False}
 
 
 class Ingress:
@@ -45,28 +57,25 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Build the ASGI application."""
-        limits, spec = self._settings.limits, self._spec
-        api = ApiSettings(
-            served_model_name=self._settings.served_model_name,
-            max_model_len=spec.max_model_len,
-            vocab_size=ModelConfig.load(spec.model_dir).vocab_size,
-            max_body_bytes=limits.max_body_bytes,
-            max_prompts=limits.max_prompts,
-            max_logprobs=limits.max_logprobs,
-            retry_after_s=limits.retry_after_s,
-        )
-        share = max(limits.max_queued_requests // self._settings.http.ingress_replicas, 1)
-        client = ServeEngineClient(self._workers, spec.name, share, limits.retry_after_s)
-        return build_app(client, TextCodec.load(spec.model_dir), api)
+        settings, spec = self._settings, self._spec
+        configure_logs(settings.log, "ingress")
+        ingress_id = serve.get_replica_context().replica_id.unique_id
+        gate = Gate(gate_limits(settings))
+        client = ServeEngineClient(self._workers, spec.name, gate, ingress_id)
+        file = settings.auth.api_keys_file
+        keys = None if file is None else KeyFile(file)
+        return build_app(client, TextCodec.load(spec.model_dir), api_settings(settings, spec, ingress_id), gate, keys)
 
 
 class AttentionWorker:
     """One attention worker; its constructor returns when the weights are loaded."""
 
-    def __init__(self, spec: GangSpec) -> None:
+    def __init__(self, spec: GangSpec, log: LogSettings) -> None:
         from divisi.cluster.ray.worker import AttentionRank
 
+        configure_logs(log, "attention")
         self._rank = AttentionRank(spec)
+        self._report: WorkerReport | None = None
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent] | DivisiError, None]:
         """Events of one request. A refusal is an item: as an exception it would arrive wrapped and as a traceback."""
@@ -78,6 +87,16 @@ class AttentionWorker:
             yield error
         finally:
             await events.aclose()
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """For Serve, which passes it on to the routers in the ingress replicas."""
+        try:
+            stats = await self._rank.stats()
+        except GangNotReady:
+            return {}
+        report = WorkerReport(time.time(), stats.queued_tokens, stats.running + stats.waiting)
+        self._report = report.after(self._report)
+        return self._report.to_dict()
 
     def check_health(self) -> None:
         """For Serve: a worker whose step loop has failed is replaced."""
@@ -91,18 +110,63 @@ class AttentionWorker:
 class Gang:
     """Owns the coordinator and the shards; one replica."""
 
-    def __init__(self, spec: GangSpec) -> None:
+    def __init__(self, spec: GangSpec, grace_s: float) -> None:
+        """What runs when the replica is told to end has `grace_s` seconds, as it needs the gang's actors."""
         from divisi.cluster.ray.gang import GangOwner
 
+        self._name = spec.name
         self._owner = GangOwner(spec)
+        self._grace_s = grace_s
 
     def check_health(self) -> None:
         """For Serve: without its coordinator the gang is built anew."""
         self._owner.check()
 
     def __del__(self) -> None:
-        if hasattr(self, "_owner"):
-            self._owner.close()
+        if not hasattr(self, "_grace_s"):
+            return
+        from divisi.cluster.ray.draining import drain_gang
+        from divisi.cluster.ray.gang import GangLost
+
+        with contextlib.suppress(GangLost):  # a gang that is replaced because it fails has nothing to finish
+            self._owner.check()
+            drain_gang(self._name, self._grace_s)
+        self._owner.close()
+
+
+def api_settings(settings: Settings, spec: GangSpec, ingress_id: str) -> ApiSettings:
+    """What the HTTP API of one ingress replica has to know."""
+    limits, config = settings.limits, ModelConfig.load(spec.model_dir)
+    computes = f"{settings.served_model_name} {spec.dtype} {spec.device} {spec.shape} {config!r}"
+    return ApiSettings(
+        served_model_name=settings.served_model_name,
+        max_model_len=spec.max_model_len,
+        vocab_size=config.vocab_size,
+        max_body_bytes=limits.max_body_bytes,
+        max_prompt_tokens=limits.max_prompt_tokens,
+        max_prompts=limits.max_prompts,
+        max_n=limits.max_n,
+        max_logprobs=limits.max_logprobs,
+        grammar_limits=GrammarLimits(max_bytes=limits.max_grammar_bytes),
+        retry_after_s=limits.retry_after_s,
+        metrics_open=settings.auth.metrics_open,
+        model_dir=spec.model_dir,
+        system_fingerprint=f"fp_{hashlib.sha256(computes.encode()).hexdigest()[:10]}",
+        metadata={"dtype": spec.dtype, "maxModelLen": spec.max_model_len, "layers": config.num_hidden_layers},
+        ingress_id=ingress_id,
+    )
+
+
+def gate_limits(settings: Settings) -> GateLimits:
+    """One ingress replica's share of the limits."""
+    limits = settings.limits
+    return GateLimits(
+        max_requests=settings.ingress_share(settings.max_queued_requests),
+        max_queued_tokens=max(settings.ingress_share(settings.max_queued_tokens), 1),
+        request_timeout_s=limits.request_timeout_s,
+        retry_after_s=limits.retry_after_s,
+        replicas=settings.http.ingress_replicas,
+    )
 
 
 def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
@@ -113,7 +177,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
     model_dir = settings.model.model_dir.resolve()
     config = ModelConfig.load(model_dir)
     gang, cache = settings.gang, settings.cache
-    shape = GangShape(gang.attention_workers, gang.expert_shards)
+    shape = gang.shape
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:
         log.warning("%s", note)
@@ -140,26 +204,40 @@ def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
     gang = _deployment(Gang).options(
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=grace + _LAST_WORDS_S + 5,
+        graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
     )
     worker = _deployment(AttentionWorker).options(
         num_replicas=spec.shape.attention_workers,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         max_ongoing_requests=_UNLIMITED,
-        graceful_shutdown_timeout_s=grace,
+        graceful_shutdown_timeout_s=grace + _LAST_WORDS_S,
+        logging_config=_NO_ACCESS_LOG,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
+        request_router_config=_routing(settings.http.ingress_replicas),
     )
     ingress = _deployment(serve.ingress()(Ingress)).options(
         num_replicas=settings.http.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_UNLIMITED,
-        graceful_shutdown_timeout_s=grace,
+        graceful_shutdown_timeout_s=grace + _LAST_WORDS_S,
+        logging_config=_NO_ACCESS_LOG,
         graceful_shutdown_wait_loop_s=0.2,
     )
-    application: serve.Application = ingress.bind(settings, spec, worker.bind(spec), gang.bind(spec))
+    workers, owner = worker.bind(spec, settings.log), gang.bind(spec, grace)
+    application: serve.Application = ingress.bind(settings, spec, workers, owner)
     return application
+
+
+def _routing(ingress_replicas: int) -> RequestRouterConfig:
+    options: dict[str, Any] = {
+        "request_router_class": f"{QueuedTokensRouter.__module__}.{QueuedTokensRouter.__name__}",
+        "request_router_kwargs": {"ingress_replicas": ingress_replicas},
+        "request_routing_stats_period_s": REPORT_EVERY_S,
+    }
+    return RequestRouterConfig(**options)
 
 
 def _deployment(of: type[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import math
 import time
 from collections.abc import AsyncGenerator
@@ -14,46 +15,43 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from divisi.cluster.errors import DivisiError, GangNotReady, Overloaded
+from divisi.cluster.errors import DivisiError, GangNotReady
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.request import Request, TokenEvent
 from divisi.deploy.api.engine_client import GangStatus
+from divisi.deploy.limits import Gate
 from divisi.deploy.stat_rows import stat_rows
 
 _FRESH_S = 0.5
+_REPORT_EVERY_S = 0.5
 
 
 class ServeEngineClient:
     """Implements `divisi.deploy.api.engine_client.EngineClient`."""
 
     def __init__(
-        self, workers: DeploymentHandle[Any], coordinator: str, max_unfinished: int, retry_after_s: float
+        self, workers: DeploymentHandle[Any], coordinator: str, gate: Gate, ingress_id: str = "ingress"
     ) -> None:
-        """`max_unfinished` requests are let in at once by this ingress replica."""
+        """`gate` is this ingress replica's: what is inside is reported, and ends when the gang is about to end."""
         self._generate = workers.options(method_name="generate", stream=True)
         self._name = coordinator
         self._coordinator: ActorHandle[Any] | None = None
-        self._max_unfinished = max_unfinished
-        self._retry_after_s = retry_after_s
-        self._unfinished = 0
+        self._gate = gate
+        self._ingress_id = ingress_id
+        self._reporting: asyncio.Task[None] | None = None
         self._status = GangStatus(False, "starting")
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """See EngineClient."""
-        if self._unfinished >= self._max_unfinished:
-            raise Overloaded(f"{self._unfinished} requests are being served or queued", self._retry_after_s)
-        # Counted before the first await: a burst must not slip past the limit while its status is being asked for.
-        self._unfinished += 1
-        try:
-            await self._check_ready()
-            async with contextlib.aclosing(self._stream(request)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self._unfinished -= 1
+        if self._reporting is None or self._reporting.done():
+            self._reporting = asyncio.create_task(self._report_open())
+        await self._check_ready()
+        async with contextlib.aclosing(self._stream(request)) as events:
+            async for event in events:
+                yield event
 
     async def status(self) -> GangStatus:
         """See EngineClient."""
@@ -71,6 +69,24 @@ class ServeEngineClient:
         self._checked_at = time.monotonic()
         return self._status
 
+    async def _report_open(self) -> None:
+        """Report now and then while anything is open, and once more at its end; the answer says when it has to end."""
+        while self._gate.busy.is_set():
+            await self._report_once()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._gate.idle.wait(), _REPORT_EVERY_S)
+        await self._report_once()
+
+    async def _report_once(self) -> None:
+        if self._coordinator is None:
+            return  # the next status looks for it
+        try:
+            left_s: float | None = await self._coordinator.report_open.remote(self._ingress_id, self._gate.answers)
+        except RayError:
+            return  # gone, or being replaced: the requests themselves will show it
+        if left_s is not None:
+            self._gate.end_all_in(left_s)
+
     async def _check_ready(self) -> None:
         """One question serves a whole burst of requests; while the gang serves, its answer is good for a moment."""
         async with self._checking:
@@ -80,7 +96,9 @@ class ServeEngineClient:
             raise GangNotReady(self._status.reason)
 
     async def _stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        response: Any = self._generate.remote(request)
+        # In a context of its own: Serve gives all calls of one HTTP request (several prompts, n > 1) the same internal
+        # id, and a router that tells calls apart by it would leave all but one of them waiting for ever.
+        response: Any = contextvars.Context().run(self._generate.remote, request)
         finished = False
         try:
             async for item in response:

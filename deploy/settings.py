@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from divisi.cluster.gang.seats import GangShape
 
 CONFIG_VARIABLE = "DIVISI_CONFIG"
 """Names the configuration file where none is given on the command line (a container image's entry point)."""
@@ -48,6 +50,8 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+HerePath = Annotated[Path, AfterValidator(Path.absolute)]
+"""Relative to where the command was given, not to where a process of Ray happens to run."""
 
 
 class Group(BaseModel):
@@ -69,10 +73,12 @@ class ModelSettings(Group):
 class GangSettings(Group):
     """The processes that run one copy of the model."""
 
-    topology: Literal["local", "split"] = "local"
-    """`local`: one process does everything. `split`: attention workers and expert shards apart."""
+    topology: Literal["local", "split", "colocated"] = "local"
+    """`local`: one process does everything. `split`: attention workers and expert shards apart. `colocated`: each
+    attention worker holds a shard of the experts, too."""
     attention_workers: int = Field(default=1, ge=1, le=64)
     expert_shards: int = Field(default=0, ge=0, le=512)
+    """Processes that hold nothing but experts; a colocated gang has none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None shares the machine's cores out among the ranks on it."""
@@ -99,9 +105,22 @@ class GangSettings(Group):
             raise ValueError(f"topology 'local' has no expert shards, got {self.expert_shards}; use topology 'split'")
         if self.topology == "local" and self.attention_workers > 1:
             raise ValueError(
-                f"topology 'local' is one process, got attention_workers={self.attention_workers}; use topology 'split'"
+                f"topology 'local' is one process, got attention_workers={self.attention_workers}; "
+                "use topology 'colocated', or 'split' with expert shards"
+            )
+        if self.topology == "colocated" and self.expert_shards > 0:
+            raise ValueError(
+                f"topology 'colocated' has a shard of the experts in each of the attention_workers, got "
+                f"expert_shards={self.expert_shards} besides; leave it out, or use topology 'split'"
             )
         return self
+
+    @property
+    def shape(self) -> GangShape:
+        """The gang's seats."""
+        if self.topology == "colocated":
+            return GangShape(self.attention_workers, self.attention_workers, colocated=True)
+        return GangShape(self.attention_workers, self.expert_shards)
 
 
 class CacheSettings(Group):
@@ -139,15 +158,47 @@ class HttpSettings(Group):
 class LimitSettings(Group):
     """What one client, or all of them together, may ask of the service."""
 
-    max_queued_requests: int = Field(default=1024, ge=1)
-    """Requests admitted and unfinished over the whole gang; above it 429 with Retry-After."""
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    """Answers admitted and unfinished over the whole gang; above it 429 with Retry-After.
+
+    None is what runs at once, `cache.max_seqs` of each worker; what is let in beyond that could only wait.
+    """
+    max_queued_tokens: int | None = Field(default=None, ge=1)
+    """Prompt tokens admitted and not yet computed over the whole gang; above it 429. None is 32 full steps' tokens."""
+    request_timeout_s: float | None = Field(default=3600.0, gt=0)
+    """Longest time for an answer from its admission; then it ends with an error: 504, or a stream's last event."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt; None is what the context holds."""
     max_body_bytes: Bytes = Field(default=16 * 2**20, ge=1024)
     max_prompts: int = Field(default=128, ge=1)
     """Prompts in one /v1/completions body."""
+    max_n: int = Field(default=16, ge=1, le=128)
+    """Choices that one request may ask for of a prompt (n, best_of)."""
+    max_grammar_bytes: Bytes = Field(default=65536, ge=64)
+    """Longest JSON schema, expression or grammar that an answer may have to follow."""
     max_logprobs: int = Field(default=20, ge=0, le=1000)
     retry_after_s: int = Field(default=1, ge=1)
     shutdown_grace_s: float = Field(default=10.0, ge=0)
-    """How long running answers may go on after a stop signal."""
+    """How long running answers may go on after a stop signal; then they end with an error."""
+
+
+class AuthSettings(Group):
+    """Who may call."""
+
+    api_keys_file: HerePath | None = None
+    """Keys, one per line or YAML, see `divisi.deploy.limits.key_file`; read again when it changes. None: everybody."""
+    metrics_open: bool = True
+    """Whether /metrics can be read without a key. The health paths always can."""
+
+
+class LogSettings(Group):
+    """The log of the ingress and the attention workers. No line holds a prompt, an answer or a key."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """`info` has a line for every request."""
+    format: Literal["json", "text"] = "json"
+    file: HerePath | None = None
+    """All processes of a machine append to it; None is standard error, which Ray keeps with its session's logs."""
 
 
 class Settings(Group):
@@ -158,11 +209,40 @@ class Settings(Group):
     cache: CacheSettings = CacheSettings()
     http: HttpSettings = HttpSettings()
     limits: LimitSettings = LimitSettings()
+    auth: AuthSettings = AuthSettings()
+    log: LogSettings = LogSettings()
+
+    @property
+    def max_queued_requests(self) -> int:
+        """The limit as given, or what the gang can run."""
+        if self.limits.max_queued_requests is not None:
+            return self.limits.max_queued_requests
+        running = self.cache.max_seqs * self.gang.attention_workers
+        return max(running, self.http.ingress_replicas)
+
+    @property
+    def max_queued_tokens(self) -> int:
+        """The limit as given, or 32 full steps' tokens; the prefill budget is one for the whole gang."""
+        return self.limits.max_queued_tokens or 32 * self.cache.max_step_tokens
 
     @property
     def served_model_name(self) -> str:
         """The model's name in the API."""
         return self.http.served_model_name or self.model.model_dir.resolve().name
+
+    def ingress_share(self, limit: int) -> int:
+        """One ingress replica's part of a limit on the whole service; all parts together never exceed it."""
+        return limit // self.http.ingress_replicas
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        queued, replicas = self.max_queued_requests, self.http.ingress_replicas
+        if queued < replicas:
+            raise ValueError(
+                f"limits.max_queued_requests={queued} leaves some of http.ingress_replicas={replicas} without any; "
+                f"raise it to {replicas} or more, or use fewer replicas"
+            )
+        return self
 
     def to_args(self) -> dict[str, Any]:
         """JSON-ready form, for the `args` of a Serve application."""

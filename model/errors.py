@@ -1,8 +1,8 @@
 """What a user can get wrong about a model directory.
 
-    DivisiError                 root of everything that Divisi raises on purpose; cluster/errors.py adds to it
-    +-- ConfigError             config.json: a field is missing, malformed, contradictory or not supported
-    +-- CheckpointError         the weights: missing, of another shape, damaged, or in a format that is not read
+DivisiError                 root of everything that Divisi raises on purpose; cluster/errors.py adds to it
++-- ConfigError             config.json: a field is missing, malformed, contradictory or not supported
++-- CheckpointError         the weights: missing, of another shape, damaged, or in a format that is not read
 """
 
 from __future__ import annotations

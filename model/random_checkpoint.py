@@ -144,7 +144,7 @@ def _packed_expert(name: str, expert: int, config: ModelConfig, seed: int) -> Te
 
 
 def _distribution(name: str, config: ModelConfig) -> _Draw:
-    head = 3.0 / math.sqrt(config.hidden_size)      # logits of standard deviation 3
+    head = 3.0 / math.sqrt(config.hidden_size)  # logits of standard deviation 3
     if name == "model.embed_tokens.weight":
         return _normal(head if config.tie_word_embeddings else 1.0)
     if name == "lm_head.weight":
@@ -155,7 +155,7 @@ def _distribution(name: str, config: ModelConfig) -> _Draw:
         return lambda shape, g: torch.empty(shape).uniform_(-5.0, -1.0, generator=g)
     if name.endswith("conv1d.weight"):
         return _normal(0.5)
-    if name.endswith("linear_attn.norm.weight"):    # the only norm whose weight is not centred on zero
+    if name.endswith("linear_attn.norm.weight"):  # the only norm whose weight is not centred on zero
         return lambda shape, g: 1.0 + 0.1 * torch.randn(shape, generator=g)
     if name.endswith(("norm.weight", ".bias")):
         return _normal(0.1)

@@ -8,13 +8,15 @@ plus noise, where the noise is a function of (seed, position, token id) alone (s
 a row by itself, with reductions whose order does not depend on the number of rows, so a row's token is the same in any
 batch, topology or restart. Among equal logits the lowest id ranks first, everywhere.
 
-Filters apply in the order that vLLM uses: temperature, then the `top_k` best, then the fewest of these, best first,
-that reach `top_p` of their probability.
+Rules (see `logit_rules`) change the logits first. Filters then apply in the order that vLLM uses: temperature, then
+the tokens at least `min_p` times as likely as the likeliest, then the `top_k` best of these, then the fewest of these,
+best first, that reach `top_p` of their probability. Rows without rules, noise or filters pay for none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +24,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from divisi.model.logit_rules import RowRules, RuleBatch
 from divisi.model.noise import gumbel_noise, row_keys
+from divisi.model.token_counts import History
 
+NO_TOKEN = -1
+"""Stands for the token of a row whose rules leave none."""
 _CANDIDATES = 1024
 """Tokens that are ranked before falling back to ranking the whole vocabulary. Fixed, as ranks must not vary."""
 _SUM_BLOCK = 16384
 """Elements summed at once: below PyTorch's limit for splitting one sum over threads, which would change its order."""
+_CPU_NOISE = 1 << 18
+"""Noise values made at once on a CPU, so that they stay in its cache from one operation to the next."""
 _MAX_ID = 0x7FFF_FFFF
 _SEED_MASK = (1 << 64) - 1
 
@@ -41,26 +49,61 @@ class RowSampling:
     top_p: float
     seed: int
     logprobs: int | None = None
+    min_p: float = 0.0
+    rules: RowRules | None = None
+    history: History | None = None
+    """The row's tokens so far; needed where there are rules."""
 
 
 class SamplingBatch:
-    """The sampling parameters of a step's rows, sorted by the work they need. Reusable while the rows stay the same."""
+    """The sampling parameters of a step's rows, sorted by the work they need. Reusable while the rows stay the same.
 
-    def __init__(self, rows: Sequence[RowSampling]) -> None:
-        temperature_R = np.array([row.temperature for row in rows], dtype=np.float32)
-        top_k_R = np.array([row.top_k for row in rows], dtype=np.int64)
-        top_p_R = np.array([row.top_p for row in rows], dtype=np.float64)
-        filtered_R = (top_k_R > 0) | (top_p_R < 1)
+    It follows the rows' histories where rules look at them: `add` must be told of every token that is committed.
+    `previous` is the batch before this one; what it counted of rows that go on is taken over.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[RowSampling],
+        previous: SamplingBatch | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    ) -> None:
+        ruled = [index for index, row in enumerate(rows) if row.rules is not None]
+        free = [index for index, row in enumerate(rows) if row.rules is None]
         self.size = len(rows)
-        self.seeds_R = np.array([row.seed & _SEED_MASK for row in rows], dtype=np.uint64)
-        # A positive temperature that rounds to 0 in fp32 is greedy too.
-        self.plain = _Stochastic.of(np.flatnonzero((temperature_R > 0) & ~filtered_R), temperature_R, top_k_R, top_p_R)
-        self.filtered = _Stochastic.of(
-            np.flatnonzero((temperature_R > 0) & filtered_R), temperature_R, top_k_R, top_p_R
-        )
-        self.any_greedy = bool((temperature_R <= 0).any())
+        self.free = _Part(rows, free)
+        self.ruled = _Part(rows, ruled)
+        self.rules = None
+        if ruled:
+            rules = [rule for row in rows if (rule := row.rules) is not None]
+            histories = [
+                row.history or History(index, (), 0) for index, row in enumerate(rows) if row.rules is not None
+            ]
+            self.rules = RuleBatch(rules, histories, previous.rules if previous else None, device)
+        self.masked_rows = [ruled[row] for row in self.rules.masked_rows] if self.rules else []
+        """The rows for which each step brings a mask, ascending."""
         self.logprob_rows = [index for index, row in enumerate(rows) if row.logprobs is not None]
         self.most_logprobs = max((row.logprobs or 0 for row in rows), default=0)
+
+    def add(self, token_ids_R: Tensor) -> None:
+        """Take note of the rows' next tokens, once they are committed."""
+        if self.rules is not None:
+            self.rules.add(token_ids_R[torch.from_numpy(self.ruled.rows).to(token_ids_R.device)])
+
+
+class _Part:
+    """Some rows of a batch, sorted by how they are sampled. The groups' rows count within the part."""
+
+    def __init__(self, batch_rows: Sequence[RowSampling], indices: Sequence[int]) -> None:
+        rows = [batch_rows[index] for index in indices]
+        self.rows = np.array(indices, dtype=np.int64)
+        self.seeds_R = np.array([row.seed & _SEED_MASK for row in rows], dtype=np.uint64)
+        # A positive temperature that rounds to 0 in fp32 is greedy too.
+        noisy = [index for index, row in enumerate(rows) if np.float32(row.temperature) > 0]
+        is_filtered = {index for index in noisy if rows[index].top_k > 0 or rows[index].top_p < 1}
+        self.plain = _Stochastic.of(rows, [index for index in noisy if index not in is_filtered])
+        self.filtered = _Stochastic.of(rows, sorted(is_filtered))
+        self.any_greedy = len(noisy) < len(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +114,28 @@ class _Stochastic:
     temperature: NDArray[np.float32]
     top_k: NDArray[np.int64]
     top_p: NDArray[np.float64]
+    log_min_p: NDArray[np.float32] | None
 
     @staticmethod
-    def of(
-        rows: NDArray[np.int64],
-        temperature_R: NDArray[np.float32],
-        top_k_R: NDArray[np.int64],
-        top_p_R: NDArray[np.float64],
-    ) -> _Stochastic | None:
-        if rows.size == 0:
+    def of(part_rows: Sequence[RowSampling], indices: Sequence[int]) -> _Stochastic | None:
+        if not indices:
             return None
-        return _Stochastic(rows, temperature_R[rows], top_k_R[rows], top_p_R[rows])
+        rows = [part_rows[index] for index in indices]
+        log_min_p = [math.log(row.min_p) if row.min_p > 0 else -math.inf for row in rows]
+        return _Stochastic(
+            rows=np.array(indices, dtype=np.int64),
+            temperature=np.array([row.temperature for row in rows], dtype=np.float32),
+            top_k=np.array([row.top_k for row in rows], dtype=np.int64),
+            top_p=np.array([row.top_p for row in rows], dtype=np.float64),
+            log_min_p=np.array(log_min_p, dtype=np.float32) if max(log_min_p) > -math.inf else None,
+        )
+
+    def blocks(self, size: int) -> Iterator[_Stochastic]:
+        """The group in blocks of so many rows."""
+        for start in range(0, len(self.rows), size):
+            part = slice(start, start + size)
+            log_min_p = None if self.log_min_p is None else self.log_min_p[part]
+            yield _Stochastic(self.rows[part], self.temperature[part], self.top_k[part], self.top_p[part], log_min_p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +158,57 @@ class Sampled:
 class Sampler:
     """Chooses one token per row of logits."""
 
-    def sample(self, logits_RV: Tensor, batch: SamplingBatch, positions_R: NDArray[np.int64]) -> Sampled:
-        """Choose the tokens that stand at `positions_R` of their sequences. The logits (fp32) are left as they are."""
+    def sample(
+        self,
+        logits_RV: Tensor,
+        batch: SamplingBatch,
+        positions_R: NDArray[np.int64],
+        masks: NDArray[np.int32] | None = None,
+    ) -> Sampled:
+        """Choose the tokens that stand at `positions_R` of their sequences. The logits (fp32) are left as they are.
+
+        `masks`: see `RuleBatch.apply_`, for `batch.masked_rows`. A row of which the rules leave no token gets NO_TOKEN.
+        Log-probabilities are of the logits as they came, before any rule.
+        """
         assert logits_RV.shape[0] == batch.size == len(positions_R)
-        if batch.any_greedy or batch.size == 0:
-            token_ids_R = logits_RV.argmax(dim=-1)
+        device = logits_RV.device
+        if batch.rules is None:
+            token_ids_R = _choose(logits_RV, batch.free, positions_R)
         else:
-            token_ids_R = torch.empty(batch.size, dtype=torch.int64, device=logits_RV.device)
-        for group, choose in ((batch.plain, _choose_plain), (batch.filtered, _choose_filtered)):
-            if group is not None:
-                rows = torch.from_numpy(group.rows).to(logits_RV.device)
-                keys = row_keys(batch.seeds_R[group.rows], positions_R[group.rows])
-                scaled_RV = _scale(logits_RV if len(rows) == batch.size else logits_RV[rows], group.temperature)
-                token_ids_R[rows] = choose(scaled_RV, torch.from_numpy(keys).to(logits_RV.device), group)
+            token_ids_R = torch.empty(batch.size, dtype=torch.int64, device=device)
+            if len(batch.free.rows):
+                rows = torch.from_numpy(batch.free.rows).to(device)
+                token_ids_R[rows] = _choose(logits_RV[rows], batch.free, positions_R[batch.free.rows])
+            rows = torch.from_numpy(batch.ruled.rows).to(device)
+            positions = positions_R[batch.ruled.rows]
+            changed_RV = logits_RV[rows]
+            batch.rules.apply_(changed_RV, positions, masks)
+            chosen_R = _choose(changed_RV, batch.ruled, positions)
+            nothing_R = changed_RV.gather(-1, chosen_R[:, None])[:, 0] == -torch.inf
+            token_ids_R[rows] = chosen_R.masked_fill_(nothing_R, NO_TOKEN)
         logprobs = None
         if batch.logprob_rows:
-            rows_L = torch.tensor(batch.logprob_rows, device=logits_RV.device)
-            logprobs = token_logprobs(logits_RV[rows_L], token_ids_R[rows_L], batch.most_logprobs)
+            rows_L = torch.tensor(batch.logprob_rows, device=device)
+            chosen_L = token_ids_R[rows_L].clamp_(min=0)
+            logprobs = token_logprobs(logits_RV[rows_L], chosen_L, batch.most_logprobs)
         return Sampled(token_ids_R, logprobs)
+
+
+def _choose(logits_RV: Tensor, part: _Part, positions_R: NDArray[np.int64]) -> Tensor:
+    """The tokens [R] of a part's rows; of a row without a finite logit, any."""
+    num_rows = logits_RV.shape[0]
+    if part.any_greedy or num_rows == 0:
+        token_ids_R = logits_RV.argmax(dim=-1)
+    else:
+        token_ids_R = torch.empty(num_rows, dtype=torch.int64, device=logits_RV.device)
+    at_once = max(1, _CPU_NOISE // logits_RV.shape[-1]) if logits_RV.device.type == "cpu" else num_rows
+    for group, choose, size in ((part.plain, _choose_plain, at_once), (part.filtered, _choose_filtered, num_rows)):
+        for block in group.blocks(size) if group is not None else ():
+            rows = torch.from_numpy(block.rows).to(logits_RV.device)
+            keys = row_keys(part.seeds_R[block.rows], positions_R[block.rows])
+            scaled_RV = _scale(logits_RV if len(rows) == num_rows else logits_RV[rows], block)
+            token_ids_R[rows] = choose(scaled_RV, torch.from_numpy(keys).to(logits_RV.device), block)
+    return token_ids_R
 
 
 def token_logprobs(logits_LV: Tensor, token_ids_L: Tensor, num_top: int) -> Logprobs:
@@ -134,10 +221,14 @@ def token_logprobs(logits_LV: Tensor, token_ids_L: Tensor, num_top: int) -> Logp
     return Logprobs(chosen_L1.squeeze(-1).float(), top_ids_LN, top_LN.float())
 
 
-def _scale(logits_RV: Tensor, temperature_R: NDArray[np.float32]) -> Tensor:
-    """Return (logit - best) / temperature: 0 for the best token however small the temperature, negative otherwise."""
-    temperature_R1 = torch.from_numpy(temperature_R).to(logits_RV.device)[:, None]
-    return (logits_RV - logits_RV.amax(dim=-1, keepdim=True)).div_(temperature_R1)
+def _scale(logits_RV: Tensor, group: _Stochastic) -> Tensor:
+    """(logit - best) / temperature: 0 for the best token however small the temperature; -inf for what min_p drops."""
+    temperature_R1 = torch.from_numpy(group.temperature).to(logits_RV.device)[:, None]
+    scaled_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)).div_(temperature_R1)
+    if group.log_min_p is not None:
+        least_R1 = torch.from_numpy(group.log_min_p).to(logits_RV.device)[:, None]
+        scaled_RV.masked_fill_(scaled_RV < least_R1, -torch.inf)
+    return scaled_RV
 
 
 def _choose_plain(scaled_RV: Tensor, keys_R2: Tensor, group: _Stochastic) -> Tensor:

@@ -6,16 +6,19 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports torch. The models are tiny and the cores few: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.parity.oracle import Excuses
 
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = ("torch", "triton", "ray", "transformers", "tokenizers", "safetensors")
@@ -45,6 +48,23 @@ def record_result(request: pytest.FixtureRequest) -> Callable[[str, object], Non
         records.setdefault(request.node.nodeid, {}).setdefault("numbers", {})[name] = value
 
     return record
+
+
+@pytest.fixture(scope="session")
+def excuses(pytestconfig: pytest.Config) -> Iterator[Excuses]:
+    """Compares greedy tokens with an oracle's; over the whole session, few may differ where the oracle is undecided."""
+    from tests.parity.oracle import Excuses
+
+    excuses = Excuses()
+    yield excuses
+    if excuses.cases:
+        entry = pytestconfig.stash[_RECORDS].setdefault("all greedy comparisons with the oracle", {})
+        entry |= {
+            "seconds": 0.0,
+            "outcome": "session total",
+            "numbers": {"cases": excuses.cases, "excused": excuses.used},
+        }
+    excuses.expect_few()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ("kernels", "model", "cluster", "deploy", "benchmarks")     # each may import itself and those before it
+LAYERS = ("kernels", "model", "cluster", "deploy", "benchmarks")  # each may import itself and those before it
 TOP_LEVEL = {*LAYERS, "k8s", "tests"}
 NOT_OURS = {"build", "dist"}
 MAX_FILE, MAX_FUNCTION = 400, 60
@@ -22,7 +22,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # deploy sees the model through its configuration, its text side and, in the CLI only, its files.
 DEPLOY_MAY_IMPORT = ("divisi.model.config", "divisi.model.text", "divisi.model.errors")
 CLI_MAY_IMPORT = ("divisi.model.checkpoint", "divisi.model.random_checkpoint")
-MAY_IMPORT_RAY = re.compile(r"cluster/ray/|deploy/(serve_app|serve_client|local_run)\.py")
+MAY_IMPORT_RAY = re.compile(r"cluster/ray/|deploy/(serve_app|serve_client|serve_router|local_run)\.py")
 MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",
 }

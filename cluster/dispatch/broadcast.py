@@ -6,6 +6,7 @@ Shapes: T tokens, D model width, K experts per token.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,7 @@ class BroadcastDispatcher:
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _BroadcastPending:
         """See `divisi.model.dispatcher.Dispatcher`. Raises StepAborted."""
         num_tokens = x_TD.shape[0]
-        ids_TK, wire_gates_TK, wire_x_TD = self._wire.request_views(self._request_B, num_tokens)
-        ids_TK.copy_(expert_ids_TK)
-        wire_gates_TK.copy_(gates_TK)
-        wire_x_TD.copy_(x_TD)
-        request_B = self._request_B[: self._wire.request_bytes(num_tokens)]
+        request_B = self._wire.write_request(self._request_B, x_TD, expert_ids_TK, gates_TK)
         sends = [self._group.send(request_B, rank) for rank in self._shard_ranks]
         reply_bytes = self._wire.reply_bytes(num_tokens)
         replies = [
@@ -69,7 +66,12 @@ class _BroadcastPending:
         deadline = time.monotonic() + self.deadline_s
         for transfer in (*self.sends, *self.replies):
             transfer.wait(deadline)
-        y_TD = self.partials_TD[0].to(torch.float32, copy=True)
-        for partial_TD in self.partials_TD[1:]:
-            y_TD += partial_TD
-        return y_TD
+        return add_in_shard_order(self.partials_TD)
+
+
+def add_in_shard_order(partials_TD: Sequence[Tensor]) -> Tensor:
+    """The sum of the shards' partial sums, in fp32 and in a new tensor."""
+    y_TD = partials_TD[0].to(torch.float32, copy=True)
+    for partial_TD in partials_TD[1:]:
+        y_TD += partial_TD
+    return y_TD

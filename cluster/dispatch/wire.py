@@ -37,6 +37,15 @@ class WireFormat:
         x_TD = message_B[8 * pairs : self.request_bytes(num_tokens)].view(self.dtype)
         return ids_TK, gates_TK, x_TD.view(num_tokens, self.hidden_size)
 
+    def write_request(self, message_B: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Fill a message to a shard; returns the part of `message_B` that it takes."""
+        num_tokens = x_TD.shape[0]
+        ids_TK, wire_gates_TK, wire_x_TD = self.request_views(message_B, num_tokens)
+        ids_TK.copy_(expert_ids_TK)
+        wire_gates_TK.copy_(gates_TK)
+        wire_x_TD.copy_(x_TD)
+        return message_B[: self.request_bytes(num_tokens)]
+
     def reply_view(self, message_B: Tensor, num_tokens: int) -> Tensor:
         """``y_TD`` inside a shard's reply."""
         return message_B[: self.reply_bytes(num_tokens)].view(self.dtype).view(num_tokens, self.hidden_size)

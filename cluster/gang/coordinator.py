@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.roster import Directive, Roster
 from divisi.cluster.gang.seats import Address, GangShape, Role, Seat
 
@@ -20,8 +21,14 @@ Stats = Mapping[str, float | Mapping[str, float]]
 class CoordinatorClient(Protocol):
     """The coordinator as a holder sees it. Every call may raise CoordinatorLost."""
 
-    def join(self, holder_id: str, role: Role, address: Address, index: int | None = None) -> Seat | None:
-        """Take a seat, or None when all of the role are held."""
+    def join(
+        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+    ) -> Seat | None:
+        """Take a seat, or None when all of the role are held; `loading`: to load the weights of that seat first."""
+        ...
+
+    def loaded(self, holder_id: str) -> None:
+        """Report to have the seat's weights."""
         ...
 
     def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
@@ -79,17 +86,26 @@ class Coordinator:
         self._roster = Roster(shape, store, lease_s, grace_s, first_epoch)
         self._clock = clock
         self._changed = threading.Condition()
+        self._drain = Drain(clock)
         self._stats: dict[str, Stats] = {}
         self._progress: dict[str, str] = {}
         self._failures: dict[str, str] = {}
 
-    def join(self, holder_id: str, role: Role, address: Address, index: int | None = None) -> Seat | None:
+    def join(
+        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+    ) -> Seat | None:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.expire(self._clock())
-            seat = self._roster.join(holder_id, role, address, self._clock(), index)
+            seat = self._roster.join(holder_id, role, address, self._clock(), index, loading)
             self._changed.notify_all()
         return seat
+
+    def loaded(self, holder_id: str) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.loaded(holder_id)
+            self._changed.notify_all()
 
     def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
         """See CoordinatorClient."""
@@ -140,6 +156,21 @@ class Coordinator:
         with self._changed:
             self._failures[who] = text
 
+    def drain(self, grace_s: float) -> None:
+        """Be ready no more; what runs may go on for so long. The ingress replicas hear of it by their reports."""
+        with self._changed:
+            self._drain.begin(grace_s)
+
+    def report_open(self, ingress_id: str, answers: int) -> float | None:
+        """An ingress replica has so many open answers; returns the seconds they may go on, None for any time."""
+        with self._changed:
+            return self._drain.report(ingress_id, answers)
+
+    def open_answers(self) -> int:
+        """Answers that the ingress replicas have open, by their last reports."""
+        with self._changed:
+            return self._drain.open_answers()
+
     def status(self) -> CoordinatorStatus:
         """Readiness, the reason for it, and the last statistics of each seat."""
         with self._changed:
@@ -149,8 +180,8 @@ class Coordinator:
             self._stats = {holder_id: stats for holder_id, stats in self._stats.items() if holder_id in seats}
             membership = self._roster.membership
             return CoordinatorStatus(
-                ready=self._roster.ready(),
-                reason=self._roster.explain(),
+                ready=self._roster.ready() and not self._drain.begun,
+                reason="the server is shutting down" if self._drain.begun else self._roster.explain(),
                 epoch=membership.epoch if membership is not None else 0,
                 stats={seats[holder_id]: stats for holder_id, stats in self._stats.items()},
                 progress=dict(self._progress),

@@ -19,7 +19,7 @@ _MEET_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerLinks:
-    """An attention worker's connections; without shards there is no group."""
+    """An attention worker's connections; where all experts are at hand there is no group."""
 
     mesh: LeaderMesh | FollowerMesh
     group: PeerGroup | None
@@ -48,7 +48,7 @@ def worker_links(
             mesh = FollowerMesh(membership, rank, inbox, deadline)
         stack.callback(mesh.close)
         group = None
-        if membership.shape.expert_shards:
+        if membership.shape.expert_shards and membership.shape.size > 1:
             group = join_group(membership, rank, device, _MEET_S)
             stack.callback(group.close)
         yield WorkerLinks(mesh, group)

@@ -1,8 +1,8 @@
 """Who holds which seat, and when a new epoch begins: the coordinator's logic as plain data.
 
-No clock, threads or sockets: every method takes `now` in seconds. An epoch forms when every seat is held and every
-holder of the previous epoch has left it. It ends when a holder reports that a step could not finish, leaves its seat
-or stops renewing its lease. Late and repeated reports are ignored. Imports no torch.
+No clock, threads or sockets: every method takes `now` in seconds. An epoch forms when every seat is held, every holder
+has its weights, and every holder of the previous epoch has left it. It ends when a holder reports that a step could not
+finish, leaves its seat or stops renewing its lease. Late and repeated reports are ignored. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Holder:
     seat: Seat
     address: Address
     lease_until: float
+    loading: bool = False
+    """It took the seat to learn which weights to load."""
     epoch: int = 0
     """The epoch that it was sent into and hasn't reported to have left; 0 for none."""
     told_to_leave: bool = False
@@ -52,10 +54,19 @@ class Roster:
         self._holders: dict[str, Holder] = {}
         self._epoch = first_epoch - 1
 
-    def join(self, holder_id: str, role: Role, address: Address, now: float, index: int | None = None) -> Seat | None:
-        """Take a seat: the one with `index` (its former holder loses it), or the lowest free one of the role.
+    def join(
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        now: float,
+        index: int | None = None,
+        loading: bool = False,
+    ) -> Seat | None:
+        """Take a seat: the one with `index`, or the lowest free one of the role. Joining twice gives the same seat.
 
-        Returns None when no seat of the role is free. Joining twice gives the same seat.
+        Returns None when it is held. A shard takes it nevertheless, since it is its former process started anew.
+        No epoch begins while a holder that joined as `loading` has not `loaded`.
         """
         if (known := self._holders.get(holder_id)) is not None:
             known.lease_until = now + self._lease_s
@@ -65,6 +76,8 @@ class Roster:
             seat = Seat(role, index)
             if seat not in self.shape.seats:
                 raise ValueError(f"no seat {seat} in a gang of {self.shape}")
+            if seat in taken and role == "attention":
+                return None
             if seat in taken:
                 self._remove(taken[seat], f"{seat} was taken over by a new process", now)
         else:
@@ -72,9 +85,15 @@ class Roster:
             if not free:
                 return None
             seat = free[0]
-        self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s)
+        self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s, loading)
         self._form()
         return seat
+
+    def loaded(self, holder_id: str) -> None:
+        """A holder has the weights of its seat."""
+        if (holder := self._holders.get(holder_id)) is not None:
+            holder.loading = False
+            self._form()
 
     def leave(self, holder_id: str, reason: str, now: float) -> None:
         """Give the seat up for good."""
@@ -137,6 +156,8 @@ class Roster:
         after = f" (epoch {self._epoch} ended: {self.last_break})" if self.last_break else ""
         if missing := [str(seat) for seat in self.shape.seats if seat not in held]:
             return f"{len(held)} of {self.shape.size} seats filled, missing {', '.join(missing)}{after}"
+        if loading := sorted(str(holder.seat) for holder in self._holders.values() if holder.loading):
+            return f"waiting for {', '.join(loading)} to load{after}"
         if self.membership is None:
             staying = sorted(str(holder.seat) for holder in self._holders.values() if holder.epoch)
             return f"waiting for {', '.join(staying)} to leave epoch {self._epoch}{after}"
@@ -164,7 +185,7 @@ class Roster:
         by_seat = {holder.seat: holder for holder in self._holders.values()}
         if self.membership is not None or len(by_seat) < self.shape.size:
             return
-        if any(holder.epoch for holder in by_seat.values()):
+        if any(holder.epoch or holder.loading for holder in by_seat.values()):
             return
         self._epoch += 1
         ordered = [by_seat[seat] for seat in self.shape.seats]

@@ -25,15 +25,19 @@ class GangShape:
 
     attention_workers: int
     expert_shards: int
+    colocated: bool = False
+    """Each attention worker holds a shard of the experts too, and there are no other ranks."""
 
     def __post_init__(self) -> None:
         if self.attention_workers < 1 or self.expert_shards < 0:
             raise ValueError(f"a gang needs attention_workers >= 1 and expert_shards >= 0, got {self}")
+        if self.colocated and self.expert_shards != self.attention_workers:
+            raise ValueError(f"a colocated gang has as many expert shards as attention workers, got {self}")
 
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return self.attention_workers + self.expert_shards
+        return self.attention_workers + len(self.shard_ranks)
 
     @property
     def seats(self) -> tuple[Seat, ...]:
@@ -46,9 +50,15 @@ class GangShape:
         return range(self.attention_workers)
 
     @property
+    def shard_ranks(self) -> range:
+        """Ranks that hold nothing but experts."""
+        first = self.attention_workers
+        return range(first, first if self.colocated else first + self.expert_shards)
+
+    @property
     def expert_ranks(self) -> range:
-        """Ranks of the expert shards, in shard order."""
-        return range(self.attention_workers, self.size)
+        """Ranks that hold the expert shards, in shard order."""
+        return self.attention_ranks if self.colocated else self.shard_ranks
 
     def seat(self, rank: int) -> Seat:
         """The seat of a rank."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from divisi.cluster.gang.coordinator import CoordinatorClient, CoordinatorLost, Stats
@@ -17,6 +19,8 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _POLL_S = 1.0
+_GIVE_UP_S = 30.0
+"""Longer than a lease: who then still holds the seat that this process wants is no former self of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class Candidate:
     role: Role
     address: Address
     index: int | None = None
+    loads_for_seat: bool = False
+    """Which weights it loads depends on the seat: it takes one first, and from then on no other."""
 
 
 class SeatWatch:
@@ -41,6 +47,10 @@ class SeatWatch:
         """`connect` raises CoordinatorLost while there is no coordinator; `stats` gives None when nothing changed."""
         self._connect = connect
         self._candidate = candidate
+        self._index = candidate.index
+        self._first_seat: Future[Seat] = Future()
+        self._loaded = threading.Event()
+        self._wanting_since: float | None = None
         self._inbox = inbox
         self._stats = stats
         self._stop = threading.Event()
@@ -62,6 +72,21 @@ class SeatWatch:
             with contextlib.suppress(CoordinatorLost):
                 self._client.leave(self._holder_id, reason)
         self._thread.join(timeout=2 * _POLL_S)
+
+    def wait_for_seat(self) -> Seat:
+        """Block until a seat is held for the first time, however long that takes."""
+        return self._first_seat.result()
+
+    def loaded(self) -> None:
+        """Report that the weights of the seat are there; for a candidate that `loads_for_seat`."""
+        self._loaded.set()
+        self._tell(lambda client: client.loaded(self._holder_id))
+
+    @property
+    def displaced(self) -> bool:
+        """Whether another process keeps the only seat that this one can fill."""
+        since = self._wanting_since
+        return self._index is not None and since is not None and time.monotonic() - since > _GIVE_UP_S
 
     def serving(self, epoch: int) -> None:
         """For the loop: all peers of the epoch were reached."""
@@ -98,15 +123,14 @@ class SeatWatch:
         """Join and follow directives until the seat is lost. Returns to join anew."""
         self._unheard.clear()
         self._holder_id = uuid.uuid4().hex
-        candidate = self._candidate
-        self.seat = client.join(self._holder_id, candidate.role, candidate.address, candidate.index)
+        self.seat = self._join(client)
         if self.seat is None:
             self._stop.wait(_RETRY_S)
             return
         epoch = 0
         try:
             while not self._stop.is_set() and not self._unheard.is_set():
-                directive = client.poll(self._holder_id, _POLL_S, self._stats())
+                directive = client.poll(self._holder_id, _POLL_S, None if self._loading else self._stats())
                 match directive.action:
                     case "enter" if directive.membership is not None:
                         epoch = directive.epoch
@@ -119,3 +143,23 @@ class SeatWatch:
         finally:
             self.seat = None
             self._inbox.interrupt(epoch)
+
+    @property
+    def _loading(self) -> bool:
+        return self._candidate.loads_for_seat and not self._loaded.is_set()
+
+    def _join(self, client: CoordinatorClient) -> Seat | None:
+        candidate = self._candidate
+        loads = candidate.loads_for_seat
+        seat = client.join(self._holder_id, candidate.role, candidate.address, self._index, loads)
+        if seat is None:
+            self._wanting_since = self._wanting_since or time.monotonic()
+            return None
+        self._wanting_since = None
+        if loads:
+            self._index = seat.index
+        if loads and self._loaded.is_set():
+            client.loaded(self._holder_id)
+        if not self._first_seat.done():
+            self._first_seat.set_result(seat)
+        return seat

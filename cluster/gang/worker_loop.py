@@ -18,6 +18,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from divisi.cluster.dispatch.broadcast import BroadcastDispatcher
+from divisi.cluster.dispatch.colocated import ColocatedDispatcher
+from divisi.cluster.dispatch.local import Experts, LocalDispatcher
 from divisi.cluster.dispatch.wire import WireFormat
 from divisi.cluster.errors import GangNotReady, RequestRejected, StepAborted
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
@@ -78,6 +80,9 @@ class WorkerNetwork:
     max_tokens: int
     """Most tokens that the engine puts into a step."""
     step_deadline_s: float
+    compute_dtype: torch.dtype
+    """What the experts take their input in."""
+    moe_layers: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +117,15 @@ class WorkerLoop(Generic[PlanT]):
     def __init__(
         self,
         engine: StepEngine[PlanT],
-        local: Dispatcher | None,
+        experts: Experts | None,
         inbox: EpochInbox,
         reports: EpochReports,
         network: WorkerNetwork,
         deliver: Callable[[Sequence[TokenEvent]], None],
     ) -> None:
-        """`local` runs the experts of a gang without shards; `deliver` gets a step's events, in the loop's thread."""
+        """`experts` are those that this rank holds, if any; `deliver` gets a step's events, in the loop's thread."""
         self._engine = engine
-        self._local = local
+        self._experts = experts
         self._inbox = inbox
         self._reports = reports
         self._network = network
@@ -186,21 +191,47 @@ class WorkerLoop(Generic[PlanT]):
             self._plan = self._engine.plan()
         mesh.announce(self._plan.num_tokens if self._plan is not None else 0)
         header = mesh.next_step(self._network.step_deadline_s)
-        if header is None or self._plan is None or not header.counts[rank]:
+        if header is None:
+            return
+        takes_part = self._plan is not None and header.counts[rank] > 0
+        if isinstance(dispatcher, ColocatedDispatcher):
+            dispatcher.begin_step(header.counts)
+            if not takes_part:
+                self._serve_peers(dispatcher)
+        if self._plan is None or not takes_part:
             return
         events = self._engine.run(self._plan, dispatcher)
         self._plan = None
         if events:
             self._deliver(events)
 
+    @torch.inference_mode()
+    def _serve_peers(self, dispatcher: ColocatedDispatcher) -> None:
+        """A step without tokens of one's own, which needs one's experts all the same."""
+        for layer in self._network.moe_layers:
+            dispatcher.serve(layer)
+
     def _dispatcher(self, assignment: Assignment, links: WorkerLinks) -> Dispatcher:
+        shape, network = assignment.membership.shape, self._network
         if links.group is None:
-            assert self._local is not None, "a gang without shards needs its experts here"
-            return self._local
-        network = self._network
+            assert self._experts is not None, "a gang without shards needs its experts here"
+            return LocalDispatcher(self._experts)
+        if shape.colocated:
+            assert self._experts is not None, "a colocated rank holds a shard"
+            return ColocatedDispatcher(
+                links.group,
+                assignment.rank,
+                shape.size,
+                self._experts,
+                network.wire,
+                network.max_tokens,
+                network.step_deadline_s,
+                network.device,
+                network.compute_dtype,
+            )
         return BroadcastDispatcher(
             links.group,
-            assignment.membership.shape.expert_ranks,
+            shape.expert_ranks,
             network.wire,
             network.max_tokens,
             network.step_deadline_s,

@@ -72,10 +72,16 @@ class RayCoordinatorClient:
     def __init__(self, name: str) -> None:
         self._actor = find_coordinator(name)
 
-    def join(self, holder_id: str, role: Role, address: Address, index: int | None = None) -> Seat | None:
+    def join(
+        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+    ) -> Seat | None:
         """See CoordinatorClient."""
-        seat: Seat | None = self._get(self._actor.join.remote(holder_id, role, address, index))
+        seat: Seat | None = self._get(self._actor.join.remote(holder_id, role, address, index, loading))
         return seat
+
+    def loaded(self, holder_id: str) -> None:
+        """See CoordinatorClient."""
+        self._get(self._actor.loaded.remote(holder_id))
 
     def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
         """See CoordinatorClient."""

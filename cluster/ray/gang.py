@@ -33,10 +33,10 @@ class GangOwner:
         self._coordinator = start_coordinator(spec)
         self._group: PlacementGroup | None = None
         self._shards: list[ActorHandle[Any]] = []
-        self._shard_seats = {str(spec.shape.seat(rank)) for rank in spec.shape.expert_ranks}
-        if spec.shape.expert_shards:
+        self._shard_seats = {str(spec.shape.seat(rank)) for rank in spec.shape.shard_ranks}
+        if num_shards := len(spec.shape.shard_ranks):
             self._group = _place(spec)
-            self._shards = [_start_shard(spec, index, self._group) for index in range(spec.shape.expert_shards)]
+            self._shards = [_start_shard(spec, index, self._group) for index in range(num_shards)]
 
     def check(self) -> None:
         """Raise GangLost if the coordinator has died, or a shard could not load.
@@ -61,7 +61,7 @@ class GangOwner:
 
 def _place(spec: GangSpec) -> PlacementGroup:
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device == "cuda" else {})
-    group: PlacementGroup = placement_group([bundle] * spec.shape.expert_shards, strategy="PACK")
+    group: PlacementGroup = placement_group([bundle] * len(spec.shape.shard_ranks), strategy="PACK")
     ray.get(group.ready(), timeout=_PLACE_S)
     return group
 

@@ -41,27 +41,39 @@ class AttentionRank:
     """One attention worker. `generate` belongs to the event loop, everything else to the step loop's thread."""
 
     def __init__(self, spec: GangSpec) -> None:
-        """Load the weights; blocks until it is done. The seat is taken afterwards, in the background."""
+        """Load the weights; blocks until it is done.
+
+        The seat is taken afterwards, in the background; but in a colocated gang first, since it says which experts
+        to load.
+        """
         self._spec = spec
         host = prepare_process(spec)
         config = ModelConfig.load(spec.model_dir)
         listener = listen(host)
-        with reported(spec.name, f"attention worker {os.getpid()}") as report:
-            self._engine, local = build_engine(spec, config, report)
         self._streams = TokenStreams()
         self._inbox = EpochInbox()
         self._failure: str | None = None
         self._told: EngineStats | None = None
         self._pushed_at = 0.0
-        address = Address(host, listener.getsockname()[1])
-        self._watch = SeatWatch(
-            lambda: RayCoordinatorClient(spec.name), Candidate("attention", address), self._inbox, self._changed_stats
+        candidate = Candidate(
+            "attention", Address(host, listener.getsockname()[1]), loads_for_seat=spec.shape.colocated
         )
+        self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats)
+        who, index = f"attention worker {os.getpid()}", 0
+        if spec.shape.colocated:
+            self._watch.start()
+            seat = self._watch.wait_for_seat()
+            who, index = str(seat), seat.index
+        with reported(spec.name, who) as report:
+            self._engine, experts = build_engine(spec, config, index, report)
         network = worker_network(spec, config, listener)
-        self._loop = WorkerLoop[StepPlan](self._engine, local, self._inbox, self._watch, network, self._deliver)
+        self._loop = WorkerLoop[StepPlan](self._engine, experts, self._inbox, self._watch, network, self._deliver)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
-        self._watch.start()
+        if spec.shape.colocated:
+            self._watch.loaded()
+        else:
+            self._watch.start()
 
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         """Events of one request, several at a time when the reader is slow; the last one is terminal.
@@ -82,10 +94,16 @@ class AttentionRank:
             if not finished:
                 self._loop.cancel(request.request_id)
 
+    async def stats(self) -> EngineStats:
+        """The engine's numbers as of now. Raises GangNotReady when the step loop has ended."""
+        return await asyncio.wrap_future(self._loop.ask(self._engine.stats))
+
     def check(self) -> None:
-        """Raise WorkerFailed once the step loop has ended by an error."""
+        """Raise WorkerFailed once the step loop has ended by an error, or the worker has no place in the gang."""
         if self._failure is not None:
             raise WorkerFailed(self._failure)
+        if self._watch.displaced:
+            raise WorkerFailed("another process holds the seat that this one loaded its experts for")
 
     def close(self) -> None:
         """Leave the gang."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal
 
 from divisi.cluster.errors import GangNotReady
 from divisi.cluster.request import TokenEvent, TokenLogprob
 from divisi.deploy.api.compile import Call
 from divisi.deploy.api.engine_client import EngineClient
 from divisi.deploy.api.errors import AnswerError
+from divisi.deploy.api.parsing import ChatParser, ChatPart, FinishReason
 from divisi.model.text import Detokenizer, StopMatcher, Tokenizer
 
 
@@ -34,9 +34,13 @@ class Delta:
     token_ids: list[int]
     """Generated tokens; a prompt that is echoed is not among them."""
     tokens: list[PlacedToken] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string, or the stop id that the client named."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    parts: list[ChatPart] = field(default_factory=list)
+    """The text as reasoning, content and tool calls, where the call is to be parsed."""
+    reasoning_tokens: int = 0
 
 
 class Answer:
@@ -45,8 +49,11 @@ class Answer:
     def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
         self._call = call
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, skip_special=call.skip_special)
         self._matcher = StopMatcher(call.stops) if call.stops else None
+        self._parser = None if call.parse is None else ChatParser(call.parse)
+        self._unstoppable = call.request.min_tokens
+        """Tokens still to come whose text no stop string may end."""
         self._offset = 0
         self._started = False
 
@@ -60,35 +67,64 @@ class Answer:
         pieces: list[str] = []
         if not self._started:
             self._started = True
+            delta.prompt_logprobs = event.prompt_logprobs
             if self._call.echo:
                 pieces.append(self._echo(event, delta))
         for index, token_id in enumerate(event.token_ids):
             delta.token_ids.append(token_id)
             if event.logprobs is not None:
                 delta.tokens.append(PlacedToken(token_id, self._offset, event.logprobs[index]))
-            pieces.append(self._release(self._detokenizer.push(token_id)))
-            if self._stopped(delta):
+            raw = self._detokenizer.push(token_id)
+            begun = len(pieces)
+            pieces.append(self._release(raw))
+            stopped = self._stopped(delta, pieces)
+            if self._parser is not None:
+                delta.reasoning_tokens += self._parser.count(raw)
+                self._parse(delta, pieces[begun:])
+            if stopped or delta.finish_reason is not None:
                 break
         else:
             if event.finish_reason is not None:
+                begun = len(pieces)
                 self._end(event, delta, pieces)
+                self._parse(delta, pieces[begun:])
+        if self._parser is not None and delta.finish_reason is not None:
+            delta.parts += self._parser.finish()
+            delta.finish_reason = self._parser.reason(delta.finish_reason)
         delta.text = "".join(pieces)
         return delta
 
+    def _parse(self, delta: Delta, pieces: list[str]) -> None:
+        """Parse what just came. The one call that an answer may have ends it, as a stop string would."""
+        if self._parser is None:
+            return
+        delta.parts += self._parser.push("".join(pieces))
+        if self._parser.done and delta.finish_reason is None:
+            delta.finish_reason = "stop"
+
     def _release(self, piece: str) -> str:
         self._offset += len(piece)
-        return piece if self._matcher is None else self._matcher.push(piece)
+        if self._matcher is None:
+            return piece
+        if self._unstoppable:
+            self._unstoppable -= 1
+            return piece
+        return self._matcher.push(piece)
 
-    def _stopped(self, delta: Delta) -> bool:
-        if self._matcher is None or self._matcher.matched is None:
+    def _stopped(self, delta: Delta, pieces: list[str]) -> bool:
+        if self._matcher is None or (stop := self._matcher.matched) is None:
             return False
-        delta.finish_reason, delta.stop_reason = "stop", self._matcher.matched
+        delta.finish_reason, delta.stop_reason = "stop", stop
+        if self._call.include_stop:
+            pieces.append(stop)
         return True
 
     def _end(self, event: TokenEvent, delta: Delta, pieces: list[str]) -> None:
         """The engine's end: let out what was held back, which may complete a stop string."""
+        if event.stop_id is not None and self._call.include_stop:
+            pieces.append(self._release(self._detokenizer.push(event.stop_id)))
         pieces.append(self._release(self._detokenizer.flush()))
-        if self._stopped(delta):
+        if self._stopped(delta, pieces):
             return
         if self._matcher is not None:
             pieces.append(self._matcher.flush())

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from divisi.cluster.errors import DivisiError
+from divisi.deploy.api.auth import HEALTH, METRICS, Authenticate, key_of
 from divisi.deploy.api.body import parse_body, read_body
 from divisi.deploy.api.boundary import Boundary
 from divisi.deploy.api.chat import ChatWriter
@@ -23,11 +25,24 @@ from divisi.deploy.api.completions import CompletionWriter
 from divisi.deploy.api.engine_client import EngineClient, GangStatus
 from divisi.deploy.api.errors import to_reply
 from divisi.deploy.api.metrics import CountRequests, Metrics, RequestClock
-from divisi.deploy.api.openapi import chat_docs, completion_docs
-from divisi.deploy.api.protocol import ChatBody, CompletionBody
+from divisi.deploy.api.openapi import (
+    chat_docs,
+    completion_docs,
+    detokenize_docs,
+    reading_docs,
+    ready_docs,
+    tokenize_docs,
+)
+from divisi.deploy.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from divisi.deploy.api.request_id import RequestIds
+from divisi.deploy.api.request_log import LogRequests
 from divisi.deploy.api.settings import ApiSettings
 from divisi.deploy.api.streaming import GenerationResponse
+from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.model.text import TextCodec, TextError
+from divisi.model.text.grammar import GrammarCompiler
+
+VERSION = version("divisi")
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +50,61 @@ logger = logging.getLogger(__name__)
 class Api:
     """The endpoints."""
 
-    def __init__(self, engine: EngineClient, text: TextCodec, settings: ApiSettings, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: EngineClient, text: TextCodec, settings: ApiSettings, metrics: Metrics, gate: Gate
+    ) -> None:
         self._engine = engine
+        self._gate = gate
         self._tokenizer = text.tokenizer
         self._settings = settings
         self._metrics = metrics
-        self._compiler = Compiler(text, settings)
+        self._compiler = Compiler(text, settings, GrammarCompiler(settings.model_dir, settings.grammar_limits))
         self._created = int(time.time())
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
         clock = RequestClock(self._metrics, "chat")
+        self._gate.check(key_of(http.scope))  # before anything that costs
         body = parse_body(ChatBody, await read_body(http, self._settings.max_body_bytes))
-        call = await self._compiler.chat(body)
-        writer = ChatWriter(body, call, self._settings.served_model_name, self._tokenizer)
-        return GenerationResponse(self._engine, self._tokenizer, [call], writer, clock, stream=bool(body.stream))
+        calls = await self._compiler.chat(body)
+        name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
+        writer = ChatWriter(body, calls, name, self._tokenizer, fingerprint)
+        stream = bool(body.stream)
+        return GenerationResponse(self._engine, self._tokenizer, calls, writer, clock, self._gate, stream=stream)
 
     async def completion(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
         clock = RequestClock(self._metrics, "completion")
+        self._gate.check(key_of(http.scope))  # before anything that costs
         body = parse_body(CompletionBody, await read_body(http, self._settings.max_body_bytes))
         calls = await self._compiler.completion(body)
-        writer = CompletionWriter(body, calls, self._settings.served_model_name, self._tokenizer)
-        return GenerationResponse(self._engine, self._tokenizer, calls, writer, clock, stream=bool(body.stream))
+        name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
+        writer = CompletionWriter(body, calls, name, self._tokenizer, fingerprint)
+        stream = bool(body.stream)
+        return GenerationResponse(self._engine, self._tokenizer, calls, writer, clock, self._gate, stream=stream)
+
+    async def tokenize(self, http: HttpRequest) -> Response:
+        """POST /tokenize."""
+        body = parse_body(TokenizeBody, await read_body(http, self._settings.max_body_bytes))
+        ids = await self._compiler.tokenize(body)
+        reply: dict[str, Any] = {"count": len(ids), "max_model_len": self._settings.max_model_len, "tokens": ids}
+        if body.return_token_strs:
+            reply["token_strs"] = [self._tokenizer.name_of(token_id) for token_id in ids]
+        return JSONResponse(reply)
+
+    async def detokenize(self, http: HttpRequest) -> Response:
+        """POST /detokenize."""
+        body = parse_body(DetokenizeBody, await read_body(http, self._settings.max_body_bytes))
+        return JSONResponse({"prompt": await self._compiler.detokenize(body)})
+
+    async def version(self) -> Response:
+        """GET /version."""
+        return JSONResponse({"version": VERSION})
+
+    async def metadata(self) -> Response:
+        """GET /v1/metadata: what is served, in NIM's shape."""
+        model = {"shortName": self._settings.served_model_name, **self._settings.metadata}
+        return JSONResponse({"version": VERSION, "modelInfo": [model], "assetInfo": []})
 
     async def models(self) -> Response:
         """GET /v1/models."""
@@ -107,8 +154,14 @@ class Api:
         }
 
 
-def build_app(engine: EngineClient, text: TextCodec, settings: ApiSettings) -> FastAPI:
-    """The ASGI application of one HTTP process."""
+def build_app(
+    engine: EngineClient,
+    text: TextCodec,
+    settings: ApiSettings,
+    gate: Gate | None = None,
+    keys: KeyFile | None = None,
+) -> FastAPI:
+    """The ASGI application of one HTTP process. Without a gate everything is let in; without keys, everybody."""
     app = FastAPI(
         title="Divisi",
         # FastAPI's own spans would fork the trace that Ray Serve carries.
@@ -117,23 +170,34 @@ def build_app(engine: EngineClient, text: TextCodec, settings: ApiSettings) -> F
         redoc_url=None,
         redirect_slashes=False,
     )
-    metrics = Metrics()
-    api = Api(engine, text, settings, metrics)
+    metrics = Metrics(settings.ingress_id)
+    gate = gate or Gate(GateLimits())
+    metrics.watch(gate)
+    api = Api(engine, text, settings, metrics, gate)
     route = app.add_api_route
     route("/v1/chat/completions", api.chat, methods=["POST"], response_class=Response, openapi_extra=chat_docs())
     route("/v1/completions", api.completion, methods=["POST"], response_class=Response, openapi_extra=completion_docs())
+    route("/tokenize", api.tokenize, methods=["POST"], openapi_extra=tokenize_docs())
+    route("/detokenize", api.detokenize, methods=["POST"], openapi_extra=detokenize_docs())
+    _get(app, "/version", api.version)
+    _get(app, "/v1/version", api.version, operation_id="v1_version")
+    _get(app, "/v1/metadata", api.metadata)
     _get(app, "/v1/models", api.models)
     _get(app, "/v1/models/{model_id:path}", api.model)
     _get(app, "/v1/health/live", api.live)
-    _get(app, "/v1/health/ready", api.ready)
-    _get(app, "/health", api.ready, operation_id="health")
+    _get(app, "/v1/health/ready", api.ready, docs=ready_docs)
+    _get(app, "/health", api.ready, operation_id="health", docs=ready_docs)
     _get(app, "/metrics", api.metrics, response_class=Response)
     handler = _error_handler(settings)
     for kind in (DivisiError, TextError, HTTPException):
         app.add_exception_handler(kind, handler)
-    # The last one added is the outermost: every reply is counted, the boundary's too.
+    # The last one added is the outermost: every reply is counted and has an id, the boundary's too.
+    if keys is not None:
+        app.add_middleware(Authenticate, keys=keys, open_paths=HEALTH | METRICS if settings.metrics_open else HEALTH)
     app.add_middleware(Boundary)
     app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(LogRequests)
+    app.add_middleware(RequestIds)
     return app
 
 
@@ -144,9 +208,12 @@ def _get(
     *,
     response_class: type[Response] = JSONResponse,
     operation_id: str | None = None,
+    docs: Callable[[], dict[int | str, dict[str, Any]]] = reading_docs,
 ) -> None:
     """GET, and HEAD for the load balancers that probe with it; the server drops the body."""
-    app.add_api_route(path, endpoint, methods=["GET"], response_class=response_class, operation_id=operation_id)
+    app.add_api_route(
+        path, endpoint, methods=["GET"], response_class=response_class, operation_id=operation_id, responses=docs()
+    )
     app.add_api_route(path, endpoint, methods=["HEAD"], response_class=response_class, include_in_schema=False)
 
 

@@ -105,7 +105,7 @@ def _place(location: tuple[int | str, ...]) -> str:
     for step in location:
         if isinstance(step, int):
             place += f"[{step}]"
-        elif not step.startswith("<"):
+        elif not step.startswith("<") and step != "[key]":
             place += f".{step[:64]}" if place else step[:64]
     return place
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from divisi.cluster.request import Request, Sampling
+from divisi.cluster.request import Request
+from divisi.deploy.api.answer_form import AnswerForms
 from divisi.deploy.api.errors import ApiError
-from divisi.deploy.api.protocol import ChatBody, CompletionBody, GenerationBody
+from divisi.deploy.api.parsing import ParseRule
+from divisi.deploy.api.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from divisi.deploy.api.reasoning import thinking_of
+from divisi.deploy.api.sampling import check_ids, choice_seed, compile_sampling
 from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.api.tools import Tool, offered
 from divisi.model.text import TextCodec
+from divisi.model.text.grammar import GrammarCompiler
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions. A chat answer may use all of the context that its prompt leaves."""
 INLINE_CHARS = 8192
 """Longer texts are tokenised in a thread, so that they don't hold up other streams."""
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,104 +37,189 @@ class Call:
     stop_token_ids: frozenset[int] = frozenset()
     """The stop ids that the client named; only they are reported as `stop_reason`."""
     echo: bool = False
+    include_stop: bool = False
+    """Whether what ended the answer is part of its text."""
+    skip_special: bool = True
+    answer_id: str = ""
+    """The reply's id; the engine's ids tell its choices apart."""
+    parse: ParseRule | None = None
+    """What to look for in a chat answer; None where there is nothing but text."""
 
 
 class Compiler:
     """Turns bodies into calls, or raises ApiError, TemplateError or TokenizerError."""
 
-    def __init__(self, text: TextCodec, settings: ApiSettings) -> None:
+    def __init__(self, text: TextCodec, settings: ApiSettings, grammars: GrammarCompiler) -> None:
         self._text = text
         self._settings = settings
+        self._forms = AnswerForms(text, grammars)
+        self._vocab_size = settings.vocab_size or text.tokenizer.vocab_size
         # No text of n bytes has fewer than n / longest tokens; normalisation (NFC) may shrink it before that.
         shrink = 4 if text.tokenizer.has_normalizer else 1
         self._hopeless_bytes = settings.max_model_len * text.tokenizer.longest_token * shrink
 
-    async def chat(self, body: ChatBody) -> Call:
-        """The one call of a chat request."""
+    async def chat(self, body: ChatBody) -> list[Call]:
+        """The calls of a chat request, one per choice."""
         self._check_model(body)
-        template = self._text.chat_template()
-        messages = [message.plain() for message in body.messages]
-        arguments = body.chat_template_kwargs or {}
-
-        def tokenise() -> list[int]:
-            rendered = template.render(messages, **arguments)
-            self._check_hopeless(len(rendered), "messages")
-            return self._text.tokenizer.encode(rendered, add_special_tokens=False)
-
-        prompt = await _off_loop(tokenise, sum(len(message["content"]) for message in messages))
         asked = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted: int | None = getattr(body, asked)
+        thinks = self._text.chat_template().thinks
+        arguments = body.chat_template_kwargs or {}
+        thinking = thinking_of(body.reasoning_effort, body.thinking_token_budget, arguments, thinks=thinks)
+        tools = offered(body.tools, body.tool_choice)
+        ids = await self._conversation_ids(body, thinking.arguments, tools)
+        prompt = self._truncated(body, ids, wanted)
         max_tokens = self._fit("messages", len(prompt), wanted, default=self._settings.max_model_len, asked=asked)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self._check_logprobs("top_logprobs", logprobs)
-        return self._call(body, f"chatcmpl-{uuid4().hex}", prompt, max_tokens, logprobs)
+        self._check_choices("n", body.n or 1)
+        parse = self._forms.parse_rule(body, prompt, tools, thinks=thinks)
+        grammar = await self._forms.answer_grammar(body, prompt, parse, thinking, tools)
+        answer_id = f"chatcmpl-{uuid4().hex}"
+        calls = self._calls(body, answer_id, prompt, max_tokens, logprobs, grammar, choices=body.n or 1)
+        return calls if parse is None else [replace(call, parse=parse) for call in calls]
 
     async def completion(self, body: CompletionBody) -> list[Call]:
-        """One call per prompt, in the order of the prompts."""
+        """One call per prompt and choice, in the order of the prompts."""
         self._check_model(body)
         self._check_logprobs("logprobs", body.logprobs)
         prompts = _prompts(body)
-        if len(prompts) > self._settings.max_prompts:
+        choices = body.best_of or body.n or 1
+        self._check_choices("n" if body.best_of is None else "best_of", choices)
+        if len(prompts) * choices > self._settings.max_prompts:
             raise ApiError(
-                f"prompt: {len(prompts)} prompts in one request, at most {self._settings.max_prompts} are taken; "
-                "send them in several requests",
+                f"prompt: {len(prompts) * choices} answers in one request ({len(prompts)} prompts, {choices} choices "
+                f"each), at most {self._settings.max_prompts} are taken; send them in several requests",
                 param="prompt",
             )
-        stem = f"cmpl-{uuid4().hex}"
-        calls = []
+        grammar = await self._forms.content_grammar(body)
+        answer_id = f"cmpl-{uuid4().hex}"
+        # The best are chosen by their log-probabilities, whether or not these are told.
+        ranked = body.best_of is not None and body.best_of > (body.n or 1)
+        logprobs = 0 if ranked and body.logprobs is None else body.logprobs
+        calls: list[Call] = []
         for index, prompt in enumerate(prompts):
             where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
-            ids = await self._prompt_ids(prompt, where)
+            ids = self._truncated(body, await self._prompt_ids(body, prompt, where), body.max_tokens)
             max_tokens = self._fit(where, len(ids), body.max_tokens, default=COMPLETION_MAX_TOKENS)
-            request_id = stem if len(prompts) == 1 else f"{stem}-{index}"
-            calls.append(self._call(body, request_id, ids, max_tokens, body.logprobs, echo=bool(body.echo)))
+            calls += self._calls(
+                body, answer_id, ids, max_tokens, logprobs, grammar, choices=choices, first=len(calls), echo=body.echo
+            )
         return calls
 
-    def _call(
+    async def tokenize(self, body: TokenizeBody) -> list[int]:
+        """Token ids of a text or a conversation."""
+        if body.model is not None:
+            check_model(body.model, self._settings.served_model_name)
+        if body.messages is not None:
+            return await self._conversation_ids(body)
+        prompt, special = body.prompt or "", body.add_special_tokens is not False
+        self._check_hopeless(len(prompt), "prompt")
+        return await _off_loop(lambda: self._text.tokenizer.encode(prompt, add_special_tokens=special), len(prompt))
+
+    async def detokenize(self, body: DetokenizeBody) -> str:
+        """Text of token ids, special tokens included."""
+        if body.model is not None:
+            check_model(body.model, self._settings.served_model_name)
+        self._check_ids("tokens", body.tokens)
+        return await _off_loop(lambda: self._text.tokenizer.decode(body.tokens, skip_special=False), len(body.tokens))
+
+    async def _conversation_ids(
+        self, body: ChatBody | TokenizeBody, extra: Mapping[str, Any] | None = None, tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        template = self._text.chat_template()
+        messages = [message.plain() for message in body.messages or ()]
+        arguments: dict[str, Any] = {**(body.chat_template_kwargs or {}), **(extra or {})}
+        if tools:
+            arguments["tools"] = [tool.plain() for tool in tools]
+        continued = isinstance(body, ChatBody) and bool(body.continue_final_message)
+        opened = body.add_generation_prompt is not False and not continued
+        truncated = isinstance(body, ChatBody) and body.truncate_prompt_tokens is not None
+
+        def tokenise() -> list[int]:
+            render = template.render_continued if continued else template.render
+            rendered = render(messages, add_generation_prompt=opened, **arguments)
+            if not truncated:
+                self._check_hopeless(len(rendered), "messages")
+            return self._text.tokenizer.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
+
+        chars = sum(len(message["content"]) for message in messages)
+        return await _off_loop(tokenise, chars + len(str(arguments.get("tools", ""))))
+
+    def _calls(
         self,
         body: GenerationBody,
-        request_id: str,
+        answer_id: str,
         prompt: list[int],
         max_tokens: int,
         logprobs: int | None,
+        grammar: str | None,
         *,
-        echo: bool = False,
-    ) -> Call:
+        choices: int,
+        first: int = 0,
+        echo: bool | None = None,
+    ) -> list[Call]:
+        """The choices of one prompt, numbered from `first`."""
         named = frozenset(body.stop_token_ids or ())
-        prompt_logprobs = logprobs if echo else None
-        if max_tokens == 0 and prompt_logprobs is None:
-            prompt_logprobs = 0  # the engine's only answer without a token is one about the prompt
-        request = Request(
-            request_id=request_id,
-            prompt=tuple(prompt),
-            max_tokens=max_tokens,
-            sampling=self._sampling(body),
-            stop_ids=named if body.ignore_eos else named | self._text.eos_ids,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
-        return Call(request, stops=body.stops, stop_token_ids=named, echo=echo)
-
-    def _sampling(self, body: GenerationBody) -> Sampling:
-        defaults = self._text.sampling
-        return Sampling(
-            temperature=defaults.temperature if body.temperature is None else body.temperature,
-            top_k=defaults.top_k if body.top_k is None else max(body.top_k, 0),
-            top_p=defaults.top_p if body.top_p is None else body.top_p,
-            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
-        )
-
-    async def _prompt_ids(self, prompt: str | list[int], where: str) -> list[int]:
-        if isinstance(prompt, str):
-            self._check_hopeless(len(prompt), where)
-            return await _off_loop(lambda: self._text.tokenizer.encode(prompt), len(prompt))
-        vocab_size = self._settings.vocab_size or self._text.tokenizer.vocab_size
-        if (highest := max(prompt)) >= vocab_size:
+        prompt_logprobs = _prompt_logprobs(body, logprobs if echo else None, max_tokens)
+        self._check_logprobs("prompt_logprobs", prompt_logprobs)
+        if (body.min_tokens or 0) > max_tokens:
             raise ApiError(
-                f"{where}: token id {highest} is outside the vocabulary of {vocab_size}; send ids below it",
-                param=where,
+                f"min_tokens: {body.min_tokens} is more than the {max_tokens} tokens that the answer may have; "
+                "lower it, or raise max_tokens",
+                param="min_tokens",
             )
+        sampling = compile_sampling(body, self._text, self._vocab_size)
+        ids = tuple(prompt)
+        return [
+            Call(
+                request=Request(
+                    request_id=f"{answer_id}-{index}",
+                    prompt=ids,
+                    max_tokens=max_tokens,
+                    sampling=choice_seed(sampling, index - first),
+                    stop_ids=named if body.ignore_eos else named | self._text.eos_ids,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    min_tokens=body.min_tokens or 0,
+                    grammar=grammar,
+                ),
+                answer_id=answer_id,
+                stops=body.stops,
+                stop_token_ids=named,
+                echo=bool(echo),
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special=body.skip_special_tokens is not False,
+            )
+            for index in range(first, first + choices)
+        ]
+
+    def _truncated(self, body: GenerationBody, prompt: list[int], wanted: int | None) -> list[int]:
+        """The last tokens of a prompt, as many as the request keeps."""
+        keep = body.truncate_prompt_tokens
+        if keep is None:
+            return prompt
+        room = max(self._settings.max_model_len - max(wanted or 1, 1), 1)
+        return prompt[-(room if keep == -1 else keep) :] if keep else []
+
+    async def _prompt_ids(self, body: CompletionBody, prompt: str | list[int], where: str) -> list[int]:
+        if isinstance(prompt, str):
+            if body.truncate_prompt_tokens is None:
+                self._check_hopeless(len(prompt), where)
+            special = body.add_special_tokens is not False
+            encode = self._text.tokenizer.encode
+            return await _off_loop(lambda: encode(prompt, add_special_tokens=special), len(prompt))
+        self._check_ids(where, prompt)
         return prompt
+
+    def _check_ids(self, param: str, ids: Sequence[int]) -> None:
+        check_ids(param, ids, self._vocab_size)
+
+    def _check_choices(self, param: str, choices: int) -> None:
+        if choices > self._settings.max_n:
+            raise ApiError(
+                f"{param}: {choices} choices, at most {self._settings.max_n} are made in one request", param=param
+            )
 
     def _check_model(self, body: GenerationBody) -> None:
         check_model(body.model, self._settings.served_model_name)
@@ -158,6 +251,13 @@ class Compiler:
         room = limit - prompt_tokens
         if prompt_tokens == 0:
             raise ApiError(f"{param}: the prompt has no tokens; send a text", param=param, code="empty_prompt")
+        longest = self._settings.max_prompt_tokens
+        if longest is not None and prompt_tokens > longest:
+            raise ApiError(
+                f"{param}: prompts may have {longest} tokens here, but this one has {prompt_tokens}; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
         if room < (0 if wanted == 0 else 1):
             raise ApiError(
                 f"{param}: this model's context is {limit} tokens, but the prompt alone has {prompt_tokens}; "
@@ -194,6 +294,14 @@ def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
     return [ids] if ids else [item for item in items if not isinstance(item, int)]
 
 
-async def _off_loop(work: Callable[[], list[int]], chars: int) -> list[int]:
+def _prompt_logprobs(body: GenerationBody, echoed: int | None, max_tokens: int) -> int | None:
+    """Alternatives to tell per prompt token: for the reply's own field, for the echo, or for want of anything else."""
+    asked = [count for count in (body.prompt_logprobs, echoed) if count is not None]
+    if not asked:
+        return 0 if max_tokens == 0 else None  # the engine's only answer without a token is one about the prompt
+    return max(asked)
+
+
+async def _off_loop(work: Callable[[], ResultT], chars: int) -> ResultT:
     """Tokenising releases the interpreter lock, so a long text goes to a thread and a short one isn't worth it."""
     return work() if chars <= INLINE_CHARS else await asyncio.to_thread(work)

@@ -4,6 +4,7 @@ DivisiError
 +-- ApiError              the HTTP request itself: body, fields, model name, path
 +-- AnswerError          an answer broke off inside the engine
 +-- TextError             (model/text) a conversation or text that cannot become a prompt
++-- RequestTimedOut      (limits) below Overloaded: KeyLimitReached; below GangNotReady: ServerStopping
 +-- RequestRejected, Overloaded, GangNotReady, StepAborted   (cluster/errors)
 """
 
@@ -16,6 +17,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from divisi.cluster.errors import DivisiError, GangNotReady, Overloaded, RequestRejected, StepAborted
+from divisi.deploy.limits.errors import KeyLimitReached, RequestTimedOut, ServerStopping
 from divisi.model.text import TemplateError, TextError
 
 INVALID_REQUEST = "invalid_request_error"
@@ -67,9 +69,17 @@ def to_reply(error: BaseException, *, retry_after_s: int = 1) -> ErrorReply:
             return ErrorReply(400, str(error), INVALID_REQUEST, "messages", "template_error")
         case TextError():
             return ErrorReply(400, str(error), INVALID_REQUEST, None, "invalid_text")
+        case KeyLimitReached():
+            wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+            return ErrorReply(429, str(error), "rate_limit_error", None, "rate_limit_exceeded", wait)
         case Overloaded():
             wait = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             return ErrorReply(429, str(error), "rate_limit_error", None, "overloaded", wait)
+        case RequestTimedOut():
+            return ErrorReply(504, str(error), "timeout_error", None, "request_timeout")
+        case ServerStopping():
+            wait = {"Retry-After": str(retry_after_s)}
+            return ErrorReply(503, str(error), "service_unavailable_error", None, "shutting_down", wait)
         case GangNotReady():
             wait = {"Retry-After": str(retry_after_s)}
             return ErrorReply(503, str(error), "service_unavailable_error", None, "gang_not_ready", wait)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from divisi.cluster.errors import DivisiError
+
 T = TypeVar("T")
 
 
@@ -56,17 +58,24 @@ class ClientLeftError(Exception):
     """The client closed its connection before the answer was complete."""
 
 
-async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_client_leaves(
+    receive: Receive, work: Coroutine[Any, Any, T], over: asyncio.Future[DivisiError] | None = None
+) -> T:
     """Run `work`; when the client leaves first, cancel it, wait for its clean-up and raise ClientLeftError.
+
+    When `over` is done first, likewise, and raise what it holds.
 
     The request's body must have been read: the next message on `receive` is the disconnect.
     """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {task, watcher} if over is None else {task, watcher, over}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if over is not None and over.done():
+            raise over.result()
         raise ClientLeftError
     finally:
         task.cancel()

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from divisi.deploy.api.engine_client import GangStatus, StatRow
+from divisi.deploy.limits import Gate
 
 _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _PER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -21,9 +22,14 @@ CLIENT_LEFT = 499
 
 
 class Metrics:
-    """The metrics of one app, in a registry of its own."""
+    """The metrics of one app, in a registry of its own.
 
-    def __init__(self) -> None:
+    Behind a load balancer a scrape meets any replica of the ingress, and each counts its own requests: with `ingress`,
+    the replica's name, every row says whose it is, so that one replica's counter is never taken for another's.
+    """
+
+    def __init__(self, ingress: str | None = None) -> None:
+        self._ingress = ingress
         self._registry = registry = CollectorRegistry()
         self.http_requests = Counter(
             "divisi_http_requests", "HTTP requests.", ("path", "method", "status"), registry=registry
@@ -54,11 +60,26 @@ class Metrics:
             buckets=_DURATION_BUCKETS,
         )
 
+    def watch(self, gate: Gate) -> None:
+        """Show what is inside the gate."""
+        answers = Gauge("divisi_admitted_requests", "Answers let in and unfinished.", registry=self._registry)
+        answers.set_function(lambda: gate.answers)
+        tokens = Gauge(
+            "divisi_admitted_queued_tokens",
+            "Prompt tokens let in whose answers have not begun.",
+            registry=self._registry,
+        )
+        tokens.set_function(lambda: gate.queued_tokens)
+
     def render(self, status: GangStatus) -> bytes:
         """The whole page."""
+        own = self._registry
+        if self._ingress is not None:
+            own = CollectorRegistry()
+            own.register(_Labelled(self._registry, self._ingress))
         engine = CollectorRegistry()
         engine.register(_EngineRows(status))
-        return generate_latest(self._registry) + generate_latest(engine)
+        return generate_latest(own) + generate_latest(engine)
 
 
 class RequestClock:
@@ -72,6 +93,16 @@ class RequestClock:
         self._last = self._start
         self._tokens = 0
         self._tokens_after_first = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that have come."""
+        return self._tokens
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds to the first token; None before it."""
+        return None if self._first is None else self._first - self._start
 
     def tick(self, tokens: int) -> None:
         """So many tokens have come."""
@@ -126,6 +157,21 @@ class CountRequests:
             path = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.http_requests.labels(path, method, str(status)).inc()
+
+
+class _Labelled(Collector):
+    """A registry's rows with the label `ingress`."""
+
+    def __init__(self, registry: CollectorRegistry, ingress: str) -> None:
+        self._registry, self._ingress = registry, ingress
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            labelled = Metric(family.name, family.documentation, family.type, family.unit)
+            labelled.samples = [
+                sample._replace(labels=sample.labels | {"ingress": self._ingress}) for sample in family.samples
+            ]
+            yield labelled
 
 
 class _EngineRows(Collector):

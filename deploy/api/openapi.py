@@ -6,37 +6,62 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from divisi.deploy.api.protocol import ChatBody, CompletionBody
-from divisi.deploy.api.replies import ChatCompletion, Completion, ErrorBody
+from divisi.deploy.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from divisi.deploy.api.replies import ChatCompletion, Completion, Detokenized, ErrorBody, Tokenized
 
 
 def chat_docs() -> dict[str, Any]:
     """Request and replies of /v1/chat/completions."""
-    return _docs(ChatBody, ChatCompletion)
+    return _docs(ChatBody, ChatCompletion, streams=True)
 
 
 def completion_docs() -> dict[str, Any]:
     """Request and replies of /v1/completions."""
-    return _docs(CompletionBody, Completion)
+    return _docs(CompletionBody, Completion, streams=True)
 
 
-def _docs(body: type[BaseModel], reply: type[BaseModel]) -> dict[str, Any]:
+def tokenize_docs() -> dict[str, Any]:
+    """Request and reply of /tokenize."""
+    return _docs(TokenizeBody, Tokenized)
+
+
+def detokenize_docs() -> dict[str, Any]:
+    """Request and reply of /detokenize."""
+    return _docs(DetokenizeBody, Detokenized)
+
+
+def reading_docs() -> dict[int | str, dict[str, Any]]:
+    """Refusals of the paths that are only read."""
+    content = {"application/json": {"schema": _schema(ErrorBody)}}
+    return {"4XX": {"description": "Refused: no such model, or no valid API key.", "content": content}}
+
+
+def ready_docs() -> dict[int | str, dict[str, Any]]:
+    """Refusals of the readiness checks, and that the gang cannot serve now."""
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in ("status", "reason")}}
+    not_ready = {"description": _ERRORS["503"], "content": {"application/json": {"schema": schema}}}
+    return reading_docs() | {"503": not_ready}
+
+
+def _docs(body: type[BaseModel], reply: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
     error = {"application/json": {"schema": _schema(ErrorBody)}}
-    streamed = {"schema": {"type": "string"}}
+    content: dict[str, Any] = {"application/json": {"schema": _schema(reply)}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    described = "The answer" + ("; server-sent events where `stream` is true." if streams else ".")
+    errors = {status: text for status, text in _ERRORS.items() if streams or status not in _OF_THE_ENGINE}
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": _schema(body)}}},
         "responses": {
-            "200": {
-                "description": "The answer; server-sent events where `stream` is true.",
-                "content": {"application/json": {"schema": _schema(reply)}, "text/event-stream": streamed},
-            },
-            **{status: {"description": text, "content": error} for status, text in _ERRORS.items()},
+            "200": {"description": described, "content": content},
+            **{status: {"description": text, "content": error} for status, text in errors.items()},
         },
     }
 
 
 _ERRORS = {
     "400": "The request cannot be served as it is.",
+    "401": "No API key, or one that the server does not know.",
     "404": "No such model.",
     "413": "The body is too large.",
     "415": "The body is not JSON.",
@@ -44,6 +69,7 @@ _ERRORS = {
     "500": "The answer failed.",
     "503": "The gang cannot serve now; see Retry-After.",
 }
+_OF_THE_ENGINE = frozenset({"429", "500", "503"})
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:

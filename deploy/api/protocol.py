@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from divisi.deploy.api.base import Body
+from divisi.deploy.api.reasoning import Effort
+from divisi.deploy.api.sampling_fields import MAX_INT, SamplingFields, TokenId
+from divisi.deploy.api.structured import ResponseFormat, StructuredOutputs
 from divisi.deploy.api.surface import strip_without_effect
+from divisi.deploy.api.tools import AssistantCalls, CallId, ToolChoice, Tools
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
@@ -21,7 +26,8 @@ MAX_PROMPTS = 4096
 """Bound of the schema; ApiSettings.max_prompts is the one that people meet."""
 MAX_PROMPT_IDS = 2**20
 """Bound of the schema, lest a hopeless prompt costs the event loop a second; the model's context is the one to meet."""
-MAX_INT = 2**31 - 1
+MAX_CHOICES = 128
+"""Bound of the schema for `n` and `best_of`; ApiSettings.max_n is the one that people meet."""
 
 # Alternatives of a union are tagged, so that an error is reported for the one that the client meant. Tags begin with
 # "<" to tell them from field names when an error's place is spelled out.
@@ -45,7 +51,6 @@ def _one_of(kind: Any, expected: str) -> Discriminator:
     return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {expected}")
 
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
 Stop = Annotated[
@@ -62,37 +67,37 @@ Prompt = Annotated[
 ]
 
 
-class Body(BaseModel):
-    """What every part of a request body shares: exact types, no unknown fields, finite numbers."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool = False
+    """Whether a last chunk tells the token counts."""
+    continuous_usage_stats: bool = False
+    """Whether every chunk tells the token counts so far."""
 
     @model_validator(mode="before")
     @classmethod
     def _strip(cls, data: object) -> object:
-        neutral: tuple[object, ...] = (None, False)
-        return strip_without_effect(data, {"continuous_usage_stats": neutral, "include_obfuscation": neutral})
+        return strip_without_effect(data, {"include_obfuscation": (None, False)})
 
 
-class GenerationBody(Body):
+class GenerationBody(SamplingFields):
     """Fields of both generating endpoints."""
 
     model: str = Field(min_length=1, max_length=512)
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_INT)
-    """0 and -1 are off."""
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: Stop | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_INT)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=MAX_INT)
+    """Tokens of the prompt to keep, its last ones; -1 for as many as the context holds."""
+    add_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -107,10 +112,17 @@ class GenerationBody(Body):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has a usage."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationBody:
+    def _check_streaming(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true; set it, or leave stream_options out")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs cannot be streamed; leave it out, or set stream: false")
         return self
 
 
@@ -124,13 +136,17 @@ class TextPart(Body):
 class Message(Body):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         Annotated[str, Tag("<text>")]
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
         _one_of(_text_or_list, "a string or a list of text parts"),
     ]
     name: str | None = Field(default=None, max_length=256)
+    tool_calls: AssistantCalls | None = None
+    tool_call_id: CallId | None = None
+    reasoning: str | None = None
+    """Of an earlier answer; whether it is shown again is the template's matter."""
 
     @model_validator(mode="before")
     @classmethod
@@ -138,14 +154,35 @@ class Message(Body):
         # What the openai client sends back when an answer's message is appended to the conversation as it came.
         nothing: tuple[object, ...] = (None, [])
         names = ("tool_calls", "function_call", "refusal", "audio", "annotations", "reasoning", "reasoning_content")
-        return strip_without_effect(data, dict.fromkeys(names, nothing))
+        data = strip_without_effect(data, dict.fromkeys(names, nothing))
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            data = {**data, "content": ""}
+        if isinstance(data, dict) and "reasoning_content" in data:
+            alias = {"reasoning": data["reasoning_content"]}
+            data = {**alias, **{name: value for name, value in data.items() if name != "reasoning_content"}}
+        return data
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _check_role(self) -> Message:
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id: messages of role tool have it, and no others; name the call answered")
+        if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):
+            raise ValueError("tool_calls and reasoning belong to messages of role assistant; leave them out")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As templates want it: text parts joined by line ends, `developer` under its older name."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": content, **named}
+        message: dict[str, Any] = {"role": role, "content": content, **named}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain("messages: tool_calls") for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning  # the name that this family's templates read
+        return message
 
 
 class ChatBody(GenerationBody):
@@ -156,7 +193,17 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_INT)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """Whether the answer goes on with the last message, in place of a new one."""
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=MAX_TEMPLATE_ARGUMENTS)
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_INT)
+    """Tokens after which the thinking part is closed."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -177,6 +224,15 @@ class ChatBody(GenerationBody):
             raise ValueError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out")
         return self
 
+    @model_validator(mode="after")
+    def _check_continuation(self) -> ChatBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message: the answer cannot both go on with the last message and open a new one; "
+                "set add_generation_prompt: false, or leave one of the two out"
+            )
+        return self
+
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
@@ -184,9 +240,46 @@ class CompletionBody(GenerationBody):
     prompt: Prompt
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_INT)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    """Answers to produce, of which the `n` likeliest per token are told."""
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionBody:
+        wanted = self.n or 1
+        if self.best_of is not None and self.best_of < wanted:
+            raise ValueError(f"best_of is {self.best_of} but n is {wanted}; best_of must be n or more")
+        if self.best_of is not None and self.best_of > wanted and self.stream:
+            raise ValueError("best_of: the best answers are known at the end; set stream: false, or best_of equal to n")
+        return self
 
     @model_validator(mode="after")
     def _check_echo(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 asks for nothing; send max_tokens of 1 or more, or echo: true")
         return self
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a text, or a conversation."""
+
+    model: str | None = Field(default=None, min_length=1, max_length=512)
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    """None: added to a text; a template brings its own."""
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=MAX_TEMPLATE_ARGUMENTS)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = Field(default=None, min_length=1, max_length=512)
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_IDS, fail_fast=True)]

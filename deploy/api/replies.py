@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Reply(BaseModel):
@@ -30,12 +30,30 @@ class ErrorBody(Reply):
     error: ErrorDetail
 
 
+class CompletionDetails(Reply):
+    """What completion tokens were for."""
+
+    reasoning_tokens: int
+
+
 class Usage(Reply):
     """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionDetails | None = None
+
+
+class PromptLogprob(Reply):
+    """One candidate at one place of a prompt; its rank where it is known."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class TokenEntry(Reply):
@@ -59,12 +77,29 @@ class ChatLogprobs(Reply):
     refusal: None
 
 
+class CalledFunction(Reply):
+    """A function that the model calls, with the arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Reply):
+    """One call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Reply):
-    """The answer."""
+    """The answer; `content` is null where there is nothing but tool calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Reply):
@@ -85,8 +120,10 @@ class ChatCompletion(Reply):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
 
 
@@ -109,6 +146,7 @@ class CompletionChoice(Reply):
     stop_reason: int | str | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Reply):
@@ -118,5 +156,21 @@ class Completion(Reply):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class Tokenized(Reply):
+    """The body of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(Reply):
+    """The body of /detokenize."""
+
+    prompt: str

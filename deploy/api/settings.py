@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from divisi.model.text.grammar import GrammarLimits
+
 
 class ApiSettings(BaseModel):
     """Name, sizes and limits of one served model."""
@@ -13,13 +15,28 @@ class ApiSettings(BaseModel):
     served_model_name: str = Field(min_length=1)
     max_model_len: int = Field(ge=1)
     """Longest prompt plus answer, in tokens."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt; None is what the context holds."""
     vocab_size: int | None = Field(default=None, ge=1)
     """Rows of the embedding, the bound of token ids in prompts; None takes the tokenizer's."""
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     max_prompts: int = Field(default=128, ge=1)
     """Prompts in one /v1/completions body."""
+    max_n: int = Field(default=16, ge=1)
+    """Choices of one prompt."""
     max_logprobs: int = Field(default=20, ge=0)
+    grammar_limits: GrammarLimits = GrammarLimits()
+    model_dir: str | None = None
+    """Where the tokenizer lies, to try grammars with; None only reads them."""
+    system_fingerprint: str = "fp_unknown"
+    """Changes when what computes the answers does."""
+    metadata: dict[str, str | int] = {}
+    """What /v1/metadata tells of the model."""
     retry_after_s: int = Field(default=1, ge=1)
     """`Retry-After` of a 503; a 429 carries what the engine says."""
     status_timeout_s: float = Field(default=2.0, gt=0)
     """Longest wait for the engine in /health and /metrics."""
+    ingress_id: str | None = None
+    """Name of this process among several that serve the same API; a label of its rows in /metrics."""
+    metrics_open: bool = True
+    """Whether /metrics can be read without an API key, where keys are asked for at all."""

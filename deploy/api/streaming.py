@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -12,11 +14,14 @@ from starlette.types import Receive, Scope, Send
 
 from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
 from divisi.deploy.api.answer import Delta, answer_deltas
+from divisi.deploy.api.auth import key_of
 from divisi.deploy.api.compile import Call
 from divisi.deploy.api.engine_client import EngineClient
 from divisi.deploy.api.errors import AnswerError, to_reply
 from divisi.deploy.api.merge import ClientLeftError, merge, until_client_leaves
 from divisi.deploy.api.metrics import RequestClock
+from divisi.deploy.api.request_log import Generated, note_generated
+from divisi.deploy.limits import Gate, RequestTimedOut, ServerStopping, Ticket
 from divisi.model.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,7 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),  # a proxy that buffers would turn a stream into one late block
 ]
 DONE = b"data: [DONE]\n\n"
+_LAST_WORD_S = 5.0
 
 
 class Writer(Protocol):
@@ -63,6 +69,7 @@ class GenerationResponse(Response):
         calls: Sequence[Call],
         writer: Writer,
         clock: RequestClock,
+        gate: Gate,
         *,
         stream: bool,
     ) -> None:
@@ -72,6 +79,9 @@ class GenerationResponse(Response):
         self._calls = calls
         self._writer = writer
         self._clock = clock
+        self._gate = gate
+        self._ticket: Ticket | None = None
+        self._started = False
         self._stream = stream
         self._reasons = ["cancelled"] * len(calls)
         self._begun: set[int] = set()
@@ -79,14 +89,24 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request; returns after the last byte, or after the clean-up when the client has left."""
         try:
-            await until_client_leaves(receive, self._reply_streamed(send) if self._stream else self._reply_whole(send))
+            with self._gate.admit(key_of(scope), [call.request for call in self._calls]) as self._ticket:
+                work = self._reply_streamed(send) if self._stream else self._reply_whole(send)
+                await until_client_leaves(receive, work, self._ticket.over)
         except ClientLeftError:
             return  # nobody is there to answer
+        except (RequestTimedOut, ServerStopping) as error:
+            self._fail("timeout" if isinstance(error, RequestTimedOut) else "stopped" if self._ticket else "refused")
+            if not self._started:
+                raise
+            await _send_last(send, error)
         except Exception as error:
             self._fail("refused" if isinstance(error, (Overloaded, GangNotReady, RequestRejected)) else "error")
             raise
         finally:
-            self._clock.close(sum(len(self._calls[index].request.prompt) for index in self._begun), self._reasons)
+            prompt_tokens = sum(len(self._calls[index].request.prompt) for index in self._begun)
+            self._clock.close(prompt_tokens, self._reasons)
+            generated = Generated(prompt_tokens, self._clock.tokens, self._clock.first_token_s, self._reasons)
+            note_generated(scope, generated)
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         sources = [answer_deltas(self._engine, call, self._tokenizer) for call in self._calls]
@@ -94,6 +114,8 @@ class GenerationResponse(Response):
             async for index, delta in merged:
                 self._begun.add(index)
                 self._clock.tick(len(delta.token_ids))
+                if self._ticket is not None:
+                    self._ticket.progress(index, len(delta.token_ids))
                 if delta.finish_reason is not None:
                     self._reasons[index] = delta.finish_reason
                 yield index, delta
@@ -108,16 +130,21 @@ class GenerationResponse(Response):
                 answer.token_ids += delta.token_ids
                 answer.tokens += delta.tokens
                 answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+                answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
+                answer.parts += delta.parts
+                answer.reasoning_tokens += delta.reasoning_tokens
         for answer, pieces in zip(answers, texts, strict=True):
             answer.text = "".join(pieces)
         body = self._writer.whole(answers)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _reply_streamed(self, send: Send) -> None:
         async with aclosing(self._deltas()) as deltas:
             index, first = await anext(deltas)
+            self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
             await _send_events(send, self._writer.opening() + self._writer.chunk(index, first))
             try:
@@ -138,3 +165,11 @@ class GenerationResponse(Response):
 
 async def _send_events(send: Send, events: bytes) -> None:
     await send({"type": "http.response.body", "body": events, "more_body": True})
+
+
+async def _send_last(send: Send, error: Exception) -> None:
+    """The error as the stream's last event. A client that doesn't read is not waited for."""
+    event = b"data: " + to_reply(error).body() + b"\n\n"
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORD_S):
+            await send({"type": "http.response.body", "body": event, "more_body": False})

@@ -10,27 +10,12 @@ HARMLESS = frozenset({"user", "metadata", "service_tier", "safety_identifier", "
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "store": (None, False),
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "logit_bias": (None, {}),
-    "bad_words": (None, []),
     "tools": (None, []),
     "functions": (None, []),
     "tool_choice": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
-    "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
-    "include_stop_str_in_output": (None, False),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "add_special_tokens": (None,),
     "use_beam_search": (None, False),
     "suffix": (None, ""),
     "priority": (None, 0),
@@ -39,7 +24,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 UNSUPPORTED = frozenset(
     [
-        "allowed_token_ids",
         "audio",
         "cache_salt",
         "chat_template",
@@ -55,14 +39,12 @@ UNSUPPORTED = frozenset(
         "mm_processor_kwargs",
         "parallel_tool_calls",
         "prediction",
-        "prompt_logprobs",
         "reasoning",
         "reasoning_effort",
         "request_id",
         "return_tokens_as_token_ids",
-        "structured_outputs",
         "thinking",
-        "truncate_prompt_tokens",
+        "thinking_token_budget",
         "verbosity",
         "vllm_xargs",
         "web_search_options",
@@ -75,6 +57,9 @@ UNSUPPORTED = frozenset(
         "prompt",
         "echo",
         "logprobs",
+        "best_of",
+        "add_generation_prompt",
+        "continue_final_message",
     ]
 )
 """Known by name, refused unless null. The last ones belong to one endpoint and are refused on the other."""

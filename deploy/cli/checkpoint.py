@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from divisi.deploy.settings import SettingsError
-
 EXAMPLES = """\
 examples:
   divisi checkpoint random --out /tmp/tiny                       about 5 MB, every kind of layer
@@ -40,6 +38,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Write it and say what was written. Raises SettingsError and ConfigError."""
+    from divisi.deploy.settings import SettingsError  # late: `--help` should not pay for it
+
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise SettingsError(f"--out: {args.out} exists and is not empty; give a new directory")
     config_json = None if args.like is None else _read_config(args.like)
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    from divisi.deploy.settings import SettingsError
+
     path = path / "config.json" if path.is_dir() else path
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -1,11 +1,14 @@
-"""Flags that `serve` and `inspect` share, and how they become settings."""
+"""Flags that commands share: of a deployment, and how they become settings; of the way to a server."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from divisi.deploy.settings import Settings, SettingsError
+if TYPE_CHECKING:
+    from divisi.deploy.settings import Settings
 
 # flag's destination -> (group, field) of Settings
 _FIELDS = {
@@ -24,6 +27,10 @@ _FIELDS = {
     "host": ("http", "host"),
     "port": ("http", "port"),
     "served_model_name": ("http", "served_model_name"),
+    "ingress_replicas": ("http", "ingress_replicas"),
+    "max_queued_requests": ("limits", "max_queued_requests"),
+    "api_keys_file": ("auth", "api_keys_file"),
+    "log_file": ("log", "file"),
 }
 
 
@@ -45,8 +52,9 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     gang = parser.add_argument_group("gang")
     gang.add_argument(
-        "--topology", choices=("local", "split"),
-        help="local: one process; split: workers and shards apart (default: split if shards are given)",
+        "--topology", choices=("local", "split", "colocated"),
+        help="local: one process; split: workers and shards apart; colocated: each worker holds a share of the experts "
+        "(default: split if shards are given)",
     )  # fmt: skip
     gang.add_argument("--attention-workers", metavar="N", help="each holds its own sequences (default: 1)")
     gang.add_argument("--expert-shards", metavar="N", help="the routed experts are shared out among them (default: 1)")
@@ -59,8 +67,40 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--max-step-tokens", metavar="N", help="token budget of one step (default: 512)")
 
 
+def add_connection_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says which server to call, for `divisi.deploy.cli.remote.connection`."""
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--base-url", metavar="URL", default="http://127.0.0.1:8000/v1",
+        help="where the OpenAI API is, with its /v1 (default: %(default)s)",
+    )  # fmt: skip
+    server.add_argument(
+        "--api-key", metavar="KEY", help="sent as a bearer token; @FILE reads it from a file, out of sight of `ps`"
+    )
+    server.add_argument("--model", metavar="NAME", help="default: the first that the server names")
+    server.add_argument(
+        "--timeout", metavar="SECONDS", type=positive(float), default=300.0,
+        help="longest wait for the next bytes of an answer (default: 300)",
+    )  # fmt: skip
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """The `type` of a flag that takes a finite number above zero."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {'whole number' if kind is int else 'number'}"  # argparse's messages name it
+    return parse
+
+
 def load_settings(args: argparse.Namespace) -> Settings:
     """Merge flags over the configuration file. Raises SettingsError."""
+    from divisi.deploy.settings import Settings, SettingsError  # late: `--help` should not pay for it
+
     overrides: dict[str, dict[str, object]] = {}
     for flag, (group, field) in _FIELDS.items():
         overrides.setdefault(group, {})[field] = getattr(args, flag, None)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
-from divisi.deploy.fit import Fit, fit
-from divisi.model.config import DTYPE_BYTES, ModelConfig
 
 if TYPE_CHECKING:
+    from divisi.deploy.fit import Fit
     from divisi.deploy.settings import Settings
     from divisi.model.checkpoint import Checkpoint, Role
+    from divisi.model.config import ModelConfig
 
 EXAMPLES = """\
 examples:
@@ -41,9 +41,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Raises SettingsError, ConfigError and CheckpointError."""
+    # late: `--help` should not pay for them; torch alone takes seconds
+    from divisi.deploy.fit import fit
+    from divisi.model.config import ModelConfig
+
     settings = load_settings(args)
     config = ModelConfig.load(settings.model.model_dir)
-    # late: torch takes seconds to import
     import torch
 
     from divisi.model.checkpoint import Checkpoint
@@ -60,7 +63,8 @@ def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoin
     """Return the report as JSON-ready data; all sizes in bytes."""
     from divisi.model.checkpoint import Role
 
-    roles = Role.all_of(config, settings.gang.attention_workers, settings.gang.expert_shards)
+    shape = settings.gang.shape
+    roles = Role.all_of(config, shape.attention_workers, shape.expert_shards, shape.colocated)
     mtp = [info.num_bytes for name, info in checkpoint.tensors.items() if name.startswith("mtp.")]
     return {
         "model": {
@@ -83,6 +87,7 @@ def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoin
 
 def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     from divisi.model.checkpoint import plan_rank
+    from divisi.model.config import DTYPE_BYTES
 
     plan = plan_rank(config, checkpoint.tensors, role)
     weights = 0

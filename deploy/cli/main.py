@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from typing import Any
 
-from divisi.cluster.errors import DivisiError
-from divisi.deploy.cli import checkpoint, inspect, serve
-from divisi.deploy.settings import SettingsError
-from divisi.model.errors import CheckpointError, ConfigError
-from divisi.model.text import TextError
+# Each of these adds flags with little more than argparse and imports the rest when it runs: `divisi --help` and the
+# shell's completion answer at once.
+from divisi.deploy.cli import bench, chat, checkpoint, completion, inspect, keys, serve
 
 EXAMPLES = """\
 examples:
@@ -19,9 +18,22 @@ examples:
   divisi inspect /tmp/tiny --expert-shards 2        what each rank would load
   divisi serve /tmp/tiny                            serve it, all in one process
   divisi serve /tmp/tiny --expert-shards 2          one attention worker and two expert shards
+  divisi chat                                       talk to it from another terminal
+  divisi bench --concurrency 8 --requests 100       measure it
+  source <(divisi completion bash)                  complete commands and flags with TAB
 
 Each command has its own --help.
 """
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version; looks it up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"divisi {version('divisi')}")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,24 +44,35 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"divisi {version('divisi')}")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, inspect, checkpoint):
+    for command in (serve, chat, bench, inspect, checkpoint, keys, completion):
         command.add_parser(commands)
+    parser.set_defaults(root=parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit status: 0, 1 when it failed, 2 for a user's mistake, 130 when interrupted."""
-    args = build_parser().parse_args(argv)
+    return _carry_out(build_parser().parse_args(argv))
+
+
+def _carry_out(args: argparse.Namespace) -> int:
+    from divisi.cluster.errors import DivisiError
+    from divisi.deploy.settings import SettingsError
+
     try:
         status: int = args.run(args)
-    except (SettingsError, ConfigError, CheckpointError, TextError) as error:
-        print(f"divisi: error: {error}", file=sys.stderr)
-        return 2
-    except DivisiError as error:
-        print(f"divisi: failed: {error}", file=sys.stderr)
-        return 1
+        sys.stdout.flush()
+    except (SettingsError, DivisiError) as error:
+        # A user's mistakes are ValueErrors too, in all layers: settings, model directory, text.
+        mistake = isinstance(error, ValueError)
+        print(f"divisi: {'error' if mistake else 'failed'}: {error}", file=sys.stderr)
+        return 2 if mistake else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has left, as `| head` does. Python's own flush at exit must not fail on it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status

@@ -6,15 +6,13 @@ import argparse
 import math
 
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
-from divisi.deploy.fit import fit
-from divisi.model.config import ModelConfig
-from divisi.model.text import TextCodec
 
 EXAMPLES = """\
 examples:
   divisi serve /models/tiny                                      one process
   divisi serve /models/tiny --expert-shards 2                    one attention worker, two expert shards
   divisi serve /models/next --attention-workers 2 --expert-shards 4 --device cuda --kv-memory 16GiB
+  divisi serve /models/next --topology colocated --attention-workers 4    four ranks, each with a quarter of the experts
   divisi serve --config divisi.toml --port 9000                  flags win over the file
 
 then:
@@ -39,22 +37,38 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     http.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     http.add_argument("--port", metavar="N", help="default: 8000")
     http.add_argument("--served-model-name", metavar="NAME", help="default: the directory's name")
+    http.add_argument("--ingress-replicas", metavar="N", help="processes that answer HTTP (default: 1)")
+    http.add_argument(
+        "--max-queued-requests", metavar="N",
+        help="answers let in at once; above it 429 (default: what runs at once)",
+    )  # fmt: skip
+    http.add_argument(
+        "--api-keys-file", metavar="FILE", help="who may call; make keys with `divisi keys new` (default: everybody)"
+    )
+    http.add_argument("--log-file", metavar="FILE", help="append a JSON line for every request (default: Ray's logs)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted.
 
-    Raises SettingsError, ConfigError, TextError and CheckpointError before anything is started.
+    Raises SettingsError, KeyFileError, ConfigError, TextError and CheckpointError before anything is started.
     """
+    # Late: `divisi --help` should not take the seconds that importing torch and Ray takes.
+    from divisi.deploy.fit import fit
+    from divisi.deploy.limits import KeyFile
+    from divisi.model.config import ModelConfig
+    from divisi.model.text import TextCodec
+
     settings = load_settings(args)
     config = ModelConfig.load(settings.model.model_dir)
     fit(settings, config, num_gpus=math.inf)
-    # Late: `divisi --help` should not take the seconds that importing torch and Ray takes.
     from divisi.model.checkpoint import Checkpoint
 
     Checkpoint.open(settings.model.model_dir).check_all(config)
     TextCodec.load(settings.model.model_dir)
+    if (keys := settings.auth.api_keys_file) is not None:
+        KeyFile(keys)
     from divisi.deploy.serve_app import run as serve_until_stopped
 
     serve_until_stopped(settings)

@@ -18,7 +18,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MAX_HEADER = 100_000_000     # the format's own limit
+_MAX_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,18 @@ class Role:
     experts: range
 
     @classmethod
-    def all_of(cls, config: ModelConfig, attention_workers: int, expert_shards: int) -> tuple[Self, ...]:
-        """Every rank of a gang; without expert shards, one rank that holds it all."""
+    def all_of(
+        cls, config: ModelConfig, attention_workers: int, expert_shards: int, colocated: bool = False
+    ) -> tuple[Self, ...]:
+        """Every rank of a gang; without expert shards, one rank that holds it all.
+
+        `colocated`: the workers hold the shards, of which there are as many.
+        """
         if expert_shards == 0:
             return (cls("local", True, range(config.num_experts)),)
+        if colocated:
+            shares = config.shard_experts(attention_workers)
+            return tuple(cls(f"attention:{i}", True, experts) for i, experts in enumerate(shares))
         workers = tuple(cls(f"attention:{i}", True, range(0)) for i in range(attention_workers))
         shards = config.shard_experts(expert_shards)
         return workers + tuple(cls(f"expert:{i}", False, experts) for i, experts in enumerate(shards))

@@ -27,6 +27,8 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise TemplateError(f"chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are taken")
         self._variables = dict(variables or {})
+        self.thinks = "<think>" in source
+        """Whether the template knows a thinking part."""
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -64,6 +66,18 @@ class ChatTemplate:
         except RecursionError as error:
             raise TemplateError("the chat template recurses without end on the conversation") from error
         return "".join(pieces)
+
+    def render_continued(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+        """The prompt of a conversation up to the end of its last message, for an answer that goes on with it.
+
+        Raises TemplateError where the template doesn't show that message as it is, as in transformers.
+        """
+        rendered = self.render(messages, **{**arguments, "add_generation_prompt": False})
+        last = str(messages[-1].get("content", "")).strip() if messages else ""
+        place = rendered.rfind(last)
+        if not last or place < 0:
+            raise TemplateError("the last message cannot be continued: it is empty, or the chat template changes it")
+        return rendered[: place + len(last)]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

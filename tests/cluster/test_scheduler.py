@@ -143,25 +143,6 @@ def test_the_latest_arrival_gives_way_and_keeps_its_tokens() -> None:
     assert_all_free(scheduler)
 
 
-def test_an_aborted_plan_keeps_its_pages_for_the_replay_and_a_dropped_one_for_the_next() -> None:
-    scheduler = make()
-    sequence = scheduler.submit(request("a", prompt=4, max_tokens=6))
-    step(scheduler)
-    plan = scheduler.plan()
-    assert plan is not None
-    pages = list(sequence.pages)
-    assert [growth.pages for growth in plan.growths] == [pages[1:]]
-    assert scheduler.drop(plan) == []
-    again = scheduler.plan()
-    assert again is not None
-    assert sequence.pages == pages
-    assert again.growths == ()
-    assert decodes(again) == ["a"]
-    scheduler.commit(again, [1])
-    assert drain(scheduler) == {"a": "length"}
-    assert_all_free(scheduler)
-
-
 def test_cancel_frees_at_once_or_with_the_step_under_way() -> None:
     scheduler = make(max_seqs=2)
     for name in "abc":
@@ -183,15 +164,14 @@ def test_cancel_frees_at_once_or_with_the_step_under_way() -> None:
 
 @pytest.mark.parametrize("prompt", [5, 30], ids=["last chunk", "first chunk"])
 def test_cancel_during_a_chunk(prompt: int) -> None:
-    for drop in (False, True):
-        scheduler = make()
-        scheduler.submit(request("a", prompt=prompt))
-        plan = scheduler.plan()
-        assert plan is not None
-        scheduler.cancel("a")
-        outcomes = scheduler.drop(plan) if drop else scheduler.commit(plan, [1] if plan.chunks[0].samples else [])
-        assert [outcome.finish_reason for outcome in outcomes] == ["cancelled"]
-        assert_all_free(scheduler)
+    scheduler = make()
+    scheduler.submit(request("a", prompt=prompt))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.cancel("a")
+    outcomes = scheduler.commit(plan, [1] if plan.chunks[0].samples else [])
+    assert [outcome.finish_reason for outcome in outcomes] == ["cancelled"]
+    assert_all_free(scheduler)
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_in_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,21 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["serve"], ["inspect"], ["checkpoint", "random"]):
+    for command in ([], ["serve"], ["chat"], ["bench"], ["inspect"], ["checkpoint", "random"]):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0
         assert "examples:" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_is_no_crash() -> None:
+    command = [sys.executable, "-m", "divisi.deploy.cli", "completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 1
 
 
 def test_inspect_json_adds_up(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +56,18 @@ def test_inspect_json_adds_up(model_dir: Path, capsys: pytest.CaptureFixture[str
     tensors = Checkpoint.open(model_dir).tensors
     assert sum(rank["bytes_on_disk"] for rank in once) == sum(info.num_bytes for info in tensors.values())
     assert sum(rank["tensors"] for rank in once) == len(tensors)
+
+
+def test_inspect_shows_what_colocated_ranks_hold(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model_dir), "--json", "--topology", "colocated", "--attention-workers", "3"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert [rank["seat"] for rank in ranks] == ["attention:0", "attention:1", "attention:2"]
+    bounds = [tuple(rank["experts"]) for rank in ranks]
+    assert bounds == [(0, 6), (6, 11), (11, 16)]
+    assert all(rank["kv_bytes"] > 0 for rank in ranks)
+    assert main(["inspect", str(model_dir), "--json"]) == 0
+    (whole,) = json.loads(capsys.readouterr().out)["ranks"]
+    assert all(rank["weight_bytes"] < whole["weight_bytes"] for rank in ranks)
 
 
 def test_inspect_counts_weights_in_the_dtype_served(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

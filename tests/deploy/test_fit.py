@@ -107,3 +107,15 @@ def test_inspect_and_serve_agree(
     assert [record.message for record in caplog.records] == report["notes"]
     assert main(["inspect", str(tmp_path), *flags]) == 0
     assert "up to 144 tokens" in capsys.readouterr().out
+
+
+def test_a_colocated_gang_needs_a_gpu_and_an_expert_for_each_rank() -> None:
+    def of(ranks: int, device: str = "auto") -> Settings:
+        gang = {"topology": "colocated", "attention_workers": ranks, "device": device}
+        return Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang})
+
+    assert [fit(of(3), CONFIG, gpus).device for gpus in (2, 3)] == ["cpu", "cuda"]
+    experts = CONFIG.num_experts
+    fit(of(experts), CONFIG, 0)
+    with pytest.raises(SettingsError, match=rf"gang.attention_workers: {experts + 1} .*{experts} experts"):
+        fit(of(experts + 1), CONFIG, 0)

@@ -11,13 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
+import ray.serve.context
 
-from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
+from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.gang.coordinator import CoordinatorStatus
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.deploy import serve_client
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.limits import Gate, GateLimits, ServerStopping
 from divisi.deploy.serve_client import ServeEngineClient
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from divisi.model.text import TextCodec
@@ -66,6 +68,13 @@ class Coordinator:
         self.asked = 0
         self._answer = CoordinatorStatus(**{"ready": True, "reason": "epoch 1 serves", "epoch": 1} | changes)
         self.status = SimpleNamespace(remote=self._status)
+        self.report_open = SimpleNamespace(remote=self._report_open)
+        self.reports: list[tuple[str, int]] = []
+        self.left_s: float | None = None
+
+    async def _report_open(self, ingress_id: str, answers: int) -> float | None:
+        self.reports.append((ingress_id, answers))
+        return self.left_s
 
     async def _status(self) -> CoordinatorStatus:
         self.asked += 1
@@ -80,8 +89,8 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
     return found
 
 
-def make(workers: Workers, limit: int = 4) -> ServeEngineClient:
-    return ServeEngineClient(workers, "coordinator/m", limit, 7.0)  # type: ignore[arg-type]
+def make(workers: Workers, gate: Gate | None = None) -> ServeEngineClient:
+    return ServeEngineClient(workers, "coordinator/m", gate or Gate(GateLimits()), "me")  # type: ignore[arg-type]
 
 
 def request(number: int = 0) -> Request:
@@ -92,26 +101,41 @@ async def read(client: ServeEngineClient, number: int) -> int:
     return len([event async for event in client.generate(request(number))])
 
 
-async def test_a_burst_does_not_slip_past_the_limit(coordinator: Coordinator) -> None:
+async def test_one_question_for_a_whole_burst(coordinator: Coordinator) -> None:
     workers = Workers()
     client = make(workers)
     tasks = [asyncio.create_task(read(client, i)) for i in range(10)]
-    while len(workers.calls) < 4:
+    while len(workers.calls) < 10:
         await asyncio.sleep(0.001)
     workers.go_on.set()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [result for result in results if not isinstance(result, Overloaded)] == [2] * 4
-    refused = [result for result in results if isinstance(result, Overloaded)]
-    assert len(refused) == 6
-    assert refused[0].retry_after == 7.0
-    assert len(workers.calls) == 4
-    assert coordinator.asked == 1, "one question for the whole burst"
-    assert await read(client, 11) == 2, "finished requests make room"
+    assert await asyncio.gather(*tasks) == [2] * 10
+    assert coordinator.asked == 1
+
+
+async def test_open_answers_are_reported_until_there_are_none(coordinator: Coordinator) -> None:
+    gate = Gate(GateLimits())
+    workers = Workers([[TokenEvent("r0", (), None, finish_reason="length")]])
+    client = make(workers, gate)
+    with gate.admit(None, [request()]):
+        assert await read(client, 0) == 1
+        while coordinator.reports[-1:] != [("me", 1)]:
+            await asyncio.sleep(0.001)
+    while coordinator.reports[-1:] != [("me", 0)]:
+        await asyncio.sleep(0.001)
+
+
+async def test_answers_are_ended_when_the_gang_is_about_to_end(coordinator: Coordinator) -> None:
+    gate = Gate(GateLimits())
+    coordinator.left_s = 0.0
+    client = make(Workers([[TokenEvent("r0", (), None, finish_reason="length")]]), gate)
+    with gate.admit(None, [request()]) as ticket:
+        await read(client, 0)
+        assert isinstance(await ticket.over, ServerStopping)
 
 
 async def test_a_stream_that_is_closed_is_cancelled_at_once(coordinator: Coordinator) -> None:
     workers = Workers()
-    client = make(workers, limit=1)
+    client = make(workers)
     async with aclosing(client.generate(request())) as events:
         assert (await anext(events)).token_ids == (5,)
     assert workers.calls[0].cancelled
@@ -137,7 +161,8 @@ async def test_over_the_limit_http_answers_429_with_retry_after(coordinator: Coo
     config = write_random_checkpoint(tmp_path, SMALL_CONFIG | {"num_hidden_layers": 4}, seed=1)
     api = ApiSettings(served_model_name="m", max_model_len=64, vocab_size=config.vocab_size)
     workers = Workers()
-    app = build_app(make(workers, limit=1), TextCodec.load(tmp_path), api)
+    gate = Gate(GateLimits(max_requests=1, retry_after_s=7.0))
+    app = build_app(make(workers, gate), TextCodec.load(tmp_path), api, gate)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         body = {"model": "m", "prompt": "hello", "max_tokens": 4}
@@ -146,7 +171,29 @@ async def test_over_the_limit_http_answers_429_with_retry_after(coordinator: Coo
             await asyncio.sleep(0.001)
         second = await http.post("/v1/completions", json=body)
         assert second.status_code == 429
-        assert second.headers["retry-after"] == "7"
+        assert int(second.headers["retry-after"]) >= 1
         assert second.json()["error"]["code"] == "overloaded"
         workers.go_on.set()
         assert (await first).status_code == 200
+
+
+async def test_calls_of_one_http_request_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would hand the HTTP request's internal id on to each call, and its router finds a call by that id."""
+    ids: list[str] = []
+
+    class Handle(Workers):
+        def remote(self, request: Request) -> Response:
+            ids.append(ray.serve.context._get_serve_request_context()._internal_request_id)
+            return super().remote(request)
+
+    async def ready(self: ServeEngineClient) -> None:
+        return
+
+    monkeypatch.setattr(ServeEngineClient, "_check_ready", ready)
+    ray.serve.context._serve_request_context.set(ray.serve.context._RequestContext(_internal_request_id="of the whole"))
+    workers: Any = Handle([[TokenEvent("x", (), None, finish_reason="length")]])
+    client = ServeEngineClient(workers, "none", Gate(GateLimits()))
+    for _ in range(2):
+        async with aclosing(client.generate(Request("x", (1,), 1, Sampling()))) as events:
+            assert [event.finish_reason async for event in events] == ["length"]
+    assert ids == ["", ""]

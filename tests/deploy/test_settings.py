@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from divisi.cluster.gang.seats import GangShape
 from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, parse_bytes, read_config_file
 
 TOML = '[model]\nmodel_dir = "/m/tiny"\n[gang]\nexpert_shards = 2\n[cache]\nkv_memory = "64MiB"\n'
@@ -63,7 +64,11 @@ def test_sizes(text: str, size: int) -> None:
         ({"model": {"model_dir": "/m"}, "http": {"port": 70000}}, ["http.port", "70000", "65535"]),
         ({"model": {"model_dir": "/m"}, "gang": {"topology": "local", "expert_shards": 2}}, ["gang", "'split'"]),
         ({"model": {"model_dir": "/m"}, "gang": {"topology": "split", "expert_shards": 0}}, ["expert_shards >= 1"]),
-        ({"model": {"model_dir": "/m"}, "gang": {"attention_workers": 2}}, ["gang", "one process"]),
+        ({"model": {"model_dir": "/m"}, "gang": {"attention_workers": 2}}, ["gang", "one process", "'colocated'"]),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"topology": "colocated", "expert_shards": 2}},
+            ["gang", "expert_shards=2", "leave it out"],
+        ),
         ({"model": {"model_dir": "/m"}, "cache": {"max_seqs": 64, "max_step_tokens": 8}}, ["max_step_tokens=8"]),
     ],
 )
@@ -99,3 +104,39 @@ def test_frozen() -> None:
     settings = Settings.load(None, {"model": {"model_dir": "/m"}})
     with pytest.raises(ValueError, match="frozen"):
         settings.cache.page_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("gang", "shape"),
+    [
+        ({}, GangShape(1, 0)),
+        ({"expert_shards": 2}, GangShape(1, 2)),
+        ({"topology": "split", "attention_workers": 3}, GangShape(3, 1)),
+        ({"topology": "colocated", "attention_workers": 3}, GangShape(3, 3, colocated=True)),
+        ({"topology": "colocated"}, GangShape(1, 1, colocated=True)),
+    ],
+)
+def test_the_shape_of_the_gang(gang: dict[str, object], shape: GangShape) -> None:
+    settings = Settings.load(None, {"model": {"model_dir": "/m"}, "gang": gang})
+    assert settings.gang.shape == shape
+    assert Settings.from_args(settings.to_args()).gang.shape == shape
+
+
+@pytest.mark.parametrize("example", sorted((Path(__file__).parents[2] / "deploy/examples").glob("*.yaml")), ids=str)
+def test_the_examples_are_valid(example: Path) -> None:
+    applications = read_config_file(example)["applications"]
+    settings = Settings.from_args(applications[0]["args"])
+    assert settings.gang.topology == example.stem.removeprefix("serve-")
+
+
+@pytest.mark.parametrize(("limit", "replicas", "share"), [(1024, 1, 1024), (10, 3, 3), (4, 4, 1)])
+def test_ingress_replicas_share_a_limit(limit: int, replicas: int, share: int) -> None:
+    overrides = {"model": {"model_dir": "/m"}, "http": {"ingress_replicas": replicas}}
+    settings = Settings.load(None, overrides | {"limits": {"max_queued_requests": limit}})
+    assert settings.ingress_share(settings.max_queued_requests) == share
+
+
+def test_every_ingress_replica_gets_a_request() -> None:
+    http, limits = {"ingress_replicas": 5}, {"max_queued_requests": 4}
+    with pytest.raises(SettingsError, match=r"max_queued_requests=4 .*raise it to 5"):
+        Settings.load(None, {"model": {"model_dir": "/m"}, "http": http, "limits": limits})

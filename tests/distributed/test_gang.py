@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -19,6 +20,7 @@ import pytest
 
 from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.gang.coordinator import Coordinator
+from divisi.cluster.gang.seats import GangShape, Seat
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.spec import GangSpec
 from tests.support.thread_gang import HOST, Shard, Worker, small_spec, thread_gang
@@ -35,16 +37,23 @@ def importable_in_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def local_answers(small_model: Path, requests: list[Request]) -> Answers:
-    with thread_gang(small_spec(small_model, 1, 0)) as (worker,):
+    with thread_gang(small_spec(small_model, GangShape(1, 0))) as (worker,):
         worker.submit(*requests)
         return {request.request_id: worker.finish(request.request_id) for request in requests}
 
 
-@pytest.mark.parametrize(("workers", "shards"), [(1, 1), (1, 2), (2, 2), (1, 3)])
+SHAPES = [GangShape(1, 1), GangShape(1, 2), GangShape(2, 2), GangShape(1, 3)]
+# Not with three shards: there one sampled token is a tie within 1e-5, and split and colocated both decide it otherwise
+# than one process. tests/parity has them, with an oracle to tell ties from mistakes.
+SHAPES += [GangShape(ranks, ranks, colocated=True) for ranks in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_topology_gives_the_same_tokens(
-    small_model: Path, requests: list[Request], local_answers: Answers, workers: int, shards: int
+    small_model: Path, requests: list[Request], local_answers: Answers, shape: GangShape
 ) -> None:
-    with thread_gang(small_spec(small_model, workers, shards)) as gang:
+    workers = shape.attention_workers
+    with thread_gang(small_spec(small_model, shape)) as gang:
         for number, request in enumerate(requests):
             gang[number % workers].submit(request)
         for number, request in enumerate(requests):
@@ -55,7 +64,7 @@ def test_every_topology_gives_the_same_tokens(
 
 
 def test_cancelling_frees_everything(small_model: Path) -> None:
-    with thread_gang(small_spec(small_model, 1, 1)) as (worker,):
+    with thread_gang(small_spec(small_model, GangShape(1, 1))) as (worker,):
         before = worker.loop.ask(worker.engine.stats).result(10)
         worker.submit(Request("long", (1, 2, 3), 400, Sampling(temperature=0.0)))
         worker.wait_for_tokens("long", 2)
@@ -66,7 +75,7 @@ def test_cancelling_frees_everything(small_model: Path) -> None:
 
 
 def test_an_idle_gang_uses_no_processor_time(small_model: Path, record_result: Callable[[str, object], None]) -> None:
-    with thread_gang(small_spec(small_model, 2, 2)) as workers:
+    with thread_gang(small_spec(small_model, GangShape(2, 2))) as workers:
         workers[0].submit(Request("warm", (1, 2, 3), 4, Sampling(temperature=0.0)))
         workers[0].finish("warm")
         begin, used = time.monotonic(), _cpu_seconds()
@@ -80,9 +89,9 @@ def test_an_idle_gang_uses_no_processor_time(small_model: Path, record_result: C
 def test_an_answer_goes_on_when_a_shard_process_is_lost(
     small_model: Path, fault: signal.Signals, record_result: Callable[[str, object], None]
 ) -> None:
-    spec = small_spec(small_model, 1, 2, step_deadline_s=2.0)
+    spec = small_spec(small_model, GangShape(1, 2), step_deadline_s=2.0)
     request = Request("a", (3, 1, 4, 1, 5), 300, Sampling(temperature=0.8, seed=9))
-    with thread_gang(small_spec(small_model, 1, 0)) as (local,):
+    with thread_gang(small_spec(small_model, GangShape(1, 0))) as (local,):
         local.submit(request)
         want = local.finish("a")
     with coordinator_server(spec) as (coordinator, port), shard_processes(spec, port) as start_shard:
@@ -102,6 +111,46 @@ def test_an_answer_goes_on_when_a_shard_process_is_lost(
             record_result("seconds from the loss to the answer's end", round(time.monotonic() - lost_at, 2))
         finally:
             worker.close()
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["leader", "follower"])
+def test_an_answer_goes_on_when_another_colocated_rank_dies_in_a_layer(
+    small_model: Path, lost: int, record_result: Callable[[str, object], None]
+) -> None:
+    """The replacement takes the seat that is free and loads that seat's experts; the other's answer does not change."""
+    spec = small_spec(small_model, GangShape(2, 2, colocated=True), step_deadline_s=5.0)
+    requests = [Request(f"r{i}", (3, 1 + i, 4), 120, Sampling(temperature=0.8, seed=i)) for i in range(2)]
+    with thread_gang(small_spec(small_model, GangShape(1, 0))) as (local,):
+        local.submit(*requests)
+        want = [local.finish(request.request_id) for request in requests]
+    with thread_gang(spec) as gang:
+        victim, other = sorted(gang, key=lambda worker: worker.watch.seat != Seat("attention", lost))
+        victim.submit(requests[0])
+        other.submit(requests[1])
+        other.wait_for_tokens("r1", 5)
+        lost_at = time.monotonic()
+        victim.die_in_a_layer()
+        victim.close()
+        with contextlib.closing(Worker(spec, victim.coordinator)) as replacement:
+            assert replacement.watch.seat == Seat("attention", lost)
+            assert len(other.tokens("r1")) < 120, "too late to show anything"
+            assert other.finish("r1") == want[1]
+            assert other.engine.stats().aborted_steps >= 1
+            replacement.submit(requests[0])
+            assert replacement.finish("r0") == want[0]
+        record_result("seconds from the loss to the answer's end", round(time.monotonic() - lost_at, 2))
+
+
+def test_a_colocated_gang_with_work_on_one_rank_only(small_model: Path, local_answers: Answers) -> None:
+    """Ranks without tokens serve their experts in every layer, and are parked again afterwards."""
+    with thread_gang(small_spec(small_model, GangShape(4, 4, colocated=True))) as gang:
+        for number, worker in enumerate(gang):
+            request = Request(f"r{number}", tuple(range(5, 12)), 24, Sampling(temperature=0.0, seed=0))
+            worker.submit(request)
+            assert worker.finish(request.request_id) == local_answers["r0"]
+        begin, used = time.monotonic(), _cpu_seconds()
+        threading.Event().wait(2.0)
+        assert (_cpu_seconds() - used) / (time.monotonic() - begin) < 0.05
 
 
 def _cpu_seconds() -> float:

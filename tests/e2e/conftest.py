@@ -99,5 +99,6 @@ def cluster(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """One attention worker and two expert shards."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
     sizes = ("--kv-memory", "32MiB", "--max-seqs", "8", "--max-model-len", "1024", "--dtype", "float32")
+    sizes += ("--max-queued-requests", "256")  # many streams wait at once here
     with running_cluster(small_model, log, "--expert-shards", "2", "--device", "cpu", *sizes) as cluster:
         yield cluster

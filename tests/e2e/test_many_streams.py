@@ -80,7 +80,9 @@ async def read_all(url: str, streams: list[Stream], at_once: int) -> list[list[i
         return await asyncio.gather(*map(one, streams))
 
 
-def test_64_streams(cluster: Cluster, small_model: Path, record_result: Callable[[str, object], None]) -> None:
+def test_64_streams(
+    cluster: Cluster, small_model: Path, excuses: Excuses, record_result: Callable[[str, object], None]
+) -> None:
     wait_for(lambda: metric(cluster, "requests_running") == [0.0], 10, "something still runs")
     before = held(cluster)
     assert all(before), f"a metric of {HELD} is missing: {before}"
@@ -92,10 +94,8 @@ def test_64_streams(cluster: Cluster, small_model: Path, record_result: Callable
     assert len(finished) > STREAMS / 3
     solo = asyncio.run(read_all(cluster.url, [Stream(stream.prompt, stream.count, None) for stream, _ in finished], 1))
     oracle = Oracle(Qwen3NextForCausalLM.from_pretrained(small_model, dtype=torch.float32).eval())
-    excuses = Excuses()
     for (stream, tokens), alone in zip(finished, solo, strict=True):
         assert alone is not None
         assert len(tokens) == stream.count
         excuses.expect_same(oracle, stream.prompt, alone, tokens, f"prompt of {len(stream.prompt)}, seed {SEED}")
-    excuses.expect_few()
     record_result("answers finished and equal to their solo runs", f"{len(finished)} of {STREAMS} streams")

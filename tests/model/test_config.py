@@ -89,8 +89,9 @@ def test_moe_layers(fields: dict[str, Any], expected: tuple[int, ...]) -> None:
 def test_both_rope_spellings_may_agree() -> None:
     table = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
     assert ModelConfig.from_hf(changed(rope_parameters=table)) == ModelConfig.from_hf(PUBLISHED)
-    factor_only = changed(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5},
-                          partial_rotary_factor=...)
+    factor_only = changed(
+        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}, partial_rotary_factor=...
+    )
     assert ModelConfig.from_hf(factor_only).rotary_dim == 128
 
 

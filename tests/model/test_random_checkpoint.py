@@ -33,8 +33,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {},
         {"tie_word_embeddings": True},
         {"mlp_only_layers": [1, 3], "attention_bias": True},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
-         "rope_theta": None, "partial_rotary_factor": None},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+            "rope_theta": None,
+            "partial_rotary_factor": None,
+        },
     ],
 )
 def test_transformers_loads_it_without_missing_keys(

@@ -8,20 +8,16 @@ from pathlib import Path
 
 import torch
 
+from divisi.cluster.assembly import assemble_engine
 from divisi.cluster.dispatch.local import LocalDispatcher
 from divisi.cluster.engine import Engine
 from divisi.cluster.request import Request, Sampling, TokenEvent
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.scheduler import SchedulerConfig
 from divisi.kernels.select import Implementation, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.experts import ExpertBank
-from divisi.model.runner import ModelRunner
-from divisi.model.sampling import Sampler
-from divisi.model.state import StateStore
-from divisi.model.stopwatch import Stopwatch
-from divisi.model.weights import load_weights
 
 CPU = torch.device("cpu")
 
@@ -29,7 +25,6 @@ CPU = torch.device("cpu")
 @dataclass
 class LocalEngine:
     engine: Engine
-    scheduler: Scheduler
     dispatcher: Dispatcher
 
     def run(self, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:
@@ -62,22 +57,17 @@ def local_engine(
     max_prefill_chunk: int = 512,
 ) -> LocalEngine:
     config, checkpoint = ModelConfig.load(path), Checkpoint.open(path)
-    kernels, stopwatch = select_kernels(CPU, implementation), Stopwatch()
-    num_slots = 2 * max_seqs
-    store = StateStore(config, num_pages=num_pages, page_size=page_size, num_slots=num_slots, dtype=dtype, device=CPU)
-    runner = ModelRunner(config, load_weights(checkpoint, config, dtype, CPU), store, kernels, stopwatch)
-    bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            vocab_size=config.vocab_size,
-            max_model_len=config.max_position_embeddings,
-            num_pages=num_pages,
-            page_size=page_size,
-            num_slots=num_slots,
-            max_seqs=max_seqs,
-            max_step_tokens=max_step_tokens,
-            max_prefill_chunk=max_prefill_chunk,
-        )
+    kernels = select_kernels(CPU, implementation)
+    limits = SchedulerConfig(
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_position_embeddings,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_slots=2 * max_seqs,
+        max_seqs=max_seqs,
+        max_step_tokens=max_step_tokens,
+        max_prefill_chunk=max_prefill_chunk,
     )
-    engine = Engine(runner, Sampler(), scheduler, device=CPU, stopwatch=stopwatch)
-    return LocalEngine(engine, scheduler, LocalDispatcher(bank))
+    engine = assemble_engine(checkpoint, config, limits, kernels, dtype, CPU)
+    bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)
+    return LocalEngine(engine, LocalDispatcher(bank))

@@ -64,7 +64,10 @@ class Oracle:
 
 
 class Excuses:
-    """Counts comparisons, and those that only pass since the oracle itself was undecided."""
+    """Counts comparisons, and those that only pass since the oracle itself was undecided.
+
+    The fixture `excuses` is the one object of a session, so that the limit holds over all its comparisons together.
+    """
 
     LIMIT = 0.01
 
@@ -87,4 +90,5 @@ class Excuses:
         print(f"undecided oracle, accepted: {self.used[-1]}")
 
     def expect_few(self) -> None:
+        """Assert that at most one comparison in a hundred was excused, or one in all where they are fewer."""
         assert len(self.used) <= self.LIMIT * max(self.cases, 100), f"{len(self.used)} of {self.cases}: {self.used}"

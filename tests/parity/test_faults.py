@@ -89,7 +89,7 @@ def test_every_step_aborted_at_a_layer_and_replayed(
 
 def test_nothing_is_held_after_aborted_steps(model_dir: Path) -> None:
     local = local_engine(model_dir, max_step_tokens=48)
-    before = (local.scheduler.pages.num_free, local.scheduler.slots.num_free)
+    before = (local.engine.stats().free_pages, local.engine.stats().free_slots)
     serve(local, [(1, True), (3, False)])
-    assert (local.scheduler.pages.num_free, local.scheduler.slots.num_free) == before
+    assert (local.engine.stats().free_pages, local.engine.stats().free_slots) == before
     assert not local.engine.has_work

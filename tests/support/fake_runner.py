@@ -17,6 +17,7 @@ from divisi.cluster.request import Request
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher, Pending
 from divisi.model.sampling import RowSampling, Sampler, SamplingBatch
+from tests.support.sampling_oracle import ruled_logits
 
 VOCAB = 61
 _LAYERS = 2
@@ -144,12 +145,15 @@ def logits_after(tokens: Sequence[int]) -> Tensor:
 
 
 def solo_answer(request: Request, max_model_len: int) -> list[int]:
-    """The tokens that a request gets when it is alone."""
+    """The tokens that a request without a grammar gets when it is alone; its rules are applied by the oracle."""
     tokens = list(request.prompt)
     sampling = request.sampling
-    row = SamplingBatch([RowSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)])
+    row = SamplingBatch(
+        [RowSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, min_p=sampling.min_p)]
+    )
     while len(tokens) < min(len(request.prompt) + request.max_tokens, max_model_len):
-        sampled = Sampler().sample(logits_after(tokens)[None], row, np.array([len(tokens)]))
+        logits = ruled_logits(logits_after(tokens).numpy(), request, tokens)
+        sampled = Sampler().sample(torch.from_numpy(logits)[None], row, np.array([len(tokens)]))
         token = int(sampled.token_ids_R[0])
         if token in request.stop_ids:
             break

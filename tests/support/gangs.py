@@ -90,7 +90,7 @@ def serving_shards(
         except StepAborted as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=serve, args=(shard,)) for shard in range(shape.expert_shards)]
+    threads = [threading.Thread(target=serve, args=(shard,)) for shard in range(len(shape.shard_ranks))]
     for thread in threads:
         thread.start()
     yield

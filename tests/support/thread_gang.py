@@ -13,6 +13,7 @@ import torch
 from divisi.cluster.assembly import build_engine, load_shard, shard_loop, worker_network
 from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.engine import Engine
+from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import listen
@@ -29,19 +30,19 @@ from divisi.model.config import ModelConfig
 HOST = "127.0.0.1"
 
 
-def small_spec(path: Path, workers: int, shards: int, **changes: object) -> GangSpec:
+def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
     fields: dict[str, object] = {
         "name": "test",
         "model_dir": str(path),
         "dtype": "float32",
         "device": "cpu",
         "threads": 1,
-        "shape": GangShape(workers, shards),
+        "shape": shape,
         "max_model_len": 512,
         "kv_memory": 8 * 2**20,
         "page_size": 8,
         "max_seqs": 8,
-        "max_step_tokens": 64 * workers,
+        "max_step_tokens": 64 * shape.attention_workers,
         "step_deadline_s": 10.0,
     }
     return GangSpec(**(fields | changes))  # type: ignore[arg-type]
@@ -52,19 +53,29 @@ class Worker:
 
     def __init__(self, spec: GangSpec, coordinator: Coordinator) -> None:
         config = ModelConfig.load(spec.model_dir)
+        self.coordinator = coordinator
         self._listener = listen(HOST)
         self._inbox = EpochInbox()
+        candidate = Candidate(
+            "attention", Address(HOST, self._listener.getsockname()[1]), loads_for_seat=spec.shape.colocated
+        )
+        self.watch = SeatWatch(lambda: coordinator, candidate, self._inbox, lambda: None)
+        index = 0
+        if spec.shape.colocated:
+            self.watch.start()
+            index = self.watch.wait_for_seat().index
         self.engine: Engine
-        self.engine, local = build_engine(spec, config)
-        address = Address(HOST, self._listener.getsockname()[1])
-        self.watch = SeatWatch(lambda: coordinator, Candidate("attention", address), self._inbox, lambda: None)
+        self.engine, self.experts = build_engine(spec, config, index)
         network = worker_network(spec, config, self._listener)
-        self.loop = WorkerLoop[StepPlan](self.engine, local, self._inbox, self.watch, network, self._collect)
+        self.loop = WorkerLoop[StepPlan](self.engine, self.experts, self._inbox, self.watch, network, self._collect)
         self._thread = threading.Thread(target=self.loop.run)
         self._changed = threading.Condition()
         self.events: dict[str, list[TokenEvent]] = defaultdict(list)
         self._thread.start()
-        self.watch.start()
+        if spec.shape.colocated:
+            self.watch.loaded()
+        else:
+            self.watch.start()
 
     def _collect(self, events: Sequence[TokenEvent]) -> None:
         with self._changed:
@@ -93,6 +104,17 @@ class Worker:
     def submit(self, *requests: Request) -> None:
         for request in requests:
             self.loop.submit(request).result(timeout=30)
+
+    def die_in_a_layer(self) -> None:
+        """End the loop as soon as its experts are asked for, so that the peers wait for this rank in vain."""
+
+        def last_call(*_: object) -> torch.Tensor:
+            self._inbox.stop()
+            raise StepAborted("died in a layer")
+
+        assert self.experts is not None, "only a rank with experts"
+        self.experts.partial_sum = last_call  # type: ignore[method-assign]
+        self._thread.join(20)
 
     def close(self) -> None:
         self._inbox.stop()
@@ -129,7 +151,7 @@ def thread_gang(spec: GangSpec) -> Iterator[list[Worker]]:
     store = StoreServer(HOST)
     coordinator = Coordinator(spec.shape, store.address)
     with contextlib.ExitStack() as stack:
-        shards = [Shard(spec, index, coordinator) for index in range(spec.shape.expert_shards)]
+        shards = [Shard(spec, index, coordinator) for index in range(len(spec.shape.shard_ranks))]
         workers = []
         for _ in range(spec.shape.attention_workers):
             workers.append(Worker(spec, coordinator))

@@ -42,6 +42,40 @@ def test_ranks_number_workers_first() -> None:
     assert (list(shape.attention_ranks), list(shape.expert_ranks)) == ([0, 1], [2, 3, 4])
 
 
+def test_colocated_ranks_hold_the_shards() -> None:
+    shape = GangShape(3, 3, colocated=True)
+    assert [str(seat) for seat in shape.seats] == ["attention:0", "attention:1", "attention:2"]
+    assert (shape.size, list(shape.expert_ranks), list(shape.shard_ranks)) == (3, [0, 1, 2], [])
+    with pytest.raises(ValueError, match="as many expert shards"):
+        GangShape(3, 2, colocated=True)
+
+
+def test_no_epoch_forms_while_a_holder_loads_the_weights_of_its_seat() -> None:
+    roster = Roster(GangShape(2, 2, colocated=True), STORE, lease_s=10.0, grace_s=2.0)
+    assert roster.join("a", "attention", Address("h"), 0.0, loading=True) == Seat("attention", 0)
+    assert roster.join("b", "attention", Address("h"), 0.0, loading=True) == Seat("attention", 1)
+    roster.loaded("a")
+    roster.loaded("nobody")
+    assert roster.membership is None
+    assert roster.explain() == "waiting for attention:1 to load"
+    roster.loaded("b")
+    assert roster.membership is not None
+    assert roster.directive("b").action == "enter"
+    roster.leave("a", "it died", 1.0)
+    roster.left("b", 1, "told to", 1.0)
+    assert roster.join("c", "attention", Address("h"), 2.0, loading=True) == Seat("attention", 0)
+    assert roster.membership is None
+    roster.loaded("c")
+    assert roster.membership is not None
+
+
+def test_a_worker_that_wants_its_seat_back_does_not_push_out_who_has_it() -> None:
+    roster = make_roster(workers=2, shards=0)
+    assert roster.join("new", "attention", Address("h"), 0.0) == Seat("attention", 0)
+    assert roster.join("old", "attention", Address("h"), 0.0, index=0) is None
+    assert roster.join("old", "attention", Address("h"), 0.0, index=1) == Seat("attention", 1)
+
+
 def test_epoch_forms_when_every_seat_is_held() -> None:
     roster = make_roster()
     roster.join("w", "attention", Address("a", 7), 0.0)
@@ -132,12 +166,15 @@ def test_random_histories_keep_the_invariants(seed: int) -> None:
     inside: dict[str, int] = {}
     for _ in range(600):
         now += rng.random() * 0.4
-        match rng.choice(["join", "poll", "poll", "poll", "left", "leave", "stale", "silent"]):
+        match rng.choice(["join", "loaded", "poll", "poll", "poll", "left", "leave", "stale", "silent"]):
+            case "loaded" if known:
+                roster.loaded(rng.choice(known))
             case "join":
                 names += 1
                 role = rng.choice(["attention", "expert"]) if shape.expert_shards else "attention"
                 index = rng.randrange(shape.expert_shards) if role == "expert" else None
-                if roster.join(f"h{names}", role, Address("h"), now, index) is not None:
+                loading = role == "attention" and rng.random() < 0.3
+                if roster.join(f"h{names}", role, Address("h"), now, index, loading) is not None:
                     known.append(f"h{names}")
             case "poll" if known:
                 for holder_id in rng.sample(known, len(known)):
@@ -168,10 +205,12 @@ def test_random_histories_keep_the_invariants(seed: int) -> None:
             assert current.epoch >= last_epoch, f"seed {seed}"
             last_epoch = current.epoch
             assert {h.epoch for h in holders.values()} <= {0, current.epoch}, f"seed {seed}"
+            assert not any(h.loading for h in holders.values()), f"seed {seed}: an epoch without somebody's weights"
         assert roster.ready() <= (roster.membership is not None), f"seed {seed}"
     # Left alone, with every seat refilled, the gang always comes back.
     for seat in shape.seats:
-        roster.join(f"last-{seat}", seat.role, Address("h"), now, seat.index)
+        roster.join(f"last-{seat}", seat.role, Address("h"), now, seat.index if seat.role == "expert" else None)
     for holder in list(roster.holders()):
+        roster.loaded(holder.holder_id)
         roster.left(holder.holder_id, holder.epoch, "end", now)
     assert roster.membership is not None, f"seed {seed}: {roster.explain()}"

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from divisi.cluster.gang import watch as watch_module
-from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost
+from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.seats import Address, GangShape
+from divisi.cluster.gang.roster import Directive
+from divisi.cluster.gang.seats import Address, GangShape, Seat
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 
 ADDRESS = Address("127.0.0.1", 1)
@@ -56,6 +57,14 @@ def next_epoch(inbox: EpochInbox) -> int:
     raise AssertionError("no epoch was offered")
 
 
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    for _ in range(400):
+        if condition():
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError(otherwise)
+
+
 def test_a_lost_report_does_not_hold_up_the_next_epoch(
     start: Callable[[Callable[[], Coordinator]], tuple[SeatWatch, EpochInbox]],
 ) -> None:
@@ -80,3 +89,43 @@ def test_an_unexpected_error_does_not_end_the_watch(
 
     _, inbox = start(connect)
     assert next_epoch(inbox) == 1
+
+
+class Mortal(Coordinator):
+    """Cannot be reached once it has died."""
+
+    died = False
+
+    def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
+        if self.died:
+            raise CoordinatorLost("it has died")
+        return super().poll(holder_id, wait_s, stats)
+
+
+def test_a_worker_keeps_the_seat_whose_weights_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through coordinators that know nothing of their predecessors; and it says so when somebody else has the seat."""
+    monkeypatch.setattr(watch_module, "_RETRY_S", 0.02)
+    monkeypatch.setattr(watch_module, "_POLL_S", 0.05)
+    monkeypatch.setattr(watch_module, "_GIVE_UP_S", 0.3)
+    coordinators = [Mortal(GangShape(2, 2, colocated=True), ADDRESS, first_epoch=number) for number in (10, 20, 30)]
+    coordinators[0].join("other", "attention", ADDRESS)
+    coordinators[1].join("other", "attention", ADDRESS, index=0)
+    coordinators[2].join("other", "attention", ADDRESS, index=1)
+    asked: list[str] = []
+    inbox, candidate = EpochInbox(), Candidate("attention", ADDRESS, loads_for_seat=True)
+    watch = SeatWatch(lambda: next(c for c in coordinators if not c.died), candidate, inbox, lambda: asked.append("x"))
+    watch.start()
+    try:
+        assert watch.wait_for_seat() == Seat("attention", 1)
+        threading.Event().wait(0.2)
+        assert inbox.take() is None, "no epoch without its weights"
+        assert not asked, "nor statistics, since there is no engine yet"
+        watch.loaded()
+        assert next_epoch(inbox) == 10
+        coordinators[0].died = True
+        assert next_epoch(inbox) == 20, "in its own seat, not in the lowest free one, and loaded"
+        assert not watch.displaced
+        coordinators[1].died = True
+        wait_until(lambda: watch.displaced, "somebody else has its seat for good, and it does not say so")
+    finally:
+        watch.stop("the test is over")

@@ -72,7 +72,7 @@ class Running:
     def __init__(self) -> None:
         self.engine, self.inbox, self.reports = IdleEngine(), EpochInbox(), Reports()
         self.listener = listen("127.0.0.1")
-        network = WorkerNetwork(self.listener, WIRE, CPU, 8, 5.0)
+        network = WorkerNetwork(self.listener, WIRE, CPU, 8, 5.0, torch.float32, (0,))
         self.loop = WorkerLoop[StepPlan](self.engine, None, self.inbox, self.reports, network, lambda events: None)
         self.ended_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run)

@@ -12,6 +12,7 @@ import uvicorn
 
 from divisi.cluster.request import FinishReason, Request, TokenEvent, TokenLogprob
 from divisi.deploy.api import ApiSettings, GangStatus, StatRow, build_app
+from divisi.deploy.limits import Gate, KeyFile
 from divisi.model.text import TextCodec, Tokenizer
 
 Step = TokenEvent | Exception
@@ -68,6 +69,7 @@ class FakeEngine:
         return lambda request: events_of(request, ids, group=group, end=end)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        self.loop = asyncio.get_running_loop()
         self.requests.append(request)
         with self._idle:
             self.open += 1
@@ -104,12 +106,14 @@ class FakeEngine:
 
 
 @contextmanager
-def serve(engine: FakeEngine, text: TextCodec, settings: ApiSettings) -> Iterator[str]:
+def serve(
+    engine: FakeEngine, text: TextCodec, settings: ApiSettings, gate: Gate | None = None, keys: KeyFile | None = None
+) -> Iterator[str]:
     """The API on a free port, under uvicorn in a thread; yields its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
-        config = uvicorn.Config(build_app(engine, text, settings), log_level="warning", lifespan="off")
+        config = uvicorn.Config(build_app(engine, text, settings, gate, keys), log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

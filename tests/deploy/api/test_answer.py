@@ -82,7 +82,7 @@ def test_completion_streamed_equals_whole(
 ) -> None:
     deltas, call = run(text, ids, stops, group, logprobs=logprobs, echo=True)
     body = CompletionBody(model="m", prompt="x", echo=True, logprobs=logprobs, return_token_ids=token_ids)
-    writer = CompletionWriter(body, [call], "m", text.tokenizer)
+    writer = CompletionWriter(body, [call], "m", text.tokenizer, "fp")
     whole = json.loads(writer.whole([joined(deltas)]))["choices"][0]
     chunks = parse(b"".join(writer.chunk(0, delta) for delta in deltas) + writer.closing())
     choices = [chunk["choices"][0] for chunk in chunks]
@@ -104,7 +104,7 @@ def test_chat_streamed_equals_whole(
     body = ChatBody.model_validate(
         {"model": "m", "messages": messages, "logprobs": logprobs is not None, "stream": True}
     )
-    writer = ChatWriter(body, call, "m", text.tokenizer)
+    writer = ChatWriter(body, [call], "m", text.tokenizer, "fp")
     whole = json.loads(writer.whole([joined(deltas)]))["choices"][0]
     events = writer.opening() + b"".join(writer.chunk(0, delta) for delta in deltas) + writer.closing()
     choices = [chunk["choices"][0] for chunk in parse(events)]

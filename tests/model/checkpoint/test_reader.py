@@ -130,8 +130,11 @@ def test_complete_checkpoints_pass(form: str, request: pytest.FixtureRequest) ->
 
 
 def test_mtp_tensors_and_foreign_ones_are_left_alone(damaged: Path) -> None:
-    extra = {"mtp.fc.weight": torch.zeros(2), "vision.x": torch.zeros(1),
-             "model.layers.3.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    extra = {
+        "mtp.fc.weight": torch.zeros(2),
+        "vision.x": torch.zeros(1),
+        "model.layers.3.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+    }
     edit_tensors(damaged, lambda tensors: tensors.update(extra))
     checkpoint = Checkpoint.open(damaged)
     checkpoint.check_all(ModelConfig.load(damaged))

@@ -1,0 +1,48 @@
+"""What a worker refuses in a request whatever else it serves, since it would fail in the middle of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from divisi.cluster.errors import RequestRejected
+from divisi.cluster.request import Request
+
+
+def check_request(request: Request, vocab_size: int) -> None:
+    """Raise RequestRejected, naming the field, for numbers out of range and ids outside the vocabulary."""
+    sampling = request.sampling
+    if request.max_tokens < 0:
+        raise RequestRejected(f"max_tokens is {request.max_tokens}: it must not be negative")
+    if not request.prompt:
+        raise RequestRejected("the prompt is empty: give at least one token")
+    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
+        raise RequestRejected("allowed_token_ids is empty: name at least one token id, or leave it out")
+    if not all(sampling.bad_words):
+        raise RequestRejected("bad_words has an empty entry: remove it")
+    for name, ids in _token_ids(request):
+        outside = [token for token in ids if not 0 <= token < vocab_size]
+        if outside:
+            raise RequestRejected(f"{name} has token ids outside 0..{vocab_size - 1}, such as {outside[0]}")
+    for name, value, least, most in (
+        ("temperature", sampling.temperature, 0.0, math.inf),
+        ("top_p", sampling.top_p, 0.0, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+        ("presence_penalty", sampling.presence_penalty, -math.inf, math.inf),
+        ("frequency_penalty", sampling.frequency_penalty, -math.inf, math.inf),
+        *((f"logit_bias of {token}", bias, -math.inf, math.inf) for token, bias in sampling.logit_bias),
+    ):
+        if not (math.isfinite(value) and least <= value <= most):
+            raise RequestRejected(f"{name} is {value}: it must be a finite number from {least:g} to {most:g}")
+    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
+        raise RequestRejected(f"repetition_penalty is {sampling.repetition_penalty}: it must be above 0")
+
+
+def _token_ids(request: Request) -> Iterator[tuple[str, Iterable[int]]]:
+    sampling = request.sampling
+    yield "the prompt", (min(request.prompt), max(request.prompt))
+    yield "allowed_token_ids", sampling.allowed_token_ids or ()
+    yield "logit_bias", (token for token, _ in sampling.logit_bias)
+    yield "bad_words", (token for word in sampling.bad_words for token in word)
+    if request.min_tokens:
+        yield "stop_token_ids", request.stop_ids

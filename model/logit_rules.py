@@ -1,0 +1,195 @@
+"""Rules that change a row's logits before its token is chosen: masks, biases, penalties.
+
+Shapes: R rows that have rules, V vocabulary, P rows with penalties, H distinct tokens of a row, M rows with a mask,
+C bytes of a mask, F entries (row, token id) of a flat list, W bad words of more than one token, T tokens before the
+last of the longest.
+
+Applied in the order that vLLM uses: the grammar's mask, allowed token ids, bad words, the stop ids below `min_tokens`,
+the biases, then the repetition, frequency and presence penalties. Each rule that some row has is one operation on all
+its rows' entries; nothing in a step goes row by row in Python. Every result depends on its own row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from divisi.model.token_counts import History, TokenCounts
+
+_ANY = -1
+"""Stands in a bad word's prefix where every token matches, since the prefix is shorter than the longest."""
+_NONE = -2
+"""Stands where the answer has no token yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRules:
+    """The rules of one row: see `cluster.request.Sampling`.
+
+    `stop_ids` are masked where the token to choose stands below `min_position`. `masked`: the row gets a mask in each
+    step. All token ids are in the vocabulary.
+    """
+
+    masked: bool = False
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    min_position: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether tokens seen before are treated otherwise than new ones."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class RuleBatch:
+    """The rules of some rows as tensors. Lives as long as the rows stay the same; `add` tells it each new token."""
+
+    def __init__(
+        self,
+        rules: Sequence[RowRules],
+        histories: Sequence[History],
+        previous: RuleBatch | None,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self.masked_rows = [row for row, rule in enumerate(rules) if rule.masked]
+        self._masked_rows_M = self._indices(self.masked_rows)
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        self._bans_of_byte = torch.from_numpy(np.where(bits, 0.0, -np.inf).astype(np.float32)).to(device)
+        allowed = [(row, rule.allowed_token_ids) for row, rule in enumerate(rules)]
+        self._limited_rows = self._indices([row for row, ids in allowed if ids is not None])
+        self._allowed_2F = self._pairs([(row, token) for row, ids in allowed for token in ids or ()])
+        self._bad_words = _BadWords(rules, histories, device)
+        stops = [(row, token) for row, rule in enumerate(rules) for token in rule.stop_ids if rule.min_position]
+        self._stops_2F = self._pairs(stops)
+        self._stop_rows_F = np.array([row for row, _ in stops], dtype=np.int64)
+        self._min_positions_F = np.array([rules[row].min_position for row, _ in stops], dtype=np.int64)
+        biases = [(row, token, bias) for row, rule in enumerate(rules) for token, bias in dict(rule.logit_bias).items()]
+        self._biased_2F = self._pairs([(row, token) for row, token, _ in biases])
+        self._biases_F = torch.tensor([bias for *_, bias in biases], dtype=torch.float32, device=device)
+        self._penalties: _Penalties | None = None
+        if any(rule.has_penalty for rule in rules):
+            self._penalties = _Penalties(rules, histories, previous._penalties if previous else None, device)
+
+    def apply_(self, logits_RV: Tensor, positions_R: NDArray[np.int64], masks: NDArray[np.int32] | None) -> None:
+        """Change the logits in place, for tokens at `positions_R`.
+
+        `masks`: int32 [M, ceil(V / 32)], the bits of the tokens allowed in each `masked` row, the lowest bit first.
+        """
+        if len(self._masked_rows_M):
+            assert masks is not None, "rows with a mask get one in each step"
+            assert len(masks) == len(self._masked_rows_M)
+            masks_MC = torch.from_numpy(masks.view(np.uint8).astype(np.int64)).to(self._device)
+            # Eight tokens at a time, from a table: masked_fill_ takes four times as long on a CPU.
+            bans_MV = functional.embedding(masks_MC, self._bans_of_byte).flatten(1)[:, : logits_RV.shape[1]]
+            logits_RV.index_add_(0, self._masked_rows_M, bans_MV)
+        if len(self._limited_rows):
+            rows_F, ids_F = self._allowed_2F
+            kept_F = logits_RV[rows_F, ids_F]
+            logits_RV.index_fill_(0, self._limited_rows, -torch.inf)
+            logits_RV[rows_F, ids_F] = kept_F
+        self._bad_words.ban_(logits_RV)
+        self._mask_early_stops_(logits_RV, positions_R)
+        if len(self._biases_F):
+            rows_F, ids_F = self._biased_2F
+            logits_RV[rows_F, ids_F] += self._biases_F
+        if self._penalties is not None:
+            self._penalties.apply_(logits_RV)
+
+    def add(self, token_ids_R: Tensor) -> None:
+        """Count the next token of each row, once it is committed."""
+        self._bad_words.add(token_ids_R)
+        if self._penalties is not None:
+            self._penalties.add(token_ids_R)
+
+    def _mask_early_stops_(self, logits_RV: Tensor, positions_R: NDArray[np.int64]) -> None:
+        if not len(self._min_positions_F):
+            return
+        early_F = positions_R[self._stop_rows_F] < self._min_positions_F
+        if early_F.any():
+            rows_F, ids_F = self._stops_2F[:, torch.from_numpy(early_F).to(self._device)]
+            logits_RV[rows_F, ids_F] = -torch.inf
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _pairs(self, entries: Sequence[tuple[int, int]]) -> Tensor:
+        """Entries (row, token id) as int64 [2, F]."""
+        return torch.tensor(entries, dtype=torch.int64, device=self._device).reshape(-1, 2).T
+
+
+class _BadWords:
+    """Token sequences that must not appear in an answer."""
+
+    def __init__(self, rules: Sequence[RowRules], histories: Sequence[History], device: torch.device) -> None:
+        words = [(row, word) for row, rule in enumerate(rules) for word in rule.bad_words]
+        self._length = max((len(word) for _, word in words), default=1) - 1
+        prefixes = [[_ANY] * (self._length + 1 - len(word)) + list(word[:-1]) for _, word in words]
+        self._rows_W = torch.tensor([row for row, _ in words], dtype=torch.int64, device=device)
+        self._last_W = torch.tensor([word[-1] for _, word in words], dtype=torch.int64, device=device)
+        shape = (len(words), self._length)
+        self._prefixes_WT = torch.tensor(prefixes, dtype=torch.int64, device=device).reshape(shape)
+        tails = [_tail(history, self._length) if words else [] for history in histories]
+        self._tails_RT = torch.tensor(tails, dtype=torch.int64, device=device)
+
+    def ban_(self, logits_RV: Tensor) -> None:
+        if not len(self._rows_W):
+            return
+        matches_WT = (self._prefixes_WT == self._tails_RT[self._rows_W]) | (self._prefixes_WT == _ANY)
+        ban_W = torch.zeros(len(self._rows_W), device=logits_RV.device)
+        ban_W.masked_fill_(matches_WT.all(dim=1), -torch.inf)
+        # Added, since several words of a row may end in the same token.
+        logits_RV.index_put_((self._rows_W, self._last_W), ban_W, accumulate=True)
+
+    def add(self, token_ids_R: Tensor) -> None:
+        if self._length:
+            self._tails_RT = torch.cat([self._tails_RT[:, 1:], token_ids_R[:, None]], dim=1)
+
+
+class _Penalties:
+    """What tokens seen before cost."""
+
+    def __init__(
+        self,
+        rules: Sequence[RowRules],
+        histories: Sequence[History],
+        previous: _Penalties | None,
+        device: torch.device,
+    ) -> None:
+        rows = [row for row, rule in enumerate(rules) if rule.has_penalty]
+        self._rows_P = torch.tensor(rows, dtype=torch.int64, device=device)
+        known: TokenCounts | None = previous._counts if previous else None
+        self._counts: TokenCounts = TokenCounts([histories[row] for row in rows], known, device)
+        values = [
+            (rule.repetition_penalty, rule.frequency_penalty, rule.presence_penalty)
+            for rule in (rules[row] for row in rows)
+        ]
+        columns = torch.tensor(values, dtype=torch.float32, device=device).T[:, :, None]
+        self._repetition_P1, self._frequency_P1, self._presence_P1 = columns
+
+    def apply_(self, logits_RV: Tensor) -> None:
+        ids_PH, counts_PH = self._counts.ids_PH, self._counts.counts_PH
+        logits_PH = logits_RV[self._rows_P[:, None], ids_PH]
+        scale_PH = torch.where(logits_PH > 0, 1 / self._repetition_P1, self._repetition_P1)
+        logits_PH = logits_PH * scale_PH - self._frequency_P1 * counts_PH - self._presence_P1 * (counts_PH > 0)
+        logits_RV[self._rows_P[:, None], ids_PH] = logits_PH
+
+    def add(self, token_ids_R: Tensor) -> None:
+        self._counts.add(token_ids_R[self._rows_P])
+
+
+def _tail(history: History, length: int) -> list[int]:
+    """The last `length` tokens of the answer."""
+    tail = list(history.tokens[max(history.prompt, len(history.tokens) - length) :]) if length else []
+    return [_NONE] * (length - len(tail)) + tail

@@ -1,0 +1,212 @@
+"""Grammars that an answer must follow: from what a client sends to llguidance's text form, checked for what they cost.
+
+Imports no torch. A grammar that passes here is followed by the worker token by token (`cluster.grammar`). What is too
+large is refused by counting: bytes, nesting, nodes and repetitions first, then the fuel that llguidance's compiler
+burns, so that the verdict depends on the grammar alone and never on a clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer, grammar_from
+
+from divisi.model.text.errors import TextError
+from divisi.model.text.regex_size import written_out_size
+
+# One line of JSON with at most one blank after a comma or colon: a model that has lost its way could otherwise write
+# white space until its tokens run out.
+_JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
+_SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_SCHEMA_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_SCHEMAS = frozenset({"items", "additionalProperties", "additionalItems"})
+_COUNTS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
+_VALUES = frozenset(
+    {"type", "enum", "const", "required", "pattern", "format", "$ref", "$anchor", "$id", "$schema"}
+    | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+)
+_ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment"}
+    | {"discriminator"}
+)
+_KNOWN = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _COUNTS | _VALUES | _ANNOTATIONS
+
+
+class GrammarError(TextError):
+    """A grammar that is broken, unsupported or too large. `place` is where in a schema: `$.properties.a`."""
+
+    def __init__(self, message: str, place: str = "") -> None:
+        super().__init__(f"{place}: {message}" if place else message)
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarLimits:
+    """What is refused by its size."""
+
+    max_bytes: int = 65536
+    """Of a grammar's text."""
+    max_depth: int = 32
+    """Nesting of a schema."""
+    max_nodes: int = 4096
+    """Subschemas and enum values of a schema, or choices."""
+    max_count: int = 10_000
+    """Largest `maxItems`, `maxLength` and the like."""
+    max_expression: int = 20_000
+    """Atoms of a regular expression with its counted repetitions written out."""
+
+    def check_expression(self, expression: str, place: str = "") -> None:
+        """Raise GrammarError for a regular expression whose repetitions make it too large."""
+        if (size := written_out_size(expression)) > self.max_expression:
+            raise GrammarError(
+                f"the expression has {size} parts with its repetitions written out, at most {self.max_expression} "
+                "are taken; lower the counts in braces",
+                place,
+            )
+
+
+def validate_grammar(grammar: str) -> None:
+    """Raise GrammarError where llguidance cannot read a grammar, or cannot keep to it. Needs no tokenizer."""
+    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        raise GrammarError(_complaint(messages[0]))
+
+
+class GrammarCompiler:
+    """Turns schemas, expressions and choices into grammars. Safe to call from several threads."""
+
+    def __init__(self, model_dir: Path | str | None = None, limits: GrammarLimits | None = None) -> None:
+        """With `model_dir`, whose tokenizer is read when first needed, a grammar is also compiled as workers do."""
+        self._limits = limits or GrammarLimits()
+        self._tokenizer_path = None if model_dir is None else str(Path(model_dir) / "tokenizer.json")
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = Lock()
+
+    def json_object(self) -> str:
+        """Any JSON object."""
+        return _json_grammar({"type": "object"})
+
+    def json_schema(self, schema: Mapping[str, Any] | bool) -> str:
+        """JSON that a schema describes. Raises GrammarError naming the keyword that cannot be kept, and its place."""
+        self.check_size(json.dumps(schema), "the schema")
+        _SchemaWalk(self._limits).walk(schema, "$", 1)
+        return self.checked(_json_grammar(schema))
+
+    def regex(self, expression: str) -> str:
+        """Text that an expression matches as a whole."""
+        self.check_size(expression, "the expression")
+        self._limits.check_expression(expression)
+        return self.checked(grammar_from("regex", expression))
+
+    def choice(self, choices: Sequence[str]) -> str:
+        """One of several texts."""
+        if len(choices) > self._limits.max_nodes:
+            raise GrammarError(f"{len(choices)} choices, at most {self._limits.max_nodes} are taken")
+        self.check_size("".join(choices), "the choices")
+        return self.checked(grammar_from("lark", "start: " + " | ".join(map(_lark_string, choices))))
+
+    def text(self, grammar: str) -> str:
+        """A grammar in Lark's or GBNF's notation."""
+        self.check_size(grammar, "the grammar")
+        try:
+            return self.checked(grammar_from("grammar", grammar))
+        except ValueError as error:
+            raise GrammarError(f"the grammar cannot be read: {error}") from error
+
+    def check_size(self, text: str, what: str) -> None:
+        """Raise GrammarError for a text that is larger than the limit."""
+        size = len(text.encode("utf-8", errors="surrogatepass"))
+        if size > self._limits.max_bytes:
+            raise GrammarError(f"{what} has {size} bytes, at most {self._limits.max_bytes} are taken")
+
+    def checked(self, grammar: str) -> str:
+        """`grammar` itself, if it can be followed. Raises GrammarError with the compiler's complaint."""
+        validate_grammar(grammar)
+        if (tokenizer := self._load_tokenizer()) is not None:
+            matcher = LLMatcher(tokenizer, grammar, log_level=0)
+            if not matcher.is_error():
+                matcher.compute_bitmask()
+            if matcher.is_error():
+                raise GrammarError(_complaint(matcher.get_error()))
+        return grammar
+
+    def _load_tokenizer(self) -> LLTokenizer | None:
+        if self._tokenizer_path is None:
+            return None
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = LLTokenizer(self._tokenizer_path)
+        return self._tokenizer
+
+
+class _SchemaWalk:
+    """Visits every subschema once, counting, and refuses what would be ignored or cost too much."""
+
+    def __init__(self, limits: GrammarLimits) -> None:
+        self._limits = limits
+        self._nodes = 0
+
+    def walk(self, schema: object, place: str, depth: int) -> None:
+        self._count(1, place)
+        if depth > self._limits.max_depth:
+            raise GrammarError(f"nested more than {self._limits.max_depth} deep", place[:128])
+        if isinstance(schema, bool):
+            return
+        if not isinstance(schema, Mapping):
+            raise GrammarError(f"a schema is an object or a boolean, not {type(schema).__name__}", place)
+        for keyword, value in schema.items():
+            self._keyword(keyword, value, place, depth)
+
+    def _keyword(self, keyword: str, value: object, place: str, depth: int) -> None:
+        where = f"{place}.{keyword[:64]}"
+        if keyword in _SCHEMA_MAPS and isinstance(value, Mapping):
+            for name, part in value.items():
+                self.walk(part, f"{where}.{name[:64]}", depth + 1)
+        elif keyword in _SCHEMA_LISTS and isinstance(value, list):
+            for index, part in enumerate(value):
+                self.walk(part, f"{where}[{index}]", depth + 1)
+        elif keyword in _SCHEMAS:
+            self.walk(value, where, depth + 1)
+        elif keyword == "enum" and isinstance(value, list):
+            self._count(len(value), where)
+        elif keyword in _COUNTS:
+            self._check_count(value, where)
+        elif keyword == "pattern" and isinstance(value, str):
+            self._limits.check_expression(value, where)
+        elif keyword == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+            raise GrammarError(f"{str(value)[:64]!r} points outside the schema; put the definition in $defs", where)
+        elif keyword not in _KNOWN:
+            raise GrammarError(f"the keyword {keyword[:64]!r} is not supported; leave it out", place)
+
+    def _count(self, nodes: int, place: str) -> None:
+        self._nodes += nodes
+        if self._nodes > self._limits.max_nodes:
+            raise GrammarError(f"more than {self._limits.max_nodes} subschemas and enum values", place[:128])
+
+    def _check_count(self, value: object, where: str) -> None:
+        if isinstance(value, (int, float)) and value > self._limits.max_count:
+            raise GrammarError(f"{value} is more than the limit of {self._limits.max_count}; ask for less", where)
+
+
+def _json_grammar(schema: object) -> str:
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE)
+
+
+def _lark_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _complaint(message: str) -> str:
+    """What the compiler says, without its drawing of the place."""
+    lines = [line.strip() for line in message.strip().splitlines()] or ["it cannot be compiled"]
+    if lines[0] == "NoExtensionBias":
+        return "it refers to itself without ever ending"
+    reasons = [line for line in lines[1:] if line.startswith("error: ")]
+    return " ".join([lines[0].replace("Unimplemented keys:", "not supported:"), *reasons])[:400]

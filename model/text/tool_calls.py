@@ -1,0 +1,291 @@
+"""Tool calls in an answer, in the Hermes form of this model family, found while the text grows.
+
+    <tool_call>
+    {"name": "weather", "arguments": {"city": "Paris"}}
+    </tool_call>
+
+A block that isn't exactly this (JSON that breaks, a function that wasn't offered, an end before its time) is text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from divisi.model.text.json_scan import JsonError, JsonScanner
+
+OPEN = "<tool_call>"
+CLOSE = "</tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """Text beside the calls."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallPart:
+    """A piece of call `index`. The first piece has the name; the arguments of all make the JSON text as written."""
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class RevokedPart:
+    """Call `index`, of which pieces are out, is none: its block broke. The block follows as text."""
+
+    index: int
+
+
+Part = TextPart | CallPart | RevokedPart
+
+
+class ToolCallParser:
+    """Splits a growing text into text and calls. The parts, joined, don't depend on how the text is cut into pieces.
+
+    Line ends around a block belong to the form and are dropped. After a broken block the text up to the next
+    `</tool_call>` is text too, so that nothing inside it is taken for a call.
+    """
+
+    def __init__(self, names: Collection[str], *, single: bool = False) -> None:
+        """`names`: the functions on offer. `single`: the text is over after the first whole call."""
+        self._names = frozenset(names)
+        self._single = single
+        self._step: Callable[[str], str] = self._outside
+        self._parts: list[Part] = []
+        self._newlines = 0  # line ends that go out only if text follows them
+        self._tag = ""  # what may become OPEN
+        self._after_call = False
+        self._block = _Block(self._names)
+        self._index = 0
+        self._started = False
+        self._seen = ""  # in a broken block: the last characters, which may begin CLOSE
+        self.calls = 0
+        """Whole calls so far."""
+        self.broken = False
+        """Whether a block was none."""
+        self.done = False
+        """With `single`: the first call is whole, and further text is nothing."""
+
+    def push(self, text: str) -> list[Part]:
+        """What a piece of text adds."""
+        while text and not self.done:
+            text = self._step(text)
+        return self._take_parts()
+
+    def finish(self) -> list[Part]:
+        """At the end of the text. JSON that is whole is a call even where `</tool_call>` is missing."""
+        if self._step == self._inside:
+            if self._block.whole:
+                self._end_call()
+            else:
+                self._break()
+        elif self._step == self._outside and not self.done:
+            tag, self._tag = self._tag, ""
+            self._release(tag)
+            self._text("\n" * self._newlines)
+            self._newlines = 0
+        return self._take_parts()
+
+    def _take_parts(self) -> list[Part]:
+        parts, self._parts = self._parts, []
+        return parts
+
+    def _text(self, text: str) -> None:
+        if not text:
+            return
+        if self._parts and isinstance(last := self._parts[-1], TextPart):
+            self._parts[-1] = TextPart(last.text + text)
+        else:
+            self._parts.append(TextPart(text))
+
+    def _outside(self, text: str) -> str:
+        text = self._tag + text
+        at = text.find(OPEN)
+        end = at if at >= 0 else len(text) - tag_prefix(text, OPEN)
+        self._release(text[:end])
+        if at < 0:
+            self._tag = text[end:]
+            return ""
+        self._tag = ""
+        self._block, self._started, self._step = _Block(self._names), False, self._inside
+        return text[at + len(OPEN) :]
+
+    def _release(self, text: str) -> None:
+        """Text outside of blocks: out with it, but for the line ends at its end."""
+        if self._after_call:
+            text = text.lstrip("\n")
+        body = text.rstrip("\n")
+        if body:
+            self._text("\n" * self._newlines + body)
+            self._newlines, self._after_call = 0, False
+        if not self._after_call:
+            self._newlines += len(text) - len(body)
+
+    def _inside(self, text: str) -> str:
+        for position, char in enumerate(text):
+            try:
+                self._block.push(char)
+            except JsonError:
+                self._block.raw.append(text[:position])
+                self._take_arguments()  # as they would be out, had the text come character by character
+                self._break()
+                return text[position:]
+            if self._block.closed:
+                self._end_call()
+                return text[position + 1 :]
+        self._block.raw.append(text)
+        self._take_arguments()
+        return ""
+
+    def _take_arguments(self) -> None:
+        if arguments := self._block.take_arguments():
+            self._parts.append(CallPart(self._index, None if self._started else self._block.name, arguments))
+            self._started = True
+
+    def _end_call(self) -> None:
+        self._take_arguments()
+        self.calls += 1
+        self._index += 1
+        self._newlines, self._after_call = 0, True
+        self._step = self._outside
+        self.done = self._single
+
+    def _break(self) -> None:
+        self.broken = True
+        if self._started:
+            self._parts.append(RevokedPart(self._index))
+            self._index += 1
+        self._text("\n" * self._newlines + OPEN + "".join(self._block.raw))
+        self._newlines, self._after_call = 0, False
+        self._seen, self._step = "", self._skipping
+
+    def _skipping(self, text: str) -> str:
+        joined = self._seen + text
+        at = joined.find(CLOSE)
+        if at < 0:
+            self._text(text)
+            self._seen = joined[1 - len(CLOSE) :]
+            return ""
+        end = at + len(CLOSE) - len(self._seen)
+        self._text(text[:end])
+        self._step = self._outside
+        return text[end:]
+
+
+class _Block:
+    """What stands between the tags: an object of exactly `name` and `arguments`, in either order."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self._state: Callable[[str], None] = self._before
+        self._scanner = JsonScanner()
+        self._string: list[str] = []
+        self._key = ""
+        self._left = {"name", "arguments"}
+        self._arguments: list[str] = []
+        self._matched = 0  # characters of CLOSE
+        self.name: str | None = None
+        self.raw: list[str] = []
+        """The text so far, kept by the parser."""
+        self.whole = False
+        """The object has ended."""
+        self.closed = False
+        """The closing tag has ended."""
+
+    def push(self, char: str) -> None:
+        """Take one character; JsonError where this is no call."""
+        self._state(char)
+
+    def take_arguments(self) -> str:
+        """Text of the arguments since the last time; empty until the name is known."""
+        if self.name is None:
+            return ""
+        taken = "".join(self._arguments)
+        self._arguments.clear()
+        return taken
+
+    def _before(self, char: str) -> None:
+        if char == "{":
+            self._state = self._before_key
+        elif not char.isspace():
+            raise JsonError(f"no object begins with {char!r}")
+
+    def _before_key(self, char: str) -> None:
+        if char == '"':
+            self._scan(char, self._in_key)
+        elif not char.isspace():
+            raise JsonError(f"no key begins with {char!r}")
+
+    def _scan(self, char: str, state: Callable[[str], None]) -> None:
+        self._scanner, self._string, self._state = JsonScanner(), [], state
+        state(char)
+
+    def _in_string(self, char: str) -> str | None:
+        """The string, once it has ended."""
+        self._scanner.push(char)
+        self._string.append(char)
+        return json.loads("".join(self._string)) if self._scanner.complete else None
+
+    def _in_key(self, char: str) -> None:
+        key = self._in_string(char)
+        if key is None:
+            return
+        if key not in self._left:
+            raise JsonError(f"the key {key!r} isn't expected")
+        self._left.remove(key)
+        self._key, self._state = key, self._colon
+
+    def _colon(self, char: str) -> None:
+        if char == ":":
+            self._state = self._before_value
+        elif not char.isspace():
+            raise JsonError(f"a colon is missing before {char!r}")
+
+    def _before_value(self, char: str) -> None:
+        if self._key == "name" and char == '"':
+            self._scan(char, self._in_name)
+        elif self._key == "arguments" and char == "{":
+            self._scan(char, self._in_arguments)
+        elif not char.isspace():
+            raise JsonError(f"{self._key} cannot begin with {char!r}")
+
+    def _in_name(self, char: str) -> None:
+        name = self._in_string(char)
+        if name is None:
+            return
+        if name not in self._names:
+            raise JsonError(f"there is no function {name!r}")
+        self.name, self._state = name, self._after_value
+
+    def _in_arguments(self, char: str) -> None:
+        self._scanner.push(char)
+        self._arguments.append(char)
+        if self._scanner.complete:
+            self._state = self._after_value
+
+    def _after_value(self, char: str) -> None:
+        if char == "," and self._left:
+            self._state = self._before_key
+        elif char == "}" and not self._left:
+            self.whole, self._state = True, self._in_close
+        elif not char.isspace():
+            raise JsonError(f"the call cannot go on with {char!r}")
+
+    def _in_close(self, char: str) -> None:
+        if char == CLOSE[self._matched]:
+            self._matched += 1
+            self.closed = self._matched == len(CLOSE)
+        elif self._matched or not char.isspace():
+            raise JsonError(f"{CLOSE} is missing before {char!r}")
+
+
+def tag_prefix(text: str, tag: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `tag`, whose only "<" is its first character."""
+    at = text.rfind("<")
+    return len(text) - at if at >= 0 and tag.startswith(text[at:]) else 0

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from llguidance import LLParserLimits
+from numpy.typing import NDArray
+
+from divisi.cluster.grammar import Answer, Grammars, GrammarVocabulary, Guide
+from divisi.model.text.errors import TextError
+from tests.support.fake_runner import VOCAB
+from tests.support.tiny_grammar import EOS, TOKENS, grammars, regex, vocabulary
+
+PROMPT = [50, 51]
+WAIT_S = 30.0
+
+
+def allowed(masks: Future[NDArray[np.int32]], row: int = 0) -> list[str]:
+    bits = np.unpackbits(masks.result(WAIT_S).view(np.uint8), axis=1, count=VOCAB, bitorder="little")
+    return [TOKENS[token] for token in np.flatnonzero(bits[row])]
+
+
+def tokens(text: str) -> list[int]:
+    return [TOKENS.index(character) for character in text]
+
+
+def compiled(source: Grammars, grammar: str) -> Guide:
+    return source.compile(grammar).result(WAIT_S)
+
+
+def test_masks_follow_the_committed_tokens() -> None:
+    source = grammars()
+    guide = compiled(source, regex("a(bc|d)x?"))
+    answer = list(PROMPT)
+    seen = []
+    for text in ("", "a", "d", "x"):
+        answer += tokens(text)
+        seen.append((allowed(source.start([Answer(guide, answer, 2)])), guide.is_complete))
+    assert seen == [(["a", "ab"], False), (["b", "d"], False), (["<eos>", "x"], True), (["<eos>"], True)]
+
+
+def test_asking_again_without_a_new_token_changes_nothing() -> None:
+    """As when a step is aborted, even before its masks were fetched."""
+    source = grammars()
+    guide = compiled(source, regex("ab{3}c"))
+    answer = [*PROMPT, *tokens("abb")]
+    pending = [source.start([Answer(guide, answer, 2)]) for _ in range(20)]
+    assert [allowed(masks) for masks in pending] == [["b"]] * 20
+    assert guide.error is None
+
+
+def test_guides_of_one_grammar_go_their_own_ways() -> None:
+    source = grammars()
+    first, second = compiled(source, regex("[ab]c|d")), compiled(source, regex("[ab]c|d"))
+    masks = source.start([Answer(first, tokens("a"), 0), Answer(second, [], 0)])
+    assert allowed(masks, 0) == ["c"]
+    assert allowed(masks, 1) == ["a", "b", "d"]
+
+
+def test_the_tokenizer_is_read_once_and_only_for_a_grammar() -> None:
+    calls = []
+
+    def load() -> GrammarVocabulary:
+        calls.append(1)
+        return vocabulary()
+
+    source = Grammars(load, VOCAB)
+    assert not calls
+    for pattern in ("a", "b", "a"):
+        assert compiled(source, regex(pattern)).error is None
+    assert calls == [1]
+
+
+def test_many_grammars_do_not_pile_up() -> None:
+    source = grammars()
+    for count in range(1, 200):
+        guide = compiled(source, regex(f"a{{{count}}}"))
+        assert allowed(source.start([Answer(guide, tokens("a" * (count - 1)), 0)])) == ["a"]
+
+
+@pytest.mark.parametrize("grammar", [regex("(a"), "start: missing", "{", ""], ids=["regex", "lark", "json", "empty"])
+def test_a_grammar_that_cannot_be_compiled_is_an_error_of_its_guide(grammar: str) -> None:
+    source = grammars()
+    bad, good = compiled(source, grammar), compiled(source, regex("a"))
+    assert bad.error
+    masks = source.start([Answer(bad, [], 0), Answer(good, [], 0)])
+    assert allowed(masks, 0) == []
+    assert allowed(masks, 1) == ["a"]
+    assert not bad.is_complete
+
+
+def test_a_limit_that_a_grammar_exceeds_on_the_way_stops_its_guide_only() -> None:
+    """Here the size of the parser's sets, which an ambiguous grammar exceeds after some tokens."""
+    limits = LLParserLimits(step_max_items=60, verbose_errors=False)
+    source = grammars(limits)
+    bad = compiled(source, 'start: list\nlist: "a" | list list\n')
+    good = compiled(source, regex("a+"))
+    answer: list[int] = []
+    for _ in range(60):
+        masks = source.start([Answer(bad, answer, 0), Answer(good, answer, 0)])
+        assert "a" in allowed(masks, 1)
+        if bad.error:
+            break
+        assert "a" in allowed(masks, 0)
+        answer += tokens("a")
+    assert bad.error
+    assert answer
+    assert allowed(masks, 0) == []
+    assert not bad.is_complete
+    assert good.error is None
+
+
+def test_a_token_outside_the_grammar_is_an_error() -> None:
+    source = grammars()
+    guide = compiled(source, regex("ab"))
+    assert allowed(source.start([Answer(guide, tokens("b"), 0)])) == []
+    assert guide.error is not None
+    assert "\n" not in guide.error
+
+
+@pytest.mark.parametrize("error", [TextError("tokenizer.json is missing"), OSError("disk"), ValueError("odd")])
+def test_a_tokenizer_that_cannot_be_read_is_told_to_each_request(error: Exception) -> None:
+    def load() -> GrammarVocabulary:
+        raise error
+
+    source = Grammars(load, VOCAB)
+    for _ in range(2):
+        assert str(error) in str(compiled(source, regex("a")).error)
+
+
+def test_only_the_end_of_the_text_follows_a_complete_answer() -> None:
+    source = grammars()
+    guide = compiled(source, regex("ab"))
+    masks = source.start([Answer(guide, tokens("ab"), 0)])
+    assert allowed(masks) == [TOKENS[EOS]]
+    assert guide.is_complete
