@@ -1,247 +1,53 @@
-"""The engine under seeded random traffic and faults, with tight memory; invariants are checked after every action."""
+"""The scheduler under a virtual clock, in many random traces, and the bugs that such traces would catch."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import pytest
-import torch
 
-from divisi.cluster.engine import Engine
-from divisi.cluster.errors import StepAborted
-from divisi.cluster.pages import PagePool
-from divisi.cluster.plan import Chunk, StepPlan
-from divisi.cluster.request import Request, Sampling, TokenEvent
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
-from divisi.cluster.sequence import NOTHING, Sequence, Status
-from divisi.model.sampling import Sampler
-from divisi.model.stopwatch import Stopwatch
-from tests.support.fake_runner import VOCAB, FailingDispatcher, FakeRunner, PlainDispatcher, solo_answer
+from divisi.cluster.scheduler import Scheduler
+from tests.sim.invariants import Fault, Violation
+from tests.sim.mutants import MUTANTS
+from tests.sim.simulation import Simulation, run_traces
 
-TRACES = 200
-TRACES_FULL = 5_000
+TRACES_QUICK = 600
+TRACES_FULL = 10_000
+TRACES_TO_CATCH = 200
 
 
-class Trace:
-    """One engine and the traffic that a seed gives it."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        pick = self.random.randint
-        page_size = self.random.choice([1, 2, 4])
-        self.max_len = pick(8, 60)
-        enough = -(-self.max_len // page_size)
-        max_seqs = pick(1, 8)
-        self.config = SchedulerConfig(
-            vocab_size=VOCAB,
-            max_model_len=self.max_len,
-            num_pages=pick(max(1, enough // 2), enough + enough // 2),
-            page_size=page_size,
-            num_slots=pick(2, max_seqs + 3),
-            max_seqs=max_seqs,
-            max_step_tokens=pick(max_seqs, max_seqs + 24),
-            max_prefill_chunk=pick(1, 16),
-            max_prompt_logit_rows=pick(1, 8),
-        )
-        self.scheduler = Scheduler(self.config)
-        runner = FakeRunner(num_pages=self.config.num_pages, page_size=page_size, num_slots=self.config.num_slots)
-        device = torch.device("cpu")
-        self.engine = Engine(runner, Sampler(), self.scheduler, device=device, stopwatch=Stopwatch())
-        self.accepted: dict[str, Request] = {}
-        self.events: dict[str, list[TokenEvent]] = {}
-        self.arrivals = pick(1, 14)
-
-    def run(self) -> None:
-        """Serve all arrivals to the end and check every answer."""
-        for _ in range(5_000):
-            self._arrive()
-            self._maybe_cancel()
-            plan = self.engine.plan()
-            self._check()
-            if plan is not None:
-                self._step(plan)
-                self._check()
-            elif not self.arrivals:
-                break
-        else:
-            raise AssertionError("requests do not end")
-        self._check_answers()
-
-    def _arrive(self) -> None:
-        for _ in range(self.random.choice([0, 0, 1, 2]) if self.arrivals else 0):
-            self.arrivals -= self.arrivals > 0
-            request = self._request(str(len(self.accepted)))
-            try:
-                self.engine.submit(request)
-            except ValueError:
-                continue
-            self.accepted[request.request_id] = request
-            self.events[request.request_id] = []
-
-    def _request(self, name: str) -> Request:
-        pick = self.random.randint
-        longest = self.random.choice([self.max_len, 4, 4])
-        prompt = tuple(pick(0, VOCAB - 1) for _ in range(pick(1, longest)))
-        return Request(
-            request_id=name,
-            prompt=prompt,
-            max_tokens=self.random.choice([0, 1, *[pick(1, self.max_len) for _ in range(4)]]),
-            sampling=Sampling(
-                temperature=self.random.choice([0.0, 0.7, 1.0]),
-                top_k=self.random.choice([0, 3]),
-                top_p=self.random.choice([1.0, 0.8]),
-                seed=self.random.getrandbits(64),
-            ),
-            stop_ids=frozenset(pick(0, VOCAB - 1) for _ in range(self.random.choice([0, 0, 1]))),
-            logprobs=self.random.choice([None, None, 2]),
-            prompt_logprobs=self.random.choice([None, None, 1]),
-        )
-
-    def _maybe_cancel(self) -> None:
-        if self.accepted and self.random.random() < 0.05:
-            self.engine.cancel(self.random.choice(list(self.accepted)))
-        self._note(self.engine.take_events())
-
-    def _step(self, plan: StepPlan) -> None:
-        while self.random.random() < 0.15:
-            with pytest.raises(StepAborted):
-                self.engine.run(plan, FailingDispatcher(self.random.randint(0, 1)))
-            self._maybe_cancel()
-            self._check()
-        self._maybe_cancel()
-        if self.random.random() < 0.05:
-            self.engine.drop(plan)
-            self._note(self.engine.take_events())
-        else:
-            self._note(self.engine.run(plan, PlainDispatcher()))
-
-    def _note(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            seen = self.events[event.request_id]
-            assert not seen or seen[-1].finish_reason is None, f"{event} after the terminal event"
-            seen.append(event)
-
-    def _check(self) -> None:
-        scheduler, config = self.scheduler, self.config
-        running, waiting = scheduler.running, list(scheduler.waiting)
-        arrivals = [sequence.arrival for sequence in [*running, *waiting]]
-        assert arrivals == sorted(arrivals), "served out of order"
-        held = [page for sequence in running for page in sequence.pages]
-        assert len(held) == len(set(held)), "a page in two sequences"
-        assert scheduler.pages.num_used == len(held)
-        assert scheduler.pages.num_free + len(held) == config.num_pages
-        slots = [slot for sequence in running for slot in (sequence.slot, sequence.spare) if slot != NOTHING]
-        assert len(slots) == len(set(slots)), "a slot in two sequences"
-        assert scheduler.slots.num_free + len(slots) == config.num_slots
-        rows = [sequence.row for sequence in running]
-        assert len(rows) == len(set(rows)) <= config.max_seqs
-        for sequence in waiting:
-            self._check_waiting(sequence)
-        live = {sequence.request.request_id for sequence in [*running, *waiting]}
-        ended = {name for name, events in self.events.items() if events and events[-1].finish_reason}
-        assert live | ended == set(self.accepted), "a request is lost"
-        assert not live & ended, "a finished request is still served"
-
-    @staticmethod
-    def _check_waiting(sequence: Sequence) -> None:
-        assert sequence.status is Status.WAITING
-        assert (sequence.length, sequence.pages) == (0, [])
-        assert sequence.slot == sequence.spare == sequence.row == NOTHING
-
-    def _check_answers(self) -> None:
-        assert self.scheduler.pages.num_free == self.config.num_pages
-        assert self.scheduler.slots.num_free == self.config.num_slots
-        for name, request in self.accepted.items():
-            events = self.events[name]
-            assert sum(event.finish_reason is not None for event in events) == 1
-            tokens = [token for event in events for token in event.token_ids]
-            expected = solo_answer(request, self.max_len)
-            if events[-1].finish_reason == "cancelled":
-                assert tokens == expected[: len(tokens)]
-                continue
-            assert tokens == expected
-            told = [event.prompt_logprobs for event in events if event.prompt_logprobs is not None]
-            assert len(told) == (request.prompt_logprobs is not None)
-            assert all(len(entries) == len(request.prompt) for entries in told)
+@pytest.mark.timeout(600)
+def test_random_traces(full_tier: bool, record_result: Callable[[str, object], None]) -> None:
+    traces = TRACES_FULL if full_tier else TRACES_QUICK
+    counts, worst = run_traces(range(traces))
+    record_result("traces", traces)
+    record_result("what happened", dict(sorted(counts.items())))
+    record_result("largest part of the starvation bound", round(worst, 3))
+    for what in ("preemptions", "aborted steps", "cancellations during a step", "cancelled", "stop", "refused"):
+        assert counts[what] > traces / 4, f"{what}: {counts[what]} in {traces} traces, too few to mean anything"
+    assert counts["failures"] > traces / 50
 
 
-def run_traces(seeds: range) -> int:
-    preemptions = 0
-    for seed in seeds:
-        trace = Trace(seed)
+def test_a_trace_depends_on_nothing_but_its_seed() -> None:
+    assert run_traces(range(30)) == run_traces(range(30))
+
+
+@pytest.mark.parametrize(("mutant", "fault"), MUTANTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_planted_bug_is_reported_for_what_it_is(
+    mutant: type[Scheduler] | type[Simulation], fault: Fault, record_result: Callable[[str, object], None]
+) -> None:
+    caught: list[tuple[int, Fault]] = []
+    for seed in range(TRACES_TO_CATCH):
         try:
-            trace.run()
-        except Exception as error:  # whatever it is, the seed must be told
-            raise AssertionError(f"trace of seed {seed} fails: {error!r}") from error
-        preemptions += trace.scheduler.preemptions
-    return preemptions
+            (mutant(seed) if issubclass(mutant, Simulation) else Simulation(seed, mutant)).run()
+        except Violation as violation:
+            caught.append((seed, violation.fault))
+            if len(caught) == 5:
+                break
+    assert caught, f"{mutant.__name__} is not caught in {TRACES_TO_CATCH} traces"
+    assert {found for _, found in caught} == {fault}, f"(seed, fault): {caught}"
+    record_result("first caught by trace", caught[0][0])
 
 
-@pytest.mark.parametrize("quarter", range(4))
-def test_random_traces(quarter: int) -> None:
-    size = TRACES // 4
-    assert run_traces(range(quarter * size, (quarter + 1) * size)) > size // 4, "memory is not tight"
-
-
-@pytest.mark.verify
-@pytest.mark.timeout(1800)
-def test_many_random_traces() -> None:
-    run_traces(range(TRACES, TRACES_FULL))
-
-
-def _leak_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    give_back = PagePool.give_back
-    monkeypatch.setattr(PagePool, "give_back", lambda pool, pages: give_back(pool, list(pages)[1:]))
-
-
-def _forget_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit_chunk = Scheduler._commit_chunk
-
-    def commit(scheduler: Scheduler, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        sequence.slot, sequence.spare = sequence.spare, sequence.slot
-        commit_chunk(scheduler, chunk)
-
-    monkeypatch.setattr(Scheduler, "_commit_chunk", commit)
-
-
-def _keep_the_length_of_a_preempted_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    preempt = Scheduler._preempt
-
-    def keep(scheduler: Scheduler, sequence: Sequence) -> None:
-        length = sequence.length
-        preempt(scheduler, sequence)
-        sequence.length = length
-
-    monkeypatch.setattr(Scheduler, "_preempt", keep)
-
-
-def _put_the_preempted_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    preempt = Scheduler._preempt
-
-    def rotate(scheduler: Scheduler, sequence: Sequence) -> None:
-        preempt(scheduler, sequence)
-        scheduler.waiting.rotate(-1)
-
-    monkeypatch.setattr(Scheduler, "_preempt", rotate)
-
-
-def _ignore_cancellation_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scheduler, "_is_planned", lambda scheduler, sequence: False)
-
-
-@pytest.mark.parametrize(
-    "plant",
-    [
-        _leak_a_page,
-        _forget_the_swap,
-        _keep_the_length_of_a_preempted_sequence,
-        _put_the_preempted_last,
-        _ignore_cancellation_during_a_step,
-    ],
-)
-def test_a_planted_bug_is_caught(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
-    with pytest.raises(AssertionError, match="trace of seed"):
-        run_traces(range(60))
+def test_every_kind_of_fault_is_planted() -> None:
+    assert {fault for _, fault in MUTANTS} == set(Fault)

@@ -1,0 +1,117 @@
+"""A model whose next token is a hash of the sequence so far, once from its memory and once as an oracle.
+
+The memory follows the rules of the real one: KV at the rows that the page table gives, a state slot that stands at a
+position, a ring entry that the next step replays, and a spare slot for the end of a prefill chunk. Whatever the
+scheduler gets wrong about pages, slots, positions or committed lengths changes the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from divisi.cluster.plan import Chunk, PageGrowth, StepPlan
+from divisi.cluster.request import FinishReason, Request
+from divisi.cluster.scheduler import SchedulerConfig
+from divisi.cluster.sequence import Sequence
+
+VOCAB = 61
+_EMPTY = 17
+_GARBAGE = 0x5EED
+_NOWHERE = (-1, _GARBAGE)
+_CHECK_EVERY = 4
+
+
+def choose(request: Request, generated: int, history: int) -> int:
+    """The token after a history of which `generated` tokens are the answer's."""
+    draw = hash((history, request.sampling.seed))
+    while generated < request.min_tokens and draw % VOCAB in request.stop_ids:
+        draw = hash((draw,))
+    return draw % VOCAB
+
+
+def is_complete(request: Request, generated: int) -> bool:
+    """Whether the grammar allows no further token: here a grammar is the number of tokens that it has."""
+    return request.grammar is not None and generated >= int(request.grammar)
+
+
+def expected_answer(request: Request, max_model_len: int) -> tuple[list[int], FinishReason, int | None]:
+    """Tokens, finish reason and stop id of a request, from nothing but itself."""
+    history = _EMPTY
+    for token in request.prompt:
+        history = hash((history, token))
+    answer: list[int] = []
+    while len(answer) < min(request.max_tokens, max_model_len - len(request.prompt)):
+        if is_complete(request, len(answer)):
+            return answer, "stop", None
+        token = choose(request, len(answer), history)
+        if token in request.stop_ids:
+            return answer, "stop", token
+        answer.append(token)
+        history = hash((history, token))
+    return answer, "length", None
+
+
+class HashModel:
+    """Runs plans on its memory."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._page_size = config.page_size
+        self._kv = [_GARBAGE] * (config.num_pages * config.page_size)
+        self._slots = [_NOWHERE] * config.num_slots
+        self._rings = [_NOWHERE] * config.num_slots
+        self._table = [[-1] * config.max_pages_per_sequence for _ in range(config.max_seqs)]
+
+    def grow(self, growths: Iterable[PageGrowth]) -> None:
+        """Enter new pages into the page table."""
+        for row, start, pages in growths:
+            self._table[row][start : start + len(pages)] = pages
+
+    def attempt(self, plan: StepPlan, stop_after: int | None = None) -> list[int]:
+        """Compute a step and return its tokens; with `stop_after`, of so many sequences only, as if it aborted."""
+        tokens: list[int] = []
+        work: list[Sequence | Chunk] = [*plan.decodes, *plan.chunks]
+        for item in work[:stop_after]:
+            if isinstance(item, Sequence):
+                tokens.append(choose(item.request, item.num_generated, self._decode(item)))
+            else:
+                history = self._prefill(item)
+                if item.samples:
+                    tokens.append(choose(item.sequence.request, item.sequence.num_generated, history))
+        return tokens
+
+    def _decode(self, sequence: Sequence) -> int:
+        length, slot = sequence.length, sequence.slot
+        if self._rings[slot][0] == length:
+            self._slots[slot] = self._rings[slot]
+        before = self._kv[self._at(sequence, length - 1)]
+        intact = self._slots[slot] == (length, before)
+        if length % _CHECK_EVERY == 0:
+            intact = intact and self._history_is_whole(sequence)
+        after = hash((before, sequence.tokens[length])) if intact else _GARBAGE
+        self._kv[self._at(sequence, length)] = after
+        self._rings[slot] = (length + 1, after)
+        return after
+
+    def _prefill(self, chunk: Chunk) -> int:
+        sequence, history = chunk.sequence, _EMPTY
+        if chunk.start:
+            history = self._kv[self._at(sequence, chunk.start - 1)]
+            if self._slots[sequence.slot] != (chunk.start, history):
+                history = _GARBAGE
+        for position in range(chunk.start, chunk.end):
+            history = hash((history, sequence.tokens[position]))
+            self._kv[self._at(sequence, position)] = history
+        self._slots[sequence.spare], self._rings[sequence.spare] = (chunk.end, history), _NOWHERE
+        return history
+
+    def _history_is_whole(self, sequence: Sequence) -> bool:
+        history = _EMPTY
+        for position in range(sequence.length):
+            history = hash((history, sequence.tokens[position]))
+            if self._kv[self._at(sequence, position)] != history:
+                return False
+        return True
+
+    def _at(self, sequence: Sequence, position: int) -> int:
+        page = self._table[sequence.row][position // self._page_size]
+        return page * self._page_size + position % self._page_size

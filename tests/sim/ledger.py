@@ -1,0 +1,155 @@
+"""What each request was told, held against the oracle, and how long the earliest one has been kept waiting.
+
+**The starvation bound.** At any moment let the *earliest* request be the one, of those that have no terminal event,
+that was accepted first. While a request is the earliest, it ends within
+
+    own_steps = ceil(prompt / chunk) + max(answer - 1, 0)
+
+committed steps, where `answer` is its longest possible answer and `chunk` the least number of tokens of the earliest
+prompt that fit a step: the least of `max_prefill_chunk`, `max_step_tokens - (max_seqs - 1)` (everybody else decodes)
+and, where prompt log-probabilities are asked for, `max_prompt_logit_rows`.
+
+Proof. Queue and running sequences are in order of arrival, and so the earliest heads the running ones, or nothing runs
+and it heads the queue, where it is admitted at once, as it was accepted only because it fits alone. Preemption takes
+the latest, so the earliest keeps its memory. Each committed step gives it a chunk (`chunk` tokens or all that are left)
+or a decoded token. If it had `g` tokens of its answer when it became the earliest and has to compute them again, that
+takes ceil((prompt + g) / chunk) <= ceil(prompt / chunk) + g steps, and `g` fewer decodes follow.
+
+So every committed step is charged to one request, none is charged more than its `own_steps`, and a request ends within
+the sum of `own_steps` of those that are unfinished when it arrives, its own included. Both are checked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from divisi.cluster.plan import Outcome
+from divisi.cluster.request import FinishReason, Request, TokenLogprob
+from divisi.cluster.scheduler import SchedulerConfig
+from divisi.cluster.sequence import Sequence
+from tests.sim.hash_model import expected_answer
+from tests.sim.invariants import Fault, Violation
+
+
+@dataclass
+class Record:
+    """One accepted request."""
+
+    sequence: Sequence
+    tokens: list[int]
+    reason: FinishReason
+    stop_id: int | None
+    own_steps: int
+    """The bound on the steps that are charged to it."""
+    all_steps: int
+    """The bound on the steps between its arrival and its end."""
+    arrived_at_step: int
+    charged: int = 0
+    told: list[int] = field(default_factory=list)
+    cancelled: bool = False
+    failed: bool = False
+    prompt_logprobs: list[list[TokenLogprob | None]] = field(default_factory=list)
+
+
+class Ledger:
+    """The books of one trace."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._steps = 0
+        self.unfinished: dict[str, Record] = {}
+        """In order of arrival."""
+        self.ended: Counter[str] = Counter()
+        """Terminal events by their reason."""
+        self.worst_wait = 0.0
+        """The largest fraction of its bound that a request has taken."""
+
+    def accept(self, sequence: Sequence) -> None:
+        """A request was accepted."""
+        request = sequence.request
+        tokens, reason, stop_id = expected_answer(request, self._config.max_model_len)
+        own = own_steps(request, self._config)
+        ahead = sum(record.own_steps for record in self.unfinished.values())
+        self.unfinished[request.request_id] = Record(sequence, tokens, reason, stop_id, own, ahead + own, self._steps)
+
+    def cancel(self, request_id: str) -> None:
+        """A request, if it is unfinished, is about to be cancelled."""
+        if record := self.unfinished.get(request_id):
+            record.cancelled = True
+
+    def fail(self) -> None:
+        """All are about to be ended with an error."""
+        for record in self.unfinished.values():
+            record.failed = True
+
+    def charge(self) -> str | None:
+        """A step was planned: who is charged for it once it is committed."""
+        return next(iter(self.unfinished), None)
+
+    def committed(self, charged: str | None) -> None:
+        """A step was committed; what it did is told next."""
+        self._steps += 1
+        if charged is not None and (record := self.unfinished.get(charged)):
+            record.charged += 1
+
+    def check_waits(self) -> None:
+        """After a committed step: nobody waits too long, and who was cancelled has ended."""
+        for name, record in self.unfinished.items():
+            if record.cancelled:
+                raise Violation(Fault.CANCEL_IGNORED, f"request {name} has outlived its last step")
+            if record.charged > record.own_steps:
+                what = f"request {name} has been the earliest for {record.charged} steps, of {record.own_steps}"
+                raise Violation(Fault.STARVATION, what)
+            if self._steps - record.arrived_at_step >= record.all_steps:
+                raise Violation(Fault.STARVATION, f"request {name} has not ended in {record.all_steps} steps")
+
+    def tell(self, outcome: Outcome) -> None:
+        """A request is told something."""
+        name = outcome.sequence.request.request_id
+        record = self.unfinished.get(name)
+        if record is None or record.sequence is not outcome.sequence:
+            raise Violation(Fault.SECOND_TERMINAL, f"request {name}: {outcome[1:]}")
+        if record.cancelled and outcome.finish_reason != ("error" if record.failed else "cancelled"):
+            raise Violation(Fault.CANCEL_IGNORED, f"request {name}: {outcome[1:]}")
+        record.told += outcome.token_ids
+        if record.told != record.tokens[: len(record.told)]:
+            raise Violation(Fault.WRONG_ANSWER, f"request {name}: {record.told}, expected {record.tokens}")
+        if outcome.finish_reason is None and record.reason == "length" and len(record.told) == len(record.tokens):
+            raise Violation(Fault.WRONG_ANSWER, f"request {name} goes on after {record.told}")
+        if outcome.finish_reason is not None:
+            self._end(name, record, outcome)
+
+    def tell_prompt_logprobs(self, sequence: Sequence, entries: list[TokenLogprob | None]) -> None:
+        """A request is told the log-probabilities of its prompt."""
+        prompt = sequence.request.prompt
+        record = self.unfinished[sequence.request.request_id]
+        record.prompt_logprobs.append(entries)
+        found = [entry and (entry.token_id, entry.logprob) for entry in entries]
+        if found != [None, *[(token, -position) for position, token in enumerate(prompt[1:], 1)]]:
+            raise Violation(Fault.WRONG_ANSWER, f"request {sequence.request.request_id}: prompt {prompt}, told {found}")
+
+    def _end(self, name: str, record: Record, outcome: Outcome) -> None:
+        reason = outcome.finish_reason
+        asked = (reason == "cancelled" and record.cancelled) or (reason == "error" and record.failed)
+        if not asked:
+            expected = (record.tokens, record.reason, record.stop_id)
+            if (record.told, reason, outcome.stop_id) != expected:
+                raise Violation(Fault.WRONG_ANSWER, f"request {name}: {record.told}, {outcome[2:]}, not {expected}")
+            wanted = int(record.sequence.request.prompt_logprobs is not None)
+            if len(record.prompt_logprobs) != wanted:
+                told = len(record.prompt_logprobs)
+                raise Violation(Fault.WRONG_ANSWER, f"request {name}: prompt log-probabilities told {told} times")
+        self.ended[str(reason)] += 1
+        self.worst_wait = max(self.worst_wait, (self._steps - record.arrived_at_step) / record.all_steps)
+        del self.unfinished[name]
+
+
+def own_steps(request: Request, config: SchedulerConfig) -> int:
+    """The bound that the module proves."""
+    prompt = len(request.prompt)
+    chunk = min(config.max_prefill_chunk, config.max_step_tokens - config.max_seqs + 1)
+    if request.prompt_logprobs is not None:
+        chunk = min(chunk, config.max_prompt_logit_rows)
+    answer = min(request.max_tokens, config.max_model_len - prompt)
+    return -(-prompt // chunk) + max(answer - 1, 0)

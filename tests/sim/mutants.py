@@ -1,0 +1,335 @@
+"""Schedulers, and one loop, with one bug each, and the fault that a simulation has to report for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from divisi.cluster.errors import RequestRejected
+from divisi.cluster.plan import Chunk, Outcome, StepPlan
+from divisi.cluster.request import FinishReason, Request
+from divisi.cluster.scheduler import Scheduler
+from divisi.cluster.sequence import NOTHING, Sequence, Status
+from tests.sim.invariants import Fault
+from tests.sim.simulation import Simulation
+
+
+class LosesThePreempted(Scheduler):
+    def _preempt(self, sequence: Sequence) -> None:
+        super()._preempt(sequence)
+        self.waiting.popleft()
+
+
+class ForgetsToDequeueTheCancelled(Scheduler):
+    def cancel(self, request_id: str) -> Outcome | None:
+        sequence = self._sequences.get(request_id)
+        waits = sequence is not None and sequence.status is Status.WAITING
+        outcome = super().cancel(request_id)
+        if waits and outcome is not None:
+            self.waiting.append(outcome.sequence)
+        return outcome
+
+
+class EndsTwice(Scheduler):
+    def commit(
+        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+    ) -> list[Outcome]:
+        outcomes = super().commit(plan, tokens, ends)
+        return [*outcomes, *(outcome for outcome in outcomes if outcome.finish_reason)]
+
+
+class EndsTheCancelledBeforeTheStepDoes(Scheduler):
+    """A cancelled request ends at once, and once more with the step that includes it."""
+
+    def cancel(self, request_id: str) -> Outcome | None:
+        sequence = self._sequences.get(request_id)
+        ended = super().cancel(request_id)
+        if ended is None and sequence is not None:
+            return Outcome(sequence, (), "cancelled")
+        return ended
+
+
+class EndsWithoutAWord(Scheduler):
+    def commit(
+        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+    ) -> list[Outcome]:
+        return [outcome for outcome in super().commit(plan, tokens, ends) if outcome.finish_reason != "stop"]
+
+
+class CancelsTheQueuedWithoutAWord(Scheduler):
+    def cancel(self, request_id: str) -> Outcome | None:
+        outcome = super().cancel(request_id)
+        return None if outcome is not None and outcome.sequence.num_generated == 0 else outcome
+
+
+class FailsOnlyTheRunning(Scheduler):
+    def end_all(self, reason: FinishReason) -> list[Outcome]:
+        running = list(self.running)
+        return [outcome for outcome in super().end_all(reason) if outcome.sequence in running]
+
+
+class AdmitsTheLatestFirst(Scheduler):
+    def submit(self, request: Request) -> Sequence:
+        sequence = super().submit(request)
+        self.waiting.rotate(1)
+        return sequence
+
+
+class AdmitsTheShortestFirst(Scheduler):
+    """Good for the mean, and the end of who has a long prompt."""
+
+    def _prefilling(self) -> Iterator[Sequence]:
+        queue = sorted(self.waiting, key=lambda sequence: len(sequence.tokens))
+        self.waiting.clear()
+        self.waiting.extend(queue)
+        yield from super()._prefilling()
+
+
+class PutsThePreemptedLast(Scheduler):
+    def _preempt(self, sequence: Sequence) -> None:
+        super()._preempt(sequence)
+        self.waiting.rotate(-1)
+
+
+class PrefersTheLatestDecodes(Scheduler):
+    """The earliest waits while anybody else has something to do."""
+
+    def _plan_decodes(self) -> list[Sequence]:
+        decodes = super()._plan_decodes()
+        return decodes[1:] if len(decodes) > 1 else decodes
+
+
+class PausesTheRunningForTheQueue(Scheduler):
+    """Prefill comes first, and decodes only where there is none."""
+
+    def plan(self) -> StepPlan | None:
+        plan = super().plan()
+        if plan is None or not plan.decodes or not plan.chunks:
+            return plan
+        tokens = plan.num_tokens - len(plan.decodes)
+        self.outstanding = StepPlan(plan.step, (), plan.chunks, plan.growths, tokens)
+        return self.outstanding
+
+
+class LeaksAPage(Scheduler):
+    def _release(self, sequence: Sequence) -> None:
+        sequence.pages = sequence.pages[1:]
+        super()._release(sequence)
+
+
+class LeaksThePagesOfTheCancelled(Scheduler):
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...] = (), stop_id: int | None = None
+    ) -> Outcome:
+        if reason == "cancelled":
+            sequence.pages = []
+        return super()._finish(sequence, reason, token_ids, stop_id)
+
+
+class FreesThePlannedAtOnce(Scheduler):
+    """A cancelled request's memory goes to others while a step still writes to it."""
+
+    def _is_planned(self, sequence: Sequence) -> bool:
+        return False
+
+
+class LeaksTheSpare(Scheduler):
+    """Only where a prefill is cancelled or preempted half way."""
+
+    def _release(self, sequence: Sequence) -> None:
+        sequence.spare = NOTHING
+        super()._release(sequence)
+
+
+class LeaksARow(Scheduler):
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...] = (), stop_id: int | None = None
+    ) -> Outcome:
+        row = sequence.row
+        outcome = super()._finish(sequence, reason, token_ids, stop_id)
+        if reason == "cancelled" and row != NOTHING:
+            self._rows.remove(row)
+        return outcome
+
+
+class SharesAPage(Scheduler):
+    def _admit(self) -> Sequence:
+        sequence = super()._admit()
+        if len(self.running) > 1:
+            sequence.pages[0] = self.running[0].pages[0]
+        return sequence
+
+
+class SharesASlot(Scheduler):
+    def _admit(self) -> Sequence:
+        sequence = super()._admit()
+        if len(self.running) > 1:
+            sequence.spare = self.running[0].slot
+        return sequence
+
+
+class SharesARow(Scheduler):
+    def _admit(self) -> Sequence:
+        sequence = super()._admit()
+        if len(self.running) > 1:
+            sequence.row = self.running[0].row
+        return sequence
+
+
+class KeepsPagesWhileQueued(Scheduler):
+    def _preempt(self, sequence: Sequence) -> None:
+        pages = sequence.pages
+        super()._preempt(sequence)
+        sequence.pages = pages
+
+
+class ForgetsTheSwap(Scheduler):
+    def _commit_chunk(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        sequence.slot, sequence.spare = sequence.spare, sequence.slot
+        super()._commit_chunk(chunk)
+
+
+class SendsAgainAfterPreemption(Scheduler):
+    """The recomputed answer starts anew, and the client reads its first tokens twice."""
+
+    def _preempt(self, sequence: Sequence) -> None:
+        super()._preempt(sequence)
+        del sequence.tokens[len(sequence.request.prompt) :]
+
+
+class IgnoresStopIds(Scheduler):
+    def _advance(self, sequence: Sequence, token: int | None, end: FinishReason | None) -> Outcome:
+        outcome = super()._advance(sequence, token, end)
+        return outcome if outcome.stop_id is None else outcome._replace(token_ids=(outcome.stop_id,))
+
+
+class GoesOnAfterTheGrammarsEnd(Scheduler):
+    def commit(
+        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+    ) -> list[Outcome]:
+        return super().commit(plan, tokens)
+
+
+class AnswersOneTokenTooMany(Scheduler):
+    def submit(self, request: Request) -> Sequence:
+        sequence = super().submit(request)
+        sequence.max_tokens += request.max_tokens > 0
+        return sequence
+
+
+class SwapsTheTokensOfTwo(Scheduler):
+    def commit(
+        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+    ) -> list[Outcome]:
+        return super().commit(plan, tokens[::-1], ends)
+
+
+class AsksForPromptLogprobsAnew(Scheduler):
+    """The preempted recomputes its prompt and appends log-probabilities that it has."""
+
+    def _preempt(self, sequence: Sequence) -> None:
+        super()._preempt(sequence)
+        if sequence.prompt_logprobs is not None:
+            del sequence.prompt_logprobs[1:2]
+
+
+class IgnoresCancelsDuringAStep(Scheduler):
+    def cancel(self, request_id: str) -> Outcome | None:
+        return None if self.outstanding is not None else super().cancel(request_id)
+
+
+class IgnoresCancelsInTheQueue(Scheduler):
+    def cancel(self, request_id: str) -> Outcome | None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.status is Status.WAITING:
+            return None
+        return super().cancel(request_id)
+
+
+class ForgetsTheCancelWhenTheStepEndsThePrefill(Scheduler):
+    def _commit_chunk(self, chunk: Chunk) -> None:
+        super()._commit_chunk(chunk)
+        if chunk.last:
+            chunk.sequence.cancelled = False
+
+
+class AcceptsWhatNeverFits(Scheduler):
+    def check(self, request: Request) -> int:
+        try:
+            return super().check(request)
+        except RequestRejected as error:
+            if "pages" not in str(error):
+                raise
+            return min(len(request.prompt) + request.max_tokens, self.config.max_model_len)
+
+
+class RefusesAFullCache(Scheduler):
+    def check(self, request: Request) -> int:
+        total = super().check(request)
+        if total - 1 == self.config.num_pages * self.config.page_size:
+            raise RequestRejected("too long")
+        return total
+
+
+class ExceedsTheTokenBudget(Scheduler):
+    def _plan_chunks(self, budget: int) -> list[Chunk]:
+        return super()._plan_chunks(self.config.max_step_tokens)
+
+
+class ExceedsTheLogitRows(Scheduler):
+    def _chunk(self, sequence: Sequence, budget: int, logit_rows: int) -> Chunk | None:
+        return super()._chunk(sequence, budget, self.config.max_prompt_logit_rows)
+
+
+class TakesPagesThatAreNotThere(Scheduler):
+    def _can_admit(self, sequence: Sequence) -> bool:
+        return bool(self._rows) and self.slots.can_prefill
+
+
+class CommitsAbortedSteps(Simulation):
+    """The loop takes the tokens of an attempt that did not get through for those of the step."""
+
+    def _abort(self, plan: StepPlan, charged: str | None) -> None:
+        super()._abort(plan, charged)
+        self._commit(plan, [0] * (len(plan.decodes) + sum(chunk.samples for chunk in plan.chunks)), charged)
+
+
+MUTANTS: tuple[tuple[type[Scheduler] | type[Simulation], Fault], ...] = (
+    (CommitsAbortedSteps, Fault.WRONG_ANSWER),
+    (LosesThePreempted, Fault.LOST_REQUEST),
+    (ForgetsToDequeueTheCancelled, Fault.GHOST),
+    (EndsTwice, Fault.SECOND_TERMINAL),
+    (EndsTheCancelledBeforeTheStepDoes, Fault.GHOST),
+    (EndsWithoutAWord, Fault.MISSING_TERMINAL),
+    (CancelsTheQueuedWithoutAWord, Fault.MISSING_TERMINAL),
+    (FailsOnlyTheRunning, Fault.MISSING_TERMINAL),
+    (AdmitsTheLatestFirst, Fault.STARVATION),
+    (AdmitsTheShortestFirst, Fault.STARVATION),
+    (PutsThePreemptedLast, Fault.STARVATION),
+    (PrefersTheLatestDecodes, Fault.STARVATION),
+    (PausesTheRunningForTheQueue, Fault.STARVATION),
+    (LeaksAPage, Fault.LEAKED_PAGE),
+    (LeaksThePagesOfTheCancelled, Fault.LEAKED_PAGE),
+    (FreesThePlannedAtOnce, Fault.FREED_TOO_EARLY),
+    (LeaksTheSpare, Fault.LEAKED_SLOT),
+    (LeaksARow, Fault.LEAKED_ROW),
+    (SharesAPage, Fault.SHARED_PAGE),
+    (SharesASlot, Fault.SHARED_SLOT),
+    (SharesARow, Fault.SHARED_ROW),
+    (KeepsPagesWhileQueued, Fault.HELD_BY_WAITING),
+    (ForgetsTheSwap, Fault.WRONG_ANSWER),
+    (SendsAgainAfterPreemption, Fault.WRONG_ANSWER),
+    (IgnoresStopIds, Fault.WRONG_ANSWER),
+    (GoesOnAfterTheGrammarsEnd, Fault.WRONG_ANSWER),
+    (AnswersOneTokenTooMany, Fault.WRONG_ANSWER),
+    (SwapsTheTokensOfTwo, Fault.WRONG_ANSWER),
+    (AsksForPromptLogprobsAnew, Fault.WRONG_ANSWER),
+    (IgnoresCancelsDuringAStep, Fault.CANCEL_IGNORED),
+    (IgnoresCancelsInTheQueue, Fault.CANCEL_IGNORED),
+    (ForgetsTheCancelWhenTheStepEndsThePrefill, Fault.CANCEL_IGNORED),
+    (AcceptsWhatNeverFits, Fault.WRONG_REFUSAL),
+    (RefusesAFullCache, Fault.WRONG_REFUSAL),
+    (ExceedsTheTokenBudget, Fault.OVER_BUDGET),
+    (ExceedsTheLogitRows, Fault.OVER_BUDGET),
+    (TakesPagesThatAreNotThere, Fault.CRASH),
+)

@@ -1,0 +1,83 @@
+"""What happens to a scheduler in one trace: sizes, arrivals, cancellations, aborts, a failure; all from a seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.scheduler import SchedulerConfig
+from tests.sim.hash_model import VOCAB
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One trace's input. Times are in virtual seconds."""
+
+    config: SchedulerConfig
+    arrivals: tuple[tuple[float, Request], ...]
+    cancellations: tuple[tuple[float, str], ...]
+    """Some come before the request, after its end, twice, or name nobody."""
+    failure: float | None
+    """When the worker fails and ends every request with an error."""
+    abort_rate: float
+    """Probability that an attempt at a step aborts."""
+
+
+def make_workload(rng: random.Random) -> Workload:
+    """A tight memory most of the time, and traffic from a trickle to a burst."""
+    config = _config(rng)
+    gap = rng.choice([0.0, 0.5, 3.0, 10.0])
+    now = 0.0
+    arrivals: list[tuple[float, Request]] = []
+    cancellations: list[tuple[float, str]] = []
+    cancel_rate = rng.choice([0.0, 0.1, 0.4])
+    for number in range(rng.choice([rng.randint(1, 12), rng.randint(1, 40)])):
+        now += rng.expovariate(1 / gap) if gap else 0.0
+        arrivals.append((now, _request(rng, config, str(number))))
+        while rng.random() < cancel_rate:
+            cancellations.append((now - 2 + rng.expovariate(1 / 15), str(number)))
+    if rng.random() < 0.1:
+        cancellations.append((rng.uniform(0, now + 10), "nobody"))
+    failure = rng.uniform(0, now + 10) if rng.random() < 0.05 else None
+    return Workload(config, tuple(arrivals), tuple(cancellations), failure, rng.choice([0.0, 0.1, 0.3]))
+
+
+def _config(rng: random.Random) -> SchedulerConfig:
+    pick = rng.randint
+    page_size, max_len, max_seqs = rng.choice([1, 2, 4, 16]), pick(8, 60), pick(1, 8)
+    enough = -(-max_len // page_size)
+    return SchedulerConfig(
+        vocab_size=VOCAB,
+        max_model_len=max_len,
+        num_pages=pick(max(1, enough // 2), 2 * enough),
+        page_size=page_size,
+        num_slots=pick(2, max_seqs + 3),
+        max_seqs=max_seqs,
+        max_step_tokens=pick(max_seqs, max_seqs + 24),
+        max_prefill_chunk=pick(1, 16),
+        max_prompt_logit_rows=pick(1, 8),
+    )
+
+
+def _request(rng: random.Random, config: SchedulerConfig, name: str) -> Request:
+    pick = rng.randint
+    length = pick(1, rng.choice([config.max_model_len, 4, 4]))
+    prompt = tuple(pick(0, VOCAB - 1) for _ in range(length))
+    flaw = rng.random()
+    if flaw < 0.01:
+        prompt = ()
+    elif flaw < 0.02:
+        prompt = (*prompt, rng.choice([-1, VOCAB]))
+    elif flaw < 0.05:
+        name = str(pick(0, int(name)))  # perhaps one that is being served
+    return Request(
+        request_id=name,
+        prompt=prompt,
+        max_tokens=rng.choice([0, 1, -1 if flaw > 0.99 else 2, *[pick(1, config.max_model_len) for _ in range(5)]]),
+        sampling=Sampling(seed=rng.getrandbits(64)),
+        stop_ids=frozenset(pick(0, VOCAB - 1) for _ in range(rng.choice([0, 0, 1, 3]))),
+        prompt_logprobs=rng.choice([None, None, 1]),
+        min_tokens=rng.choice([0, 0, pick(0, 12)]),
+        grammar=rng.choice([None, None, None, str(pick(0, 12))]),
+    )
