@@ -1,4 +1,4 @@
-"""`python -m divisi.benchmarks`: the speed table of benchmarks/README.md."""
+"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from pathlib import Path
 import torch
 
 from divisi.benchmarks import machine, speed, split_step
+from divisi.benchmarks.http_cost import report as http_cost
 from divisi.model.random_checkpoint import write_random_checkpoint
 
 _CONFIG = Path(__file__).parent / "configs" / "bench-s.json"
+_HTTP_TOKENS = {False: 512, True: 128}
+"""Tokens of each stream, by --quick."""
 
 
 def main() -> None:
     """Measure and print; exits with an error if the answers are wrong."""
     parser = argparse.ArgumentParser(prog="python -m divisi.benchmarks", description=__doc__)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["speed", "http"],
+        default="speed",
+        help="speed of the model beside transformers (default), or the cost of a streamed token in the HTTP process",
+    )
     parser.add_argument(
         "--model", type=Path, help="checkpoint folder; without it, a random one of configs/bench-s.json"
     )
@@ -30,6 +40,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = options.model or _random_model(Path(scratch))
         print(machine.describe())
+        if options.what == "http":
+            print(http_cost.report(model_dir, options.rounds, _HTTP_TOKENS[options.quick]))
+            return
         print(
             f"bf16, {options.threads} threads, {model_dir.name}, {options.rounds} rounds, medians (lowest to highest)"
         )
@@ -44,7 +57,7 @@ def main() -> None:
 
 def _random_model(scratch: Path) -> Path:
     out = scratch / _CONFIG.stem
-    write_random_checkpoint(out, json.loads(_CONFIG.read_text()), tokenizer=False)
+    write_random_checkpoint(out, json.loads(_CONFIG.read_text()))
     return out
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen3NextForCausalLM, StaticCache
 
 from divisi.cluster.assembly import build_engine
+from divisi.cluster.dispatch.local import LocalDispatcher
 from divisi.cluster.engine import Engine
 from divisi.cluster.gang.seats import GangShape
 from divisi.cluster.request import Request, Sampling
@@ -55,9 +56,9 @@ class DivisiEngine:
         """Everything in this process, with torch's number of threads."""
         config = ModelConfig.load(model_dir)
         spec = gang_spec(model_dir, GangShape(1, 0), dtype, torch.get_num_threads())
-        engine, dispatcher = build_engine(spec, config)
-        assert dispatcher is not None, "a gang without shards has its own experts"
-        return cls("divisi local", engine, dispatcher, config.vocab_size)
+        engine, experts = build_engine(spec, config)
+        assert experts is not None, "a gang without shards has its own experts"
+        return cls("divisi local", engine, LocalDispatcher(experts), config.vocab_size)
 
     def prefill(self, tokens: int) -> float:
         """See Contender."""

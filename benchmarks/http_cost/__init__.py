@@ -1,0 +1,1 @@
+"""What a streamed token costs in the HTTP process: `python -m divisi.benchmarks http`."""
