@@ -22,7 +22,7 @@ from torch import Tensor
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.grammar import Grammars, Guide
 from divisi.cluster.plan import Outcome, StepPlan
-from divisi.cluster.request import FinishReason, Request, TokenEvent, TokenLogprob
+from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.cluster.scheduler import Scheduler
 from divisi.cluster.sequence import Sequence
 from divisi.cluster.stats import EngineStats
@@ -179,9 +179,7 @@ class Engine:
         for sequence, told in prompt_told.items():
             assert sequence.prompt_logprobs is not None
             sequence.prompt_logprobs += told
-        ends: dict[Sequence, FinishReason] = dict.fromkeys(choice.complete, "stop")
-        ends.update(dict.fromkeys(choice.failed, "error"))
-        outcomes = self._scheduler.commit(plan, choice.tokens, ends)
+        outcomes = self._scheduler.commit(plan, choice.tokens, choice.ends)
         events = [
             self._event(outcome, choice.logprobs.get(outcome.sequence), choice.failed.get(outcome.sequence))
             for outcome in outcomes
@@ -198,8 +196,9 @@ class Engine:
         if request.logprobs is not None:
             logprobs = (logprob,) if token_ids and logprob is not None else ()
         collected = sequence.prompt_logprobs
-        if collected is not None and len(collected) == len(request.prompt) and reason not in ("cancelled", "error"):
+        failed = reason in ("rejected", "error")
+        if collected is not None and len(collected) == len(request.prompt) and not failed and reason != "cancelled":
             prompt_logprobs = tuple(collected)
             sequence.prompt_logprobs = None
-        error = error if reason == "error" else None  # a request that failed may have been cancelled meanwhile
+        error = error if failed else None  # a request that failed may have been cancelled meanwhile
         return TokenEvent(request.request_id, token_ids, logprobs, prompt_logprobs, reason, error, stop_id)

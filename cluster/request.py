@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "rejected", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class TokenEvent:
     """Progress of one request. Exactly one event of a request is terminal: the one with a `finish_reason`.
 
     `prompt_logprobs` comes once, on the first event; its entry 0 is None, as nothing precedes the first token.
-    `error` says what went wrong where the reason is "error"; `stop_id` is the stop id that ended the answer.
+    `error` says what went wrong where the reason is "error", or "rejected": what the request asks for leaves no token
+    to choose. `stop_id` is the stop id that ended the answer.
     """
 
     request_id: str

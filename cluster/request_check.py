@@ -28,14 +28,13 @@ def check_request(request: Request, vocab_size: int) -> None:
         ("temperature", sampling.temperature, 0.0, math.inf),
         ("top_p", sampling.top_p, 0.0, 1.0),
         ("min_p", sampling.min_p, 0.0, 1.0),
+        ("repetition_penalty", sampling.repetition_penalty, 0.01, math.inf),  # logits are divided by it
         ("presence_penalty", sampling.presence_penalty, -math.inf, math.inf),
         ("frequency_penalty", sampling.frequency_penalty, -math.inf, math.inf),
         *((f"logit_bias of {token}", bias, -math.inf, math.inf) for token, bias in sampling.logit_bias),
     ):
         if not (math.isfinite(value) and least <= value <= most):
             raise RequestRejected(f"{name} is {value}: it must be a finite number from {least:g} to {most:g}")
-    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
-        raise RequestRejected(f"repetition_penalty is {sampling.repetition_penalty}: it must be above 0")
 
 
 def _token_ids(request: Request) -> Iterator[tuple[str, Iterable[int]]]:

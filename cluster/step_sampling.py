@@ -16,7 +16,7 @@ from torch import Tensor
 
 from divisi.cluster.grammar import Answer, Grammars
 from divisi.cluster.plan import StepPlan
-from divisi.cluster.request import TokenLogprob
+from divisi.cluster.request import FinishReason, TokenLogprob
 from divisi.cluster.sequence import Sequence
 from divisi.model.logit_rules import RowRules
 from divisi.model.sampling import NO_TOKEN, Logprobs, RowSampling, Sampler, SamplingBatch, token_logprobs
@@ -29,13 +29,13 @@ Masks = Future[NDArray[np.int32]]
 class Choice:
     """A step's tokens, in the order that StepPlan gives, and the log-probabilities asked for.
 
-    Where a request's rules leave no token, its answer ends: with a message in `failed`, or complete, in `complete`.
+    Where a request's rules leave no token, its answer ends: `ends` says how, `failed` why if it isn't complete.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: dict[Sequence, TokenLogprob] = field(default_factory=dict)
+    ends: dict[Sequence, FinishReason] = field(default_factory=dict)
     failed: dict[Sequence, str] = field(default_factory=dict)
-    complete: frozenset[Sequence] = frozenset()
 
 
 class StepSampler:
@@ -79,15 +79,15 @@ class StepSampler:
         stuck: list[Sequence] = []
         if NO_TOKEN in tokens:
             stuck = [sequence for sequence, token in zip(sampled, tokens, strict=True) if token == NO_TOKEN]
-        complete = frozenset(sequence for sequence in stuck if sequence.guide and sequence.guide.is_complete)
-        failed = {sequence: _why_stuck(sequence) for sequence in stuck if sequence not in complete}
+        ends = {sequence: _how_stuck(sequence) for sequence in stuck}
+        failed = {sequence: _why_stuck(sequence) for sequence in stuck if ends[sequence] != "stop"}
         if found.logprobs is None:
-            return Choice(tokens, {}, failed, complete)
+            return Choice(tokens, {}, ends, failed)
         rows = self._batch.logprob_rows
         asked = [sampled[row] for row in rows]
         limits = [sequence.request.logprobs or 0 for sequence in asked]
         told = _told(found.logprobs, [tokens[row] for row in rows], limits)
-        return Choice(tokens, dict(zip(asked, told, strict=True)), failed, complete)
+        return Choice(tokens, dict(zip(asked, told, strict=True)), ends, failed)
 
     def commit(self, choice: Choice) -> None:
         """Count the tokens of a step that is final."""
@@ -141,6 +141,14 @@ def _row_rules(sequence: Sequence) -> RowRules:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
     )
+
+
+def _how_stuck(sequence: Sequence) -> FinishReason:
+    """How an answer ends that has no next token: complete, for a failure, or by what its request asks for."""
+    guide = sequence.guide
+    if guide is None:
+        return "rejected"
+    return "stop" if guide.is_complete else "rejected" if guide.error is None else "error"
 
 
 def _why_stuck(sequence: Sequence) -> str:

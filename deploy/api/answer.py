@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from divisi.cluster.errors import GangNotReady
+from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.request import TokenEvent, TokenLogprob
 from divisi.deploy.api.compile import Call
 from divisi.deploy.api.engine_client import EngineClient
@@ -58,9 +58,11 @@ class Answer:
         self._started = False
 
     def push(self, event: TokenEvent) -> Delta:
-        """Take one event. Raises AnswerError or GangNotReady where the engine gave the answer up."""
+        """Take one event. Raises AnswerError, RequestRejected or GangNotReady where the engine gave the answer up."""
         if event.finish_reason == "error":
             raise AnswerError(event.error or "the engine ended the answer with an error")
+        if event.finish_reason == "rejected":
+            raise RequestRejected(event.error or "what the request asks for contradicts itself")
         if event.finish_reason == "cancelled":
             raise GangNotReady("the server cancelled the answer; send the request again")
         delta = Delta("", [])

@@ -6,18 +6,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from divisi.deploy.api.chunks import ChatChunk, CompletionChunk
 from divisi.deploy.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from divisi.deploy.api.replies import ChatCompletion, Completion, Detokenized, ErrorBody, Tokenized
 
 
 def chat_docs() -> dict[str, Any]:
     """Request and replies of /v1/chat/completions."""
-    return _docs(ChatBody, ChatCompletion, streams=True)
+    return _docs(ChatBody, ChatCompletion, ChatChunk)
 
 
 def completion_docs() -> dict[str, Any]:
     """Request and replies of /v1/completions."""
-    return _docs(CompletionBody, Completion, streams=True)
+    return _docs(CompletionBody, Completion, CompletionChunk)
 
 
 def tokenize_docs() -> dict[str, Any]:
@@ -43,13 +44,14 @@ def ready_docs() -> dict[int | str, dict[str, Any]]:
     return reading_docs() | {"503": not_ready}
 
 
-def _docs(body: type[BaseModel], reply: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
+def _docs(body: type[BaseModel], reply: type[BaseModel], chunk: type[BaseModel] | None = None) -> dict[str, Any]:
+    """`chunk`: an event of the reply, where it can be streamed."""
     error = {"application/json": {"schema": _schema(ErrorBody)}}
     content: dict[str, Any] = {"application/json": {"schema": _schema(reply)}}
-    if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    described = "The answer" + ("; server-sent events where `stream` is true." if streams else ".")
-    errors = {status: text for status, text in _ERRORS.items() if streams or status not in _OF_THE_ENGINE}
+    if chunk is not None:
+        content["text/event-stream"] = {"itemSchema": _event(chunk)}
+    described = "The answer" + ("." if chunk is None else "; server-sent events where `stream` is true.")
+    errors = {status: text for status, text in _ERRORS.items() if chunk is not None or status not in _OF_THE_ENGINE}
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": _schema(body)}}},
         "responses": {
@@ -70,6 +72,15 @@ _ERRORS = {
     "503": "The gang cannot serve now; see Retry-After.",
 }
 _OF_THE_ENGINE = frozenset({"429", "500", "503"})
+
+
+def _event(chunk: type[BaseModel]) -> dict[str, Any]:
+    """A server-sent event, as FastAPI and OpenAPI 3.2 describe them: JSON in `data`, and `[DONE]` after the last."""
+    kinds: list[dict[str, Any]] = [
+        {"contentMediaType": "application/json", "contentSchema": {"anyOf": [_schema(chunk), _schema(ErrorBody)]}},
+        {"const": "[DONE]"},
+    ]
+    return {"type": "object", "properties": {"data": {"type": "string", "anyOf": kinds}}, "required": ["data"]}
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -33,8 +33,11 @@ class SamplingFields(Body):
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
-    logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=MAX_BIASES)] | None = None
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    logit_bias: (
+        Annotated[dict[BiasKey, Bias], Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False})]
+        | None
+    ) = None
     """Added to the logits of token ids, which are keys as text."""
     allowed_token_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_IDS, fail_fast=True)] | None

@@ -153,8 +153,9 @@ class GenerationResponse(Response):
                         await _send_events(send, events)
                 last = self._writer.closing()
             except Exception as error:
-                self._fail("error")
-                if not isinstance(error, AnswerError):
+                refused = isinstance(error, RequestRejected)
+                self._fail("refused" if refused else "error")
+                if not refused and not isinstance(error, AnswerError):
                     logger.error("a stream broke off", exc_info=error)
                 last = b"data: " + to_reply(error).body() + b"\n\n"
         await send({"type": "http.response.body", "body": last, "more_body": False})

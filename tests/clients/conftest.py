@@ -22,7 +22,9 @@ TOPOLOGIES = {
 }
 SIZES = ("--kv-memory", "32MiB", "--max-seqs", "8", "--max-model-len", "512", "--dtype", "float32", "--device", "cpu")
 MODEL = "small"
-CLIENT_TIMEOUT_S = 150
+CLIENT_TIMEOUT_S = 240
+READY_WITHIN_S = 240.0
+"""Long, since other work may share the machine; a client that hangs is still found."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def server(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: py
 ]:  # fmt: skip
     """One topology's name and server; every client calls it before the next topology starts."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running_cluster(model_dir, log, *TOPOLOGIES[request.param], *SIZES) as cluster:
+    arguments = (*TOPOLOGIES[request.param], *SIZES)
+    with running_cluster(model_dir, log, *arguments, ready_within_s=READY_WITHIN_S) as cluster:
         yield request.param, cluster
 
 

@@ -210,7 +210,7 @@ def test_rules_that_leave_no_token_end_the_answer_with_an_error_that_says_so() -
     events = serve(make(grammars()), [stuck, contradiction, request("plain")])
     assert len(answer(events["stuck"])) == 1
     for name in ("stuck", "contradiction"):
-        assert events[name][-1].finish_reason == "error"
+        assert events[name][-1].finish_reason == "rejected"
         assert "no token is left" in str(events[name][-1].error)
     assert events["stuck"][-1].logprobs == ()
     assert events["plain"][-1].finish_reason in ("stop", "length")
@@ -248,6 +248,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"bad_words": ((1, 99),)}, {}, "bad_words has token ids outside"),
     ({"bad_words": ((),)}, {}, "bad_words has an empty entry"),
     ({"repetition_penalty": 0.0}, {}, "repetition_penalty is 0"),
+    ({"repetition_penalty": 1e-45}, {}, "repetition_penalty is 1e-45"),
     ({"presence_penalty": float("inf")}, {}, "presence_penalty is inf"),
     ({"min_p": 1.5}, {}, "min_p is 1.5"),
     ({"temperature": float("nan")}, {}, "temperature is nan"),

@@ -62,7 +62,7 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(model_dir: Path, log: Path, *arguments: str) -> Iterator[Cluster]:
+def running_cluster(model_dir: Path, log: Path, *arguments: str, ready_within_s: float = 90.0) -> Iterator[Cluster]:
     """Start a server, wait until it is ready, stop it by SIGTERM, and fail if a process of it is left."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +74,7 @@ def running_cluster(model_dir: Path, log: Path, *arguments: str) -> Iterator[Clu
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     cluster = Cluster(f"http://127.0.0.1:{port}", process, mark, log)
     try:
-        cluster.ready_after_s = cluster.wait_until_ready(90.0)
+        cluster.ready_after_s = cluster.wait_until_ready(ready_within_s)
         yield cluster
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log.read_text()

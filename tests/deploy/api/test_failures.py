@@ -31,6 +31,7 @@ FAILURES: list[tuple[Step, int, str, str | None]] = [
     (StepAborted("deadline", "expert:1"), 500, "step_aborted", None),
     (RuntimeError("secret"), 500, "internal", None),
     (TokenEvent("r", (), None, finish_reason="error", error="numbers went bad"), 500, "answer_failed", None),
+    (TokenEvent("r", (), None, finish_reason="rejected", error="no token is left"), 400, "request_rejected", None),
     (TokenEvent("r", (), None, finish_reason="cancelled"), 503, "gang_not_ready", "1"),
 ]
 
