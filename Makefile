@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-MODEL ?= build/random-model
+MODEL ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
@@ -24,12 +24,11 @@ install: $(STAMP) ## create .venv with the locked versions
 
 $(VENV): $(STAMP)
 
-demo: $(STAMP) ## start a split cluster on this machine, ask it a question, stop it
+demo: $(STAMP) ## start a split cluster on this machine, ask it a question, have it call a tool, stop it
 	$(BIN)/python -m divisi.deploy.demo
 
-serve: $(STAMP) ## serve MODEL=DIR (a random checkpoint where none is given)
-	test "$(MODEL)" != build/random-model -o -e "$(MODEL)/config.json" || $(BIN)/divisi checkpoint random --out "$(MODEL)"
-	$(BIN)/divisi serve "$(MODEL)" $(SERVE_ARGS)
+serve: $(STAMP) ## serve MODEL=DIR (the demo model where none is given)
+	$(BIN)/divisi serve $(MODEL) $(SERVE_ARGS)
 
 test: $(STAMP) ## the quick, seeded tier
 	$(BIN)/pytest -m "not verify"

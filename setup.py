@@ -3,7 +3,8 @@
 from setuptools import find_namespace_packages, setup
 
 FOLDERS = ("kernels", "model", "cluster", "deploy", "benchmarks")
-found = find_namespace_packages(include=[pattern for name in FOLDERS for pattern in (name, f"{name}.*")])
+patterns = [pattern for name in FOLDERS for pattern in (name, f"{name}.*")]
+found = find_namespace_packages(include=patterns, exclude=["*.divisi-demo"])  # a checkpoint, no package
 
 setup(
     packages=[f"divisi.{name}" for name in found],

@@ -27,6 +27,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from divisi.cluster.gang.seats import GangShape
+from divisi.model.demo import checkpoint_dir
 
 CONFIG_VARIABLE = "DIVISI_CONFIG"
 """Names the configuration file where none is given on the command line (a container image's entry point)."""
@@ -260,11 +261,12 @@ class Settings(Group):
     def load(cls, file: Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
         """Settings of a file under overrides given as {group: {field: value}}; overrides of None count as not given.
 
-        Without a file, the one that DIVISI_CONFIG names is read, if any. Raises SettingsError.
+        Without a file, the one that DIVISI_CONFIG names is read; without that one either, the model is the demo model
+        where the overrides name none. Raises SettingsError.
         """
         if file is None and (named := os.environ.get(CONFIG_VARIABLE)):
             file = Path(named)
-        merged = read_config_file(file) if file is not None else {}
+        merged = read_config_file(file) if file is not None else {"model": {"model_dir": checkpoint_dir()}}
         for group, fields in (overrides or {}).items():
             given = {name: value for name, value in fields.items() if value is not None}
             if given:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "model", "cluster", "deploy", "benchmarks")
-DATA = {".py", ".yaml", ".txt", ".jinja", ".cpp", ".h", ".typed"}
+DATA = {".py", ".yaml", ".txt", ".jinja", ".cpp", ".h", ".typed", ".json", ".safetensors"}
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(300)]
 
@@ -59,5 +59,6 @@ def test_it_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     where = call(str(python), "-c", "import divisi.model.config as m; print(m.__file__)")
     assert Path(where.strip()).is_relative_to(site)
     assert "examples:" in call(divisi, "--help")
+    assert "divisi-demo" in call(divisi, "inspect")
     call(divisi, "checkpoint", "random", "--out", "tiny")
     assert "expert:1" in call(divisi, "inspect", "tiny", "--expert-shards", "2")

@@ -38,7 +38,8 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     """Add the model directory, --config and the flags for model, gang and cache."""
     parser.add_argument(
         "model_dir", metavar="MODEL_DIR", nargs="?", type=Path,
-        help="directory with config.json, safetensors and tokenizer.json (may be in the configuration file instead)",
+        help="directory with config.json, safetensors and tokenizer.json (may be in the configuration file instead; "
+        "where there is neither: divisi-demo, a small trained model)",
     )  # fmt: skip
     parser.add_argument(
         "--config", metavar="FILE", type=Path,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
+  divisi inspect                                     the demo model
   divisi inspect /models/tiny                        one process
   divisi inspect /models/next --attention-workers 2 --expert-shards 4 --kv-memory 16GiB
   divisi inspect /models/next --expert-shards 8 --json

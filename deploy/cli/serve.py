@@ -9,6 +9,7 @@ from divisi.deploy.cli.flags import add_deployment_flags, load_settings
 
 EXAMPLES = """\
 examples:
+  divisi serve                                                   the demo model, in one process
   divisi serve /models/tiny                                      one process
   divisi serve /models/tiny --expert-shards 2                    one attention worker, two expert shards
   divisi serve /models/next --attention-workers 2 --expert-shards 4 --device cuda --kv-memory 16GiB

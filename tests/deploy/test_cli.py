@@ -98,7 +98,6 @@ def test_inspect_table_recognises_mtp(model_dir: Path, tmp_path: Path, capsys: p
         (["inspect", "{dir}", "--expert-shards", "many"], "gang.expert_shards"),
         (["inspect", "{dir}", "--kv-memory", "lots"], "512MiB"),
         (["inspect", "{dir}/none"], "no directory"),
-        (["inspect"], "model.model_dir: missing"),
         (["serve", "{dir}", "--port", "high"], "http.port"),
         (["serve", "{dir}", "--config", "{dir}/none.toml"], "none.toml"),
         (["serve", "{dir}/.."], "config.json"),

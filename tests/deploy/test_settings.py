@@ -56,7 +56,6 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ({}, ["model", "missing"]),
         ({"model": {"model_dir": "/m", "dtyp": "x"}}, ["model.dtyp", "did you mean 'dtype'"]),
         ({"model": {"model_dir": "/m"}, "gagn": {"x": 1}}, ["gagn", "did you mean 'gang'"]),
         ({"model": {"model_dir": "/m"}, "cache": {"kv_memory": "lots"}}, ["cache.kv_memory", "'lots'", "512MiB"]),
@@ -93,6 +92,18 @@ def test_bad_files(name: str, text: str, part: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(SettingsError, match=part):
         Settings.load(path, {"model": {"model_dir": "/m"}})
+
+
+def test_the_demo_model_is_served_where_neither_flag_nor_file_says_what() -> None:
+    assert Settings.load(None, {"http": {"port": 1}}).served_model_name == "divisi-demo"
+    assert Settings.load(None, {"model": {"model_dir": "/m/other", "dtype": None}}).served_model_name == "other"
+
+
+def test_a_file_has_to_name_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[http]\nport = 1\n")
+    with pytest.raises(SettingsError, match=r"model\.model_dir: missing"):
+        Settings.load(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""`python -m divisi.model.demo`: make the tokenizer, train a stage, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from divisi.model.demo import checkpoint_dir
+
+_EXAMPLES = """\
+from nothing to a checkpoint (each stage takes up to 90 minutes on two cores):
+  python -m divisi.model.demo tokenizer --out demo
+  python -m divisi.model.demo train short --out demo
+  python -m divisi.model.demo train long --out demo
+then, with `divisi serve demo` in another terminal:
+  python -m divisi.model.demo evaluate --url http://127.0.0.1:8000 --checkpoint demo
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m divisi.model.demo",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_tokenizer(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    args = parser.parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("tokenizer", help="learn the tokenizer from the corpus and write it with the template")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to begin")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_tokenizer)
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("train", help="train one stage")
+    parser.add_argument("stage", help="one of those in stages.py")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="checkpoint folder: goes on from the weights in it, if any"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="so many steps in place of the stage's own; what it does when scales along"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed and workers give the same weights")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: 2)")
+    parser.set_defaults(run=_train)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("evaluate", help="ask a running server held-out questions; write what it got right")
+    parser.add_argument("--url", required=True, help="of the server, as in http://127.0.0.1:8000")
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint_dir(), help="its weights, for MTP and routing")
+    parser.add_argument("--model", help="the served name (default: what the server lists first)")
+    parser.add_argument("--skills", nargs="*", help="only these (default: all)")
+    parser.add_argument("--cases", type=int, default=200, help="of each skill (default: 200)")
+    parser.add_argument("--at-once", type=int, default=12, help="requests in flight (default: 12)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("evaluation.json"), help="results; the page goes beside it, as .md"
+    )
+    parser.set_defaults(run=_evaluate)
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from divisi.model.demo.stages import make_tokenizer
+
+    make_tokenizer(args.out, args.seed)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from divisi.model.demo.stages import STAGES, run_stage
+
+    if args.stage not in STAGES:
+        print(f"stage: {args.stage!r} is none; take one of {', '.join(STAGES)}", file=sys.stderr)
+        return 2
+    run_stage(args.stage, args.out, args.seed, args.workers, args.steps)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from divisi.model.demo.evaluation.run import evaluate
+
+    return evaluate(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Conversations to train and evaluate on, generated from a seed; words and phrasings never cross splits."""

@@ -1,0 +1,121 @@
+"""Held-out conversations whose last answer is known, by skill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from divisi.model.demo.corpus import chat, recall, tools
+from divisi.model.demo.corpus.conversation import Conversation, Message
+from divisi.model.demo.corpus.everyday import everyday_tool
+from divisi.model.demo.corpus.words import Words
+
+Call = tuple[str, dict[str, Any]]
+
+_TOKENS_A_SENTENCE = 11.7
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request and the answer that is right: a text, or calls."""
+
+    skill: str
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    text: str
+    calls: list[Call]
+    thinks: bool = False
+
+
+def make_cases(skill: str, count: int, seed: int) -> Iterator[Case]:
+    """`count` cases of a skill. Raises KeyError for a skill that is none of SKILLS."""
+    make = SKILLS[skill]
+    for index in range(count):
+        conversation = make(Words(Random(f"evaluate/{skill}/{seed}/{index}"), "held_out"))
+        yield _case(skill, conversation)
+
+
+def _case(skill: str, talk: Conversation) -> Case:
+    last = talk.messages[-1]
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in last.get("tool_calls", [])]
+    return Case(skill, talk.messages[:-1], talk.tools, last["content"], calls, skill.startswith("thinking"))
+
+
+def _offered(words: Words) -> tuple[Conversation, list[tools.Tool]]:
+    talk = Conversation()
+    offered = tools.make_tools(words, words.random.randint(2, 5), everyday_tool)
+    talk.tools = [tool.schema for tool in offered]
+    return talk, offered
+
+
+def _call(words: Words) -> Conversation:
+    talk, offered = _offered(words)
+    tools.add_call(words, talk, offered, responds=False, several=False)
+    return talk
+
+
+def _calls(words: Words) -> Conversation:
+    talk, offered = _offered(words)
+    tools.add_call(words, talk, offered, responds=False, several=True)
+    return talk
+
+
+def _second_call(words: Words) -> Conversation:
+    talk, offered = _offered(words)
+    tools.add_call(words, talk, offered, responds=True, several=False)
+    tools.add_call(words, talk, offered, responds=False, several=False)
+    return talk
+
+
+def _refusal(words: Words) -> Conversation:
+    talk, offered = _offered(words)
+    tools.add_refusal(words, talk, offered)
+    return talk
+
+
+def _tool_answer(words: Words) -> Conversation:
+    talk, offered = _offered(words)
+    tools.add_call(words, talk, offered, responds=True, several=False)
+    return talk
+
+
+def _recall(tokens: int) -> Callable[[Words], Conversation]:
+    def make(words: Words) -> Conversation:
+        facts = words.random.randint(3, 12)
+        return recall.make_recall(words, facts, 1, int((tokens - 15 * facts) / _TOKENS_A_SENTENCE))
+
+    return make
+
+
+def _sum(words: Words) -> Conversation:
+    talk = Conversation()
+    question, answer, thought = chat.sum_of(words)
+    talk.user(question)
+    talk.assistant(answer, thought)
+    return talk
+
+
+def _chat(words: Words) -> Conversation:
+    while True:
+        talk = chat.make_chat(words, words.random.randint(1, 5))
+        if "=" not in talk.messages[-1]["content"]:
+            return talk
+
+
+SKILLS: dict[str, Callable[[Words], Conversation]] = {
+    "call": _call,
+    "parallel calls": _calls,
+    "second call": _second_call,
+    "abstention": _refusal,
+    "tool answer": _tool_answer,
+    "recall 1k": _recall(1024),
+    "recall 4k": _recall(4096),
+    "recall 8k": _recall(8000),
+    "arithmetic": _sum,
+    "chat": _chat,
+    "thinking call": _call,
+    "thinking chat": _chat,
+}
+"""How a conversation of each skill is made; its last message is the answer."""

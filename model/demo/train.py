@@ -1,0 +1,155 @@
+"""The training loop. A stage is so many steps from the weights of the stage before, or from none."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, multiprocessing
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from divisi.model.demo.batches import Batch, Shape, Writer, make_batch
+from divisi.model.demo.export import write_checkpoint
+from divisi.model.demo.network import Network, Pass
+from divisi.model.demo.workers import Shared, Worker, flat_buffer
+
+_SAVE_EVERY = 100
+_BALANCE = 0.1
+_MTP = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of the curriculum."""
+
+    steps: int
+    shapes: tuple[tuple[float, Shape], ...]
+    """Shapes of batches, each worker's, and how often they come."""
+    warmup: int
+    decay_from: int
+    """Step from which the rate falls linearly to zero."""
+    mtp_depth: int
+    """Passes of the MTP layer; 0 trains none."""
+    muon_rate: float = 0.02
+    adam_rate: float = 3e-3
+    thinking: float = 0.15
+    """Share of the conversations that end with a thought."""
+    familiar: float = 1.0
+    """Scales the share of words that the tokenizer knows, see `Words`."""
+    drafts_only: bool = False
+    """Train the MTP layer against the rest as it is."""
+
+    def factor(self, step: int) -> float:
+        """The rate at a step, as a share of the full one."""
+        up = min(1.0, (step + 1) / max(1, self.warmup))
+        down = min(1.0, (self.steps - step) / max(1, self.steps - self.decay_from))
+        return min(up, down)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker needs to know."""
+
+    stage: Stage
+    seed: int
+    folder: Path
+    """Checkpoint folder: tokenizer and template are read there, weights written."""
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A batch's losses; `said` is of the assistant's tokens."""
+
+    total: Tensor
+    said: float
+    right: float
+    """Share of the assistant's tokens that were the likeliest."""
+    mtp: float
+    balance: float
+
+
+def loss_of(network: Network, batch: Batch, mtp_depth: int) -> Loss:
+    """Next tokens, drafts, and the balance of the routers."""
+    context = network.context(batch.ids, batch.texts)
+    hidden = network.hidden(batch.ids, context)
+    logits = network.head(hidden[:, :-1]).flatten(0, 1)
+    targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    total = (losses * weights).sum() / weights.sum()
+    said = weights == 1.0
+    right = float((logits.detach().argmax(-1) == targets)[said].float().mean())
+    mtp = total.new_zeros(())
+    if mtp_depth:
+        mtp = _mtp_loss(network, batch, hidden, logits.detach().view(*hidden[:, :-1].shape[:2], -1), context, mtp_depth)
+    balance = context.load.balance_loss()
+    whole = total + _MTP * mtp + _BALANCE * balance
+    return Loss(whole, float(losses.detach()[said].mean()), right, float(mtp.detach()), float(balance.detach()))
+
+
+def _mtp_loss(network: Network, batch: Batch, hidden: Tensor, logits: Tensor, context: Pass, depth: int) -> Tensor:
+    """Cross entropy of the drafts against what the main model would say in their place."""
+    outs = network.drafts(batch.ids, hidden, context, depth)
+    count = outs[0].shape[1] - 1
+    parts = []
+    for ahead, out in enumerate(outs, start=1):
+        at = slice(ahead, ahead + count)
+        target = logits[:, at].softmax(-1).flatten(0, 1)
+        weights = batch.weights[:, ahead + 1 : ahead + 1 + count]
+        if batch.texts is not None:
+            weights = weights * (batch.texts[:, ahead + 1 : ahead + 1 + count] == batch.texts[:, :count])
+        drafted = network.head(out[:, :count]).flatten(0, 1)
+        parts.append((F.cross_entropy(drafted, target, reduction="none") * weights.flatten()).sum() / weights.sum())
+    return torch.stack(parts).mean()
+
+
+def train(network: Network, job: Job) -> None:
+    """Train in `job.workers` processes, one thread each; the network's parameters end up trained."""
+    network.share_memory()
+    processes = multiprocessing.get_context("spawn")
+    shared = Shared(network, [flat_buffer(network) for _ in range(job.workers)], processes.Barrier(job.workers))
+    others = [processes.Process(target=_work, args=(shared, rank, job), daemon=True) for rank in range(1, job.workers)]
+    for process in others:
+        process.start()
+    try:
+        _work(shared, 0, job)
+    finally:
+        shared.barrier.abort()
+        for process in others:
+            process.join(30)
+
+
+def _work(shared: Shared, rank: int, job: Job) -> None:
+    torch.set_num_threads(1)
+    network = shared.network
+    assert isinstance(network, Network)
+    stage, writer = job.stage, Writer(job.folder)
+    worker = Worker(shared, rank, stage.muon_rate, stage.adam_rate, "mtp." if stage.drafts_only else "")
+    steps = tqdm(range(stage.steps), unit="step", disable=rank > 0, mininterval=10.0)
+    tokens, began = 0, time.monotonic()
+    for step in steps:
+        shape = _draw_shape(stage, f"{job.seed}/{step}")
+        batch = make_batch(writer, shape, f"{job.seed}/{step}/{rank}", "train", stage.thinking, stage.familiar)
+        worker.clear()
+        loss = loss_of(network, batch, stage.mtp_depth if shape.width <= 1024 else 0)
+        loss.total.backward()
+        norm = worker.update(stage.factor(step))
+        tokens += job.workers * int((batch.ids > 0).sum())
+        if rank == 0:
+            speed = tokens / (time.monotonic() - began)
+            note = f"loss {loss.said:.3f} right {loss.right:.3f} mtp {loss.mtp:.3f} load {loss.balance:.2f} {norm:.1f}"
+            steps.set_postfix_str(f"{note} {tokens / 1e6:.2f} M tokens {speed:.0f}/s", refresh=False)
+            if step % 10 == 0:
+                steps.write(f"step {step} length {shape.length} {note} tokens {tokens} {speed:.0f}/s")
+            if (step + 1) % _SAVE_EVERY == 0 or step + 1 == stage.steps:
+                write_checkpoint(network.state_dict(), job.folder)
+
+
+def _draw_shape(stage: Stage, seed: str) -> Shape:
+    weights, shapes = zip(*stage.shapes, strict=True)
+    drawn: Shape = Random(seed).choices(shapes, weights)[0]
+    return drawn
