@@ -150,6 +150,7 @@ def api_settings(settings: Settings, spec: GangSpec, ingress_id: str) -> ApiSett
         grammar_limits=GrammarLimits(max_bytes=limits.max_grammar_bytes),
         retry_after_s=limits.retry_after_s,
         metrics_open=settings.auth.metrics_open,
+        names_requests=False,
         model_dir=spec.model_dir,
         system_fingerprint=f"fp_{hashlib.sha256(computes.encode()).hexdigest()[:10]}",
         metadata={"dtype": spec.dtype, "maxModelLen": spec.max_model_len, "layers": config.num_hidden_layers},

@@ -24,6 +24,7 @@ from divisi.deploy.limits import Gate
 from divisi.deploy.stat_rows import stat_rows
 
 _FRESH_S = 0.5
+_STATUS_TIMEOUT_S = 10.0
 _REPORT_EVERY_S = 0.5
 
 
@@ -91,7 +92,11 @@ class ServeEngineClient:
         """One question serves a whole burst of requests; while the gang serves, its answer is good for a moment."""
         async with self._checking:
             if time.monotonic() - self._checked_at > _FRESH_S:
-                await self.status()
+                try:
+                    async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                        await self.status()
+                except TimeoutError:
+                    raise GangNotReady("the coordinator does not answer") from None
         if not self._status.ready:
             raise GangNotReady(self._status.reason)
 

@@ -191,13 +191,13 @@ def build_app(
     handler = _error_handler(settings)
     for kind in (DivisiError, TextError, HTTPException):
         app.add_exception_handler(kind, handler)
-    # The last one added is the outermost: every reply is counted and has an id, the boundary's too.
+    # The last one added is the outermost: every reply is logged, counted and has an id, the boundary's too.
     if keys is not None:
         app.add_middleware(Authenticate, keys=keys, open_paths=HEALTH | METRICS if settings.metrics_open else HEALTH)
     app.add_middleware(Boundary)
+    app.add_middleware(RequestIds, tells=settings.names_requests)
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(LogRequests)
-    app.add_middleware(RequestIds)
     return app
 
 

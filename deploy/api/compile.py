@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from divisi.cluster.request import Request
+from divisi.cluster.request import Request, Sampling
 from divisi.deploy.api.answer_form import AnswerForms
 from divisi.deploy.api.errors import ApiError
 from divisi.deploy.api.parsing import ParseRule
@@ -76,7 +76,8 @@ class Compiler:
         parse = self._forms.parse_rule(body, prompt, tools, thinks=thinks)
         grammar = await self._forms.answer_grammar(body, prompt, parse, thinking, tools)
         answer_id = f"chatcmpl-{uuid4().hex}"
-        calls = self._calls(body, answer_id, prompt, max_tokens, logprobs, grammar, choices=body.n or 1)
+        sampling = await self._sampling(body)
+        calls = self._calls(body, sampling, answer_id, prompt, max_tokens, logprobs, grammar, choices=body.n or 1)
         return calls if parse is None else [replace(call, parse=parse) for call in calls]
 
     async def completion(self, body: CompletionBody) -> list[Call]:
@@ -97,13 +98,23 @@ class Compiler:
         # The best are chosen by their log-probabilities, whether or not these are told.
         ranked = body.best_of is not None and body.best_of > (body.n or 1)
         logprobs = 0 if ranked and body.logprobs is None else body.logprobs
+        sampling = await self._sampling(body)
+        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{index}]" for index in range(len(prompts))]
         calls: list[Call] = []
-        for index, prompt in enumerate(prompts):
-            where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
-            ids = self._truncated(body, await self._prompt_ids(body, prompt, where), body.max_tokens)
-            max_tokens = self._fit(where, len(ids), body.max_tokens, default=COMPLETION_MAX_TOKENS)
+        for where, ids in zip(names, await self._prompts_ids(body, prompts, names), strict=True):
+            kept = self._truncated(body, ids, body.max_tokens)
+            max_tokens = self._fit(where, len(kept), body.max_tokens, default=COMPLETION_MAX_TOKENS)
             calls += self._calls(
-                body, answer_id, ids, max_tokens, logprobs, grammar, choices=choices, first=len(calls), echo=body.echo
+                body,
+                sampling,
+                answer_id,
+                kept,
+                max_tokens,
+                logprobs,
+                grammar,
+                choices=choices,
+                first=len(calls),
+                echo=body.echo,
             )
         return calls
 
@@ -128,7 +139,6 @@ class Compiler:
         self, body: ChatBody | TokenizeBody, extra: Mapping[str, Any] | None = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         template = self._text.chat_template()
-        messages = [message.plain() for message in body.messages or ()]
         arguments: dict[str, Any] = {**(body.chat_template_kwargs or {}), **(extra or {})}
         if tools:
             arguments["tools"] = [tool.plain() for tool in tools]
@@ -137,18 +147,25 @@ class Compiler:
         truncated = isinstance(body, ChatBody) and body.truncate_prompt_tokens is not None
 
         def tokenise() -> list[int]:
+            messages = [message.plain() for message in body.messages or ()]
             render = template.render_continued if continued else template.render
             rendered = render(messages, add_generation_prompt=opened, **arguments)
             if not truncated:
                 self._check_hopeless(len(rendered), "messages")
             return self._text.tokenizer.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
 
-        chars = sum(len(message["content"]) for message in messages)
+        chars = sum(message.chars for message in body.messages or ())
         return await _off_loop(tokenise, chars + len(str(arguments.get("tools", ""))))
+
+    async def _sampling(self, body: GenerationBody) -> Sampling:
+        """What the choices of all prompts share."""
+        chars = sum(map(len, body.bad_words or ())) + len(body.allowed_token_ids or ())
+        return await _off_loop(lambda: compile_sampling(body, self._text, self._vocab_size), chars)
 
     def _calls(
         self,
         body: GenerationBody,
+        sampling: Sampling,
         answer_id: str,
         prompt: list[int],
         max_tokens: int,
@@ -169,7 +186,6 @@ class Compiler:
                 "lower it, or raise max_tokens",
                 param="min_tokens",
             )
-        sampling = compile_sampling(body, self._text, self._vocab_size)
         ids = tuple(prompt)
         return [
             Call(
@@ -202,15 +218,21 @@ class Compiler:
         room = max(self._settings.max_model_len - max(wanted or 1, 1), 1)
         return prompt[-(room if keep == -1 else keep) :] if keep else []
 
-    async def _prompt_ids(self, body: CompletionBody, prompt: str | list[int], where: str) -> list[int]:
-        if isinstance(prompt, str):
-            if body.truncate_prompt_tokens is None:
+    async def _prompts_ids(
+        self, body: CompletionBody, prompts: Sequence[str | list[int]], names: Sequence[str]
+    ) -> list[list[int]]:
+        special = body.add_special_tokens is not False
+        for prompt, where in zip(prompts, names, strict=True):
+            if not isinstance(prompt, str):
+                self._check_ids(where, prompt)
+            elif body.truncate_prompt_tokens is None:
                 self._check_hopeless(len(prompt), where)
-            special = body.add_special_tokens is not False
+
+        def tokenise() -> list[list[int]]:
             encode = self._text.tokenizer.encode
-            return await _off_loop(lambda: encode(prompt, add_special_tokens=special), len(prompt))
-        self._check_ids(where, prompt)
-        return prompt
+            return [encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in prompts]
+
+        return await _off_loop(tokenise, sum(map(len, prompts)))
 
     def _check_ids(self, param: str, ids: Sequence[int]) -> None:
         check_ids(param, ids, self._vocab_size)

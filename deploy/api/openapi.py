@@ -70,8 +70,9 @@ _ERRORS = {
     "429": "The queue is full; see Retry-After.",
     "500": "The answer failed.",
     "503": "The gang cannot serve now; see Retry-After.",
+    "504": "The answer took longer than the server allows.",
 }
-_OF_THE_ENGINE = frozenset({"429", "500", "503"})
+_OF_THE_ENGINE = frozenset({"429", "500", "503", "504"})
 
 
 def _event(chunk: type[BaseModel]) -> dict[str, Any]:

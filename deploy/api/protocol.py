@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from divisi.deploy.api.base import Body
 from divisi.deploy.api.reasoning import Effort
@@ -170,6 +169,13 @@ class Message(Body):
             raise ValueError("tool_calls and reasoning belong to messages of role assistant; leave them out")
         return self
 
+    @property
+    def chars(self) -> int:
+        """About how much text a template makes of it."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        parts += [call.function.arguments for call in self.tool_calls or ()]
+        return sum(map(len, parts)) + len(self.reasoning or "")
+
     def plain(self) -> dict[str, Any]:
         """As templates want it: text parts joined by line ends, `developer` under its older name."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
@@ -185,6 +191,23 @@ class Message(Body):
         return message
 
 
+def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    reserved = {"messages", "tools", "documents", "add_generation_prompt", "self", "max_chars"}
+    for name, value in arguments.items():
+        if name in reserved or not name.isidentifier():
+            raise ValueError(f"{name[:64]!r} cannot be set by chat_template_kwargs; leave it out")
+        if not isinstance(value, (str, int, float, NoneType)) or len(str(value)) > MAX_ARGUMENT_CHARS:
+            raise ValueError(
+                f"{name[:64]} must be a string, number, boolean or null of at most {MAX_ARGUMENT_CHARS} characters"
+            )
+    return arguments
+
+
+TemplateArguments = Annotated[
+    dict[str, Any], Field(max_length=MAX_TEMPLATE_ARGUMENTS), AfterValidator(_check_arguments)
+]
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -196,7 +219,7 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """Whether the answer goes on with the last message, in place of a new one."""
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=MAX_TEMPLATE_ARGUMENTS)
+    chat_template_kwargs: TemplateArguments | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -204,19 +227,6 @@ class ChatBody(GenerationBody):
     include_reasoning: bool | None = None
     thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_INT)
     """Tokens after which the thinking part is closed."""
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _check_arguments(cls, arguments: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        reserved = {"messages", "tools", "documents", "add_generation_prompt", "self", "max_chars"}
-        for name, value in (arguments or {}).items():
-            if name in reserved or not name.isidentifier():
-                raise ValueError(f"{name[:64]!r} cannot be set by chat_template_kwargs; leave it out")
-            if not isinstance(value, (str, int, float, NoneType)) or len(str(value)) > MAX_ARGUMENT_CHARS:
-                raise ValueError(
-                    f"{name[:64]} must be a string, number, boolean or null of at most {MAX_ARGUMENT_CHARS} characters"
-                )
-        return arguments
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatBody:
@@ -269,7 +279,7 @@ class TokenizeBody(Body):
     """None: added to a text; a template brings its own."""
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=MAX_TEMPLATE_ARGUMENTS)
+    chat_template_kwargs: TemplateArguments | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> TokenizeBody:

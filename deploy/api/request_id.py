@@ -16,8 +16,10 @@ _VALID = re.compile(rb"[!-~]{1,128}")
 class RequestIds:
     """ASGI middleware: `scope["state"]["request_id"]` is the `X-Request-Id` that the client sent, or a new one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, tells: bool) -> None:
+        """`tells`: whether replies carry the id."""
         self._app = app
+        self._tells = tells
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -30,7 +32,7 @@ class RequestIds:
         scope.setdefault("state", {})["request_id"] = request_id.decode("ascii")
 
         async def naming_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if self._tells and message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), (HEADER, request_id)]}
             await send(message)
 

@@ -59,16 +59,16 @@ class LogRequests:
 
 
 def _fields(scope: Scope, status: int, duration_s: float) -> dict[str, object]:
-    key = key_of(scope)
+    key, state = key_of(scope), scope.get("state", {})
     fields: dict[str, object] = {
-        "request_id": scope["state"].get("request_id"),
+        "request_id": state.get("request_id"),
         "method": scope["method"],
         "path": scope["path"][:256],
         "status": status,
         "key": None if key is None else key.name,
         "duration_s": round(duration_s, 6),
     }
-    found: Generated | None = scope["state"].get("generated")
+    found: Generated | None = state.get("generated")
     if found is not None:
         fields["prompt_tokens"] = found.prompt_tokens
         fields["completion_tokens"] = found.completion_tokens

@@ -38,5 +38,7 @@ class ApiSettings(BaseModel):
     """Longest wait for the engine in /health and /metrics."""
     ingress_id: str | None = None
     """Name of this process among several that serve the same API; a label of its rows in /metrics."""
+    names_requests: bool = True
+    """Whether replies carry `X-Request-Id`; Serve's proxy adds it itself."""
     metrics_open: bool = True
     """Whether /metrics can be read without an API key, where keys are asked for at all."""

@@ -48,12 +48,15 @@ def connection(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_key(value: str | None) -> str | None:
     """An API key as given, or out of the file that `@FILE` names. Raises SettingsError."""
-    if value is None or not value.startswith("@"):
-        return value
-    try:
-        return Path(value[1:]).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise SettingsError(f"--api-key: {value[1:]}: cannot be read: {error.strerror}") from None
+    key = value
+    if value is not None and value.startswith("@"):
+        try:
+            key = Path(value[1:]).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise SettingsError(f"--api-key: {value[1:]}: cannot be read: {error.strerror}") from None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise SettingsError("--api-key: the key has other than printable ASCII characters; give it as it was issued")
+    return key
 
 
 def refusal(status: int, body: bytes, retry_after: str | None = None) -> RemoteError:

@@ -10,6 +10,7 @@ import httpx
 from divisi.deploy.cli.remote import RemoteError, pick_model
 from divisi.deploy.demo.server import DemoFailed, free_port, running_server, wait_until_ready
 from divisi.deploy.demo.talk import Talk
+from divisi.model.demo import checkpoint_dir
 
 PARTS = ("scheduler", "mixer", "router", "dispatch", "experts", "sampling", "other")
 _TIME = re.compile(r'^divisi_step_seconds_total\{[^}]*part="(\w+)"[^}]*\}\s+(\S+)', re.MULTILINE)
@@ -42,7 +43,7 @@ def main() -> int:
 
 
 def _serve_command(port: int) -> list[str]:
-    arguments = ["serve", "--port", str(port), "--expert-shards", "2", "--device", "cpu"]
+    arguments = ["serve", str(checkpoint_dir()), "--port", str(port), "--expert-shards", "2", "--device", "cpu"]
     return [sys.executable, "-m", "divisi.deploy.cli", *arguments, "--kv-memory", "64MiB", "--max-seqs", "8"]
 
 

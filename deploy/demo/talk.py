@@ -62,7 +62,10 @@ class Talk:
         if answer.finish_reason != "tool_calls" or [call.name for call in answer.calls] != ["get_weather"]:
             raise DemoFailed(f"the model should have called get_weather, but it wrote {answer.message()}")
         call = answer.calls[0]
-        result = get_weather(**json.loads(call.arguments))
+        try:
+            result = get_weather(**json.loads(call.arguments))
+        except (TypeError, ValueError) as error:
+            raise DemoFailed(f"get_weather cannot take {call.arguments}: {error}") from error
         self._screen.note(f"{call.name} returns {result}")
         conversation.give(call, result)
         told = self._answer(conversation)

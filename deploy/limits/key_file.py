@@ -105,9 +105,10 @@ def read_keys(path: Path) -> KeyRing:
 def _from_lines(path: Path, text: str) -> list[ApiKey]:
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
-        secret, _, name = line.partition("#")[0].strip().partition(" ")
-        if not secret:
+        words = line.partition("#")[0].split(None, 1)
+        if not words:
             continue
+        secret, name = words[0], "".join(words[1:])
         hashed = secret
         if not is_hash(secret):
             if secret.startswith("sha256:"):
@@ -134,6 +135,8 @@ def _from_yaml(path: Path, text: str) -> list[ApiKey]:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the document"
         raise KeyFileError(f"{path}: {place}: {first['msg']}") from None
+    except ValueError:  # of a scalar that looks like a date and is none
+        raise KeyFileError(f"{path}: not valid YAML: put names that look like dates in quotes") from None
     for entry in document.keys:
         if not is_hash(entry.hash):
             raise KeyFileError(

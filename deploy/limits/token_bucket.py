@@ -29,4 +29,5 @@ class TokenBucket:
 
     def wait_s(self) -> float:
         """Seconds until there is a token again; 0 while there is one."""
-        return max(0.0, (1.0 - self.level) / self._per_second)
+        enough = min(1.0, self._capacity)  # of less than a token a minute there never is a whole one
+        return max(0.0, (enough - self.level) / self._per_second)

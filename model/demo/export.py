@@ -64,11 +64,10 @@ def write_checkpoint(parameters: Mapping[str, Tensor], out: Path) -> None:
     stops = {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad}
     _write_json(out / "generation_config.json", stops)
     tensors = published(parameters, CONFIG["num_experts"], CONFIG["moe_intermediate_size"])
-    save_file(
-        {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()},
-        out / SINGLE_FILE,
-        metadata={"format": "pt"},
-    )
+    half = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
+    unfinished = out / f"{SINGLE_FILE}.part"
+    save_file(half, unfinished, metadata={"format": "pt"})
+    unfinished.replace(out / SINGLE_FILE)  # never a broken one in its place
 
 
 def read_network(folder: Path) -> Network:

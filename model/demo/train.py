@@ -124,6 +124,14 @@ def train(network: Network, job: Job) -> None:
 
 
 def _work(shared: Shared, rank: int, job: Job) -> None:
+    try:
+        _train(shared, rank, job)
+    except BaseException:
+        shared.barrier.abort()  # the others wait there
+        raise
+
+
+def _train(shared: Shared, rank: int, job: Job) -> None:
     torch.set_num_threads(1)
     network = shared.network
     assert isinstance(network, Network)

@@ -196,7 +196,10 @@ class _SchemaWalk:
 def _json_grammar(schema: object) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE)
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE)
+    except ValueError as error:  # values in enum and const may be nested deeper than the compiler reads
+        raise GrammarError(_complaint(str(error))) from None
 
 
 def _lark_string(text: str) -> str:

@@ -48,7 +48,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text. Raises TokenizerError for a lone surrogate, which is no text."""
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # encode() keeps the interpreter lock for as long as it takes, a batch of one gives it up
+            return list(self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError as error:
             raise TokenizerError("the text has a lone surrogate, which is not valid Unicode") from error
 

@@ -17,7 +17,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def requests() -> list[Request]:
+    # No choice of these is close: 6e-4 lies between the best two of the closest, and sums in another order move 1e-5.
     return [
-        Request(f"r{i}", tuple(range(5 + 3 * i, 12 + 13 * i)), 24, Sampling(temperature=float(i % 2), seed=i))
+        Request(f"r{i}", tuple(range(5 + 3 * i, 12 + 13 * i)), 24, Sampling(temperature=float(i % 2), seed=20 + i))
         for i in range(5)
     ]

@@ -56,6 +56,12 @@ def test_live_before_ready(cluster: Cluster, record_result: Callable[[str, objec
     wait_for(lambda: "curl http://" in cluster.log.read_text(), 10, "no ready line")
 
 
+def test_one_request_id_comes_back(cluster: Cluster) -> None:
+    """Serve's proxy adds it, so that the ingress must not."""
+    reply = httpx.get(f"{cluster.url}/v1/models", headers={"X-Request-Id": "mine"}, timeout=10)
+    assert reply.headers.get_list("x-request-id") == ["mine"]
+
+
 def test_chat_and_completions_stream(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Who are you?"}]
     whole = client.chat.completions.create(model="small", messages=messages, max_tokens=20, temperature=0)  # type: ignore[arg-type]

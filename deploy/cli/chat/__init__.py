@@ -68,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _question(argument: str | None) -> str | None:
     """What to ask once: the argument, then what comes through a pipe; None to talk."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.read().strip()
-    if sys.stdin.isatty() and argument is None:
+    stdin = sys.stdin  # None where it is closed
+    terminal = stdin is not None and stdin.isatty()
+    piped = "" if stdin is None or terminal else stdin.buffer.read().decode("utf-8", errors="replace").strip()
+    if terminal and argument is None:
         return None
     from divisi.deploy.settings import SettingsError
 
@@ -99,6 +101,8 @@ def _tools(path: Path) -> list[dict[str, Any]]:
 
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tools, list):
+            raise TypeError
         _ = [tool["function"]["name"] for tool in tools]
     except OSError as error:
         raise SettingsError(f"--tools: {path}: cannot be read: {error.strerror}") from None
@@ -106,7 +110,6 @@ def _tools(path: Path) -> list[dict[str, Any]]:
         raise SettingsError(
             f'--tools: {path}: must be a JSON list like [{{"type": "function", "function": {{"name": "now"}}}}]'
         ) from None
-    assert isinstance(tools, list)
     return tools
 
 

@@ -15,6 +15,11 @@ class ParameterError(ValueError):
     """A parameter that is no NAME=VALUE, or that the chat sets itself."""
 
 
+def _no_json(name: str) -> None:
+    """NaN and Infinity, which Python reads and JSON does not have: they are text like any other."""
+    raise ValueError(name)
+
+
 @dataclass
 class ToolCall:
     """A call that the model asks for; `arguments` is JSON text, as far as it has come."""
@@ -107,6 +112,6 @@ class Conversation:
             self.params.pop(name, None)
             return
         try:
-            self.params[name] = json.loads(value)
+            self.params[name] = json.loads(value, parse_constant=_no_json)
         except ValueError:
             self.params[name] = value

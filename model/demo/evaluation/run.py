@@ -28,13 +28,14 @@ def evaluate(args: argparse.Namespace) -> int:
     if unknown:
         print(f"--skills: {unknown[0]!r} is none; take some of {', '.join(map(repr, SKILLS))}", file=sys.stderr)
         return 2
+    network, writer = read_network(args.checkpoint), Writer(args.checkpoint)
     cases = [case for skill in skills for case in make_cases(skill, args.cases, args.seed)]
     try:
         verdicts = _ask(args, cases)
     except httpx.HTTPError as error:
         print(f"{args.url}: {error}; is a server with this model running there?", file=sys.stderr)
         return 1
-    findings = look_inside(read_network(args.checkpoint), Writer(args.checkpoint), _BATCHES)
+    findings = look_inside(network, writer, _BATCHES)
     write_report(verdicts, {"mtp and routing": dataclasses.asdict(findings)}, args.out)
     for skill, (right, count) in rates(verdicts).items():
         print(f"{skill:16} {right:4} of {count}  {100 * right / count:5.1f} %")

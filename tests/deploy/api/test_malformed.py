@@ -25,6 +25,14 @@ def completion(**fields: Any) -> tuple[str, dict[str, Any]]:
     return TEXT, {"model": "test-model", "prompt": "hi", **fields}
 
 
+def tokenize(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return "/tokenize", {"messages": ASK, **fields}
+
+
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
 # (path and body, status, the error's param, words that its message must have)
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 
@@ -124,6 +132,9 @@ FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs", "messages"),
     (chat(chat_template_kwargs={"a": {"b": 1}}), 400, "chat_template_kwargs", "a must be"),
     (chat(chat_template_kwargs=[1]), 400, "chat_template_kwargs", "JSON object"),
+    (tokenize(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs", "messages"),
+    (tokenize(chat_template_kwargs={"self": 1}), 400, "chat_template_kwargs", "self"),
+    (tokenize(chat_template_kwargs={"max_chars": 1}), 400, "chat_template_kwargs", "max_chars"),
     (chat(tools=[{"type": "function"}]), 400, "tools[0].function", "required"),
     (chat(response_format={"type": "xml"}), 400, "response_format", "json_object"),
     (chat(response_format={"type": "json_schema"}), 400, "response_format.json_schema", "required"),
@@ -131,6 +142,7 @@ FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (json_schema({"properties": {"a": {"not": {}}}}), 400, "response_format", "$.properties.a: the keyword 'not'"),
     (json_schema({"type": "string", "maxLength": 10**7}), 400, "response_format", "limit of 10000"),
     (json_schema({"enum": [str(i) for i in range(5000)]}), 400, "response_format", "more than 4096"),
+    (json_schema({"enum": [nested(180)]}), 400, "response_format", "recursion limit"),
     (json_schema({"description": "x" * 70_000}), 400, "response_format", "at most 65536"),
     (json_schema({"$ref": "#/$defs/a"}), 400, "response_format", "does not exist"),
     (json_schema({"$ref": "http://a/b"}), 400, "response_format", "outside the schema"),

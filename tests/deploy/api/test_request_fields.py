@@ -174,3 +174,4 @@ def test_request_ids(http: httpx.Client) -> None:
     refused = http.get(path, headers={"X-Request-Id": "x" * 129})
     assert refused.status_code == 400
     assert "X-Request-Id" in refused.json()["error"]["message"]
+    assert refused.headers["x-request-id"] not in ("", "x" * 129)

@@ -28,8 +28,8 @@ READY = "\x1b[?2004h"  # the prompt asks the terminal for bracketed paste
 SAID = "Hello, world! 你好 👩‍🚀 naïve"
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, url: str, *arguments: str, piped: str = "") -> int:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
+def ask(monkeypatch: pytest.MonkeyPatch, url: str, *arguments: str, piped: bytes = b"") -> int:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
     return main(["chat", "--base-url", f"{url}/v1", *arguments])
 
 
@@ -37,7 +37,7 @@ def test_one_question(
     url: str, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--system", "Be brief.", "-p", "temperature=0.25", "-p", 'stop=["never"]', "-p", "max_tokens=50")
-    assert ask(monkeypatch, url, "Explain:", *flags, piped="some text\n") == 0
+    assert ask(monkeypatch, url, "Explain:", *flags, piped=b"some text\n") == 0
     captured = capsys.readouterr()
     assert captured.out == SAID + "\n"
     assert captured.err == ""
@@ -60,6 +60,8 @@ def test_one_question(
         (["Hi", "--base-url", "http://127.0.0.1:9/v1"], 1, "divisi serve"),
         (["Hi", "--base-url", "{url}"], 1, "/v1"),
         (["Hi", "--api-key", "@/nowhere"], 2, "/nowhere"),
+        (["Hi", "--api-key", "клю"], 2, "printable ASCII"),
+        (["Hi", "-p", "temperature=NaN"], 1, "temperature"),
         ([], 2, "nothing to ask"),
     ],
 )
@@ -211,8 +213,16 @@ def test_control_characters_are_not_obeyed() -> None:
 
 
 def test_tools_file(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> None:
-    (tmp_path / "tools.json").write_text('{"not": "a list"}')
-    assert ask(monkeypatch, url, "Hi", "--tools", str(tmp_path / "tools.json")) == 2
+    for text in ('{"not": "a list"}', "{}"):
+        (tmp_path / "tools.json").write_text(text)
+        assert ask(monkeypatch, url, "Hi", "--tools", str(tmp_path / "tools.json")) == 2
+
+
+def test_what_is_piped_need_not_be_unicode(url: str, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> None:
+    assert ask(monkeypatch, url, "Review:", piped=b"caf\xe9") == 0
+    assert "caf\N{REPLACEMENT CHARACTER}" in engine.tokenizer.decode(engine.requests[0].prompt)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "--base-url", f"{url}/v1", "Hi"]) == 0
 
 
 @pytest.fixture

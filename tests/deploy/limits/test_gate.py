@@ -125,6 +125,17 @@ async def test_a_key_has_its_own_concurrency() -> None:
         gate.admit(key, requests(3))
 
 
+async def test_a_key_with_less_than_a_token_a_minute_for_each_replica_gets_its_turn() -> None:
+    clock = Clock()
+    gate = Gate(GateLimits(replicas=8), clock)
+    key = ApiKey("a", "h", tokens_per_minute=3)
+    gate.check(key)
+    with gate.admit(key, requests(prompt=1)), pytest.raises(KeyLimitReached):
+        gate.check(key)
+    clock.now += 161
+    gate.check(key)
+
+
 async def test_a_key_pays_for_its_tokens_and_waits_while_in_debt() -> None:
     clock = Clock()
     gate = Gate(GateLimits(), clock)

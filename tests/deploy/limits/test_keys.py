@@ -38,7 +38,7 @@ def test_only_the_key_itself_is_found(presented: str) -> None:
 
 
 def test_lines(tmp_path: Path) -> None:
-    ring = read_keys(write(tmp_path, f"# ours\n\n{KEY} team a # plain\n{hash_key(OTHER)}\n"))
+    ring = read_keys(write(tmp_path, f"# ours\n\n{KEY}\tteam a # plain\n{hash_key(OTHER)}\n"))
     assert len(ring) == 2
     found, other = ring.find(KEY), ring.find(OTHER)
     assert found is not None
@@ -66,6 +66,7 @@ def test_yaml(tmp_path: Path) -> None:
         ("k.yaml", f"keys:\n- name: a\n  hash: {KEY}", ["'a'", "divisi keys new"]),
         ("k.yaml", f"keys:\n- name: a\n  hash: {hash_key(KEY)}\n  max_concurrent: 0", ["max_concurrent", "greater"]),
         ("k.yaml", f"keys:\n- name: a\n  key: {KEY}", ["keys.0"]),
+        ("k.yaml", f"keys:\n- name: 2024-13-45\n  hash: {hash_key(KEY)}", ["quotes"]),
     ],
 )
 def test_mistakes_are_named_without_the_key(tmp_path: Path, name: str, text: str, words: list[str]) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,18 @@ def test_names_of_tokens(tokenizer: Tokenizer) -> None:
     [first, *_] = tokenizer.encode("👩")
     assert tokenizer.name_of(first).startswith("bytes:\\xf0")
     assert tokenizer.name_of(10**6) == ""
+
+
+def test_a_long_text_leaves_the_interpreter_to_others(tokenizer: Tokenizer) -> None:
+    text = "some words, " * 60_000
+    work = threading.Thread(target=tokenizer.encode, args=(text,))
+    ticks = 0
+    work.start()
+    while work.is_alive():
+        ticks += 1
+        time.sleep(0.001)
+    work.join()
+    assert ticks > 20, f"this thread went on only {ticks} times meanwhile"
 
 
 def test_lone_surrogate(tokenizer: Tokenizer) -> None:
