@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -54,7 +55,13 @@ class Writer:
         self._start, self._end, self._think, assistant = (
             self._tokenizer.token_to_id(token) for token in (START_OF_TURN, END_OF_TURN, "<think>", "assistant")
         )
+        self._pieces = sorted(token for token in self._tokenizer.get_vocab() if token.isascii() and token.isalpha())
         self._assistant = assistant if assistant is not None else self._tokenizer.encode("assistant").ids[0]
+
+    @property
+    def pieces(self) -> Sequence[str]:
+        """Tokens of letters only. Those that merges left behind as parts of longer ones hardly occur in known words."""
+        return self._pieces
 
     def write(self, words: Words, length: int, thinking: float) -> tuple[list[int], list[float]]:
         """One conversation's ids and weights."""
@@ -101,10 +108,16 @@ class Writer:
 
 
 def make_batch(
-    writer: Writer, shape: Shape, seed: str, split: Split, thinking: float = 0.15, familiar: float = 1.0
+    writer: Writer,
+    shape: Shape,
+    seed: str,
+    split: Split,
+    thinking: float = 0.15,
+    familiar: float = 1.0,
+    pieces: bool = False,
 ) -> Batch:
-    """A batch that depends on its arguments only."""
-    words = Words(Random(seed), split, familiar)
+    """A batch that depends on its arguments only. `pieces`: invent words out of the tokenizer's pieces, too."""
+    words = Words(Random(seed), split, familiar, writer.pieces if pieces else ())
     ids = torch.zeros(shape.rows, shape.width, dtype=torch.long)
     texts = torch.zeros(shape.rows, shape.width, dtype=torch.long)
     weights = torch.zeros(shape.rows, shape.width)

@@ -31,23 +31,27 @@ class Stage:
     """Shapes of batches, each worker's, and how often they come."""
     warmup: int
     decay_from: int
-    """Step from which the rate falls linearly to zero."""
+    """Step from which the rate falls linearly."""
     mtp_depth: int
     """Passes of the MTP layer; 0 trains none."""
+    last: float = 0.0
+    """Share of the rate that is left at the end."""
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
     thinking: float = 0.15
     """Share of the conversations that end with a thought."""
     familiar: float = 1.0
     """Scales the share of words that the tokenizer knows, see `Words`."""
+    pieces: bool = False
+    """Whether words are invented out of the tokenizer's pieces, too."""
     drafts_only: bool = False
     """Train the MTP layer against the rest as it is."""
 
     def factor(self, step: int) -> float:
         """The rate at a step, as a share of the full one."""
         up = min(1.0, (step + 1) / max(1, self.warmup))
-        down = min(1.0, (self.steps - step) / max(1, self.steps - self.decay_from))
-        return min(up, down)
+        left = min(1.0, (self.steps - step) / max(1, self.steps - self.decay_from))
+        return min(up, self.last + (1.0 - self.last) * left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,9 @@ def _train(shared: Shared, rank: int, job: Job) -> None:
     tokens, began = 0, time.monotonic()
     for step in steps:
         shape = _draw_shape(stage, f"{job.seed}/{step}")
-        batch = make_batch(writer, shape, f"{job.seed}/{step}/{rank}", "train", stage.thinking, stage.familiar)
+        batch = make_batch(
+            writer, shape, f"{job.seed}/{step}/{rank}", "train", stage.thinking, stage.familiar, stage.pieces
+        )
         worker.clear()
         loss = loss_of(network, batch, stage.mtp_depth if shape.width <= 1024 else 0)
         loss.total.backward()

@@ -39,11 +39,14 @@ def words_of(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
 
 
 class Words:
-    """Draws words of one split. `familiar` scales the share of listed words, in place of which others are invented."""
+    """Draws words of one split. `familiar` scales the share of listed words, in place of which others are invented,
+    half of them out of `pieces` where there are some.
+    """
 
-    def __init__(self, random: Random, split: Split, familiar: float = 1.0) -> None:
+    def __init__(self, random: Random, split: Split, familiar: float = 1.0, pieces: Sequence[str] = ()) -> None:
         self.random = random
         self._familiar = familiar
+        self._pieces = pieces
         self.split: Split = split
 
     def of(self, words: Sequence[str]) -> str:
@@ -62,7 +65,10 @@ class Words:
         while True:
             count = syllables or self.random.choice((1, 2, 2, 2, 3))
             draw = self.random.choice
-            word = "".join(draw(_ONSETS) + draw(_VOWELS) + draw(_CODAS) for _ in range(count))
+            if self._pieces and self.random.random() < 0.5:
+                word = "".join(draw(self._pieces) for _ in range(count))
+            else:
+                word = "".join(draw(_ONSETS) + draw(_VOWELS) + draw(_CODAS) for _ in range(count))
             if len(word) > 2 and split_of(word) == self.split:
                 return word
 
