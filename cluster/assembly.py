@@ -130,6 +130,12 @@ def assemble_engine(
 ) -> Engine:
     """An engine with the attention side's weights and memory for `limits`. Raises CheckpointError."""
     stopwatch = Stopwatch()
+    grammars = Grammars(
+        lambda: GrammarVocabulary.load(checkpoint.model_dir, config.vocab_size),
+        config.vocab_size,
+        threads=torch.get_num_threads(),
+    )
+    grammars.prepare()
     weights = load_weights(checkpoint, config, dtype, device, progress)
     store = StateStore(
         config,
@@ -140,9 +146,4 @@ def assemble_engine(
         device=device,
     )
     runner = ModelRunner(config, weights, store, kernels, stopwatch)
-    grammars = Grammars(
-        lambda: GrammarVocabulary.load(checkpoint.model_dir, config.vocab_size),
-        config.vocab_size,
-        threads=torch.get_num_threads(),
-    )
     return Engine(runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch, grammars=grammars)

@@ -89,7 +89,8 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """End a request now or, if the step under way includes it, with that step. Unknown ids are ignored."""
-        if self._compiling.pop(request_id, None):
+        if (compiling := self._compiling.pop(request_id, None)) is not None:
+            compiling[1].cancel()
             self._events.append(TokenEvent(request_id, (), None, finish_reason="cancelled"))
         outcome = self._scheduler.cancel(request_id)
         if outcome is not None:
@@ -131,7 +132,8 @@ class Engine:
     def fail_all(self, message: str) -> None:
         """End every request with an error, for a worker that cannot go on; drops the plan under way."""
         self._events += [self._event(outcome, error=message) for outcome in self._scheduler.end_all("error")]
-        for request_id in self._compiling:
+        for request_id, (_, guide) in self._compiling.items():
+            guide.cancel()
             self._events.append(TokenEvent(request_id, (), None, finish_reason="error", error=message))
         self._compiling.clear()
 

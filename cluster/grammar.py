@@ -10,7 +10,6 @@ Shapes: G guides, B = ceil(V / 32) words of 32 tokens each, the lowest bit first
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +23,6 @@ from numpy.typing import NDArray
 from divisi.model.text.codec import TextCodec
 
 log = logging.getLogger(__name__)
-
-_KEPT_GRAMMARS = 64
-"""Compiled grammars kept for requests that use the same again."""
 
 
 class GrammarVocabulary(NamedTuple):
@@ -92,16 +88,19 @@ class Grammars:
         threads: int = 1,
         limits: LLParserLimits | None = None,
     ) -> None:
-        """`load` is called once, when the first grammar comes. `threads`: for the masks of one step."""
+        """`load` is called once, in another thread. `threads`: for the masks of one step."""
         self._load = load
         self._words = -(-vocab_size // 32)
         self._limits = limits or LLParserLimits(verbose_errors=False)
         self._vocabulary: GrammarVocabulary | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._executor = LLExecutor(threads)
         # One thread each, so that neither needs a lock, and no mask waits for a grammar being compiled.
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
         self._masker = ThreadPoolExecutor(1, "grammar-masks")
+
+    def prepare(self) -> None:
+        """Begin to read the tokenizer, which takes the interpreter from everybody else: better before anybody waits."""
+        self._compiler.submit(self._compile, "start: /./")
 
     def compile(self, grammar: str) -> Future[Guide]:
         """A guide at the start of an answer. It has an `error` where the grammar or the tokenizer cannot be used."""
@@ -119,17 +118,12 @@ class Grammars:
         try:
             if self._vocabulary is None:
                 self._vocabulary = self._load()
-            matcher = self._compiled.get(grammar)
-            if matcher is None:
-                matcher = LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0, limits=self._limits)
+            # One of its own for each answer: copies share a lexer, and with it the limit that one of them exceeds.
+            matcher = LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0, limits=self._limits)
         except (ValueError, OSError) as error:  # TextError, or what llguidance says of a tokenizer
             log.warning("no grammar can be used: %s", error)
             return Guide(None, error=f"the model's tokenizer cannot be used for grammars: {_first_line(str(error))}")
-        self._compiled[grammar] = matcher
-        self._compiled.move_to_end(grammar)
-        if len(self._compiled) > _KEPT_GRAMMARS:
-            self._compiled.popitem(last=False)
-        guide = Guide(matcher.deep_copy(), self._vocabulary.eos_ids)
+        guide = Guide(matcher, self._vocabulary.eos_ids)
         guide.check()
         return guide
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request
+
+_HUGE = 1e9
+"""No logit in fp32 becomes infinite by it."""
 
 
 def check_request(request: Request, vocab_size: int) -> None:
@@ -24,23 +26,27 @@ def check_request(request: Request, vocab_size: int) -> None:
         outside = [token for token in ids if not 0 <= token < vocab_size]
         if outside:
             raise RequestRejected(f"{name} has token ids outside 0..{vocab_size - 1}, such as {outside[0]}")
+    for name, count in (("top_k", sampling.top_k), ("min_tokens", request.min_tokens)):
+        if not 0 <= count < 2**31:
+            raise RequestRejected(f"{name} is {count}: it must be a whole number from 0 to {2**31 - 1}")
     for name, value, least, most in (
-        ("temperature", sampling.temperature, 0.0, math.inf),
+        ("temperature", sampling.temperature, 0.0, _HUGE),
         ("top_p", sampling.top_p, 0.0, 1.0),
         ("min_p", sampling.min_p, 0.0, 1.0),
-        ("repetition_penalty", sampling.repetition_penalty, 0.01, math.inf),  # logits are divided by it
-        ("presence_penalty", sampling.presence_penalty, -math.inf, math.inf),
-        ("frequency_penalty", sampling.frequency_penalty, -math.inf, math.inf),
-        *((f"logit_bias of {token}", bias, -math.inf, math.inf) for token, bias in sampling.logit_bias),
+        ("repetition_penalty", sampling.repetition_penalty, 0.01, _HUGE),  # logits are divided by it
+        ("presence_penalty", sampling.presence_penalty, -_HUGE, _HUGE),
+        ("frequency_penalty", sampling.frequency_penalty, -_HUGE, _HUGE),
+        *((f"logit_bias of {token}", bias, -_HUGE, _HUGE) for token, bias in sampling.logit_bias),
     ):
-        if not (math.isfinite(value) and least <= value <= most):
+        if not least <= value <= most:
             raise RequestRejected(f"{name} is {value}: it must be a finite number from {least:g} to {most:g}")
 
 
 def _token_ids(request: Request) -> Iterator[tuple[str, Iterable[int]]]:
     sampling = request.sampling
     yield "the prompt", (min(request.prompt), max(request.prompt))
-    yield "allowed_token_ids", sampling.allowed_token_ids or ()
+    if allowed := sampling.allowed_token_ids:
+        yield "allowed_token_ids", (min(allowed), max(allowed))
     yield "logit_bias", (token for token, _ in sampling.logit_bias)
     yield "bad_words", (token for word in sampling.bad_words for token in word)
     if request.min_tokens:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from divisi.cluster.grammar import Guide
 from divisi.cluster.request import Request, TokenLogprob
 
@@ -47,8 +50,14 @@ class Sequence:
     """Cancelled while a step that includes it was under way; takes effect when that step ends."""
     guide: Guide | None = None
     """Follows the answer through the request's grammar, if it has one."""
+    allowed_ids: NDArray[np.int64] | None = None
+    """The request's `allowed_token_ids`, which may be as many as the vocabulary has, as the sampler wants them."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """Of the first tokens of the prompt, as far as chunks have been committed. None when not asked for, or sent."""
+
+    def __post_init__(self) -> None:
+        if (ids := self.request.sampling.allowed_token_ids) is not None:
+            self.allowed_ids = np.array(ids, dtype=np.int64)
 
     @property
     def num_generated(self) -> int:

@@ -122,7 +122,7 @@ def _row_sampling(sequence: Sequence) -> RowSampling:
         sampling.seed,
         logprobs=sequence.request.logprobs,
         min_p=sampling.min_p,
-        rules=None if rules == RowRules() else rules,
+        rules=None if rules.is_empty else rules,
         history=History(sequence, sequence.tokens, len(sequence.request.prompt)),
     )
 
@@ -132,7 +132,7 @@ def _row_rules(sequence: Sequence) -> RowRules:
     early = request.min_tokens > sequence.num_generated
     return RowRules(
         masked=request.grammar is not None,
-        allowed_token_ids=sampling.allowed_token_ids,
+        allowed_token_ids=sequence.allowed_ids,
         bad_words=sampling.bad_words,
         stop_ids=tuple(sorted(request.stop_ids)) if early else (),
         min_position=len(request.prompt) + request.min_tokens if early else 0,

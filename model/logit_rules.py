@@ -37,7 +37,7 @@ class RowRules:
     """
 
     masked: bool = False
-    allowed_token_ids: tuple[int, ...] | None = None
+    allowed_token_ids: tuple[int, ...] | NDArray[np.int64] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_ids: tuple[int, ...] = ()
     min_position: int = 0
@@ -45,6 +45,11 @@ class RowRules:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether they change no logits."""
+        return self.allowed_token_ids is None and self == RowRules()
 
     @property
     def has_penalty(self) -> bool:
@@ -67,9 +72,11 @@ class RuleBatch:
         self._masked_rows_M = self._indices(self.masked_rows)
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
         self._bans_of_byte = torch.from_numpy(np.where(bits, 0.0, -np.inf).astype(np.float32)).to(device)
-        allowed = [(row, rule.allowed_token_ids) for row, rule in enumerate(rules)]
-        self._limited_rows = self._indices([row for row, ids in allowed if ids is not None])
-        self._allowed_2F = self._pairs([(row, token) for row, ids in allowed for token in ids or ()])
+        allowed = [(row, ids) for row, rule in enumerate(rules) if (ids := rule.allowed_token_ids) is not None]
+        self._limited_rows = self._indices([row for row, _ in allowed])
+        rows_F = np.repeat([row for row, _ in allowed], [len(ids) for _, ids in allowed]).astype(np.int64)
+        ids_F = np.concatenate([np.asarray(ids, dtype=np.int64) for _, ids in allowed] or [rows_F])
+        self._allowed_2F = torch.from_numpy(np.stack([rows_F, ids_F])).to(device)
         self._bad_words = _BadWords(rules, histories, device)
         stops = [(row, token) for row, rule in enumerate(rules) for token in rule.stop_ids if rule.min_position]
         self._stops_2F = self._pairs(stops)

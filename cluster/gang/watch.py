@@ -114,6 +114,7 @@ class SeatWatch:
                 self._client = self._connect()
                 self._hold_seat(self._client)
             except CoordinatorLost:
+                self._wanting_since = None  # nobody says that the seat is another's
                 self._stop.wait(_RETRY_S)
             except Exception:  # whatever it was: without this thread the seat would stay empty for good
                 log.exception("the seat watch failed and begins anew")

@@ -92,6 +92,7 @@ def _call_rules(rule: CallRule, free: str, *, formed: bool) -> list[str]:
 
 def _body(tool: OfferedTool) -> str:
     schema: dict[str, Any] = {"type": "object"} if tool.parameters is None else dict(tool.parameters)
+    schema.setdefault("type", "object")  # arguments are one, and the parser takes nothing else
     schema["x-guidance"] = _AS_TRAINED
     head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
     return f'{head} %json {json.dumps(schema)} "}}"'

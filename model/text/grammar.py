@@ -8,16 +8,19 @@ burns, so that the verdict depends on the grammar alone and never on a clock.
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from divisi.model.text.errors import TextError
 from divisi.model.text.regex_size import written_out_size
+
+log = logging.getLogger(__name__)
 
 # One line of JSON with at most one blank after a comma or colon: a model that has lost its way could otherwise write
 # white space until its tokens run out.
@@ -36,6 +39,11 @@ _ANNOTATIONS = frozenset(
     | {"discriminator"}
 )
 _KNOWN = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _COUNTS | _VALUES | _ANNOTATIONS
+
+
+_EXPRESSIONS = re.compile(r"/((?:[^/\\\n]|\\.)+)/")
+"""Regular expressions in a Lark grammar."""
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 
 class GrammarError(TextError):
@@ -61,7 +69,9 @@ class GrammarLimits:
     """Atoms of a regular expression with its counted repetitions written out."""
 
     def check_expression(self, expression: str, place: str = "") -> None:
-        """Raise GrammarError for a regular expression whose repetitions make it too large."""
+        """Raise GrammarError for a regular expression whose repetitions make it too large, or hide in comments."""
+        if _VERBOSE.search(expression):
+            raise GrammarError("the flag x is not supported; write the expression without comments and blanks", place)
         if (size := written_out_size(expression)) > self.max_expression:
             raise GrammarError(
                 f"the expression has {size} parts with its repetitions written out, at most {self.max_expression} "
@@ -81,11 +91,11 @@ class GrammarCompiler:
     """Turns schemas, expressions and choices into grammars. Safe to call from several threads."""
 
     def __init__(self, model_dir: Path | str | None = None, limits: GrammarLimits | None = None) -> None:
-        """With `model_dir`, whose tokenizer is read when first needed, a grammar is also compiled as workers do."""
+        """With `model_dir`, a grammar is also compiled as workers do. Its tokenizer is read now, not while others wait
+        for their answers: llguidance keeps the interpreter lock meanwhile.
+        """
         self._limits = limits or GrammarLimits()
-        self._tokenizer_path = None if model_dir is None else str(Path(model_dir) / "tokenizer.json")
-        self._tokenizer: LLTokenizer | None = None
-        self._lock = Lock()
+        self._tokenizer = None if model_dir is None else _read_tokenizer(Path(model_dir) / "tokenizer.json")
 
     def json_object(self) -> str:
         """Any JSON object."""
@@ -113,6 +123,8 @@ class GrammarCompiler:
     def text(self, grammar: str) -> str:
         """A grammar in Lark's or GBNF's notation."""
         self.check_size(grammar, "the grammar")
+        for expression in _EXPRESSIONS.findall(grammar):
+            self._limits.check_expression(expression)
         try:
             return self.checked(grammar_from("grammar", grammar))
         except ValueError as error:
@@ -127,21 +139,21 @@ class GrammarCompiler:
     def checked(self, grammar: str) -> str:
         """`grammar` itself, if it can be followed. Raises GrammarError with the compiler's complaint."""
         validate_grammar(grammar)
-        if (tokenizer := self._load_tokenizer()) is not None:
-            matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        if self._tokenizer is not None:
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
             if not matcher.is_error():
                 matcher.compute_bitmask()
             if matcher.is_error():
                 raise GrammarError(_complaint(matcher.get_error()))
         return grammar
 
-    def _load_tokenizer(self) -> LLTokenizer | None:
-        if self._tokenizer_path is None:
-            return None
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(self._tokenizer_path)
-        return self._tokenizer
+
+def _read_tokenizer(path: Path) -> LLTokenizer | None:
+    try:
+        return LLTokenizer(str(path))
+    except ValueError as error:  # the worker says so to whoever sends a grammar
+        log.warning("%s cannot be used for grammars: %s", path, error)
+        return None
 
 
 class _SchemaWalk:
@@ -166,6 +178,8 @@ class _SchemaWalk:
         where = f"{place}.{keyword[:64]}"
         if keyword in _SCHEMA_MAPS and isinstance(value, Mapping):
             for name, part in value.items():
+                if keyword == "patternProperties":
+                    self._limits.check_expression(name, where)
                 self.walk(part, f"{where}.{name[:64]}", depth + 1)
         elif keyword in _SCHEMA_LISTS and isinstance(value, list):
             for index, part in enumerate(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -72,12 +73,16 @@ class ChatTemplate:
 
         Raises TemplateError where the template doesn't show that message as it is, as in transformers.
         """
-        rendered = self.render(messages, **{**arguments, "add_generation_prompt": False})
-        last = str(messages[-1].get("content", "")).strip() if messages else ""
-        place = rendered.rfind(last)
-        if not last or place < 0:
+        last = str(messages[-1].get("content", "")) if messages else ""
+        mark = f"{secrets.token_hex(16)} "
+        marked = [*messages[:-1], {**messages[-1], "content": last + mark}] if last.strip() else []
+        rendered = self.render(marked, **{**arguments, "add_generation_prompt": False}) if marked else ""
+        before, found, after = rendered.rpartition(mark.rstrip())
+        if not found:
             raise TemplateError("the last message cannot be continued: it is empty, or the chat template changes it")
-        return rendered[: place + len(last)]
+        return (
+            before if after.startswith(" ") else before.rstrip()
+        )  # blanks at its end go where the template drops them
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -252,6 +252,10 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"presence_penalty": float("inf")}, {}, "presence_penalty is inf"),
     ({"min_p": 1.5}, {}, "min_p is 1.5"),
     ({"temperature": float("nan")}, {}, "temperature is nan"),
+    ({"temperature": 1e300}, {}, "temperature is 1e\\+300"),
+    ({"presence_penalty": -1e300}, {}, "presence_penalty is -1e\\+300"),
+    ({"top_k": 2**63}, {}, "top_k is 9"),
+    ({}, {"min_tokens": 2**63}, "min_tokens is 9"),
     ({}, {"stop_ids": frozenset({VOCAB}), "min_tokens": 1}, "stop_token_ids has token ids outside"),
 ]
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import string
 from concurrent.futures import Future
+from random import Random
 
 import numpy as np
 import pytest
@@ -109,6 +111,34 @@ def test_a_limit_that_a_grammar_exceeds_on_the_way_stops_its_guide_only() -> Non
     assert allowed(masks, 0) == []
     assert not bad.is_complete
     assert good.error is None
+
+
+def test_an_answer_that_exhausts_its_lexer_leaves_others_of_its_grammar_alone() -> None:
+    source = grammars(LLParserLimits(max_lexer_states=2000, verbose_errors=False))
+    pattern, random = regex("([a-z]*[a-m][a-z]{14})+"), Random(1)
+    before = compiled(source, pattern)
+    bad, answer = compiled(source, pattern), []
+    while not bad.error:
+        assert len(answer) < 5000
+        answer += tokens("".join(random.choices(string.ascii_lowercase, k=50)))
+        source.start([Answer(bad, answer, 0)]).result(WAIT_S)
+    after = compiled(source, pattern)
+    for guide in (before, after):
+        assert "a" in allowed(source.start([Answer(guide, tokens("bcd"), 0)]))
+        assert guide.error is None
+
+
+def test_reading_the_tokenizer_can_begin_early() -> None:
+    calls = []
+
+    def load() -> GrammarVocabulary:
+        calls.append(1)
+        return vocabulary()
+
+    source = Grammars(load, VOCAB)
+    source.prepare()
+    assert compiled(source, regex("a")).error is None
+    assert calls == [1]
 
 
 def test_a_token_outside_the_grammar_is_an_error() -> None:

@@ -152,6 +152,14 @@ FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(structured_outputs={"regex": "("}), 400, "structured_outputs", "unclosed group"),
     (chat(structured_outputs={"choice": []}), 400, "structured_outputs.choice", "at least 1"),
     (chat(structured_outputs={"grammar": "start: nothing"}), 400, "structured_outputs", "unknown name"),
+    (chat(structured_outputs={"grammar": "start: /(a{1000}){1000}/"}), 400, "structured_outputs", "1000000 parts"),
+    (chat(structured_outputs={"regex": "(?ix)#[\n(a{1000}){1000}"}), 400, "structured_outputs", "flag x"),
+    (
+        chat(structured_outputs={"json": {"patternProperties": {"(a{1000}){1000}": {}}}}),
+        400,
+        "structured_outputs",
+        "$.patternProperties: the expression has 1000000 parts",
+    ),
     (
         chat(structured_outputs={"regex": "a"}, response_format={"type": "json_object"}),
         400,

@@ -159,6 +159,8 @@ def matcher_for(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 GOOD, WRONG = block("weather", {"city": "Paris"}), block("weather", {"town": "Paris"})
 NAMED = {"type": "function", "function": {"name": "time"}}
+LOOSE = [{"type": "function", "function": {"name": "loose", "parameters": {"properties": {"a": {"type": "string"}}}}}]
+UNLOOSE = '<tool_call>\n{"name": "loose", "arguments": 5}\n</tool_call>'
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,7 @@ NAMED = {"type": "function", "function": {"name": "time"}}
         ({"tools": [tool("weather", strict=True)]}, ["Hi.", "Hi.\n" + GOOD, GOOD + "\n" + GOOD], [WRONG]),
         ({"tools": TOOLS, "tool_choice": "required"}, [GOOD, GOOD + "\n" + GOOD], ["Hi.", WRONG]),
         ({"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}, [GOOD], [GOOD + "\n" + GOOD]),
+        ({"tools": LOOSE, "tool_choice": "required"}, [block("loose", {"a": "x"})], [UNLOOSE]),
         ({"tools": TOOLS, "tool_choice": NAMED}, [block("time", {"city": "x"})], [GOOD, "Hi."]),
         (
             {"tools": TOOLS, "response_format": {"type": "json_object"}},

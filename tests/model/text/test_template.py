@@ -40,6 +40,24 @@ def test_model_dirs_template(model_dir: Path, messages: list[dict[str, Any]]) ->
     assert TextCodec.load(model_dir).chat_template().render(messages) == theirs[0][0]
 
 
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TRIMMING = CHATML.replace("m.content", "m.content | trim")
+
+
+@pytest.mark.parametrize("source", [CHATML, TRIMMING])
+@pytest.mark.parametrize("last", ["Once upon", "end", "d", "|", "m", "Answer: ", "  indented", "a\n\n", "user\nHi"])
+def test_continued_as_transformers(source: str, last: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": last}]
+    theirs: Any = render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    assert ChatTemplate(source).render_continued(messages) == theirs[0][0]
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ messages | length }}"])
+def test_a_last_message_that_is_not_shown_cannot_be_continued(source: str) -> None:
+    with pytest.raises(TemplateError, match="cannot be continued"):
+        ChatTemplate(source).render_continued([*CONVERSATIONS[0], {"role": "assistant", "content": "x"}])
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
