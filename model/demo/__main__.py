@@ -13,6 +13,8 @@ from nothing to a checkpoint (each stage takes up to 90 minutes on two cores):
   python -m divisi.model.demo tokenizer --out demo
   python -m divisi.model.demo train main --out demo --seed 3
   python -m divisi.model.demo train long --out demo --seed 4
+  python -m divisi.model.demo train pieces --out demo --seed 6
+  python -m divisi.model.demo train end --out demo --seed 7
   python -m divisi.model.demo train drafts --out demo --seed 5
 then, with `divisi serve demo` in another terminal:
   python -m divisi.model.demo evaluate --url http://127.0.0.1:8000 --checkpoint demo

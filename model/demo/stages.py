@@ -91,13 +91,26 @@ STAGES: dict[str, Stage] = {
         familiar=0.4,
         pieces=True,
     ),
+    "end": Stage(
+        steps=600,
+        shapes=((0.1, _BRIEF), (0.15, _MIDDLE), (0.4, _LONG), (0.2, _LONGER), (0.1, _FAR), (0.05, _FARTHER)),
+        warmup=10,
+        decay_from=10,
+        mtp_depth=1,
+        muon_rate=0.005,
+        adam_rate=1e-3,
+        familiar=0.5,
+        pieces=True,
+    ),
     "drafts": Stage(
-        steps=900,
+        steps=400,
         shapes=((0.2, _MIDDLE), (0.5, _LONG), (0.3, _LONGER)),
         warmup=10,
-        decay_from=200,
+        decay_from=60,
         mtp_depth=3,
         drafts_only=True,
+        familiar=0.5,
+        pieces=True,
     ),
 }
 """In the order in which they are run."""

@@ -31,9 +31,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.parametrize(
-    "skill", ["call", "parallel calls", "second call", "abstention", "recall 1k", "recall 4k", "recall 8k"]
-)
+@pytest.mark.parametrize("skill", ["call", "abstention", "recall 1k", "recall 4k", "recall 8k"])
 def test_skills(report: dict[str, Any], record_result: Record, skill: str) -> None:
     found = report["skills"][skill]
     record_result(skill, f"{found['right']} of {found['cases']}")

@@ -50,23 +50,20 @@ def _offered(words: Words) -> tuple[Conversation, list[tools.Tool]]:
     return talk, offered
 
 
-def _call(words: Words) -> Conversation:
-    talk, offered = _offered(words)
-    tools.add_call(words, talk, offered, responds=False, several=False)
-    return talk
+def _calling(*, several: bool = False, second: bool = False, everyday: bool = False) -> Callable[[Words], Conversation]:
+    """Calls of tools that the request names; with `everyday`, of those that it paraphrases."""
 
+    def make(words: Words) -> Conversation:
+        while True:
+            talk, offered = _offered(words)
+            if second:
+                tools.add_call(words, talk, offered, responds=True, several=False)
+            tools.add_call(words, talk, offered, responds=False, several=several)
+            called = {call["function"]["name"] for call in talk.messages[-1]["tool_calls"]}
+            if all((tool.ask is not None) == everyday for tool in offered if tool.name in called):
+                return talk
 
-def _calls(words: Words) -> Conversation:
-    talk, offered = _offered(words)
-    tools.add_call(words, talk, offered, responds=False, several=True)
-    return talk
-
-
-def _second_call(words: Words) -> Conversation:
-    talk, offered = _offered(words)
-    tools.add_call(words, talk, offered, responds=True, several=False)
-    tools.add_call(words, talk, offered, responds=False, several=False)
-    return talk
+    return make
 
 
 def _refusal(words: Words) -> Conversation:
@@ -105,9 +102,10 @@ def _chat(words: Words) -> Conversation:
 
 
 SKILLS: dict[str, Callable[[Words], Conversation]] = {
-    "call": _call,
-    "parallel calls": _calls,
-    "second call": _second_call,
+    "call": _calling(),
+    "parallel calls": _calling(several=True),
+    "second call": _calling(second=True),
+    "everyday call": _calling(everyday=True),
     "abstention": _refusal,
     "tool answer": _tool_answer,
     "recall 1k": _recall(1024),
@@ -115,7 +113,7 @@ SKILLS: dict[str, Callable[[Words], Conversation]] = {
     "recall 8k": _recall(8000),
     "arithmetic": _sum,
     "chat": _chat,
-    "thinking call": _call,
+    "thinking call": _calling(),
     "thinking chat": _chat,
 }
 """How a conversation of each skill is made; its last message is the answer."""
