@@ -72,7 +72,7 @@ STAGES: dict[str, Stage] = {
         familiar=0.5,
     ),
     "pieces": Stage(
-        steps=2600,
+        steps=1500,
         shapes=(
             (0.08, _BRIEF),
             (0.14, _MIDDLE),
@@ -86,6 +86,7 @@ STAGES: dict[str, Stage] = {
         warmup=10,
         decay_from=10,
         mtp_depth=1,
+        last=110 / 259,
         muon_rate=0.01,
         adam_rate=2e-3,
         familiar=0.4,
