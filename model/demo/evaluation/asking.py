@@ -55,7 +55,8 @@ async def _ask(client: httpx.AsyncClient, model: str, case: Case) -> Verdict:
         body["tools"] = case.tools
     if case.thinks:
         body["chat_template_kwargs"] = {"enable_thinking": True}
-    reply = await client.post("/v1/chat/completions", json=body)
+    while (reply := await client.post("/v1/chat/completions", json=body)).status_code == 429:
+        await asyncio.sleep(float(reply.headers.get("retry-after", 1)))
     reply.raise_for_status()
     message = reply.json()["choices"][0]["message"]
     calls = [
