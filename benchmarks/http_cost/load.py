@@ -78,11 +78,12 @@ def _burst(port: int, path: str, body: dict[str, object], streams: int) -> Taken
     left = streams
     while left:
         for key, _ in selector.select():
-            connection = key.fileobj  # type: ignore[assignment]
-            data = connection.recv(2**18)
-            pieces[connection].append(data)
+            ready = key.fileobj
+            assert isinstance(ready, socket.socket)
+            data = ready.recv(2**18)
+            pieces[ready].append(data)
             if not data or data.endswith(_END):
-                selector.unregister(connection)
+                selector.unregister(ready)
                 left -= 1
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     responses = [b"".join(parts) for parts in pieces.values()]

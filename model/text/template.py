@@ -74,15 +74,16 @@ class ChatTemplate:
         Raises TemplateError where the template doesn't show that message as it is, as in transformers.
         """
         last = str(messages[-1].get("content", "")) if messages else ""
-        mark = f"{secrets.token_hex(16)} "
-        marked = [*messages[:-1], {**messages[-1], "content": last + mark}] if last.strip() else []
-        rendered = self.render(marked, **{**arguments, "add_generation_prompt": False}) if marked else ""
-        before, found, after = rendered.rpartition(mark.rstrip())
+        if not last.strip():
+            raise TemplateError("the last message cannot be continued: it is empty")
+        mark = secrets.token_hex(16)
+        marked = [*messages[:-1], {**messages[-1], "content": f"{last}{mark} "}]
+        rendered = self.render(marked, **{**arguments, "add_generation_prompt": False})
+        before, found, after = rendered.rpartition(mark)
         if not found:
-            raise TemplateError("the last message cannot be continued: it is empty, or the chat template changes it")
-        return (
-            before if after.startswith(" ") else before.rstrip()
-        )  # blanks at its end go where the template drops them
+            raise TemplateError("the last message cannot be continued: the chat template changes it")
+        # Blanks at its end stay where the template keeps the one after the mark.
+        return before if after.startswith(" ") else before.rstrip()
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from divisi.model.demo import checkpoint_dir
+from divisi.model.demo.evaluation.cases import SKILLS
 from tests.e2e.conftest import running_cluster
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(2400)]
@@ -43,7 +44,8 @@ def test_skills(report: dict[str, Any], record_result: Record, skill: str) -> No
     assert found["right"] >= FLOORS[skill] * found["cases"]
 
 
-def test_the_rest_is_reported(report: dict[str, Any], record_result: Record) -> None:
+def test_every_skill_is_reported(report: dict[str, Any], record_result: Record) -> None:
+    assert report["skills"].keys() == SKILLS.keys()
     for skill, found in report["skills"].items():
         record_result(skill, f"{found['right']} of {found['cases']}")
 

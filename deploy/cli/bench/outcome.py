@@ -147,11 +147,11 @@ class Summary:
         """Count `outcomes` of a run that took `seconds` from the first request sent to the last one's end."""
         good = [outcome for outcome in outcomes if outcome.status == "ok"]
         cached = [outcome.cached_tokens for outcome in good if outcome.cached_tokens is not None]
-        names = ("ok", "rejected", "error", "aborted", "running")
+        names: tuple[Status, ...] = ("ok", "rejected", "error", "aborted", "running")
         statuses = Counter(outcome.status for outcome in outcomes)
         return cls(
             seconds=seconds,
-            counts={"sent": len(outcomes), **{name: statuses[name] for name in names}},  # type: ignore[index]
+            counts={"sent": len(outcomes), **{name: statuses[name] for name in names}},
             errors=dict(Counter(outcome.error for outcome in outcomes if outcome.error).most_common(10)),
             ttft=Distribution.of(outcome.ttft for outcome in good),
             itl=Distribution.of(outcome.itl for outcome in good),

@@ -37,7 +37,8 @@ class Tool:
     @property
     def properties(self) -> dict[str, Any]:
         """Parameters by name."""
-        return self.schema["function"]["parameters"]["properties"]  # type: ignore[no-any-return]
+        found: dict[str, Any] = self.schema["function"]["parameters"]["properties"]
+        return found
 
 
 def make_tool(words: Words, verb: str | None = None, noun: str | None = None, most: int = 4) -> Tool:
