@@ -56,6 +56,7 @@ class ServeEngineClient:
 
     async def status(self) -> GangStatus:
         """See EngineClient."""
+        asked_at = time.monotonic()
         try:
             if self._coordinator is None:
                 self._coordinator = await asyncio.to_thread(find_coordinator, self._name)
@@ -67,7 +68,7 @@ class ServeEngineClient:
         else:
             failures = [f"{who} could not load: {text}" for who, text in sorted(found.failures.items())]
             self._status = GangStatus(found.ready, "; ".join([found.reason, *failures]), stat_rows(found.stats))
-        self._checked_at = time.monotonic()
+        self._checked_at = asked_at
         return self._status
 
     async def _report_open(self) -> None:
@@ -89,9 +90,16 @@ class ServeEngineClient:
             self._gate.end_all_in(left_s)
 
     async def _check_ready(self) -> None:
-        """One question serves a whole burst of requests; while the gang serves, its answer is good for a moment."""
+        """One question serves a whole burst of requests; while the gang serves, its answer is good for a moment.
+
+        That it does not serve counts only for those who came before the question: another ingress replica may have
+        told the client since that it does.
+        """
+        good_since = time.monotonic()
         async with self._checking:
-            if time.monotonic() - self._checked_at > _FRESH_S:
+            if self._status.ready:
+                good_since = time.monotonic() - _FRESH_S
+            if self._checked_at < good_since:
                 try:
                     async with asyncio.timeout(_STATUS_TIMEOUT_S):
                         await self.status()

@@ -66,7 +66,7 @@ class Coordinator:
 
     def __init__(self, **changes: Any) -> None:
         self.asked = 0
-        self._answer = CoordinatorStatus(**{"ready": True, "reason": "epoch 1 serves", "epoch": 1} | changes)
+        self.answer = CoordinatorStatus(**{"ready": True, "reason": "epoch 1 serves", "epoch": 1} | changes)
         self.status = SimpleNamespace(remote=self._status)
         self.report_open = SimpleNamespace(remote=self._report_open)
         self.reports: list[tuple[str, int]] = []
@@ -79,7 +79,7 @@ class Coordinator:
     async def _status(self) -> CoordinatorStatus:
         self.asked += 1
         await asyncio.sleep(0)
-        return self._answer
+        return self.answer
 
 
 @pytest.fixture
@@ -110,6 +110,17 @@ async def test_one_question_for_a_whole_burst(coordinator: Coordinator) -> None:
     workers.go_on.set()
     assert await asyncio.gather(*tasks) == [2] * 10
     assert coordinator.asked == 1
+
+
+async def test_a_gang_that_has_just_become_ready_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Coordinator(ready=False, reason="loading")
+    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: found)
+    client = make(Workers([[TokenEvent("r0", (), None, finish_reason="stop")]]))
+    burst = await asyncio.gather(*(read(client, i) for i in range(20)), return_exceptions=True)
+    assert all(isinstance(error, GangNotReady) for error in burst)
+    assert found.asked <= 2, "one question, and one for those who came while it was being asked"
+    found.answer = Coordinator().answer
+    assert await read(client, 0) == 1
 
 
 async def test_open_answers_are_reported_until_there_are_none(coordinator: Coordinator) -> None:

@@ -54,7 +54,7 @@ class Server:
 
 @pytest.fixture
 def server(text: TextCodec, tmp_path: Path) -> Iterator[Server]:
-    opened = Server(text, tmp_path, GateLimits(max_requests=8, request_timeout_s=0.4))
+    opened = Server(text, tmp_path, GateLimits(max_requests=8, request_timeout_s=1.5))
     yield opened
     opened.close()
     assert (opened.gate.answers, opened.gate.queued_tokens, opened.engine.open) == (0, 0, 0)
