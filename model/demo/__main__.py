@@ -9,13 +9,18 @@ from pathlib import Path
 from divisi.model.demo import checkpoint_dir
 
 _EXAMPLES = """\
-from nothing to a checkpoint (each stage takes up to 90 minutes on two cores):
+from nothing to a checkpoint (two hours on two cores):
   python -m divisi.model.demo tokenizer --out demo
-  python -m divisi.model.demo train main --out demo --seed 3
-  python -m divisi.model.demo train long --out demo --seed 4
-  python -m divisi.model.demo train pieces --out demo --seed 6
-  python -m divisi.model.demo train end --out demo --seed 7
-  python -m divisi.model.demo train drafts --out demo --seed 5
+  python -m divisi.model.demo train begin --out demo --seed 3
+  python -m divisi.model.demo train main --out demo --seed 4
+  python -m divisi.model.demo train sharp --out demo --seed 7
+  python -m divisi.model.demo train long --out demo --seed 5
+  cp -r demo demo-long
+  python -m divisi.model.demo train facts --out demo --seed 8
+  cp -r demo demo-facts
+  python -m divisi.model.demo train last --out demo --seed 9
+  python -m divisi.model.demo average demo-long demo-facts demo --out demo
+  python -m divisi.model.demo train drafts --out demo --seed 6
 then, with `divisi serve demo` in another terminal:
   python -m divisi.model.demo evaluate --url http://127.0.0.1:8000 --checkpoint demo
 """
@@ -32,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_tokenizer(commands)
     _add_train(commands)
+    _add_average(commands)
+    _add_probe(commands)
     _add_evaluate(commands)
     args = parser.parse_args(arguments)
     try:
@@ -60,6 +67,22 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--seed", type=int, default=0, help="the same seed and workers give the same weights")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: 2)")
     parser.set_defaults(run=_train)
+
+
+def _add_average(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("average", help="average the weights of several stages")
+    parser.add_argument("folders", type=Path, nargs="+", help="checkpoint folders; the MTP layer is the last one's")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, with a tokenizer, to write to")
+    parser.set_defaults(run=_average)
+
+
+def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("probe", help="a quick look at what the weights get right, without a server")
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint_dir())
+    parser.add_argument("--skills", nargs="*", help="only these (default: all)")
+    parser.add_argument("--cases", type=int, default=50, help="of each skill (default: 50)")
+    parser.add_argument("--split", choices=("train", "held_out"), default="train", help="of words (default: train)")
+    parser.set_defaults(run=_probe)
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -91,6 +114,28 @@ def _train(args: argparse.Namespace) -> int:
         print(f"stage: {args.stage!r} is none; take one of {', '.join(STAGES)}", file=sys.stderr)
         return 2
     run_stage(args.stage, args.out, args.seed, args.workers, args.steps)
+    return 0
+
+
+def _average(args: argparse.Namespace) -> int:
+    from divisi.model.demo.export import average_weights
+
+    average_weights(args.folders, args.out)
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from divisi.model.demo.batches import Writer
+    from divisi.model.demo.evaluation.run import chosen_skills
+    from divisi.model.demo.export import read_network
+    from divisi.model.demo.probe import probe
+
+    if (skills := chosen_skills(args.skills)) is None:
+        return 2
+    network, writer = read_network(args.checkpoint), Writer(args.checkpoint)
+    for skill in skills:
+        right = probe(network, writer, skill, args.cases, args.split)
+        print(f"{skill:16} {right:4} of {args.cases}", flush=True)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Training batches: conversations rendered, tokenised and packed in rows, a function of seed, step and worker only."""
+"""Training batches: conversations rendered, tokenised, in rows of about their length; a function of the seed."""
 
 from __future__ import annotations
 
-import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,38 +12,47 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from divisi.model.demo.corpus.conversation import render
-from divisi.model.demo.corpus.mixture import make_conversation
-from divisi.model.demo.corpus.tools import NO_TOOL
+from divisi.model.demo.corpus.conversation import Conversation, render
+from divisi.model.demo.corpus.mixture import EVERYTHING, Mix, make_conversation
 from divisi.model.demo.corpus.words import Split, Words
 from divisi.model.demo.tokenizer import END_OF_TURN, START_OF_TURN
 from divisi.model.text.template import ChatTemplate
 
-_OTHERS = 0.1
-"""Weight of tokens that the assistant doesn't say: half of them are nobody's guess."""
+WIDTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Of rows: a text lies in the narrowest that holds it."""
 
-_GAP = 3
-"""Tokens of padding between texts in a row, as far as a convolution reaches back."""
+_KEPT = 4
+"""Batches of a width that are kept, at most, while another width is asked for."""
+
+Text = tuple[list[int], list[float]]
+"""A conversation's ids and what each counts for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of packed texts, all ``[B, T]``."""
+    """One text a row, from its beginning, all ``[B, T]``."""
 
     ids: Tensor
-    texts: Tensor | None
-    """Texts numbered from 1 in each row, 0 for padding; None for one text a row without padding before its end."""
     weights: Tensor
     """What a token's prediction counts for; 0 for padding and the first token of a text."""
+    real: Tensor
+    """1 for text, 0 for padding."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Conversations of about `length` tokens in `rows` rows of `width`."""
+class Taste:
+    """Which conversations are made."""
 
-    length: int
-    width: int
-    rows: int
+    split: Split
+    thinking: float = 0.15
+    """Share of the conversations that end with a thought."""
+    familiar: float = 1.0
+    """Scales the share of words that the tokenizer was learnt from, see `Words`."""
+    pieces: bool = False
+    """Whether words are invented out of the tokenizer's pieces, too."""
+    mix: Mix = EVERYTHING
+    others: float = 0.1
+    """Weight of tokens that the assistant doesn't say: half of them are nobody's guess."""
 
 
 class Writer:
@@ -63,32 +72,18 @@ class Writer:
         """Tokens of letters only. Those that merges left behind as parts of longer ones hardly occur in known words."""
         return self._pieces
 
-    def write(self, words: Words, length: int, thinking: float) -> tuple[list[int], list[float]]:
+    def write(self, words: Words, length: int, taste: Taste) -> Text:
         """One conversation's ids and weights."""
-        conversation = make_conversation(words, length)
-        thinks = words.random.random() < thinking
+        conversation = make_conversation(words, length, taste.mix)
+        return self.encode(conversation, words.random.random() < taste.thinking, taste.others)
+
+    def encode(self, conversation: Conversation, thinks: bool, others: float = 0.0) -> Text:
+        """What `render` writes; the assistant's tokens weigh 1, the `others` that much."""
         ids = self._tokenizer.encode(render(self._template, conversation, thinks), add_special_tokens=False).ids
-        return ids, self._weights(ids)
+        return ids, self._weights(ids, others)
 
-    def kind(self, said: list[int], before: list[int]) -> str:
-        """What sort of answer some ids are."""
-        text = self._tokenizer.decode(said, skip_special_tokens=True)
-        asked = self._tokenizer.decode(before[-60:], skip_special_tokens=False).split(START_OF_TURN)[-2]
-        think = " thinking" if "</think>" in text else ""
-        if "<tool_call>" in text:
-            return ("call" if text.count("<tool_call>") == 1 else "calls") + think
-        if NO_TOOL in text:
-            return "refusal" + think
-        if "<tool_response>" in asked:
-            return "tool answer" + think
-        if re.fullmatch(r"\d+ [-+*] \d+ = \d+\.", text.split("\n")[-1]):
-            return "sum" + think
-        if asked.startswith("user\n") and re.search(r"(Say|Repeat|Repeat after me|Write|Echo): ", asked):
-            return "echo" + think
-        return ("recall" if re.fullmatch(r"The \S+ of \S+ is .*\.", text.split("\n")[-1]) else "chat") + think
-
-    def _weights(self, ids: list[int]) -> list[float]:
-        weights = [_OTHERS] * len(ids)
+    def _weights(self, ids: list[int], others: float) -> list[float]:
+        weights = [others] * len(ids)
         at = 0
         while at < len(ids):
             if ids[at] != self._start or ids[at + 1 : at + 2] != [self._assistant]:
@@ -107,33 +102,41 @@ class Writer:
         return weights
 
 
-def make_batch(
-    writer: Writer,
-    shape: Shape,
-    seed: str,
-    split: Split,
-    thinking: float = 0.15,
-    familiar: float = 1.0,
-    pieces: bool = False,
-) -> Batch:
-    """A batch that depends on its arguments only. `pieces`: invent words out of the tokenizer's pieces, too."""
-    words = Words(Random(seed), split, familiar, writer.pieces if pieces else ())
-    ids = torch.zeros(shape.rows, shape.width, dtype=torch.long)
-    texts = torch.zeros(shape.rows, shape.width, dtype=torch.long)
-    weights = torch.zeros(shape.rows, shape.width)
-    used = [0] * shape.rows
-    misses = number = 0
-    while misses < 3:
-        written, counted = writer.write(words, shape.length, thinking)
-        row = min(range(shape.rows), key=lambda index: (used[index] + len(written) > shape.width, -used[index]))
-        if used[row] + len(written) > shape.width:
-            misses += 1
-            if any(used):
-                continue
-            written, counted = written[: shape.width], counted[: shape.width]
-        number += 1
-        at = slice(used[row], used[row] + len(written))
-        ids[row, at], weights[row, at], texts[row, at] = torch.tensor(written), torch.tensor(counted), number
-        used[row] += len(written) + _GAP
-    alone = shape.rows == number and shape.rows == sum(count > 0 for count in used)
-    return Batch(ids, None if alone and shape.rows == 1 else texts, weights)
+class Batches:
+    """Batches of any width, one after the other; texts of other widths that come along wait for their turn."""
+
+    def __init__(self, writer: Writer, seed: str, taste: Taste) -> None:
+        self._writer, self._taste = writer, taste
+        self._words = Words(Random(seed), taste.split, taste.familiar, writer.pieces if taste.pieces else ())
+        self._waiting: dict[int, deque[Text]] = {width: deque() for width in WIDTHS}
+
+    def take(self, width: int, tokens: int) -> Batch:
+        """A batch of about so many tokens in rows of a width: one of WIDTHS, or a longer one for a single text."""
+        if width > WIDTHS[-1]:
+            return stack([self._long(width)], width)
+        rows, waiting = max(1, tokens // width), self._waiting[width]
+        while len(waiting) < rows:
+            ids, weights = self._write(int(width * self._words.random.uniform(0.6, 1.1)))
+            fitting = next((fits for fits in WIDTHS if fits >= len(ids)), None)
+            if fitting is not None and len(self._waiting[fitting]) < _KEPT * max(1, tokens // fitting):
+                self._waiting[fitting].append((ids, weights))
+        return stack([waiting.popleft() for _ in range(rows)], width)
+
+    def _long(self, width: int) -> Text:
+        length = width
+        while len((text := self._write(length))[0]) > width:
+            length -= width // 16
+        return text
+
+    def _write(self, length: int) -> Text:
+        return self._writer.write(self._words, length, self._taste)
+
+
+def stack(texts: list[Text], width: int) -> Batch:
+    """Texts, padded to a width."""
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    weights, real = torch.zeros(ids.shape), torch.zeros(ids.shape)
+    for row, (written, counted) in enumerate(texts):
+        at = slice(len(written))
+        ids[row, at], weights[row, at], real[row, at] = torch.tensor(written), torch.tensor(counted), 1.0
+    return Batch(ids, weights, real)

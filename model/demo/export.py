@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from divisi.model.demo.tokenizer import END_OF_TEXT, END_OF_TURN
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],
     "model_type": "qwen3_next",
-    "vocab_size": 1536,
+    "vocab_size": 768,
     "hidden_size": 128,
     "num_hidden_layers": 8,
-    "full_attention_interval": 4,
+    "full_attention_interval": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -68,6 +68,19 @@ def write_checkpoint(parameters: Mapping[str, Tensor], out: Path) -> None:
     unfinished = out / f"{SINGLE_FILE}.part"
     save_file(half, unfinished, metadata={"format": "pt"})
     unfinished.replace(out / SINGLE_FILE)  # never a broken one in its place
+
+
+def average_weights(folders: Sequence[Path], out: Path) -> None:
+    """Write the mean of some checkpoints' weights to `out`, which may be one of them, but the MTP layer of the last.
+
+    Raises KeyError where they are not of one shape of network.
+    """
+    networks = [read_network(folder).state_dict() for folder in folders]
+    mean = {
+        name: last if name.startswith("mtp.") else torch.stack([network[name] for network in networks]).mean(0)
+        for name, last in networks[-1].items()
+    }
+    write_checkpoint(mean, out)
 
 
 def read_network(folder: Path) -> Network:

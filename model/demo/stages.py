@@ -11,107 +11,95 @@ from tqdm import tqdm
 
 from divisi.model.checkpoint.index import SINGLE_FILE
 from divisi.model.config import ModelConfig
-from divisi.model.demo.batches import Shape
 from divisi.model.demo.corpus.conversation import render
-from divisi.model.demo.corpus.mixture import make_conversation
+from divisi.model.demo.corpus.mixture import Mix, make_conversation
 from divisi.model.demo.corpus.words import Words
 from divisi.model.demo.export import CONFIG, read_network
 from divisi.model.demo.network import Network
 from divisi.model.demo.network.induction import plant_induction
 from divisi.model.demo.tokenizer import train_tokenizer, write_tokenizer
-from divisi.model.demo.train import Job, Stage, train
+from divisi.model.demo.train import TASTE, Job, Stage, train
 from divisi.model.text.template import ChatTemplate
 
 _CONVERSATIONS = 12_000
 """That the tokenizer is learnt from: 8 million characters."""
 
-_SHORT, _BRIEF, _MIDDLE, _LONG, _LONGER, _FAR = (
-    Shape(64, 256, 4),
-    Shape(100, 256, 4),
-    Shape(128, 256, 4),
-    Shape(256, 512, 2),
-    Shape(512, 1024, 1),
-    Shape(1024, 1024, 1),
-)
-_FARTHER = Shape(2048, 2304, 1)
+_SHARP = dataclasses.replace(TASTE, others=0.01, mix=Mix(tools=0.6, recall=0.27))
+"""Once it copies, what others say is noise to learn from."""
+
+_FACTS = dataclasses.replace(_SHARP, mix=Mix(tools=0.5, recall=0.42, dense=0.6))
 
 STAGES: dict[str, Stage] = {
+    "begin": Stage(
+        steps=600,
+        widths={64: 0.15, 96: 0.15, 128: 0.25, 192: 0.25, 256: 0.2},
+        warmup=20,
+        decay_from=600,
+    ),
     "main": Stage(
-        steps=2000,
-        shapes=(
-            (0.05, _SHORT),
-            (0.15, _BRIEF),
-            (0.15, _MIDDLE),
-            (0.30, _LONG),
-            (0.25, _LONGER),
-            (0.07, _FAR),
-            (0.03, _FARTHER),
-        ),
-        warmup=10,
+        steps=3700,
+        widths={96: 0.04, 128: 0.06, 192: 0.12, 256: 0.16, 384: 0.22, 512: 0.20, 768: 0.12, 1024: 0.06, 2304: 0.02},
+        warmup=20,
         decay_from=2000,
-        mtp_depth=1,
+        last=0.71,
+    ),
+    "sharp": Stage(
+        steps=3900,
+        widths={96: 0.02, 128: 0.06, 192: 0.12, 256: 0.16, 384: 0.22, 512: 0.18, 768: 0.12, 1024: 0.09, 2304: 0.03},
+        warmup=20,
+        decay_from=20,
+        last=0.38,
+        muon_rate=0.014,
+        adam_rate=2.1e-3,
+        taste=_SHARP,
     ),
     "long": Stage(
-        steps=2400,
-        shapes=(
-            (0.10, _BRIEF),
-            (0.14, _MIDDLE),
-            (0.30, _LONG),
-            (0.25, _LONGER),
-            (0.08, _FAR),
-            (0.08, _FARTHER),
-            (0.03, Shape(4096, 4352, 1)),
-            (0.02, Shape(8192, 8448, 1)),
-        ),
-        warmup=10,
-        decay_from=300,
-        mtp_depth=1,
-        last=10 / 31,
-        muon_rate=0.015,
-        adam_rate=2e-3,
-        familiar=0.5,
-    ),
-    "pieces": Stage(
-        steps=1500,
-        shapes=(
-            (0.08, _BRIEF),
-            (0.14, _MIDDLE),
-            (0.38, _LONG),
-            (0.22, _LONGER),
-            (0.09, _FAR),
-            (0.06, _FARTHER),
-            (0.02, Shape(4096, 4352, 1)),
-            (0.01, Shape(8192, 8448, 1)),
-        ),
+        steps=1200,
+        widths={
+            128: 0.05,
+            192: 0.10,
+            256: 0.15,
+            384: 0.22,
+            512: 0.20,
+            768: 0.12,
+            1024: 0.10,
+            2304: 0.08,
+            4352: 0.04,
+            8448: 0.012,
+        },
         warmup=10,
         decay_from=10,
-        mtp_depth=1,
-        last=110 / 259,
-        muon_rate=0.01,
-        adam_rate=2e-3,
-        familiar=0.4,
-        pieces=True,
-    ),
-    "end": Stage(
-        steps=600,
-        shapes=((0.1, _BRIEF), (0.15, _MIDDLE), (0.4, _LONG), (0.2, _LONGER), (0.1, _FAR), (0.05, _FARTHER)),
-        warmup=10,
-        decay_from=10,
-        mtp_depth=1,
+        last=0.48,
         muon_rate=0.005,
-        adam_rate=1e-3,
-        familiar=0.5,
-        pieces=True,
+        adam_rate=7.5e-4,
+        taste=dataclasses.replace(_SHARP, mix=Mix(tools=0.55, recall=0.35)),
+    ),
+    "facts": Stage(
+        steps=1850,
+        widths={128: 0.05, 192: 0.10, 256: 0.16, 384: 0.26, 512: 0.2, 768: 0.13, 1024: 0.06, 2304: 0.03, 4352: 0.01},
+        warmup=10,
+        decay_from=10,
+        muon_rate=0.009,
+        adam_rate=1.35e-3,
+        taste=_FACTS,
+    ),
+    "last": Stage(
+        steps=900,
+        widths={128: 0.05, 192: 0.10, 256: 0.16, 384: 0.26, 512: 0.2, 768: 0.14, 1024: 0.07, 2304: 0.02},
+        warmup=10,
+        decay_from=10,
+        muon_rate=0.008,
+        adam_rate=1.2e-3,
+        taste=dataclasses.replace(_FACTS, mix=Mix(tools=0.4, recall=0.55, dense=0.5)),
     ),
     "drafts": Stage(
-        steps=400,
-        shapes=((0.2, _MIDDLE), (0.5, _LONG), (0.3, _LONGER)),
-        warmup=10,
+        steps=1500,
+        widths={128: 0.1, 256: 0.3, 384: 0.3, 512: 0.3},
+        warmup=20,
         decay_from=60,
         mtp_depth=3,
         drafts_only=True,
-        familiar=0.5,
-        pieces=True,
+        taste=dataclasses.replace(TASTE, others=0.5),
     ),
 }
 """In the order in which they are run."""
@@ -120,7 +108,7 @@ STAGES: dict[str, Stage] = {
 def make_tokenizer(out: Path, seed: int) -> None:
     """Write tokenizer and template to a checkpoint folder."""
     source = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-    template, words = ChatTemplate(source), Words(Random(seed), "train")
+    template, words = ChatTemplate(source), Words(Random(seed), "train", familiar=0.4)
     texts = (
         render(template, make_conversation(words, words.random.choice((100, 256, 512))), words.random.random() < 0.15)
         for _ in tqdm(range(_CONVERSATIONS), unit="conversation")

@@ -1,12 +1,14 @@
 """The demo model's tokenizer: byte-level BPE whose words never include the space before them.
 
 A word in a request and the same word in JSON are then the same tokens, so that copying one to the other is copying
-tokens; and runs of punctuation, such as `": {"`, are one token. Only the commonest words take their spaces along.
+tokens; and runs of punctuation, such as `": {"`, are one token. Only the commonest words take their spaces along. A
+capital is a token of its own, so that the rest of a name is cut as if it stood alone.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +23,8 @@ _COMMON = (
     "a|an|the|of|to|in|on|is|are|and|for|with|my|this|that|our|one|has|have|can|you|me|it|as|at|from|about|where|use"
     "|set"
 )
-_SPLIT = rf"(?: (?:{_COMMON})(?![\p{{L}}\p{{N}}_\-]))+ ?|\p{{L}}+|\p{{N}}|\n+|[^\p{{L}}\p{{N}}\n]+"
+_LETTERS = r"\p{Lu}|[\p{Ll}\p{Lt}\p{Lm}\p{Lo}]+"
+_SPLIT = rf"(?: (?:{_COMMON})(?![\p{{L}}\p{{N}}_\-]))+ ?|{_LETTERS}|\p{{N}}|\n+|[^\p{{L}}\p{{N}}\n]+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -36,7 +39,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    marks = re.compile("|".join(re.escape(token) for token in SPECIAL + PLAIN))
+    tokenizer.train_from_iterator((part for text in texts for part in marks.split(text)), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
     return tokenizer

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -12,7 +15,7 @@ from torch import Tensor, multiprocessing
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from divisi.model.demo.batches import Batch, Shape, Writer, make_batch
+from divisi.model.demo.batches import Batch, Batches, Taste, Writer
 from divisi.model.demo.export import write_checkpoint
 from divisi.model.demo.network import Network, Pass
 from divisi.model.demo.workers import Shared, Worker, flat_buffer
@@ -22,28 +25,29 @@ _BALANCE = 0.1
 _MTP = 0.3
 
 
+TASTE = Taste("train", familiar=0.6, pieces=True)
+"""What a stage trains on unless it says otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One stage of the curriculum."""
 
     steps: int
-    shapes: tuple[tuple[float, Shape], ...]
-    """Shapes of batches, each worker's, and how often they come."""
+    widths: Mapping[int, float]
+    """Widths of batches, see `Batches`, and how often they come."""
     warmup: int
     decay_from: int
     """Step from which the rate falls linearly."""
-    mtp_depth: int
+    tokens: int = 2048
+    """Of a batch, about, each worker's."""
+    mtp_depth: int = 0
     """Passes of the MTP layer; 0 trains none."""
     last: float = 0.0
     """Share of the rate that is left at the end."""
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
-    thinking: float = 0.15
-    """Share of the conversations that end with a thought."""
-    familiar: float = 1.0
-    """Scales the share of words that the tokenizer knows, see `Words`."""
-    pieces: bool = False
-    """Whether words are invented out of the tokenizer's pieces, too."""
+    taste: Taste = TASTE
     drafts_only: bool = False
     """Train the MTP layer against the rest as it is."""
 
@@ -79,9 +83,10 @@ class Loss:
 
 def loss_of(network: Network, batch: Batch, mtp_depth: int) -> Loss:
     """Next tokens, drafts, and the balance of the routers."""
-    context = network.context(batch.ids, batch.texts)
-    hidden = network.hidden(batch.ids, context)
-    logits = network.head(hidden[:, :-1]).flatten(0, 1)
+    context = network.context(batch.real)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = network.hidden(batch.ids, context)
+        logits = network.head(hidden[:, :-1]).flatten(0, 1).float()
     targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
     losses = F.cross_entropy(logits, targets, reduction="none")
     total = (losses * weights).sum() / weights.sum()
@@ -97,16 +102,15 @@ def loss_of(network: Network, batch: Batch, mtp_depth: int) -> Loss:
 
 def _mtp_loss(network: Network, batch: Batch, hidden: Tensor, logits: Tensor, context: Pass, depth: int) -> Tensor:
     """Cross entropy of the drafts against what the main model would say in their place."""
-    outs = network.drafts(batch.ids, hidden, context, depth)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = network.drafts(batch.ids, hidden, context, depth)
     count = outs[0].shape[1] - 1
     parts = []
     for ahead, out in enumerate(outs, start=1):
         at = slice(ahead, ahead + count)
         target = logits[:, at].softmax(-1).flatten(0, 1)
         weights = batch.weights[:, ahead + 1 : ahead + 1 + count]
-        if batch.texts is not None:
-            weights = weights * (batch.texts[:, ahead + 1 : ahead + 1 + count] == batch.texts[:, :count])
-        drafted = network.head(out[:, :count]).flatten(0, 1)
+        drafted = network.head(out[:, :count]).flatten(0, 1).float()
         parts.append((F.cross_entropy(drafted, target, reduction="none") * weights.flatten()).sum() / weights.sum())
     return torch.stack(parts).mean()
 
@@ -128,6 +132,8 @@ def train(network: Network, job: Job) -> None:
 
 
 def _work(shared: Shared, rank: int, job: Job) -> None:
+    if rank > 0:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _train(shared, rank, job)
     except BaseException:
@@ -135,35 +141,36 @@ def _work(shared: Shared, rank: int, job: Job) -> None:
         raise
 
 
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers, which would wait for it at the barrier."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _train(shared: Shared, rank: int, job: Job) -> None:
     torch.set_num_threads(1)
     network = shared.network
     assert isinstance(network, Network)
-    stage, writer = job.stage, Writer(job.folder)
+    stage, draw = job.stage, Random(job.seed)
+    batches = Batches(Writer(job.folder), f"{job.seed}/{rank}", stage.taste)
     worker = Worker(shared, rank, stage.muon_rate, stage.adam_rate, "mtp." if stage.drafts_only else "")
     steps = tqdm(range(stage.steps), unit="step", disable=rank > 0, mininterval=10.0)
     tokens, began = 0, time.monotonic()
     for step in steps:
-        shape = _draw_shape(stage, f"{job.seed}/{step}")
-        batch = make_batch(
-            writer, shape, f"{job.seed}/{step}/{rank}", "train", stage.thinking, stage.familiar, stage.pieces
-        )
+        width = draw.choices(list(stage.widths), list(stage.widths.values()))[0]  # the same for all workers
+        batch = batches.take(width, stage.tokens)
         worker.clear()
-        loss = loss_of(network, batch, stage.mtp_depth if shape.width <= 1024 else 0)
+        loss = loss_of(network, batch, stage.mtp_depth)
         loss.total.backward()
         norm = worker.update(stage.factor(step))
-        tokens += job.workers * int((batch.ids > 0).sum())
+        tokens += job.workers * int(batch.real.sum())
         if rank == 0:
             speed = tokens / (time.monotonic() - began)
             note = f"loss {loss.said:.3f} right {loss.right:.3f} mtp {loss.mtp:.3f} load {loss.balance:.2f} {norm:.1f}"
             steps.set_postfix_str(f"{note} {tokens / 1e6:.2f} M tokens {speed:.0f}/s", refresh=False)
             if step % 10 == 0:
-                steps.write(f"step {step} length {shape.length} {note} tokens {tokens} {speed:.0f}/s")
+                steps.write(f"step {step} width {width} {note} tokens {tokens} {speed:.0f}/s")
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == stage.steps:
                 write_checkpoint(network.state_dict(), job.folder)
-
-
-def _draw_shape(stage: Stage, seed: str) -> Shape:
-    weights, shapes = zip(*stage.shapes, strict=True)
-    drawn: Shape = Random(seed).choices(shapes, weights)[0]
-    return drawn

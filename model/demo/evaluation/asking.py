@@ -52,7 +52,7 @@ async def _ask(client: httpx.AsyncClient, model: str, case: Case) -> Verdict:
         "max_tokens": _LONGEST_ANSWER,
     }
     if case.tools:
-        body["tools"] = case.tools
+        body["tools"] = [_strictly(tool) for tool in case.tools] if case.strict else case.tools
     if case.thinks:
         body["chat_template_kwargs"] = {"enable_thinking": True}
     while (reply := await client.post("/v1/chat/completions", json=body)).status_code == 429:
@@ -64,6 +64,13 @@ async def _ask(client: httpx.AsyncClient, model: str, case: Case) -> Verdict:
     ]
     text, thought = message.get("content") or "", message.get("reasoning") or ""
     return Verdict(case, text, calls, thought, _problem(case, text, calls, thought))
+
+
+def _strictly(tool: dict[str, Any]) -> dict[str, Any]:
+    """As openai's client sends a strict tool."""
+    function = tool["function"]
+    parameters = function["parameters"] | {"additionalProperties": False}
+    return tool | {"function": function | {"parameters": parameters, "strict": True}}
 
 
 def _as_sent(message: dict[str, Any]) -> dict[str, Any]:

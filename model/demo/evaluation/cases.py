@@ -14,7 +14,7 @@ from divisi.model.demo.corpus.words import Words
 
 Call = tuple[str, dict[str, Any]]
 
-_TOKENS_A_SENTENCE = 11.7
+_TOKENS_A_SENTENCE, _TOKENS_A_FACT = 16.4, 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Case:
     text: str
     calls: list[Call]
     thinks: bool = False
+    strict: bool = False
+    """Whether the server holds the calls to the tools' names and schemas."""
 
 
 def make_cases(skill: str, count: int, seed: int) -> Iterator[Case]:
@@ -40,7 +42,8 @@ def make_cases(skill: str, count: int, seed: int) -> Iterator[Case]:
 def _case(skill: str, talk: Conversation) -> Case:
     last = talk.messages[-1]
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in last.get("tool_calls", [])]
-    return Case(skill, talk.messages[:-1], talk.tools, last["content"], calls, skill.startswith("thinking"))
+    thinks, strict = skill.startswith("thinking"), skill.startswith("strict")
+    return Case(skill, talk.messages[:-1], talk.tools, last["content"], calls, thinks, strict)
 
 
 def _offered(words: Words) -> tuple[Conversation, list[tools.Tool]]:
@@ -81,7 +84,7 @@ def _tool_answer(words: Words) -> Conversation:
 def _recall(tokens: int) -> Callable[[Words], Conversation]:
     def make(words: Words) -> Conversation:
         facts = words.random.randint(3, 12)
-        return recall.make_recall(words, facts, 1, int((tokens - 15 * facts) / _TOKENS_A_SENTENCE))
+        return recall.make_recall(words, facts, 1, int((tokens - _TOKENS_A_FACT * facts) / _TOKENS_A_SENTENCE))
 
     return make
 
@@ -106,11 +109,15 @@ SKILLS: dict[str, Callable[[Words], Conversation]] = {
     "parallel calls": _calling(several=True),
     "second call": _calling(second=True),
     "everyday call": _calling(everyday=True),
+    "strict call": _calling(),
+    "strict parallel calls": _calling(several=True),
+    "strict second call": _calling(second=True),
+    "strict everyday call": _calling(everyday=True),
     "abstention": _refusal,
     "tool answer": _tool_answer,
     "recall 1k": _recall(1024),
     "recall 4k": _recall(4096),
-    "recall 8k": _recall(8000),
+    "recall 8k": _recall(8192),
     "arithmetic": _sum,
     "chat": _chat,
     "thinking call": _calling(),

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from divisi.model.demo.batches import Shape, Writer, make_batch
+from divisi.model.demo.batches import Batches, Taste, Writer
 from divisi.model.demo.network import Network
 
-_SHAPE = Shape(length=256, width=512, rows=4)
+_WIDTHS, _TOKENS = (128, 256, 384, 512), 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,10 @@ class Findings:
 def look_inside(network: Network, writer: Writer, batches: int, depth: int = 3) -> Findings:
     """Measure on held-out conversations, teacher-forced."""
     said, anywhere, loads = [], [], []
+    source = Batches(writer, "offline", Taste("held_out"))
     for index in range(batches):
-        batch = make_batch(writer, _SHAPE, f"offline/{index}", "held_out")
-        context = network.context(batch.ids, batch.texts)
+        batch = source.take(_WIDTHS[index % len(_WIDTHS)], _TOKENS)
+        context = network.context(batch.real)
         hidden = network.hidden(batch.ids, context)
         own = network.head(hidden).argmax(-1)
         outs = network.drafts(batch.ids, hidden, context, depth)

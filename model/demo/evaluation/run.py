@@ -23,10 +23,7 @@ _BATCHES = 40
 
 def evaluate(args: argparse.Namespace) -> int:
     """Ask the server, look at the weights, write both; returns the exit status."""
-    skills = args.skills or list(SKILLS)
-    unknown = [skill for skill in skills if skill not in SKILLS]
-    if unknown:
-        print(f"--skills: {unknown[0]!r} is none; take some of {', '.join(map(repr, SKILLS))}", file=sys.stderr)
+    if (skills := chosen_skills(args.skills)) is None:
         return 2
     network, writer = read_network(args.checkpoint), Writer(args.checkpoint)
     cases = [case for skill in skills for case in make_cases(skill, args.cases, args.seed)]
@@ -42,6 +39,16 @@ def evaluate(args: argparse.Namespace) -> int:
     print(f"draft agreement  {' / '.join(f'{share:.2f}' for share in findings.agreement)}")
     print(f"{args.out} lists {sum(bool(verdict.problem) for verdict in verdicts)} failures")
     return 0
+
+
+def chosen_skills(named: list[str] | None) -> list[str] | None:
+    """Those named, all where none is; None, with a word on stderr, where one of them doesn't exist."""
+    skills = named or list(SKILLS)
+    unknown = [skill for skill in skills if skill not in SKILLS]
+    if unknown:
+        print(f"--skills: {unknown[0]!r} is none; take some of {', '.join(map(repr, SKILLS))}", file=sys.stderr)
+        return None
+    return skills
 
 
 def _ask(args: argparse.Namespace, cases: list[Case]) -> list[Verdict]:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from divisi.model.config import ModelConfig
 from divisi.model.demo.network.norm import Norm, linear, silent
 
 CosSin = tuple[Tensor, Tensor]
+
+_BLOCK = 128
+"""Queries that attend at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,10 @@ class Attention(nn.Module):
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
         return Heads(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), torch.sigmoid(gate.flatten(2)))
 
-    def forward(self, x_BTD: Tensor, cos_sin: CosSin, mask: Tensor | None) -> Tensor:
-        """Attend to what `mask` ``[B, 1, T, T]`` allows; without one to everything before."""
+    def forward(self, x_BTD: Tensor, cos_sin: CosSin) -> Tensor:
+        """Attend to everything before."""
         h = self.project(x_BTD, cos_sin)
-        out = F.scaled_dot_product_attention(h.q, h.k, h.v, attn_mask=mask, is_causal=mask is None)
+        out = attend(h.q, h.k, h.v)
         return self.finish(out, h)
 
     def finish(self, out: Tensor, heads: Heads) -> Tensor:
@@ -65,17 +67,32 @@ class Attention(nn.Module):
         return projected
 
 
-def attend_drafting(passes: list[Heads], mask: Tensor) -> Tensor:
-    """Attention of the last of some drafting passes: the first pass's keys as `mask` allows, its successors' own only.
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, ``[B, Q, T, H]``, by blocks of queries: on a CPU twice as fast as torch's own at 512."""
+    tokens = q.shape[2]
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+    q, outs = q * q.shape[-1] ** -0.5, []
+    for start in range(0, tokens, _BLOCK):
+        end = min(start + _BLOCK, tokens)
+        later = torch.full((end - start, end), -torch.inf, dtype=q.dtype).triu(start + 1)
+        scores = q[:, :, start:end] @ k[:, :, :end].mT + later
+        outs.append(scores.softmax(-1, dtype=q.dtype) @ v[:, :, :end])
+    return torch.cat(outs, 2)
+
+
+def attend_drafting(passes: list[Heads]) -> Tensor:
+    """Attention of the last of some drafting passes: the first pass's keys up to its own, its successors' own only.
 
     Entry i of every pass belongs to the same draft, so a later pass sees one key of each pass after the first.
     """
     now, first = passes[-1], passes[0]
     scale = now.q.shape[-1] ** -0.5
-    scores = (now.q @ first.k.mT * scale).masked_fill(~mask, -torch.inf)
+    tokens = first.k.shape[2]
+    later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    scores = (now.q @ first.k.mT * scale).masked_fill(later, -torch.inf)
     own = [(now.q * other.k).sum(-1, keepdim=True) * scale for other in passes[1:]]
     weights = torch.cat([scores, *own], dim=-1).softmax(-1)
-    tokens = first.k.shape[2]
     out = weights[..., :tokens] @ first.v
     for index, other in enumerate(passes[1:]):
         out = out + weights[..., tokens + index, None] * other.v

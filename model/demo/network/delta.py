@@ -12,11 +12,9 @@ from torch.nn import functional as F
 from divisi.model.config import ModelConfig
 from divisi.model.demo.network.norm import linear, silent
 
-_CHUNK = 32
-_CHUNK_LOG = 5
+_CHUNK = 16
+_CHUNK_LOG = 4
 """log2 of the chunk: products that invert its unit lower triangular matrix."""
-_FORGET = -30.0
-"""Log decay at the first token of a packed text: nothing of the text before is left."""
 
 
 class DeltaNorm(nn.Module):
@@ -45,8 +43,8 @@ class DeltaNet(nn.Module):
         self.norm = DeltaNorm(self.value_dim)
         self.out_proj = silent(values, c.hidden_size)
 
-    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None) -> Tensor:
-        """Mix; where `starts_BT` is true a text begins, which knows nothing of the one before."""
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Mix each row from its beginning."""
         batch, tokens, _ = x_BTD.shape
         per = self.heads // self.groups
         rows = self.in_proj_qkvz(x_BTD).view(batch, tokens, self.groups, -1)
@@ -60,9 +58,8 @@ class DeltaNet(nn.Module):
         v = v.view(batch, tokens, self.heads, self.value_dim).transpose(1, 2)
         beta = b.flatten(2).sigmoid().transpose(1, 2)
         log_decay = (-self.A_log.exp() * F.softplus(a.flatten(2) + self.dt_bias)).transpose(1, 2)
-        if starts_BT is not None:
-            log_decay = log_decay + _FORGET * starts_BT[:, None, :]
-        out = delta_rule(q, k, v, beta, log_decay).transpose(1, 2)
+        with torch.autocast("cpu", enabled=False):  # it inverts matrices
+            out = delta_rule(q.float(), k.float(), v.float(), beta.float(), log_decay.float()).transpose(1, 2)
         out = F.rms_norm(out, (self.value_dim,), self.norm.weight, self.eps) * F.silu(z.reshape(out.shape))
         mixed_back: Tensor = self.out_proj(out.flatten(2))
         return mixed_back
@@ -84,7 +81,7 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor)
     Within a chunk the deltas solve (I + L) delta = beta (v - decayed S^T k); I + L is inverted by repeated squaring,
     (I - L)(I + L^2)(I + L^4)..., as L is nilpotent, in batched products that train fast.
     """
-    batch, heads, tokens, _ = q.shape
+    tokens = q.shape[2]
     pad = -tokens % _CHUNK
     if pad:
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
@@ -108,14 +105,18 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor)
     left = (total[..., -1:] - total).exp()[..., None] * k
     step_KK = -(left.mT @ keys)
     step_KV = left.mT @ values
-    end = since[..., -1:, :]
-    state = v.new_zeros(batch, heads, q.shape[-1], v.shape[-1])
-    outs = []
-    for chunk in range(q.shape[2]):
-        outs.append(q_since[:, :, chunk] @ state)
-        state = end[:, :, chunk] * state + step_KK[:, :, chunk] @ state + step_KV[:, :, chunk]
-    out = within + torch.stack(outs, 2)
+    turn_KK = since[..., -1:, :] * torch.eye(q.shape[-1], dtype=q.dtype) + step_KK
+    out = within + q_since @ _states(turn_KK, step_KV)
     return out.flatten(2, 3)[:, :, :tokens]
+
+
+def _states(turn_BHCKK: Tensor, step_BHCKV: Tensor) -> Tensor:
+    """The state before each of C chunks, of which each turns it and adds a step."""
+    turns, steps = turn_BHCKK.flatten(0, 1).unbind(1), step_BHCKV.flatten(0, 1).unbind(1)
+    states = [torch.zeros_like(steps[0])]
+    for turn, step in zip(turns[:-1], steps[:-1], strict=True):
+        states.append(torch.baddbmm(step, turn, states[-1]))
+    return torch.stack(states, 1).view_as(step_BHCKV)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Mixture(nn.Module):
 
     def forward(self, x_BTD: Tensor, load: RouterLoad, counts_BT: Tensor) -> Tensor:
         """Routed and shared experts; what the router did is added to `load`."""
-        probability = self.gate(x_BTD).softmax(-1)
+        probability = self.gate(x_BTD).float().softmax(-1)
         gates, ids = probability.topk(self.chosen, dim=-1)
         gates = gates / gates.sum(-1, keepdim=True)
         gates_BTE = torch.zeros_like(probability).scatter(-1, ids, gates)

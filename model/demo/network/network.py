@@ -26,10 +26,6 @@ class Pass:
     """What all layers of a forward pass share."""
 
     cos_sin: CosSin
-    starts_BT: Tensor | None
-    """Where a text begins, of several packed in a row."""
-    mask: Tensor | None
-    """What may be attended to, ``[B, 1, T, T]``; None for everything before."""
     counts_BT: Tensor
     """1 for tokens whose routing counts, 0 for padding."""
     load: RouterLoad
@@ -52,10 +48,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, context: Pass) -> Tensor:
         """The residual stream after the layer."""
         normed = self.input_layernorm(x)
-        if self.linear:
-            mixed = self.linear_attn(normed, context.starts_BT)
-        else:
-            mixed = self.self_attn(normed, context.cos_sin, context.mask)
+        mixed = self.linear_attn(normed) if self.linear else self.self_attn(normed, context.cos_sin)
         return self.feed_forward(x + mixed, context)
 
     def feed_forward(self, x: Tensor, context: Pass) -> Tensor:
@@ -83,8 +76,7 @@ class Mtp(nn.Module):
         assert isinstance(layer, Layer)
         heads = layer.self_attn.project(layer.input_layernorm(x), context.cos_sin)
         earlier.append(heads)
-        assert context.mask is not None
-        x = x + layer.self_attn.finish(attend_drafting(earlier, context.mask), heads)
+        x = x + layer.self_attn.finish(attend_drafting(earlier), heads)
         drafted: Tensor = self.norm(layer.feed_forward(x, context))
         return drafted
 
@@ -113,20 +105,13 @@ class Network(nn.Module):
         self.model = Decoder(config)
         self.mtp = Mtp(config)
 
-    def context(self, ids_BT: Tensor, texts_BT: Tensor | None = None) -> Pass:
-        """A pass over rows of ids; `texts_BT` numbers the texts packed in a row from 1, 0 for padding."""
-        tables = rotary_tables(self.config, ids_BT.shape[1])
-        if texts_BT is None:
-            return Pass(tables, None, None, torch.ones(ids_BT.shape), RouterLoad())
-        starts = texts_BT != F.pad(texts_BT, (1, -1), value=-1)
-        same = texts_BT[:, :, None] == texts_BT[:, None, :]
-        return Pass(tables, starts, same.tril()[:, None], (texts_BT > 0).float(), RouterLoad())
+    def context(self, counts_BT: Tensor) -> Pass:
+        """A pass over texts that start at their rows' beginnings; `counts_BT` is 1 for text, 0 for padding."""
+        return Pass(rotary_tables(self.config, counts_BT.shape[1]), counts_BT, RouterLoad())
 
     def hidden(self, ids_BT: Tensor, context: Pass) -> Tensor:
         """Final-norm outputs."""
         x: Tensor = self.model.embed_tokens(ids_BT)
-        if context.mask is not None:  # rows of zeros stay zero in every layer: texts a few of them apart don't meet
-            x = x * context.counts_BT[..., None]
         for layer in self.model.layers:
             x = layer(x, context)
         normed: Tensor = self.model.norm(x)
@@ -135,17 +120,13 @@ class Network(nn.Module):
     def drafts(self, ids_BT: Tensor, hidden_BTD: Tensor, context: Pass, depth: int) -> list[Tensor]:
         """MTP outputs of `depth` passes: entry i of pass d comes from h_i and token i + d, drafts token i + d + 1."""
         tokens = ids_BT.shape[1] - depth
-        mask = context.mask
-        if mask is None:
-            mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
-        mask = mask[..., :tokens, :tokens]
         earlier: list[Heads] = []
         outs: list[Tensor] = []
         hidden = hidden_BTD[:, :tokens]
         cos, sin = context.cos_sin
         for ahead in range(1, depth + 1):
             at = slice(ahead, ahead + tokens)
-            inner = Pass((cos[at], sin[at]), None, mask, context.counts_BT[:, :tokens], context.load)
+            inner = Pass((cos[at], sin[at]), context.counts_BT[:, :tokens], context.load)
             hidden = self.mtp(hidden, self.model.embed_tokens(ids_BT[:, at]), earlier, inner)
             outs.append(hidden)
         return outs

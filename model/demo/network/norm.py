@@ -17,7 +17,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight + 1.0, self.eps)
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight + 1.0, self.eps)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Batches: a function of the seed, with the assistant's tokens counted in full and texts kept apart."""
+"""Batches: a function of the seed, one text a row, with the assistant's tokens counted in full."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from tokenizers import Tokenizer
 
 from divisi.model.demo import checkpoint_dir
-from divisi.model.demo.batches import Batch, Shape, Writer, make_batch
+from divisi.model.demo.batches import WIDTHS, Batch, Batches, Taste, Writer
 from divisi.model.demo.corpus.words import PARAMETERS, VERBS, Words
 
-SHAPE = Shape(length=128, width=256, rows=3)
+WIDTH, TOKENS = 192, 1024
+TRAIN = Taste("train")
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +23,38 @@ def writer() -> Writer:
 
 @pytest.fixture(scope="module")
 def batch(writer: Writer) -> Batch:
-    return make_batch(writer, SHAPE, "7", "train")
+    return Batches(writer, "7", TRAIN).take(WIDTH, TOKENS)
 
 
-def test_a_seed_gives_one_batch(writer: Writer, batch: Batch) -> None:
-    again, other = (make_batch(writer, SHAPE, seed, "train") for seed in ("7", "8"))
-    assert torch.equal(again.ids, batch.ids)
-    assert torch.equal(again.weights, batch.weights)
-    assert not torch.equal(other.ids, batch.ids)
+def test_a_seed_gives_one_sequence_of_batches(writer: Writer) -> None:
+    first, again, other = (Batches(writer, seed, TRAIN) for seed in ("7", "7", "8"))
+    for width in (WIDTH, 96, WIDTH):
+        found, same, different = (batches.take(width, TOKENS) for batches in (first, again, other))
+        assert torch.equal(found.ids, same.ids)
+        assert torch.equal(found.weights, same.weights)
+        assert not torch.equal(found.ids, different.ids)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_text_lies_in_the_narrowest_rows_that_hold_it(writer: Writer, width: int) -> None:
+    batch = Batches(writer, "7", TRAIN).take(width, TOKENS)
+    assert batch.ids.shape == (TOKENS // width, width)
+    narrower = max((other for other in WIDTHS if other < width), default=0)
+    for real, weights in zip(batch.real, batch.weights, strict=True):
+        count = int(real.sum())
+        assert narrower < count <= width
+        assert real[:count].all()
+        assert weights[0] == 0.0
+        assert not weights[count:].any()
+
+
+def test_a_long_text_has_a_row_of_its_own_and_is_whole(writer: Writer) -> None:
+    batch = Batches(writer, "7", TRAIN).take(2304, TOKENS)
+    assert batch.ids.shape == (1, 2304)
+    tokenizer = Tokenizer.from_file(str(checkpoint_dir() / "tokenizer.json"))
+    count = int(batch.real.sum())
+    assert count > 0.7 * 2304
+    assert tokenizer.decode(batch.ids[0, :count].tolist(), skip_special_tokens=False).endswith("<|im_end|>\n")
 
 
 def test_what_the_assistant_says_counts_in_full_and_nothing_else(batch: Batch) -> None:
@@ -46,21 +71,6 @@ def test_what_the_assistant_says_counts_in_full_and_nothing_else(batch: Batch) -
             if said[at - 1] and not said[at]:
                 assert ids[at - 1] == end
     assert spans > 5
-
-
-def test_texts_are_three_tokens_apart_and_their_first_token_is_nobodys_guess(batch: Batch) -> None:
-    assert batch.texts is not None
-    assert not batch.weights[batch.texts == 0].any()
-    for row, weights in zip(batch.texts.tolist(), batch.weights.tolist(), strict=True):
-        for at in range(1, len(row)):
-            if row[at] > 0 and row[at - 1] == 0:
-                assert weights[at] == 0.0
-                assert not any(row[at - 3 : at])
-            assert row[at] == row[at - 1] or 0 in (row[at], row[at - 1])
-
-
-def test_a_text_alone_in_its_row_needs_no_mask(writer: Writer) -> None:
-    assert make_batch(writer, Shape(2048, 2304, 1), "1", "train").texts is None
 
 
 def test_less_familiar_words_are_invented_more_often() -> None:

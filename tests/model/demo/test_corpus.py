@@ -9,6 +9,7 @@ from random import Random
 
 import jsonschema
 import pytest
+from tokenizers import Tokenizer
 
 from divisi.model.demo import checkpoint_dir
 from divisi.model.demo.corpus import words as lists
@@ -114,6 +115,13 @@ def test_cases_end_before_the_answer(skill: str) -> None:
         assert case.messages[-1]["role"] in ("user", "tool")
         assert bool(case.text) != bool(case.calls)
         assert case.calls == [] or case.tools
+
+
+@pytest.mark.parametrize(("skill", "tokens"), [("recall 1k", 1024), ("recall 4k", 4096), ("recall 8k", 8192)])
+def test_recall_is_over_as_many_tokens_as_its_name_says(skill: str, tokens: int) -> None:
+    tokenizer = Tokenizer.from_file(str(checkpoint_dir() / "tokenizer.json"))
+    counts = [len(tokenizer.encode(TEMPLATE.render(case.messages)).ids) for case in make_cases(skill, 40, 0)]
+    assert 0.98 < sum(counts) / len(counts) / tokens < 1.04
 
 
 def test_the_template_shows_tools_in_short_and_takes_foreign_ones() -> None:
