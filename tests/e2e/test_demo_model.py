@@ -33,7 +33,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 # Some below what the weights reached when they were shipped. The aim is 0.9 each: model/demo/README.md has the table.
-FLOORS = {"call": 0.45, "abstention": 0.9, "tool answer": 0.9, "recall 1k": 0.72, "chat": 0.95}
+FLOORS = {
+    "call": 0.65,
+    "parallel calls": 0.48,
+    "strict call": 0.72,
+    "abstention": 0.9,
+    "tool answer": 0.9,
+    "recall 1k": 0.78,
+    "recall 4k": 0.65,
+    "recall 8k": 0.48,
+    "chat": 0.95,
+}
 
 
 @pytest.mark.parametrize("skill", FLOORS)
