@@ -9,7 +9,7 @@ from pathlib import Path
 from divisi.model.demo import checkpoint_dir
 
 _EXAMPLES = """\
-from nothing to a checkpoint (two hours on two cores):
+from nothing to a checkpoint (four hours on two cores):
   python -m divisi.model.demo tokenizer --out demo
   python -m divisi.model.demo train begin --out demo --seed 3
   python -m divisi.model.demo train main --out demo --seed 4
@@ -20,6 +20,10 @@ from nothing to a checkpoint (two hours on two cores):
   cp -r demo demo-facts
   python -m divisi.model.demo train last --out demo --seed 9
   python -m divisi.model.demo average demo-long demo-facts demo --out demo
+  cp -r demo demo-three
+  python -m divisi.model.demo train calls --out demo --seed 21
+  python -m divisi.model.demo average demo-three demo --out demo
+  python -m divisi.model.demo train even --out demo --seed 22
   python -m divisi.model.demo train drafts --out demo --seed 6
 then, with `divisi serve demo` in another terminal:
   python -m divisi.model.demo evaluate --url http://127.0.0.1:8000 --checkpoint demo
@@ -81,7 +85,7 @@ def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_dir())
     parser.add_argument("--skills", nargs="*", help="only these (default: all)")
     parser.add_argument("--cases", type=int, default=50, help="of each skill (default: 50)")
-    parser.add_argument("--split", choices=("train", "held_out"), default="train", help="of words (default: train)")
+    parser.add_argument("--split", choices=("train", "dev"), default="dev", help="of words (default: dev)")
     parser.set_defaults(run=_probe)
 
 

@@ -29,6 +29,19 @@ _SHARP = dataclasses.replace(TASTE, others=0.01, mix=Mix(tools=0.6, recall=0.27)
 
 _FACTS = dataclasses.replace(_SHARP, mix=Mix(tools=0.5, recall=0.42, dense=0.6))
 
+_ALL_WIDTHS = {
+    128: 0.05,
+    192: 0.10,
+    256: 0.16,
+    384: 0.24,
+    512: 0.2,
+    768: 0.12,
+    1024: 0.06,
+    2304: 0.05,
+    4352: 0.03,
+    8448: 0.015,
+}
+
 STAGES: dict[str, Stage] = {
     "begin": Stage(
         steps=600,
@@ -91,6 +104,27 @@ STAGES: dict[str, Stage] = {
         muon_rate=0.008,
         adam_rate=1.2e-3,
         taste=dataclasses.replace(_FACTS, mix=Mix(tools=0.4, recall=0.55, dense=0.5)),
+    ),
+    "calls": Stage(
+        steps=600,
+        widths=_ALL_WIDTHS,
+        warmup=20,
+        decay_from=200,
+        last=0.73,
+        batches=4,
+        muon_rate=0.010,
+        adam_rate=1.5e-3,
+        taste=dataclasses.replace(_SHARP, mix=Mix(tools=0.68, recall=0.26, dense=0.5, busy=0.6)),
+    ),
+    "even": Stage(
+        steps=1200,
+        widths=_ALL_WIDTHS | {2304: 0.07, 4352: 0.04, 8448: 0.02},
+        warmup=20,
+        decay_from=20,
+        batches=4,
+        muon_rate=0.007,
+        adam_rate=1.05e-3,
+        taste=dataclasses.replace(_SHARP, mix=Mix(tools=0.52, recall=0.40, dense=0.3, running=0.55, busy=0.5)),
     ),
     "drafts": Stage(
         steps=1500,

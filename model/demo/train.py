@@ -15,6 +15,7 @@ from torch import Tensor, multiprocessing
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from divisi.model.demo.averaging import Average
 from divisi.model.demo.batches import Batch, Batches, Taste, Writer
 from divisi.model.demo.export import write_checkpoint
 from divisi.model.demo.network import Network, Pass
@@ -40,7 +41,9 @@ class Stage:
     decay_from: int
     """Step from which the rate falls linearly."""
     tokens: int = 2048
-    """Of a batch, about, each worker's."""
+    """Of a batch, about."""
+    batches: int = 1
+    """Of a step, each worker's; every one may have another width."""
     mtp_depth: int = 0
     """Passes of the MTP layer; 0 trains none."""
     last: float = 0.0
@@ -157,20 +160,24 @@ def _train(shared: Shared, rank: int, job: Job) -> None:
     batches = Batches(Writer(job.folder), f"{job.seed}/{rank}", stage.taste)
     worker = Worker(shared, rank, stage.muon_rate, stage.adam_rate, "mtp." if stage.drafts_only else "")
     steps = tqdm(range(stage.steps), unit="step", disable=rank > 0, mininterval=10.0)
+    average = Average(network) if rank == 0 else None
     tokens, began = 0, time.monotonic()
     for step in steps:
-        width = draw.choices(list(stage.widths), list(stage.widths.values()))[0]  # the same for all workers
-        batch = batches.take(width, stage.tokens)
+        # The same for all workers, so that none waits for another's longer rows.
+        widths = draw.choices(list(stage.widths), list(stage.widths.values()), k=stage.batches)
         worker.clear()
-        loss = loss_of(network, batch, stage.mtp_depth)
-        loss.total.backward()
+        for width in widths:
+            batch = batches.take(width, stage.tokens)
+            loss = loss_of(network, batch, stage.mtp_depth)
+            (loss.total / stage.batches).backward()
+            tokens += job.workers * int(batch.real.sum())
         norm = worker.update(stage.factor(step))
-        tokens += job.workers * int(batch.real.sum())
-        if rank == 0:
+        if average is not None:
+            average.update()
             speed = tokens / (time.monotonic() - began)
             note = f"loss {loss.said:.3f} right {loss.right:.3f} mtp {loss.mtp:.3f} load {loss.balance:.2f} {norm:.1f}"
             steps.set_postfix_str(f"{note} {tokens / 1e6:.2f} M tokens {speed:.0f}/s", refresh=False)
             if step % 10 == 0:
-                steps.write(f"step {step} width {width} {note} tokens {tokens} {speed:.0f}/s")
+                steps.write(f"step {step} {note} tokens {tokens} {speed:.0f}/s")
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == stage.steps:
-                write_checkpoint(network.state_dict(), job.folder)
+                write_checkpoint(average.weights, job.folder)

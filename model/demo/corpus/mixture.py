@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from divisi.model.demo.corpus import chat, recall, tools
@@ -9,7 +10,7 @@ from divisi.model.demo.corpus.conversation import Conversation
 from divisi.model.demo.corpus.everyday import everyday_tool
 from divisi.model.demo.corpus.words import Words
 
-SENTENCE_TOKENS = 16
+SENTENCE_TOKENS = 17
 """About as many tokens has a sentence of filler."""
 
 
@@ -21,6 +22,10 @@ class Mix:
     recall: float = 0.23
     dense: float = 0.0
     """Share of the recall that has no filler, but as many facts to tell apart as fit, and asks for them all."""
+    running: float = 0.0
+    """Share of the other recall that asks all along the text instead of at its end."""
+    busy: float = 0.0
+    """Share of the tool talk that is one request after the other for many small tools."""
 
 
 EVERYTHING = Mix()
@@ -30,13 +35,14 @@ def make_conversation(words: Words, length: int, mix: Mix = EVERYTHING) -> Conve
     """A conversation of up to about `length` tokens."""
     draw = words.random.random()
     if length >= 2048:
-        return long_recall(words, length)
+        return long_recall(words, length, mix.running)
     if length <= 64:
         return copying(words)
     if draw < mix.tools:
-        return tool_talk(words, length)
+        return busy_tools(words, length) if words.random.random() < mix.busy else tool_talk(words, length)
     if draw < mix.tools + mix.recall:
-        return dense_recall(words, length) if words.random.random() < mix.dense else short_recall(words, length)
+        dense = words.random.random() < mix.dense
+        return dense_recall(words, length) if dense else short_recall(words, length, mix.running)
     return chat.make_chat(words, words.random.randint(1, max(1, min(8, length // 40))))
 
 
@@ -73,12 +79,27 @@ def tool_talk(words: Words, length: int) -> Conversation:
     return talk
 
 
-def short_recall(words: Words, length: int) -> Conversation:
+def busy_tools(words: Words, length: int) -> Conversation:
+    """Many tools with few parameters, and as many requests as fit, so that most of it is to choose the right one."""
+    random = words.random
+    talk, most = Conversation(kind="tools"), random.choice((1, 2, 3, 4))
+    offered = tools.make_tools(words, random.randint(2, max(2, min(9, length // 80))), everyday_tool, most, snake=2)
+    talk.tools = [tool.schema for tool in offered]
+    room = length - 70 - (32 + 8 * most) * len(offered)
+    for _ in range(max(1, room // (52 + 10 * most))):
+        if random.random() < 0.1:
+            tools.add_refusal(words, talk, offered)
+        else:
+            tools.add_call(words, talk, offered, responds=random.random() < 0.04)
+    return talk
+
+
+def short_recall(words: Words, length: int, running: float) -> Conversation:
     """Several facts in a text that fits, most of them asked for."""
     facts = words.random.randint(1, max(2, min(12, length // 40)))
     questions = words.random.randint(1, min(facts, 10))
     room = max(0, length - 26 * facts - 34 * questions)
-    return recall.make_recall(words, facts, questions, words.random.randint(0, room // SENTENCE_TOKENS))
+    return _way(words, running)(words, facts, questions, words.random.randint(0, room // SENTENCE_TOKENS))
 
 
 def dense_recall(words: Words, length: int) -> Conversation:
@@ -87,9 +108,13 @@ def dense_recall(words: Words, length: int) -> Conversation:
     return recall.make_recall(words, facts, facts, 0)
 
 
-def long_recall(words: Words, length: int) -> Conversation:
+def long_recall(words: Words, length: int, running: float) -> Conversation:
     """Facts far apart, many of them asked for, so that a long text teaches much."""
     facts = words.random.randint(length // 200, length // 80)
     questions = facts * 2 // 3
     filler = (length - 18 * facts - 36 * questions) // SENTENCE_TOKENS
-    return recall.make_recall(words, facts, questions, filler)
+    return _way(words, running)(words, facts, questions, filler)
+
+
+def _way(words: Words, running: float) -> Callable[[Words, int, int, int], Conversation]:
+    return recall.make_running_recall if words.random.random() < running else recall.make_recall

@@ -13,6 +13,9 @@ _QUESTIONS = ("What is the {a} of {n}?", "Tell me the {a} of {n}.", "Which {a} h
 _LEADS = ("", "", "", "Now: ", "A question. ", "Please answer. ", "Question: ", "Hm. ", "Well, ", "Tell me. ")
 _INTROS = ("Read this. ", "Here is a text. ", "", "Keep this in mind. ", "Some notes: ", "Text: ")
 
+Fact = tuple[str, str, str]
+"""Attribute, name and value."""
+
 
 def filler_sentence(words: Words) -> str:
     """A sentence that says nothing of use."""
@@ -40,7 +43,7 @@ def value(words: Words) -> str:
     return words.text()
 
 
-def facts_of(words: Words, count: int) -> list[tuple[str, str, str]]:
+def facts_of(words: Words, count: int) -> list[Fact]:
     """Attribute, name and value of facts about different things; attributes and names are shared among them."""
     facts: dict[tuple[str, str], str] = {}
     while len(facts) < count:
@@ -58,11 +61,8 @@ def make_recall(words: Words, facts: int, questions: int, filler: int) -> Conver
     """One text of `facts` facts and `filler` sentences, then questions in turn."""
     talk = Conversation(kind="recall")
     known = facts_of(words, facts)
-    text = [filler_sentence(words) for _ in range(filler)]
-    for attribute, name, said in known:
-        form = words.random.choice(_STATEMENTS)
-        text.insert(words.random.randint(0, len(text)), form.format(a=attribute, n=name, v=said))
-    body = words.random.choice(_INTROS) + " ".join(text)
+    text = _told(words, known, filler)
+    body = words.random.choice(_INTROS) + " ".join(sentence for sentence, _ in text)
     asked = words.random.sample(known, min(questions, len(known)))
     as_system = words.random.random() < 0.2
     if as_system:
@@ -74,7 +74,37 @@ def make_recall(words: Words, facts: int, questions: int, filler: int) -> Conver
     return talk
 
 
-def ask(words: Words, fact: tuple[str, str, str]) -> tuple[str, str, str]:
+def make_running_recall(words: Words, facts: int, questions: int, filler: int) -> Conversation:
+    """The same text in parts, each with a question on what it or an earlier one says.
+
+    A question right after a text is harder than one in a turn of its own, and here nearly every question is one.
+    """
+    talk = Conversation(kind="recall")
+    text = _told(words, facts_of(words, facts), filler)
+    ends = {len(text), *words.random.sample(range(1, len(text)), min(questions, len(text)) - 1)}
+    part, heard = words.random.choice(_INTROS), list[Fact]()
+    for at, (sentence, fact) in enumerate(text, 1):
+        part += f"{sentence} "
+        heard += [fact] if fact else []
+        if heard and at in ends:
+            question, answer, thought = ask(words, words.random.choice(heard))
+            talk.user(part + question)
+            talk.assistant(answer, thought)
+            part = ""
+    return talk
+
+
+def _told(words: Words, facts: list[Fact], filler: int) -> list[tuple[str, Fact | None]]:
+    """Sentences, each with the fact that it tells, among `filler` that tell none."""
+    sentences: list[tuple[str, Fact | None]] = [(filler_sentence(words), None) for _ in range(filler)]
+    for fact in facts:
+        attribute, name, said = fact
+        told = words.random.choice(_STATEMENTS).format(a=attribute, n=name, v=said)
+        sentences.insert(words.random.randint(0, len(sentences)), (told, fact))
+    return sentences
+
+
+def ask(words: Words, fact: Fact) -> tuple[str, str, str]:
     """A question for a fact, its answer, and a thought on the way."""
     attribute, name, said = fact
     lead, form = words.phrasing(_LEADS, _QUESTIONS)

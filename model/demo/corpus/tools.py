@@ -41,11 +41,11 @@ class Tool:
         return found
 
 
-def make_tool(words: Words, verb: str | None = None, noun: str | None = None, most: int = 4) -> Tool:
-    """A tool with up to `most` parameters."""
+def make_tool(words: Words, verb: str | None = None, noun: str | None = None, most: int = 4, snake: int = 5) -> Tool:
+    """A tool with up to `most` parameters. Its name is verb_noun `snake` times as often as it is in another style."""
     random = words.random
     verb, noun = verb or words.verb(), noun or words.noun()
-    styles = (f"{verb}_{noun}",) * 5 + (f"{noun}_{verb}", f"{verb}{noun.capitalize()}", f"{verb}-{noun}")
+    styles = (f"{verb}_{noun}",) * snake + (f"{noun}_{verb}", f"{verb}{noun.capitalize()}", f"{verb}-{noun}")
     name = random.choice(styles)
     names = list(
         dict.fromkeys(words.parameter() for _ in range(random.randint(0 if random.random() < 0.1 else 1, most)))
@@ -130,8 +130,10 @@ def dress(words: Words, request: str) -> str:
     return text[0].upper() + text[1:] if words.random.random() < 0.8 else text
 
 
-def make_tools(words: Words, count: int, everyday: Callable[[Words], Tool]) -> list[Tool]:
-    """Tools of different names; some share a verb or a noun, some are of everyday use."""
+def make_tools(
+    words: Words, count: int, everyday: Callable[[Words], Tool], most: int = 4, snake: int = 5
+) -> list[Tool]:
+    """Tools of different names with up to `most` parameters; some share a verb or a noun, some are of everyday use."""
     tools: list[Tool] = []
     share = words.random.choice((0.0, 0.0, 0.3, 1.0))
     while len(tools) < count:
@@ -143,7 +145,11 @@ def make_tools(words: Words, count: int, everyday: Callable[[Words], Tool]) -> l
         other = words.random.choice(tools) if tools and words.random.random() < 0.3 else None
         share_verb = words.random.random() < 0.5
         tool = make_tool(
-            words, other.verb if other and share_verb else None, other.noun if other and not share_verb else None
+            words,
+            other.verb if other and share_verb else None,
+            other.noun if other and not share_verb else None,
+            most,
+            snake,
         )
         if all((tool.verb, tool.noun) != (known.verb, known.noun) and tool.name != known.name for known in tools):
             tools.append(tool)

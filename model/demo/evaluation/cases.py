@@ -14,7 +14,7 @@ from divisi.model.demo.corpus.words import Words
 
 Call = tuple[str, dict[str, Any]]
 
-_TOKENS_A_SENTENCE, _TOKENS_A_FACT = 16.4, 17
+_TOKENS_A_SENTENCE, _TOKENS_A_FACT = 17.7, 17
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from divisi.model.demo.network.norm import Norm, linear, silent
 
 CosSin = tuple[Tensor, Tensor]
 
-_BLOCK = 128
+_BLOCK = 256
 """Queries that attend at a time."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import combinations
 from pathlib import Path
 from random import Random
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -15,14 +17,16 @@ from divisi.model.demo import checkpoint_dir
 from divisi.model.demo.corpus import words as lists
 from divisi.model.demo.corpus.chat import sum_of
 from divisi.model.demo.corpus.conversation import Conversation, render
-from divisi.model.demo.corpus.mixture import make_conversation
-from divisi.model.demo.corpus.recall import make_recall
+from divisi.model.demo.corpus.everyday import everyday_tool
+from divisi.model.demo.corpus.mixture import busy_tools, make_conversation
+from divisi.model.demo.corpus.recall import make_recall, make_running_recall
 from divisi.model.demo.corpus.words import Split, Words, split_of
 from divisi.model.demo.evaluation.cases import SKILLS, make_cases
 from divisi.model.text.reasoning import ReasoningSplitter
 from divisi.model.text.template import ChatTemplate
 from divisi.model.text.tool_calls import CallPart, TextPart, ToolCallParser
 
+SPLITS: tuple[Split, ...] = get_args(Split)
 TEMPLATE = ChatTemplate((Path(lists.__file__).parent.parent / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
@@ -37,7 +41,7 @@ def test_the_same_seed_gives_the_same_conversations() -> None:
 
 def test_splits_share_no_drawn_word_and_no_phrasing() -> None:
     drawn: dict[Split, set[str]] = {}
-    for split in ("train", "held_out"):
+    for split in SPLITS:
         words = Words(Random(5), split)
         kinds = (words.verb, words.noun, words.proper, words.invented)
         drawn[split] = {kind().lower() for kind in kinds for _ in range(1500)}
@@ -45,12 +49,34 @@ def test_splits_share_no_drawn_word_and_no_phrasing() -> None:
             "|".join(words.phrasing(("a", "b", "c", "d"), ("e", "f", "g", "h"), "ijklmn")) for _ in range(300)
         }
         assert all(split_of(word) == split for word in drawn[split])
-    assert not drawn["train"] & drawn["held_out"]
+    for one, other in combinations(SPLITS, 2):
+        assert not drawn[one] & drawn[other]
 
 
-def test_every_list_has_words_for_both_splits() -> None:
+def test_every_list_has_words_for_all_splits() -> None:
     for values in (lists.VERBS, lists.NOUNS, lists.PARAMETERS, lists.ADJECTIVES, lists.NAMES, lists.CITIES):
-        assert min(len(lists.words_of(tuple(values), split)) for split in ("train", "held_out")) >= 3
+        assert min(len(lists.words_of(tuple(values), split)) for split in SPLITS) >= 7
+
+
+def test_everyday_tools_are_in_one_split_each() -> None:
+    names: dict[Split, set[str]] = {}
+    for split in SPLITS:
+        words = Words(Random(4), split)
+        names[split] = {everyday_tool(words).name for _ in range(400)}
+        assert len(names[split]) >= 8
+    for one, other in combinations(SPLITS, 2):
+        assert not names[one] & names[other]
+
+
+def test_busy_talk_is_mostly_calls() -> None:
+    words = Words(Random(6), "train")
+    for length in (128, 256, 512, 1024):
+        talks = [busy_tools(words, length) for _ in range(60)]
+        asked = [sum(message["role"] == "user" for message in talk.messages) for talk in talks]
+        called = [sum("tool_calls" in message for message in talk.messages) for talk in talks]
+        assert min(asked) >= 1
+        assert sum(called) > 0.8 * sum(asked)
+        assert length / 260 < sum(asked) / len(talks) < length / 50
 
 
 def test_sums_are_right_and_their_numbers_held_out() -> None:
@@ -98,6 +124,21 @@ def test_what_is_trained_is_what_the_parsers_read() -> None:
         assert [(name, json.loads(arguments)) for name, arguments in calls.values()] == wanted
         found += 1
     assert found > 20
+
+
+@pytest.mark.parametrize(("facts", "questions", "filler"), [(1, 1, 0), (1, 3, 0), (3, 1, 4), (6, 6, 0), (12, 8, 60)])
+def test_running_recall_asks_for_what_was_told(facts: int, questions: int, filler: int) -> None:
+    words = Words(Random(8), "train")
+    for _ in range(30):
+        talk = make_running_recall(words, facts, questions, filler)
+        told = ""
+        for said, answer in zip(talk.messages[::2], talk.messages[1::2], strict=True):
+            told += said["content"]
+            attribute, name, value = re.fullmatch(r"The (.+) of (.+) is (.+)\.", answer["content"]).groups()  # type: ignore[union-attr]
+            assert all(part in told for part in (attribute, name, value))
+            assert attribute in said["content"]
+            assert name in said["content"]
+        assert 1 <= len(talk.messages) // 2 <= questions
 
 
 def test_facts_asked_for_are_in_the_text_once() -> None:
