@@ -25,7 +25,7 @@ class Mix:
     running: float = 0.0
     """Share of the other recall that asks all along the text instead of at its end."""
     busy: float = 0.0
-    """Share of the tool talk that is one request after the other for many small tools."""
+    """Share of the tool talk that is one request after the other for many tools."""
 
 
 EVERYTHING = Mix()
@@ -80,7 +80,7 @@ def tool_talk(words: Words, length: int) -> Conversation:
 
 
 def busy_tools(words: Words, length: int) -> Conversation:
-    """Many tools with few parameters, and as many requests as fit, so that most of it is to choose the right one."""
+    """Many tools, and as many requests as fit: most of the text is to choose the right one and to fill it in."""
     random = words.random
     talk, most = Conversation(kind="tools"), random.choice((1, 2, 3, 4))
     offered = tools.make_tools(words, random.randint(2, max(2, min(9, length // 80))), everyday_tool, most, snake=2)
