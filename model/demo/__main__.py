@@ -9,7 +9,7 @@ from pathlib import Path
 from divisi.model.demo import checkpoint_dir
 
 _EXAMPLES = """\
-from nothing to a checkpoint (four hours on two cores):
+from nothing to a checkpoint (five hours on two cores):
   python -m divisi.model.demo tokenizer --out demo
   python -m divisi.model.demo train begin --out demo --seed 3
   python -m divisi.model.demo train main --out demo --seed 4
@@ -23,7 +23,16 @@ from nothing to a checkpoint (four hours on two cores):
   cp -r demo demo-three
   python -m divisi.model.demo train calls --out demo --seed 21
   python -m divisi.model.demo average demo-three demo --out demo
+  cp -r demo demo-calls
   python -m divisi.model.demo train even --out demo --seed 22
+  python -m divisi.model.demo average demo-calls demo --out demo
+  python -m divisi.model.demo widen --out demo --seed 1
+  cp -r demo demo-widened
+  python -m divisi.model.demo train wide --out demo --seed 23
+  python -m divisi.model.demo average demo-widened demo --out demo
+  cp -r demo demo-wide
+  python -m divisi.model.demo train names --out demo --seed 24
+  python -m divisi.model.demo average demo-wide demo --out demo
   python -m divisi.model.demo train drafts --out demo --seed 6
 then, with `divisi serve demo` in another terminal:
   python -m divisi.model.demo evaluate --url http://127.0.0.1:8000 --checkpoint demo
@@ -42,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_tokenizer(commands)
     _add_train(commands)
     _add_average(commands)
+    _add_widen(commands)
     _add_probe(commands)
     _add_evaluate(commands)
     args = parser.parse_args(arguments)
@@ -78,6 +88,13 @@ def _add_average(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("folders", type=Path, nargs="+", help="checkpoint folders; the MTP layer is the last one's")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, with a tokenizer, to write to")
     parser.set_defaults(run=_average)
+
+
+def _add_widen(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("widen", help="double the attention heads, which changes no answer yet")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder: read and written")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_widen)
 
 
 def _add_probe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -125,6 +142,14 @@ def _average(args: argparse.Namespace) -> int:
     from divisi.model.demo.export import average_weights
 
     average_weights(args.folders, args.out)
+    return 0
+
+
+def _widen(args: argparse.Namespace) -> int:
+    from divisi.model.demo.export import read_network, write_checkpoint
+    from divisi.model.demo.widen import widen
+
+    write_checkpoint(widen(read_network(args.out), args.seed).state_dict(), args.out)
     return 0
 
 

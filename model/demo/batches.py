@@ -14,7 +14,7 @@ from torch import Tensor
 
 from divisi.model.demo.corpus.conversation import Conversation, render
 from divisi.model.demo.corpus.mixture import EVERYTHING, Mix, make_conversation
-from divisi.model.demo.corpus.words import Split, Words
+from divisi.model.demo.corpus.words import CROWDS, Split, Words
 from divisi.model.demo.tokenizer import END_OF_TURN, START_OF_TURN
 from divisi.model.text.template import ChatTemplate
 
@@ -51,6 +51,8 @@ class Taste:
     pieces: bool = False
     """Whether words are invented out of the tokenizer's pieces, too."""
     mix: Mix = EVERYTHING
+    crowded: float = 0.0
+    """Share of the conversations that draw from as few words as there are in another split."""
     others: float = 0.1
     """Weight of tokens that the assistant doesn't say: half of them are nobody's guess."""
 
@@ -74,6 +76,7 @@ class Writer:
 
     def write(self, words: Words, length: int, taste: Taste) -> Text:
         """One conversation's ids and weights."""
+        words.crowd = words.random.randrange(CROWDS) if words.random.random() < taste.crowded else None
         conversation = make_conversation(words, length, taste.mix)
         return self.encode(conversation, words.random.random() < taste.thinking, taste.others)
 

@@ -26,8 +26,8 @@ CONFIG: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 8,
     "full_attention_interval": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "partial_rotary_factor": 0.25,
     "rope_theta": 10000,
@@ -55,12 +55,16 @@ CONFIG: dict[str, Any] = {
 }
 """The demo model's shape."""
 
+NARROW = {"num_attention_heads": 4, "num_key_value_heads": 2}
+"""What it begins with in place of its heads."""
+
 
 def write_checkpoint(parameters: Mapping[str, Tensor], out: Path) -> None:
     """Write config, generation config and bf16 weights; the tokenizer is in the folder already."""
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     end, pad = tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)
-    _write_json(out / "config.json", CONFIG | {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad})
+    shape = CONFIG | _heads(parameters)
+    _write_json(out / "config.json", shape | {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad})
     stops = {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad}
     _write_json(out / "generation_config.json", stops)
     tensors = published(parameters, CONFIG["num_experts"], CONFIG["moe_intermediate_size"])
@@ -68,6 +72,13 @@ def write_checkpoint(parameters: Mapping[str, Tensor], out: Path) -> None:
     unfinished = out / f"{SINGLE_FILE}.part"
     save_file(half, unfinished, metadata={"format": "pt"})
     unfinished.replace(out / SINGLE_FILE)  # never a broken one in its place
+
+
+def _heads(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many heads weights are of, which training doubles at some point."""
+    attention, dim = "mtp.layers.0.self_attn", CONFIG["head_dim"]
+    queries, keys = (parameters[f"{attention}.{part}.weight"] for part in ("o_proj", "k_proj"))
+    return {"num_attention_heads": queries.shape[1] // dim, "num_key_value_heads": keys.shape[0] // dim}
 
 
 def average_weights(folders: Sequence[Path], out: Path) -> None:

@@ -14,7 +14,7 @@ from divisi.model.config import ModelConfig
 from divisi.model.demo.corpus.conversation import render
 from divisi.model.demo.corpus.mixture import Mix, make_conversation
 from divisi.model.demo.corpus.words import Words
-from divisi.model.demo.export import CONFIG, read_network
+from divisi.model.demo.export import CONFIG, NARROW, read_network
 from divisi.model.demo.network import Network
 from divisi.model.demo.network.induction import plant_induction
 from divisi.model.demo.tokenizer import train_tokenizer, write_tokenizer
@@ -126,6 +126,30 @@ STAGES: dict[str, Stage] = {
         adam_rate=1.05e-3,
         taste=dataclasses.replace(_SHARP, mix=Mix(tools=0.52, recall=0.40, dense=0.3, running=0.55, busy=0.5)),
     ),
+    "wide": Stage(
+        steps=1300,
+        widths=_ALL_WIDTHS | {2304: 0.06, 4352: 0.03, 8448: 0.015},
+        warmup=60,
+        decay_from=300,
+        batches=4,
+        muon_rate=0.010,
+        adam_rate=1.5e-3,
+        taste=dataclasses.replace(
+            _SHARP, crowded=0.4, mix=Mix(tools=0.58, recall=0.36, dense=0.3, running=0.5, busy=0.55)
+        ),
+    ),
+    "names": Stage(
+        steps=440,
+        widths=_ALL_WIDTHS | {2304: 0.06, 4352: 0.03, 8448: 0.015},
+        warmup=20,
+        decay_from=20,
+        batches=4,
+        muon_rate=0.007,
+        adam_rate=1.05e-3,
+        taste=dataclasses.replace(
+            _SHARP, crowded=0.4, mix=Mix(tools=0.62, recall=0.32, dense=0.3, running=0.5, busy=0.75)
+        ),
+    ),
     "drafts": Stage(
         steps=1500,
         widths={128: 0.1, 256: 0.3, 384: 0.3, 512: 0.3},
@@ -162,6 +186,6 @@ def run_stage(name: str, out: Path, seed: int, workers: int, steps: int | None =
 def begin(seed: int) -> Network:
     """A network that has seen nothing, with the induction heads it begins with."""
     torch.manual_seed(seed)
-    network = Network(ModelConfig.from_hf(CONFIG))
+    network = Network(ModelConfig.from_hf(CONFIG | NARROW))
     plant_induction(network)
     return network

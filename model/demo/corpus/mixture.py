@@ -83,7 +83,8 @@ def busy_tools(words: Words, length: int) -> Conversation:
     """Many tools, and as many requests as fit: most of the text is to choose the right one and to fill it in."""
     random = words.random
     talk, most = Conversation(kind="tools"), random.choice((1, 2, 3, 4))
-    offered = tools.make_tools(words, random.randint(2, max(2, min(9, length // 80))), everyday_tool, most, snake=2)
+    count, alike = random.randint(2, max(2, min(9, length // 80))), random.choice((0.3, 0.9, 0.9))
+    offered = tools.make_tools(words, count, everyday_tool, most, snake=2, alike=alike)
     talk.tools = [tool.schema for tool in offered]
     room = length - 70 - (32 + 8 * most) * len(offered)
     for _ in range(max(1, room // (52 + 10 * most))):

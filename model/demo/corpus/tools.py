@@ -131,9 +131,12 @@ def dress(words: Words, request: str) -> str:
 
 
 def make_tools(
-    words: Words, count: int, everyday: Callable[[Words], Tool], most: int = 4, snake: int = 5
+    words: Words, count: int, everyday: Callable[[Words], Tool], most: int = 4, snake: int = 5, alike: float = 0.3
 ) -> list[Tool]:
-    """Tools of different names with up to `most` parameters; some share a verb or a noun, some are of everyday use."""
+    """Tools of different names with up to `most` parameters; some are of everyday use.
+
+    `alike`: share of the others, after the first, that have another one's verb or noun.
+    """
     tools: list[Tool] = []
     share = words.random.choice((0.0, 0.0, 0.3, 1.0))
     while len(tools) < count:
@@ -142,7 +145,7 @@ def make_tools(
             if all(tool.name != known.name for known in tools):
                 tools.append(tool)
             continue
-        other = words.random.choice(tools) if tools and words.random.random() < 0.3 else None
+        other = words.random.choice(tools) if tools and words.random.random() < alike else None
         share_verb = words.random.random() < 0.5
         tool = make_tool(
             words,

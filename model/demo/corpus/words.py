@@ -34,10 +34,18 @@ def split_of(text: str) -> Split:
     return _SPLITS.get(zlib.crc32(text.lower().encode()) % _OF, "train")
 
 
+CROWDS = _OF - 2
+"""Parts of the training words, each about as large as another split."""
+
+
 @cache
-def words_of(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The words of a list that a split may use."""
-    return tuple(word for word in dict.fromkeys(words) if split_of(word) == split)
+def words_of(words: tuple[str, ...], split: Split, crowd: int | None = None) -> tuple[str, ...]:
+    """The words of a list that a split may use, or one of its CROWDS parts."""
+    return tuple(
+        word
+        for word in dict.fromkeys(words)
+        if split_of(word) == split and (crowd is None or zlib.crc32(word.encode()) // _OF % CROWDS == crowd)
+    )
 
 
 class Words:
@@ -50,10 +58,12 @@ class Words:
         self._familiar = familiar
         self._pieces = pieces
         self.split: Split = split
+        self.crowd: int | None = None
+        """The part of the listed words that is drawn from; few words mean several things in one text."""
 
     def of(self, words: Sequence[str]) -> str:
         """One of a list's words."""
-        return self.random.choice(words_of(tuple(words), self.split))
+        return self.random.choice(words_of(tuple(words), self.split, self.crowd))
 
     def phrasing(self, *parts: Sequence[str]) -> list[str]:
         """One of each list, in a combination that belongs to the split; the strings, not their parts, are held out."""

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from divisi.model.demo import checkpoint_dir
 from divisi.model.demo.batches import WIDTHS, Batch, Batches, Taste, Writer
-from divisi.model.demo.corpus.words import PARAMETERS, VERBS, Words
+from divisi.model.demo.corpus.words import CROWDS, PARAMETERS, VERBS, Words
 
 WIDTH, TOKENS = 192, 1024
 TRAIN = Taste("train")
@@ -84,3 +84,13 @@ def test_less_familiar_words_are_invented_more_often() -> None:
     assert share(0.0) == 0.0
     assert 0.2 < share(0.5) < 0.35
     assert 0.5 < share(1.0) < 0.6
+
+
+def test_crowded_conversations_draw_from_few_words(writer: Writer) -> None:
+    words, taste = Words(Random(3), "train"), Taste("train", crowded=0.5)
+    seen = set()
+    for _ in range(40):
+        writer.write(words, 128, taste)
+        seen.add(words.crowd)
+    assert None in seen
+    assert len(seen) > CROWDS / 2

@@ -20,7 +20,7 @@ from divisi.model.demo.corpus.conversation import Conversation, render
 from divisi.model.demo.corpus.everyday import everyday_tool
 from divisi.model.demo.corpus.mixture import busy_tools, make_conversation
 from divisi.model.demo.corpus.recall import make_recall, make_running_recall
-from divisi.model.demo.corpus.words import Split, Words, split_of
+from divisi.model.demo.corpus.words import CROWDS, NOUNS, PARAMETERS, VERBS, Split, Words, split_of, words_of
 from divisi.model.demo.evaluation.cases import SKILLS, make_cases
 from divisi.model.text.reasoning import ReasoningSplitter
 from divisi.model.text.template import ChatTemplate
@@ -56,6 +56,14 @@ def test_splits_share_no_drawn_word_and_no_phrasing() -> None:
 def test_every_list_has_words_for_all_splits() -> None:
     for values in (lists.VERBS, lists.NOUNS, lists.PARAMETERS, lists.ADJECTIVES, lists.NAMES, lists.CITIES):
         assert min(len(lists.words_of(tuple(values), split)) for split in SPLITS) >= 7
+
+
+def test_a_crowd_is_as_small_as_another_split() -> None:
+    for words in (VERBS, NOUNS, PARAMETERS):
+        crowds = [words_of(tuple(words), "train", crowd) for crowd in range(CROWDS)]
+        assert sorted(word for crowd in crowds for word in crowd) == sorted(words_of(tuple(words), "train"))
+        size = len(words_of(tuple(words), "dev"))
+        assert all(size / 2 < len(crowd) < size * 2 for crowd in crowds)
 
 
 def test_everyday_tools_are_in_one_split_each() -> None:
