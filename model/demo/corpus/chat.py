@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from divisi.model.demo.corpus.conversation import Conversation
-from divisi.model.demo.corpus.words import NAMES, Words, split_of
+from divisi.model.demo.corpus.words import NAMES, Words, can_phrase, split_of
 
 _LEADS = ("", "", "", "Please, ", "Hi! ", "Tell me: ", "One question: ", "So, ", "Okay, ", "Now, ", "Hey, ", "Well: ")
 _ENDS = ("?", "?", "", ".", "!", " please?")
@@ -33,7 +33,14 @@ def _known() -> dict[str, Any]:
 
 
 def exchange(words: Words) -> tuple[str, str, str]:
-    """A question on itself or a simple topic, with its answer and a thought."""
+    """A question on itself or a simple topic, in one of the split's phrasings, with its answer and a thought."""
+    while True:
+        core, answer, thought = _question(words)
+        if can_phrase((_LEADS, (core,), _ENDS), words.split):
+            return _dressed(words, core), answer, thought
+
+
+def _question(words: Words) -> tuple[str, str, str]:
     draw, known = words.random.random(), _known()
     choose = words.random.choice
     if draw < 0.5:
@@ -48,7 +55,7 @@ def exchange(words: Words) -> tuple[str, str, str]:
         animal = choose(list(known["sounds"]))
         core = choose(known["sound_questions"]).format(k=animal)
         answer, thought = f"A {animal} {known['sounds'][animal]}.", "I know this."
-    return _dressed(words, core), answer, thought
+    return core, answer, thought
 
 
 def _dressed(words: Words, core: str) -> str:

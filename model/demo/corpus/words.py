@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -48,6 +49,12 @@ def words_of(words: tuple[str, ...], split: Split, crowd: int | None = None) -> 
     )
 
 
+@cache
+def can_phrase(parts: tuple[tuple[str, ...], ...], split: Split) -> bool:
+    """Whether any combination of one of each list belongs to a split; of few combinations none may."""
+    return any(split_of("|".join(chosen)) == split for chosen in product(*parts))
+
+
 class Words:
     """Draws words of one split. `familiar` scales the share of listed words, in place of which others are invented,
     half of them out of `pieces` where there are some.
@@ -65,8 +72,13 @@ class Words:
         """One of a list's words."""
         return self.random.choice(words_of(tuple(words), self.split, self.crowd))
 
-    def phrasing(self, *parts: Sequence[str]) -> list[str]:
-        """One of each list, in a combination that belongs to the split; the strings, not their parts, are held out."""
+    def phrasing(self, *parts: tuple[str, ...]) -> list[str]:
+        """One of each list, in a combination that belongs to the split; the strings, not their parts, are held out.
+
+        Raises ValueError where none does, see `can_phrase`.
+        """
+        if not can_phrase(parts, self.split):
+            raise ValueError(f"parts: no combination of {parts} is in the split {self.split!r}; give more of them")
         while True:
             chosen = [self.random.choice(part) for part in parts]
             if split_of("|".join(chosen)) == self.split:

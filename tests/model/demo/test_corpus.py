@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from divisi.model.demo import checkpoint_dir
 from divisi.model.demo.corpus import words as lists
-from divisi.model.demo.corpus.chat import sum_of
+from divisi.model.demo.corpus.chat import exchange, sum_of
 from divisi.model.demo.corpus.conversation import Conversation, render
 from divisi.model.demo.corpus.everyday import everyday_tool
 from divisi.model.demo.corpus.mixture import busy_tools, make_conversation
@@ -85,6 +85,20 @@ def test_busy_talk_is_mostly_calls() -> None:
         assert min(asked) >= 1
         assert sum(called) > 0.8 * sum(asked)
         assert length / 260 < sum(asked) / len(talks) < length / 50
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_small_talk_ends_in_every_split(split: Split) -> None:
+    """Some questions have no phrasing in a small split; then another one is asked."""
+    words = Words(Random(29), split)
+    for _ in range(3000):
+        exchange(words)
+
+
+def test_no_phrasing_in_a_split_is_an_error() -> None:
+    other = next(split for split in SPLITS if split != split_of("only|this"))
+    with pytest.raises(ValueError, match="no combination"):
+        Words(Random(1), other).phrasing(("only",), ("this",))
 
 
 def test_sums_are_right_and_their_numbers_held_out() -> None:
