@@ -34,14 +34,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 # Some below what the weights reached when they were shipped. The aim is 0.9 each: model/demo/README.md has the table.
 FLOORS = {
-    "call": 0.72,
-    "parallel calls": 0.52,
-    "strict call": 0.77,
+    "call": 0.74,
+    "parallel calls": 0.6,
+    "strict call": 0.75,
     "abstention": 0.9,
     "tool answer": 0.9,
-    "recall 1k": 0.89,
-    "recall 4k": 0.88,
-    "recall 8k": 0.84,
+    "recall 1k": 0.9,
+    "recall 4k": 0.9,
+    "recall 8k": 0.88,
     "chat": 0.95,
 }
 
