@@ -42,6 +42,17 @@ _ALL_WIDTHS = {
     8448: 0.015,
 }
 
+_WIDE = Stage(
+    steps=1300,
+    widths=_ALL_WIDTHS | {2304: 0.06, 4352: 0.03, 8448: 0.015},
+    warmup=60,
+    decay_from=300,
+    batches=4,
+    muon_rate=0.010,
+    adam_rate=1.5e-3,
+    taste=dataclasses.replace(_SHARP, crowded=0.4, mix=Mix(tools=0.58, recall=0.36, dense=0.3, running=0.5, busy=0.55)),
+)
+
 STAGES: dict[str, Stage] = {
     "begin": Stage(
         steps=600,
@@ -126,29 +137,15 @@ STAGES: dict[str, Stage] = {
         adam_rate=1.05e-3,
         taste=dataclasses.replace(_SHARP, mix=Mix(tools=0.52, recall=0.40, dense=0.3, running=0.55, busy=0.5)),
     ),
-    "wide": Stage(
-        steps=1300,
-        widths=_ALL_WIDTHS | {2304: 0.06, 4352: 0.03, 8448: 0.015},
-        warmup=60,
-        decay_from=300,
-        batches=4,
-        muon_rate=0.010,
-        adam_rate=1.5e-3,
-        taste=dataclasses.replace(
-            _SHARP, crowded=0.4, mix=Mix(tools=0.58, recall=0.36, dense=0.3, running=0.5, busy=0.55)
-        ),
-    ),
-    "names": Stage(
+    "wide": _WIDE,
+    "names": dataclasses.replace(
+        _WIDE,
         steps=440,
-        widths=_ALL_WIDTHS | {2304: 0.06, 4352: 0.03, 8448: 0.015},
         warmup=20,
         decay_from=20,
-        batches=4,
         muon_rate=0.007,
         adam_rate=1.05e-3,
-        taste=dataclasses.replace(
-            _SHARP, crowded=0.4, mix=Mix(tools=0.62, recall=0.32, dense=0.3, running=0.5, busy=0.75)
-        ),
+        taste=dataclasses.replace(_WIDE.taste, mix=Mix(tools=0.62, recall=0.32, dense=0.3, running=0.5, busy=0.75)),
     ),
     "drafts": Stage(
         steps=1500,
