@@ -13,9 +13,9 @@ from transformers import Qwen3NextForCausalLM, StaticCache
 
 from divisi.cluster.assembly import build_engine
 from divisi.cluster.dispatch.local import LocalDispatcher
-from divisi.cluster.engine import Engine
-from divisi.cluster.gang.seats import GangShape
+from divisi.cluster.engine.engine import Engine
 from divisi.cluster.request import Request, Sampling
+from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from divisi.benchmarks.contenders import DivisiEngine, gang_spec
 from divisi.cluster.assembly import build_engine, load_shard, wire_format
-from divisi.cluster.dispatch.broadcast import BroadcastDispatcher
-from divisi.cluster.dispatch.exchange import ShardExchange
+from divisi.cluster.dispatch.broadcast import BroadcastDispatcher, ShardExchange
 from divisi.cluster.dispatch.groups import StoreServer, join_group
-from divisi.cluster.gang.seats import Address, GangShape, Membership
+from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig

@@ -7,21 +7,22 @@ import socket
 import torch
 
 from divisi.cluster.dispatch.wire import WireFormat
-from divisi.cluster.engine import Engine
+from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.grammar import Grammars, GrammarVocabulary
+from divisi.cluster.engine.memory_plan import MemoryPlan
+from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.worker_loop import WorkerNetwork
-from divisi.cluster.grammar import Grammars, GrammarVocabulary
-from divisi.cluster.memory_plan import MemoryPlan
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.spec import GangSpec
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
+from divisi.model.placement import shard_experts
 from divisi.model.runner import ModelRunner
-from divisi.model.sampling import Sampler
+from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import Progress, load_weights
@@ -61,7 +62,7 @@ def load_shard(
 ) -> ExpertBank:
     """The experts of one shard. Raises CheckpointError."""
     device = torch.device(spec.device)
-    expert_ids = config.shard_experts(spec.shape.expert_shards)[index]
+    expert_ids = shard_experts(config, spec.shape.expert_shards)[index]
     return ExpertBank.load(checkpoint, config, expert_ids, select_kernels(device), torch_dtype(spec), device, progress)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from divisi.cluster.gang.seats import GangShape
+from divisi.cluster.seats import GangShape
 
 
 @dataclass(frozen=True, slots=True)

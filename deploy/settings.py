@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from divisi.cluster.gang.seats import GangShape
+from divisi.cluster.seats import GangShape
 from divisi.model.demo import checkpoint_dir
 
 CONFIG_VARIABLE = "DIVISI_CONFIG"

@@ -7,7 +7,6 @@ Two spellings are in use and both are read: that of the published checkpoints (`
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,20 +87,6 @@ class ModelConfig(BaseModel):
     def is_moe(self, layer: int) -> bool:
         """Whether the layer's feed-forward part is a mixture of experts."""
         return layer in self.moe_layers
-
-    def shard_experts(self, num_shards: int) -> tuple[range, ...]:
-        """Contiguous expert ids of each shard; sizes differ by one at most, the larger ones first.
-
-        Raises ValueError where a shard would get none.
-        """
-        if not 1 <= num_shards <= self.num_experts:
-            raise ValueError(
-                f"cannot share {self.num_experts} experts among {num_shards} shards; "
-                f"use 1 to {self.num_experts} expert shards"
-            )
-        size, extra = divmod(self.num_experts, num_shards)
-        bounds = [i * size + min(i, extra) for i in range(num_shards + 1)]
-        return tuple(range(low, high) for low, high in itertools.pairwise(bounds))
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Self:

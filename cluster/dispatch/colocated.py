@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.broadcast import add_in_shard_order
-from divisi.cluster.dispatch.exchange import TokenBatch
+from divisi.cluster.dispatch.broadcast import TokenBatch, add_in_shard_order
 from divisi.cluster.dispatch.groups import PeerGroup, Transfer
 from divisi.cluster.dispatch.local import Experts
 from divisi.cluster.dispatch.wire import WireFormat

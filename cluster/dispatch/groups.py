@@ -20,7 +20,7 @@ import torch.distributed
 from torch import Tensor
 
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.seats import Address, Membership
+from divisi.cluster.seats import Address, Membership
 
 _TAG = 0
 # The type stubs lack most of what the backends have.

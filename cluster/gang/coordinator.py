@@ -13,7 +13,7 @@ from typing import Protocol
 
 from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.roster import Directive, Roster
-from divisi.cluster.gang.seats import Address, GangShape, Role, Seat
+from divisi.cluster.seats import Address, GangShape, Role, Seat
 
 Stats = Mapping[str, float | Mapping[str, float]]
 

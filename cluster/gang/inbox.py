@@ -7,8 +7,8 @@ import threading
 from dataclasses import dataclass
 
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.seats import Membership
 from divisi.cluster.gang.wake import Wake
+from divisi.cluster.seats import Membership
 
 
 @dataclass(frozen=True, slots=True)

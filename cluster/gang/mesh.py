@@ -18,7 +18,7 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.agreement import StepAgreement
 from divisi.cluster.gang.header import Frame, FrameReader, Kind
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.seats import Address, Membership
+from divisi.cluster.seats import Address, Membership
 
 _CHUNK = 65536
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from divisi.cluster.gang.seats import Address, GangShape, Membership, Role, Seat
+from divisi.cluster.seats import Address, GangShape, Membership, Role, Seat
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from divisi.cluster.dispatch.exchange import ShardExchange
+from divisi.cluster.dispatch.broadcast import ShardExchange
 from divisi.cluster.dispatch.local import Experts
 from divisi.cluster.dispatch.wire import WireFormat
 from divisi.cluster.errors import StepAborted

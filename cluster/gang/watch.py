@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from divisi.cluster.gang.coordinator import CoordinatorClient, CoordinatorLost, Stats
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
-from divisi.cluster.gang.seats import Address, Role, Seat
+from divisi.cluster.seats import Address, Role, Seat
 
 log = logging.getLogger(__name__)
 

@@ -46,7 +46,7 @@ AnswerT = TypeVar("AnswerT")
 
 
 class StepEngine(Protocol[PlanT]):
-    """The engine as the loop sees it; see `divisi.cluster.engine.Engine`."""
+    """The engine as the loop sees it; see `divisi.cluster.engine.engine.Engine`."""
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestRejected."""

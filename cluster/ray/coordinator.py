@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayS
 
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
 from divisi.cluster.gang.roster import Directive
-from divisi.cluster.gang.seats import Address, Role, Seat
+from divisi.cluster.seats import Address, Role, Seat
 from divisi.cluster.spec import GangSpec
 
 NAMESPACE = "divisi"

@@ -11,11 +11,11 @@ import psutil
 
 from divisi.cluster.assembly import load_shard, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.seats import Address
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import prepare_process, reported
+from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig

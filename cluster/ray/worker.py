@@ -12,20 +12,20 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from divisi.cluster.assembly import build_engine, worker_network
+from divisi.cluster.engine.plan import StepPlan
+from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang.coordinator import Stats
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import listen
-from divisi.cluster.gang.seats import Address
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop
-from divisi.cluster.plan import StepPlan
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import prepare_process, reported
 from divisi.cluster.ray.streams import TokenStreams
 from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
-from divisi.cluster.stats import EngineStats
 from divisi.model.config import ModelConfig
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from divisi.deploy.api.sampling_fields import SamplingFields
 from divisi.model.text import TextCodec, Tokenizer
 
 _SEED_STEP = 0x9E37_79B9_7F4A_7C15
-"""Odd, so that the seeds of 2**64 choices differ; the noise hashes them (model/noise.py)."""
+"""Odd, so that the seeds of 2**64 choices differ; the noise hashes them (model/sampling/noise.py)."""
 
 
 def compile_sampling(body: SamplingFields, text: TextCodec, vocab_size: int) -> Sampling:

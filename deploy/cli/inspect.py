@@ -12,8 +12,9 @@ from divisi.deploy.cli.flags import add_deployment_flags, load_settings
 if TYPE_CHECKING:
     from divisi.deploy.fit import Fit
     from divisi.deploy.settings import Settings
-    from divisi.model.checkpoint import Checkpoint, Role
+    from divisi.model.checkpoint import Checkpoint
     from divisi.model.config import ModelConfig
+    from divisi.model.placement import Role
 
 EXAMPLES = """\
 examples:
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the report as JSON-ready data; all sizes in bytes."""
-    from divisi.model.checkpoint import Role
+    from divisi.model.placement import Role
 
     shape = settings.gang.shape
     roles = Role.all_of(config, shape.attention_workers, shape.expert_shards, shape.colocated)
@@ -112,7 +113,7 @@ def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, chec
 def _sequence_memory(settings: Settings, fitted: Fit, config: ModelConfig) -> dict[str, int]:
     import torch
 
-    from divisi.cluster.memory_plan import MemoryPlan
+    from divisi.cluster.engine.memory_plan import MemoryPlan
 
     cache = settings.cache
     plan = MemoryPlan.of(

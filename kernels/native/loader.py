@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch  # noqa: F401  loads its libgomp first, so that there is one pool of threads
 
-_SOURCES = Path(__file__).parent
+_KERNELS = Path(__file__).parent.parent
+_HEADERS = _KERNELS / "native"
 _ROUNDING = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", *_ROUNDING, "-fopenmp", "-fPIC", "-shared")
 
@@ -59,7 +60,7 @@ def load_library(cache_dir: Path | None = None) -> ctypes.CDLL | None:
 
 
 def _build(compiler: str, cache_dir: Path) -> Path:
-    sources = sorted(_SOURCES.glob("*.cpp"))
+    sources = sorted(_KERNELS.glob("*/native.cpp"))
     target = cache_dir / f"kernels-{_fingerprint(compiler)}.so"
     if target.exists():
         return target
@@ -69,7 +70,7 @@ def _build(compiler: str, cache_dir: Path) -> Path:
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
                 built = Path(scratch) / "kernels.so"
-                command = [compiler, *_FLAGS, *map(str, sources), "-o", str(built)]
+                command = [compiler, *_FLAGS, f"-I{_HEADERS}", *map(str, sources), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(target)
     return target
@@ -77,7 +78,7 @@ def _build(compiler: str, cache_dir: Path) -> Path:
 
 def _fingerprint(compiler: str) -> str:
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
-    for path in sorted([*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h")]):
+    for path in sorted([*_KERNELS.glob("*/native.cpp"), *_HEADERS.glob("*.h")]):
         digest.update(path.read_bytes())
     digest.update(subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout)
     # a home shared between machines holds one build per kind of processor

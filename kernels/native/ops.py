@@ -18,7 +18,7 @@ _GEMM_ROWS = 48
 
 
 class _Delta(ctypes.Structure):
-    """Mirror of ``struct Delta`` in gated_delta.cpp."""
+    """Mirror of ``struct Delta`` in gated_delta/native.cpp."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("state", "conv", "key", "delta", "decay", "position")),

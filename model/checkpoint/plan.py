@@ -4,39 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
 
 from divisi.model.checkpoint.index import TensorInfo
 from divisi.model.checkpoint.layout import expert_shapes, main_shapes, packed_name, packed_shapes
 from divisi.model.config import DTYPE_BYTES, ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """What a rank holds: the attention side, some routed experts, or both."""
-
-    name: str
-    """The seat's name: `attention:0`, `expert:2`, `local`."""
-    attention: bool
-    experts: range
-
-    @classmethod
-    def all_of(
-        cls, config: ModelConfig, attention_workers: int, expert_shards: int, colocated: bool = False
-    ) -> tuple[Self, ...]:
-        """Every rank of a gang; without expert shards, one rank that holds it all.
-
-        `colocated`: the workers hold the shards, of which there are as many.
-        """
-        if expert_shards == 0:
-            return (cls("local", True, range(config.num_experts)),)
-        if colocated:
-            shares = config.shard_experts(attention_workers)
-            return tuple(cls(f"attention:{i}", True, experts) for i, experts in enumerate(shares))
-        workers = tuple(cls(f"attention:{i}", True, range(0)) for i in range(attention_workers))
-        shards = config.shard_experts(expert_shards)
-        return workers + tuple(cls(f"expert:{i}", False, experts) for i, experts in enumerate(shards))
+from divisi.model.placement import Role
 
 
 def plan_rank(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, role: Role) -> dict[str, int]:

@@ -17,7 +17,7 @@ from divisi.cluster.dispatch.groups import PeerGroup
 from divisi.cluster.dispatch.local import LocalDispatcher
 from divisi.cluster.dispatch.wire import WireFormat
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.seats import GangShape
+from divisi.cluster.seats import GangShape
 from divisi.model.dispatcher import Dispatcher
 from tests.support.gangs import CPU, DenseExperts, gang_groups, serving_shards, split
 

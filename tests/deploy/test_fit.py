@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from divisi.cluster.engine.memory_plan import MemoryPlan
+from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.memory_plan import MemoryPlan
 from divisi.cluster.request import Request, Sampling
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
 from divisi.deploy.cli import main
 from divisi.deploy.fit import fit
 from divisi.deploy.serve_app import gang_spec

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from divisi.cluster.gang.seats import GangShape
+from divisi.cluster.seats import GangShape
 from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, parse_bytes, read_config_file
 
 TOML = '[model]\nmodel_dir = "/m/tiny"\n[gang]\nexpert_shards = 2\n[cache]\nkv_memory = "64MiB"\n'

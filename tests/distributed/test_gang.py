@@ -20,8 +20,8 @@ import pytest
 
 from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.gang.coordinator import Coordinator
-from divisi.cluster.gang.seats import GangShape, Seat
 from divisi.cluster.request import Request, Sampling
+from divisi.cluster.seats import GangShape, Seat
 from divisi.cluster.spec import GangSpec
 from tests.support.thread_gang import HOST, Shard, Worker, small_spec, thread_gang
 

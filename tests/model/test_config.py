@@ -147,20 +147,6 @@ def test_bad_file(text: str | None, part: str, tmp_path: Path) -> None:
         ModelConfig.load(tmp_path)
 
 
-@pytest.mark.parametrize(("experts", "shards", "sizes"), [(512, 3, [171, 171, 170]), (5, 2, [3, 2]), (4, 4, [1] * 4)])
-def test_shard_experts(experts: int, shards: int, sizes: list[int]) -> None:
-    config = ModelConfig.from_hf(changed(num_experts=experts, num_experts_per_tok=2))
-    parts = config.shard_experts(shards)
-    assert [len(part) for part in parts] == sizes
-    assert [i for part in parts for i in part] == list(range(experts))
-
-
-@pytest.mark.parametrize("shards", [0, 513])
-def test_shard_experts_refuses_empty_shards(shards: int) -> None:
-    with pytest.raises(ValueError, match="1 to 512"):
-        ModelConfig.from_hf(PUBLISHED).shard_experts(shards)
-
-
 def test_loading_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     code = (

@@ -10,9 +10,9 @@ import torch
 
 from divisi.cluster.assembly import assemble_engine
 from divisi.cluster.dispatch.local import LocalDispatcher
-from divisi.cluster.engine import Engine
+from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.request import Request, Sampling, TokenEvent
-from divisi.cluster.scheduler import SchedulerConfig
 from divisi.kernels.select import Implementation, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from divisi.cluster.gang.seats import GangShape
 from divisi.cluster.request import Request, Sampling
+from divisi.cluster.seats import GangShape
 from tests.parity.oracle import Excuses, Oracle
 from tests.parity.variants import ALL, make_variant
 from tests.support.thread_gang import small_spec, thread_gang

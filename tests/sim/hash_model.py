@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from divisi.cluster.plan import Chunk, PageGrowth, StepPlan
+from divisi.cluster.engine.plan import Chunk, PageGrowth, StepPlan
+from divisi.cluster.engine.scheduler import SchedulerConfig
+from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.request import FinishReason, Request
-from divisi.cluster.scheduler import SchedulerConfig
-from divisi.cluster.sequence import Sequence
 
 VOCAB = 61
 _EMPTY = 17

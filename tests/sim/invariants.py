@@ -6,9 +6,9 @@ from collections.abc import Collection
 from enum import Enum
 from itertools import chain
 
-from divisi.cluster.plan import StepPlan
-from divisi.cluster.scheduler import Scheduler
-from divisi.cluster.sequence import NOTHING, Sequence, Status
+from divisi.cluster.engine.plan import StepPlan
+from divisi.cluster.engine.scheduler import Scheduler
+from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
 
 
 class Fault(Enum):

@@ -24,10 +24,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from divisi.cluster.plan import Outcome
+from divisi.cluster.engine.plan import Outcome
+from divisi.cluster.engine.scheduler import SchedulerConfig
+from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.request import FinishReason, Request, TokenLogprob
-from divisi.cluster.scheduler import SchedulerConfig
-from divisi.cluster.sequence import Sequence
 from tests.sim.hash_model import expected_answer
 from tests.sim.invariants import Fault, Violation
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from divisi.cluster.engine.plan import Chunk, Outcome, StepPlan
+from divisi.cluster.engine.scheduler import Scheduler
+from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.plan import Chunk, Outcome, StepPlan
 from divisi.cluster.request import FinishReason, Request
-from divisi.cluster.scheduler import Scheduler
-from divisi.cluster.sequence import NOTHING, Sequence, Status
 from tests.sim.invariants import Fault
 from tests.sim.simulation import Simulation
 

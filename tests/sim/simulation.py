@@ -6,10 +6,10 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+from divisi.cluster.engine.plan import Outcome, StepPlan
+from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.plan import Outcome, StepPlan
 from divisi.cluster.request import Request, TokenLogprob
-from divisi.cluster.scheduler import Scheduler
 from tests.sim.clock import VirtualClock
 from tests.sim.hash_model import VOCAB, HashModel, is_complete
 from tests.sim.invariants import Fault, Violation, check_memory, check_plan, check_queues

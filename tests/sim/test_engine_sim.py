@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from divisi.cluster.engine import Engine
+from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.pages import PagePool
+from divisi.cluster.engine.plan import Chunk, StepPlan
+from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.pages import PagePool
-from divisi.cluster.plan import Chunk, StepPlan
 from divisi.cluster.request import Request, Sampling, TokenEvent
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
-from divisi.cluster.sequence import NOTHING, Sequence, Status
-from divisi.model.sampling import Sampler
+from divisi.model.sampling.sampler import Sampler
 from divisi.model.stopwatch import Stopwatch
 from tests.support.fake_runner import VOCAB, FailingDispatcher, FakeRunner, PlainDispatcher, solo_answer
 

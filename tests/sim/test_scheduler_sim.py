@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from divisi.cluster.scheduler import Scheduler
+from divisi.cluster.engine.scheduler import Scheduler
 from tests.sim.invariants import Fault, Violation
 from tests.sim.mutants import MUTANTS
 from tests.sim.simulation import Simulation, run_traces

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.request import Request, Sampling
-from divisi.cluster.scheduler import SchedulerConfig
 from tests.sim.hash_model import VOCAB
 
 

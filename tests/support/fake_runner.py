@@ -16,7 +16,7 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher, Pending
-from divisi.model.sampling import RowSampling, Sampler, SamplingBatch
+from divisi.model.sampling.sampler import RowSampling, Sampler, SamplingBatch
 from tests.support.sampling_oracle import ruled_logits
 
 VOCAB = 61

@@ -12,11 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.exchange import ShardExchange
+from divisi.cluster.dispatch.broadcast import ShardExchange
 from divisi.cluster.dispatch.groups import PeerGroup, StoreServer, join_group
 from divisi.cluster.dispatch.wire import WireFormat
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.seats import Address, GangShape, Membership
+from divisi.cluster.seats import Address, GangShape, Membership
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from divisi.cluster.assembly import build_engine
 from divisi.cluster.dispatch.local import LocalDispatcher
-from divisi.cluster.engine import Engine
-from divisi.cluster.gang.seats import GangShape
+from divisi.cluster.engine.engine import Engine
 from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api import GangStatus
 from divisi.model.config import ModelConfig

@@ -12,17 +12,17 @@ import torch
 
 from divisi.cluster.assembly import build_engine, load_shard, shard_loop, worker_network
 from divisi.cluster.dispatch.groups import StoreServer
-from divisi.cluster.engine import Engine
+from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import listen
-from divisi.cluster.gang.seats import Address, GangShape
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop
-from divisi.cluster.plan import StepPlan
 from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig

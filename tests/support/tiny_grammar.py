@@ -8,7 +8,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from divisi.cluster.grammar import Grammars, GrammarVocabulary
+from divisi.cluster.engine.grammar import Grammars, GrammarVocabulary
 from tests.support.fake_runner import VOCAB
 
 EOS = 0

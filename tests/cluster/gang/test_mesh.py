@@ -15,7 +15,7 @@ from divisi.cluster.gang.agreement import StepAgreement
 from divisi.cluster.gang.header import Frame, FrameReader, Kind
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh, listen
-from divisi.cluster.gang.seats import Address, GangShape, Membership
+from divisi.cluster.seats import Address, GangShape, Membership
 
 
 def test_frames_survive_any_cutting() -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from divisi.cluster.gang.roster import Roster
-from divisi.cluster.gang.seats import Address, GangShape, Seat
+from divisi.cluster.seats import Address, GangShape, Seat
 
 STORE = Address("127.0.0.1", 1)
 

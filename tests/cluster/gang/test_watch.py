@@ -11,8 +11,8 @@ from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.roster import Directive
-from divisi.cluster.gang.seats import Address, GangShape, Seat
 from divisi.cluster.gang.watch import Candidate, SeatWatch
+from divisi.cluster.seats import Address, GangShape, Seat
 
 ADDRESS = Address("127.0.0.1", 1)
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.mesh import listen
-from divisi.cluster.gang.seats import Address, GangShape, Membership
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.worker_loop import WorkerLoop, WorkerNetwork
-from divisi.cluster.plan import StepPlan
 from divisi.cluster.request import Request, Sampling, TokenEvent
+from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.model.dispatcher import Dispatcher
 
 WIRE = WireFormat(4, 1, torch.float32)

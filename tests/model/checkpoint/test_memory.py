@@ -24,6 +24,7 @@ from divisi.kernels.select import select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
+from divisi.model.placement import shard_experts
 
 def resident():
     """Bytes of anonymous memory: pages of files, such as libraries, are shared and can be dropped."""
@@ -35,7 +36,7 @@ config, device = ModelConfig.load(path), torch.device("cpu")
 kernels = select_kernels(device)
 checkpoint = Checkpoint.open(path)
 before = resident()
-bank = ExpertBank.load(checkpoint, config, config.shard_experts(shards)[shard], kernels, torch.bfloat16, device)
+bank = ExpertBank.load(checkpoint, config, shard_experts(config, shards)[shard], kernels, torch.bfloat16, device)
 read = checkpoint.bytes_read
 del checkpoint
 gc.collect()

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from divisi.model.checkpoint import Checkpoint, Role, plan_rank
+from divisi.model.checkpoint import Checkpoint, plan_rank
 from divisi.model.checkpoint.index import read_header
 from divisi.model.config import ModelConfig
 from divisi.model.errors import CheckpointError
+from divisi.model.placement import Role
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 
 CONFIG_JSON = SMALL_CONFIG | {

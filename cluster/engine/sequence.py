@@ -8,7 +8,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from divisi.cluster.grammar import Guide
+from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.request import Request, TokenLogprob
 
 NOTHING = -1

@@ -21,14 +21,14 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from divisi.cluster.engine.grammar import Guide
+from divisi.cluster.engine.pages import PagePool, pages_for
+from divisi.cluster.engine.plan import Chunk, Outcome, PageGrowth, StepPlan
+from divisi.cluster.engine.request_check import check_request
+from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
+from divisi.cluster.engine.slots import SLOTS_TO_PREFILL, SlotPool
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.grammar import Guide
-from divisi.cluster.pages import PagePool, pages_for
-from divisi.cluster.plan import Chunk, Outcome, PageGrowth, StepPlan
 from divisi.cluster.request import FinishReason, Request
-from divisi.cluster.request_check import check_request
-from divisi.cluster.sequence import NOTHING, Sequence, Status
-from divisi.cluster.slots import SLOTS_TO_PREFILL, SlotPool
 
 
 class SchedulerConfig(BaseModel):

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divisi.model.logit_rules import RowRules, RuleBatch
-from divisi.model.noise import gumbel_noise, row_keys
-from divisi.model.token_counts import History
+from divisi.model.sampling.logit_rules import RowRules, RuleBatch
+from divisi.model.sampling.noise import gumbel_noise, row_keys
+from divisi.model.sampling.token_counts import History
 
 NO_TOKEN = -1
 """Stands for the token of a row whose rules leave none."""

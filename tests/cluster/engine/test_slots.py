@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from divisi.cluster.slots import SlotPool
+from divisi.cluster.engine.slots import SlotPool
 
 
 def test_hands_out_each_slot_once_and_takes_it_back() -> None:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from llguidance import LLParserLimits
 
-from divisi.cluster.engine import Engine
+from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.grammar import Grammars
+from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.errors import RequestRejected, StepAborted
-from divisi.cluster.grammar import Grammars
 from divisi.cluster.request import Request, Sampling, TokenEvent
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
-from divisi.model.sampling import Sampler
+from divisi.model.sampling.sampler import Sampler
 from divisi.model.stopwatch import Stopwatch
 from tests.support.fake_runner import VOCAB, FailingDispatcher, FakeRunner, PlainDispatcher, solo_answer
 from tests.support.tiny_grammar import EOS, TOKENS, grammars, regex, schema, spell

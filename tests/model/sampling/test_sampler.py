@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from divisi.model.sampling import RowSampling, Sampler, SamplingBatch, token_logprobs
+from divisi.model.sampling.sampler import RowSampling, Sampler, SamplingBatch, token_logprobs
 
 GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from divisi.cluster.engine.plan import Outcome, StepPlan
+from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.engine.sequence import Status
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.plan import Outcome, StepPlan
 from divisi.cluster.request import Request, Sampling
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
-from divisi.cluster.sequence import Status
 
 STOP = 9
 

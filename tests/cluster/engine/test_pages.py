@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from divisi.cluster.pages import PagePool, pages_for
+from divisi.cluster.engine.pages import PagePool, pages_for
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (262_144, 16_384)])

@@ -1,11 +1,11 @@
-// Gated delta rule over state slots with a replay ring; see gated_delta/reference.py for the mathematics.
+// Gated delta rule over state slots with a replay ring; see reference.py for the mathematics.
 //
 // Decode and prefill run the same arithmetic per token, so a prompt cut into chunks anywhere, or decoded token by token,
 // gives the same bits.
 #include "simd.h"
 #include <vector>
 
-struct Delta {  // one layer; field order is that of native/gated_delta.py
+struct Delta {  // one layer; field order is that of native/ops.py
   float *state, *conv, *key, *delta, *decay;
   int32_t* position;
   const float *taps, *rate, *dt_bias, *norm;

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from divisi.cluster.engine import Engine
+from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, Sampling, TokenEvent
-from divisi.cluster.scheduler import Scheduler, SchedulerConfig
 from divisi.model.dispatcher import Dispatcher
-from divisi.model.sampling import Sampler
+from divisi.model.sampling.sampler import Sampler
 from divisi.model.stopwatch import Stopwatch
 from tests.support.fake_runner import VOCAB, FailingDispatcher, FakeRunner, PlainDispatcher, logits_after, solo_answer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.request import FinishReason
-from divisi.cluster.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

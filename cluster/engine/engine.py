@@ -19,18 +19,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from divisi.cluster.engine.grammar import Grammars, Guide
+from divisi.cluster.engine.plan import Outcome, StepPlan
+from divisi.cluster.engine.scheduler import Scheduler
+from divisi.cluster.engine.sequence import Sequence
+from divisi.cluster.engine.stats import EngineStats
+from divisi.cluster.engine.step_batch import BatchBuilder
+from divisi.cluster.engine.step_sampling import Choice, StepSampler, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
-from divisi.cluster.grammar import Grammars, Guide
-from divisi.cluster.plan import Outcome, StepPlan
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
-from divisi.cluster.scheduler import Scheduler
-from divisi.cluster.sequence import Sequence
-from divisi.cluster.stats import EngineStats
-from divisi.cluster.step_batch import BatchBuilder
-from divisi.cluster.step_sampling import Choice, StepSampler, tell_prompt
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
-from divisi.model.sampling import Sampler
+from divisi.model.sampling.sampler import Sampler
 from divisi.model.stopwatch import Stopwatch
 
 

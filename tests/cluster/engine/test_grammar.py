@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLParserLimits
 from numpy.typing import NDArray
 
-from divisi.cluster.grammar import Answer, Grammars, GrammarVocabulary, Guide
+from divisi.cluster.engine.grammar import Answer, Grammars, GrammarVocabulary, Guide
 from divisi.model.text.errors import TextError
 from tests.support.fake_runner import VOCAB
 from tests.support.tiny_grammar import EOS, TOKENS, grammars, regex, vocabulary

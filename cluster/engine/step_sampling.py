@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divisi.cluster.grammar import Answer, Grammars
-from divisi.cluster.plan import StepPlan
+from divisi.cluster.engine.grammar import Answer, Grammars
+from divisi.cluster.engine.plan import StepPlan
+from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.request import FinishReason, TokenLogprob
-from divisi.cluster.sequence import Sequence
-from divisi.model.logit_rules import RowRules
-from divisi.model.sampling import NO_TOKEN, Logprobs, RowSampling, Sampler, SamplingBatch, token_logprobs
-from divisi.model.token_counts import History
+from divisi.model.sampling.logit_rules import RowRules
+from divisi.model.sampling.sampler import NO_TOKEN, Logprobs, RowSampling, Sampler, SamplingBatch, token_logprobs
+from divisi.model.sampling.token_counts import History
 
 Masks = Future[NDArray[np.int32]]
 

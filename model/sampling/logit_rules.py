@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from divisi.model.token_counts import History, TokenCounts
+from divisi.model.sampling.token_counts import History, TokenCounts
 
 _ANY = -1
 """Stands in a bad word's prefix where every token matches, since the prefix is shorter than the longest."""

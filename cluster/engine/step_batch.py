@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divisi.cluster.plan import Chunk, PageGrowth, StepPlan
-from divisi.cluster.scheduler import SchedulerConfig
+from divisi.cluster.engine.plan import Chunk, PageGrowth, StepPlan
+from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.model.batch import DecodeRows, PrefillChunk, StepBatch
 
 

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from divisi.cluster.request import Request, Sampling
-from divisi.model.logit_rules import RowRules, RuleBatch
-from divisi.model.sampling import NO_TOKEN, RowSampling, Sampler, SamplingBatch
-from divisi.model.token_counts import History, TokenCounts
+from divisi.model.sampling.logit_rules import RowRules, RuleBatch
+from divisi.model.sampling.sampler import NO_TOKEN, RowSampling, Sampler, SamplingBatch
+from divisi.model.sampling.token_counts import History, TokenCounts
 from tests.support.sampling_oracle import distribution, ruled_logits
 
 VOCAB = 40
