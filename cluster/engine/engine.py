@@ -4,7 +4,9 @@ Plain Python and tensors; no Ray, no clock, and no threads but those that work o
 on each step with the gang:
 
     plan = engine.plan()
-    events = engine.run(plan, dispatcher)     # on StepAborted: run the same plan again, in the next epoch
+    for index in range(len(plan.counts)):
+        engine.run_pass(plan, index, dispatcher)    # on StepAborted: from the first pass again, in the next epoch
+    events = engine.commit(plan)
 
 Shapes: R rows of logits, V vocabulary.
 """
@@ -68,6 +70,8 @@ class Engine:
         self._events: list[TokenEvent] = []
         self._compiling: dict[str, tuple[Request, Future[Guide]]] = {}
         """Requests whose grammar is being compiled; not in the queue yet, so that they hold up nobody."""
+        self._ran: tuple[Choice, Mapping[Sequence, list[TokenLogprob]]] | None = None
+        """What the plan under way has chosen, until it is committed."""
         self._steps = self._aborted_steps = self._prefill_tokens = self._generated_tokens = 0
 
     @property
@@ -109,8 +113,10 @@ class Engine:
         self._stopwatch.lap("scheduler")
         return plan
 
-    def run(self, plan: StepPlan, dispatcher: Dispatcher) -> list[TokenEvent]:
-        """Run a step and commit it. When this raises (StepAborted), nothing was committed: run the plan again."""
+    def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
+        """Run one pass of `plan.counts`. When this raises (StepAborted), run the plan again from its first pass."""
+        assert index == 0, "a step is one full pass"
+        self._ran = None
         with torch.inference_mode():
             self._stopwatch.start()
             batch = self._builder.build(plan)
@@ -122,12 +128,26 @@ class Engine:
                 self._aborted_steps += 1
                 raise
             choice = self._sampler.choose(plan, logits_RV, masks)
-            prompt_told = tell_prompt(plan, logits_RV)
+            self._ran = choice, tell_prompt(plan, logits_RV)
             self._stopwatch.lap("sampling")
+
+    def commit(self, plan: StepPlan) -> list[TokenEvent]:
+        """Make a step final whose passes have all run."""
+        assert self._ran is not None, "the full pass has not run"
+        choice, prompt_told = self._ran
+        self._ran = None
+        with torch.inference_mode():
+            self._stopwatch.start()
             events = self._commit(plan, choice, prompt_told)
             self._sampler.commit(choice)
         self._stopwatch.lap("scheduler")
         return events
+
+    def run(self, plan: StepPlan, dispatcher: Dispatcher) -> list[TokenEvent]:
+        """All passes of a step and its commit, for a process that holds all experts. Raises as `run_pass` does."""
+        for index in range(len(plan.counts)):
+            self.run_pass(plan, index, dispatcher)
+        return self.commit(plan)
 
     def fail_all(self, message: str) -> None:
         """End every request with an error, for a worker that cannot go on; drops the plan under way."""

@@ -46,6 +46,11 @@ class StepPlan:
     growths: tuple[PageGrowth, ...]
     num_tokens: int
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each of the step's passes: drafts first, the full pass last."""
+        return (self.num_tokens,)
+
 
 class Outcome(NamedTuple):
     """What a step, or a cancellation, did to a sequence."""
