@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen3NextForCausalLM, StaticCache
 
 from divisi.cluster.assembly import build_engine
-from divisi.cluster.dispatch.local import LocalDispatcher
+from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
@@ -58,7 +58,7 @@ class DivisiEngine:
         spec = gang_spec(model_dir, GangShape(1, 0), dtype, torch.get_num_threads())
         engine, experts = build_engine(spec, config)
         assert experts is not None, "a gang without shards has its own experts"
-        return cls("divisi local", engine, LocalDispatcher(experts), config.vocab_size)
+        return cls("divisi local", engine, LocalEnd(experts), config.vocab_size)
 
     def prefill(self, tokens: int) -> float:
         """See Contender."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from divisi.benchmarks.contenders import DivisiEngine, gang_spec
-from divisi.cluster.assembly import build_engine, load_shard, wire_format
-from divisi.cluster.dispatch.broadcast import BroadcastDispatcher, ShardExchange
+from divisi.cluster.assembly import build_engine, load_shard, pass_layers, sharded_mode
 from divisi.cluster.dispatch.groups import StoreServer, join_group
+from divisi.cluster.dispatch.protocol import Peers, WorkerEnd
+from divisi.cluster.gang.shard_loop import serve_steps
+from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
-from divisi.model.dispatcher import Dispatcher, Pending
+from divisi.model.dispatcher import Pending
 
 _SHAPE = GangShape(1, 1)
 _CPU = torch.device("cpu")
@@ -60,15 +62,17 @@ def _table(rows: dict[str, list[list[float]]], threads: int, shares: int) -> str
 
 
 class _Announcing:
-    """Tells the shard each step's token count at its first layer, as a header would before it."""
+    """Begins each step's pass on both ends at its first layer, as the loops do by a header before it."""
 
-    def __init__(self, dispatcher: Dispatcher, pipe: Connection, first_layer: int) -> None:
-        self._dispatcher, self._pipe, self._first_layer = dispatcher, pipe, first_layer
+    def __init__(self, end: WorkerEnd, pipe: Connection, first_layer: int) -> None:
+        self._end, self._pipe, self._first_layer = end, pipe, first_layer
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
         if layer == self._first_layer:
-            self._pipe.send((x_TD.shape[0],))
-        return self._dispatcher.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
+            step_pass = Pass(PassKind.FULL, {0: x_TD.shape[0]})
+            self._pipe.send((step_pass,))
+            self._end.begin(step_pass)
+        return self._end.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
 
 
 @contextmanager
@@ -85,10 +89,9 @@ def _split_gang(spec: GangSpec) -> Iterator[DivisiEngine]:
     torch.set_num_threads(spec.threads)  # the kernels keep the number that they are made with
     engine, _ = build_engine(spec, config)
     group = join_group(membership, 0, _CPU, 60.0)
-    wire, tokens, deadline = wire_format(spec, config), spec.worker_step_tokens, spec.step_deadline_s
-    dispatcher = BroadcastDispatcher(group, _SHAPE.expert_ranks, wire, tokens, deadline, _CPU)
+    end = sharded_mode(spec, config).worker_end(Peers.of(_SHAPE, 0, lambda: group))
     try:
-        announcing = _Announcing(dispatcher, pipe, config.moe_layers[0])
+        announcing = _Announcing(end, pipe, config.moe_layers[0])
         yield DivisiEngine("divisi split", engine, announcing, config.vocab_size)
     finally:
         pipe.send(())
@@ -101,11 +104,6 @@ def _serve_shard(spec: GangSpec, membership: Membership, pipe: Connection) -> No
     config = ModelConfig.load(spec.model_dir)
     experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), 0)
     group = join_group(membership, 1, _CPU, 60.0)
-    wire, tokens = wire_format(spec, config), spec.worker_step_tokens
-    exchange = ShardExchange(group, _SHAPE.attention_ranks, wire, tokens, spec.step_deadline_s, _CPU, torch.float32)
-    counts: Sequence[int]
-    with torch.inference_mode():
-        while counts := pipe.recv():
-            for layer in config.moe_layers:
-                exchange.reply(counts, experts.partial_sum(layer, *exchange.receive(counts)))
+    end = sharded_mode(spec, config).shard_end(Peers.of(_SHAPE, 1, lambda: group), experts)
+    serve_steps(iter(pipe.recv, ()), end, pass_layers(config))
     group.close()

@@ -6,7 +6,11 @@ import socket
 
 import torch
 
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.broadcast import Broadcast
+from divisi.cluster.dispatch.colocated import Colocated
+from divisi.cluster.dispatch.local import Local
+from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
+from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars, GrammarVocabulary
 from divisi.cluster.engine.memory_plan import MemoryPlan
@@ -15,6 +19,7 @@ from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.worker_loop import WorkerNetwork
+from divisi.cluster.passes import PassLayers
 from divisi.cluster.spec import GangSpec
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint
@@ -39,22 +44,42 @@ def compute_dtype(spec: GangSpec) -> torch.dtype:
     return torch_dtype(spec) if spec.device == "cuda" else torch.float32
 
 
-def wire_format(spec: GangSpec, config: ModelConfig) -> WireFormat:
-    """How tokens travel between the ranks of a gang."""
-    return WireFormat(config.hidden_size, config.num_experts_per_tok, torch_dtype(spec))
+def transport(spec: GangSpec, config: ModelConfig) -> Transport:
+    """How rows travel between the ranks of a gang."""
+    return Transport(
+        WireFormat(config.hidden_size, config.num_experts_per_tok, torch_dtype(spec)),
+        max_pass_rows=spec.worker_step_tokens,
+        deadline_s=spec.step_deadline_s,
+        device=torch.device(spec.device),
+        compute_dtype=compute_dtype(spec),
+    )
+
+
+def dispatch_mode(spec: GangSpec, config: ModelConfig, experts: Experts | None) -> DispatchMode:
+    """How an attention worker's rows reach the experts; `experts` are those that it holds itself."""
+    shape = spec.shape
+    if not shape.expert_shards or shape.size == 1:
+        assert experts is not None, "a worker without peers holds all experts"
+        return Local(experts)
+    if shape.colocated:
+        assert experts is not None, "a colocated rank holds a shard"
+        return Colocated(transport(spec, config), experts)
+    return sharded_mode(spec, config)
+
+
+def sharded_mode(spec: GangSpec, config: ModelConfig) -> ShardedMode:
+    """How rows reach experts on ranks of their own."""
+    return Broadcast(transport(spec, config))
+
+
+def pass_layers(config: ModelConfig) -> PassLayers:
+    """The layers whose experts a pass of each kind needs."""
+    return PassLayers(full=config.moe_layers)
 
 
 def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
     """How an attention worker reaches its gang."""
-    return WorkerNetwork(
-        listener,
-        wire_format(spec, config),
-        torch.device(spec.device),
-        spec.worker_step_tokens,
-        spec.step_deadline_s,
-        compute_dtype(spec),
-        config.moe_layers,
-    )
+    return WorkerNetwork(listener, torch.device(spec.device), spec.step_deadline_s, pass_layers(config))
 
 
 def load_shard(
@@ -70,18 +95,8 @@ def shard_loop(
     spec: GangSpec, config: ModelConfig, experts: ExpertBank, inbox: EpochInbox, reports: EpochReports
 ) -> ShardLoop:
     """The loop that serves a shard's experts."""
-    device = torch.device(spec.device)
-    return ShardLoop(
-        experts,
-        config.moe_layers,
-        inbox,
-        reports,
-        wire_format(spec, config),
-        compute_dtype=compute_dtype(spec),
-        device=device,
-        max_tokens=spec.worker_step_tokens,
-        step_deadline_s=spec.step_deadline_s,
-    )
+    mode, device = sharded_mode(spec, config), torch.device(spec.device)
+    return ShardLoop(experts, mode, pass_layers(config), device, inbox, reports)
 
 
 def build_engine(

@@ -1,6 +1,6 @@
 """How a decoder layer reaches the routed experts, wherever they live.
 
-Shapes: T tokens, D model width, K experts per token.
+Shapes: T rows, D model width, K experts per row.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from torch import Tensor
 
 
 class Pending(Protocol):
-    """Routed tokens on their way to the experts."""
+    """Routed rows on their way to the experts."""
 
     def combine(self) -> Tensor:
-        """Wait for the experts and return ``y_TD`` (fp32): per token, the sum over its experts of gate x expert(x).
+        """Wait for the experts and return ``y_TD`` (fp32): per row, the sum over its experts of gate x expert(x).
 
-        Raises whatever the dispatcher defines for a step that cannot be finished.
+        The tensor is the dispatcher's, and valid until the next `dispatch`. Raises whatever the dispatcher defines for
+        a step that cannot be finished.
         """
         ...
 
 
 class Dispatcher(Protocol):
-    """Carries one layer's tokens to the shards that hold their experts, and their weighted sum back."""
+    """Carries one layer's rows to the shards that hold their experts, and their weighted sum back."""
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
         """Start sending; returns at once so that the shared expert can run meanwhile.

@@ -1,158 +1,173 @@
-"""Broadcast dispatch, both ends: every shard gets all tokens of all workers and returns one partial sum to each.
+"""Broadcast dispatch, both ends: every shard gets all rows of all workers and returns one partial sum to each.
 
-Shapes: T tokens (on a shard, of all active workers), D model width, K experts per token.
+All buffers are made once per epoch, and their views once per pass. One layer is under way at a time.
+
+Shapes: T rows (on a shard, of all workers that bring any), D model width, K experts per row, B bytes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import PeerGroup, Transfer
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.groups import Transfer
+from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
+from divisi.cluster.dispatch.wire import ShardRequest, Transport
+from divisi.cluster.passes import Pass
 
 
-class BroadcastDispatcher:
-    """The attention worker's end: one message to and one from each shard per layer, in buffers made once per epoch.
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """The mode of gangs whose experts are on ranks of their own."""
 
-    One layer is under way at a time. Partial sums are added in shard order, in fp32, so that the result does not
-    depend on which shard is faster.
-    """
+    transport: Transport
 
-    def __init__(
-        self,
-        group: PeerGroup,
-        shard_ranks: range,
-        wire: WireFormat,
-        max_tokens: int,
-        deadline_s: float,
-        device: torch.device,
-    ) -> None:
-        self._group = group
-        self._shard_ranks = shard_ranks
-        self._wire = wire
-        self._deadline_s = deadline_s
-        self._request_B = torch.empty(wire.request_bytes(max_tokens), dtype=torch.uint8, device=device)
-        self._replies_B = [
-            torch.empty(wire.reply_bytes(max_tokens), dtype=torch.uint8, device=device) for _ in shard_ranks
-        ]
+    def worker_end(self, peers: Peers) -> WorkerEnd:
+        """See DispatchMode."""
+        return _WorkerEnd(peers, self.transport)
+
+    def shard_end(self, peers: Peers, experts: Experts) -> ShardEnd:
+        """See ShardedMode."""
+        return _ShardEnd(peers, experts, self.transport)
+
+
+class _WorkerEnd:
+    """One message to and one from each shard per layer."""
+
+    def __init__(self, peers: Peers, transport: Transport) -> None:
+        wire, max_rows = transport.wire, transport.max_pass_rows
+        self._seat, self._transport, self._group = peers.seat, transport, peers.join()
+        self._ranks = [rank for _, rank in sorted(peers.shards.items())]
+        self._request_B = transport.buffer(wire.request_bytes(max_rows))
+        self._replies_B = [transport.buffer(wire.reply_bytes(max_rows)) for _ in self._ranks]
+        self._sum = ShardSum(transport)
+
+    def begin(self, step_pass: Pass) -> None:
+        rows, wire = step_pass.rows(self._seat), self._transport.wire
+        self._request = wire.request(self._request_B, rows)
+        self._incoming_B = [reply_B[: wire.reply_bytes(rows)] for reply_B in self._replies_B]
+        self._sum.begin([wire.reply_view(reply_B, rows) for reply_B in self._replies_B])
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _BroadcastPending:
-        """See `divisi.model.dispatcher.Dispatcher`. Raises StepAborted."""
-        num_tokens = x_TD.shape[0]
-        request_B = self._wire.write_request(self._request_B, x_TD, expert_ids_TK, gates_TK)
-        sends = [self._group.send(request_B, rank) for rank in self._shard_ranks]
-        reply_bytes = self._wire.reply_bytes(num_tokens)
-        replies = [
-            self._group.recv(reply_B[:reply_bytes], rank)
-            for reply_B, rank in zip(self._replies_B, self._shard_ranks, strict=True)
-        ]
-        partials_TD = [self._wire.reply_view(reply_B, num_tokens) for reply_B in self._replies_B]
-        return _BroadcastPending(sends, replies, partials_TD, self._deadline_s)
+        self._request.write(x_TD, expert_ids_TK, gates_TK)
+        transfers = [self._group.send(self._request.bytes_B, rank) for rank in self._ranks]
+        for reply_B, rank in zip(self._incoming_B, self._ranks, strict=True):
+            transfers.append(self._group.recv(reply_B, rank))
+        return _BroadcastPending(transfers, self._sum, self._transport.deadline_s)
+
+    def idle(self, layer: int) -> None:
+        """The shards know from the header that nothing comes from here."""
 
 
 @dataclass(frozen=True, slots=True)
 class _BroadcastPending:
-    sends: list[Transfer]
-    replies: list[Transfer]
-    partials_TD: list[Tensor]
+    transfers: list[Transfer]
+    partials: ShardSum
     deadline_s: float
 
     def combine(self) -> Tensor:
-        deadline = time.monotonic() + self.deadline_s
-        for transfer in (*self.sends, *self.replies):
-            transfer.wait(deadline)
-        return add_in_shard_order(self.partials_TD)
+        wait_for(self.transfers, self.deadline_s)
+        return self.partials.add()
 
 
-def add_in_shard_order(partials_TD: Sequence[Tensor]) -> Tensor:
-    """The sum of the shards' partial sums, in fp32 and in a new tensor."""
-    y_TD = partials_TD[0].to(torch.float32, copy=True)
-    for partial_TD in partials_TD[1:]:
-        y_TD += partial_TD
-    return y_TD
+class _ShardEnd:
+    """Receives a layer's rows of every worker, and answers each with its rows of the partial sums."""
 
+    def __init__(self, peers: Peers, experts: Experts, transport: Transport) -> None:
+        size = transport.wire.request_bytes(transport.max_pass_rows)
+        self._transport, self._group = transport, peers.join()
+        self._workers = [(seat, rank, transport.buffer(size)) for seat, rank in sorted(peers.workers.items())]
+        self._batch = ShardBatch(experts, transport, len(self._workers))
 
-class TokenBatch:
-    """The messages of several workers as one batch for the experts, in buffers that are made once per epoch."""
-
-    def __init__(self, wire: WireFormat, max_tokens: int, device: torch.device, compute_dtype: torch.dtype) -> None:
-        """`max_tokens` of all workers; `compute_dtype` is what the experts take their input in."""
-        self._wire = wire
-        self._ids_TK = torch.empty(max_tokens, wire.experts_per_token, dtype=torch.int32, device=device)
-        self._gates_TK = torch.empty(max_tokens, wire.experts_per_token, dtype=torch.float32, device=device)
-        self._x_TD = torch.empty(max_tokens, wire.hidden_size, dtype=compute_dtype, device=device)
-
-    def gather(self, messages: Iterable[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """``x_TD``, ``ids_TK``, ``gates_TK`` of messages given with their token counts; valid until the next call."""
-        start = 0
-        for count, message_B in messages:
-            ids_TK, gates_TK, x_TD = self._wire.request_views(message_B, count)
-            self._ids_TK[start : start + count].copy_(ids_TK)
-            self._gates_TK[start : start + count].copy_(gates_TK)
-            self._x_TD[start : start + count].copy_(x_TD)
-            start += count
-        return self._x_TD[:start], self._ids_TK[:start], self._gates_TK[:start]
-
-
-class ShardExchange:
-    """The expert shard's end: receives a layer's tokens of every worker, and answers each with its rows of the sum."""
-
-    def __init__(
-        self,
-        group: PeerGroup,
-        worker_ranks: range,
-        wire: WireFormat,
-        max_tokens: int,
-        deadline_s: float,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-    ) -> None:
-        """`max_tokens` is per worker; `compute_dtype` is what the experts take their input in."""
-        self._group = group
-        self._worker_ranks = worker_ranks
-        self._wire = wire
-        self._deadline_s = deadline_s
-        self._requests_B = [
-            torch.empty(wire.request_bytes(max_tokens), dtype=torch.uint8, device=device) for _ in worker_ranks
+    def begin(self, step_pass: Pass) -> None:
+        active = [(rank, step_pass.rows(seat), buffer_B) for seat, rank, buffer_B in self._workers]
+        self._requests = [
+            (rank, self._transport.wire.request(buffer_B, rows)) for rank, rows, buffer_B in active if rows
         ]
-        total = max_tokens * len(worker_ranks)
-        self._reply_B = torch.empty(wire.reply_bytes(total), dtype=torch.uint8, device=device)
-        self._batch = TokenBatch(wire, total, device, compute_dtype)
+        self._batch.begin([request for _, request in self._requests])
 
-    def receive(self, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """``x_TD``, ``ids_TK`` and ``gates_TK`` of all workers, in rank order. Raises StepAborted.
-
-        `counts` are the step's tokens per worker. The tensors are valid until the next call.
-        """
-        deadline = time.monotonic() + self._deadline_s
-        transfers = [
-            (count, request_B, self._group.recv(request_B[: self._wire.request_bytes(count)], rank))
-            for count, request_B, rank in zip(counts, self._requests_B, self._worker_ranks, strict=True)
-            if count
-        ]
-
-        def arrived() -> Iterator[tuple[int, Tensor]]:
-            for count, request_B, transfer in transfers:
-                transfer.wait(deadline)
-                yield count, request_B
-
-        return self._batch.gather(arrived())
-
-    def reply(self, counts: Sequence[int], y_TD: Tensor) -> None:
-        """Send every active worker its rows of the partial sums. Raises StepAborted."""
-        deadline = time.monotonic() + self._deadline_s
-        self._wire.reply_view(self._reply_B, y_TD.shape[0]).copy_(y_TD)
-        transfers = []
-        start = 0
-        for count, rank in zip(counts, self._worker_ranks, strict=True):
-            if count:
-                first, last = self._wire.reply_bytes(start), self._wire.reply_bytes(start + count)
-                transfers.append(self._group.send(self._reply_B[first:last], rank))
-                start += count
-        for transfer in transfers:
+    def serve(self, layer: int) -> None:
+        deadline = time.monotonic() + self._transport.deadline_s
+        transfers = [self._group.recv(request.bytes_B, rank) for rank, request in self._requests]
+        for index, transfer in enumerate(transfers):
             transfer.wait(deadline)
+            self._batch.take(index)
+        self._batch.run(layer)
+        replies = zip(self._batch.replies_B, self._requests, strict=True)
+        wait_for([self._group.send(reply_B, rank) for reply_B, (rank, _) in replies], self._transport.deadline_s)
+
+
+def wait_for(transfers: Sequence[Transfer], deadline_s: float) -> None:
+    """Wait until all are done, for so long in all. Raises StepAborted."""
+    deadline = time.monotonic() + deadline_s
+    for transfer in transfers:
+        transfer.wait(deadline)
+
+
+class ShardSum:
+    """Adds the shards' partial sums in shard order, in fp32, so that it does not matter which shard is faster."""
+
+    def __init__(self, transport: Transport) -> None:
+        shape = transport.max_pass_rows, transport.wire.hidden_size
+        self._y_TD = torch.empty(shape, dtype=torch.float32, device=transport.device)
+
+    def begin(self, partials_TD: Sequence[Tensor]) -> None:
+        """A pass's partial sums will be found here, in shard order."""
+        self._partials_TD = partials_TD
+        self._sum_TD = self._y_TD[: partials_TD[0].shape[0]]
+
+    def add(self) -> Tensor:
+        """Their sum, valid until the next call."""
+        self._sum_TD.copy_(self._partials_TD[0])
+        for partial_TD in self._partials_TD[1:]:
+            self._sum_TD += partial_TD
+        return self._sum_TD
+
+
+class ShardBatch:
+    """The requests of several workers as one batch for the experts of a shard, and the replies."""
+
+    def __init__(self, experts: Experts, transport: Transport, num_workers: int) -> None:
+        wire, device, rows = transport.wire, transport.device, transport.max_pass_rows * num_workers
+        self._experts, self._wire = experts, wire
+        self._ids_TK = torch.empty(rows, wire.experts_per_token, dtype=torch.int32, device=device)
+        self._gates_TK = torch.empty(rows, wire.experts_per_token, dtype=torch.float32, device=device)
+        self._x_TD = torch.empty(rows, wire.hidden_size, dtype=transport.compute_dtype, device=device)
+        self._reply_B = transport.buffer(wire.reply_bytes(rows))
+
+    def begin(self, requests: Sequence[ShardRequest]) -> None:
+        """Lay out a pass: the rows of these requests, one after another."""
+        self._copies: list[tuple[tuple[Tensor, Tensor], ...]] = []
+        self.replies_B: list[Tensor] = []
+        """The reply to each request."""
+        start = 0
+        for request in requests:
+            end = start + request.rows
+            self._copies.append((
+                (self._ids_TK[start:end], request.ids_TK),
+                (self._gates_TK[start:end], request.gates_TK),
+                (self._x_TD[start:end], request.x_TD),
+            ))  # fmt: skip
+            self.replies_B.append(self._reply_B[self._wire.reply_bytes(start) : self._wire.reply_bytes(end)])
+            start = end
+        self._batch = self._x_TD[:start], self._ids_TK[:start], self._gates_TK[:start]
+        self._y_TD = self._wire.reply_view(self._reply_B, start)
+
+    def take(self, index: int) -> None:
+        """A request has arrived, as `requests[index]` of the pass."""
+        for target, source in self._copies[index]:
+            target.copy_(source)
+
+    def take_all(self) -> None:
+        """All requests have arrived."""
+        for index in range(len(self._copies)):
+            self.take(index)
+
+    def run(self, layer: int) -> None:
+        """Fill the replies, once all requests were taken."""
+        if self._copies:
+            self._y_TD.copy_(self._experts.partial_sum(layer, *self._batch))

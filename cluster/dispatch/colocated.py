@@ -1,123 +1,121 @@
-"""Dispatch among ranks that are attention worker and expert shard at once.
+"""Dispatch among ranks that are attention worker and expert shard at once: `attention:i` holds the i-th share.
 
-In a layer, a rank sends its tokens to all peers, runs its own experts on the tokens of all, sends every peer its rows
-of the partial sum, and adds the partial sums of all shards for its own tokens. A rank without tokens serves its experts
-all the same. All know from the step's header who has how many.
+In a layer, a rank sends its rows to all peers, runs its own experts on the rows of all, sends every peer its rows of
+the partial sum, and adds the partial sums of all shards for its own rows. A rank without rows serves its experts all
+the same. All know from the step's header who has how many.
 
 The batch of the experts, the wire's rounding and the order of summation are those of broadcast dispatch to as many
 shards, and so are the results, bit for bit.
 
-Shapes: T tokens, D model width, K experts per token.
+Shapes: T rows, D model width, K experts per row, B bytes.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.broadcast import TokenBatch, add_in_shard_order
-from divisi.cluster.dispatch.groups import PeerGroup, Transfer
-from divisi.cluster.dispatch.local import Experts
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.broadcast import ShardBatch, ShardSum, wait_for
+from divisi.cluster.dispatch.groups import Transfer
+from divisi.cluster.dispatch.protocol import Experts, Peers, WorkerEnd
+from divisi.cluster.dispatch.wire import Transport
+from divisi.cluster.passes import Pass
+
+_Exchange = tuple[Callable[[Tensor, int], Transfer], Tensor, int]
 
 
-class ColocatedDispatcher:
-    """One rank's end, both ways. `begin_step` comes before each step's layers, of which one is under way at a time."""
+@dataclass(frozen=True, slots=True)
+class Colocated:
+    """The mode of gangs whose every rank holds a share of the experts, here the one of its seat."""
 
-    def __init__(
-        self,
-        group: PeerGroup,
-        rank: int,
-        num_ranks: int,
-        experts: Experts,
-        wire: WireFormat,
-        max_tokens: int,
-        deadline_s: float,
-        device: torch.device,
-        compute_dtype: torch.dtype,
-    ) -> None:
-        """`max_tokens` is per rank; `compute_dtype` is what the experts take their input in."""
-        self._group, self._rank, self._experts = group, rank, experts
-        self._wire, self._deadline_s = wire, deadline_s
+    transport: Transport
+    experts: Experts
 
-        def buffers(size: int) -> list[Tensor]:
-            return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_ranks)]
+    def worker_end(self, peers: Peers) -> WorkerEnd:
+        """See DispatchMode."""
+        return ColocatedEnd(peers, self.experts, self.transport)
 
-        self._requests_B = buffers(wire.request_bytes(max_tokens))  # by rank, this one's own among them
-        self._replies_B = buffers(wire.reply_bytes(max_tokens))
-        self._partial_B = torch.empty(wire.reply_bytes(num_ranks * max_tokens), dtype=torch.uint8, device=device)
-        self._batch = TokenBatch(wire, num_ranks * max_tokens, device, compute_dtype)
-        self._counts: Sequence[int] = (0,) * num_ranks
 
-    def begin_step(self, counts: Sequence[int]) -> None:
-        """The tokens that each rank brings to the next step."""
-        self._counts = counts
+class ColocatedEnd:
+    """One rank's end, both ways. Buffers are made once per epoch, views once per pass; one layer is under way."""
+
+    def __init__(self, peers: Peers, experts: Experts, transport: Transport) -> None:
+        wire, max_rows = transport.wire, transport.max_pass_rows
+        self._seat, self._transport, self._group = peers.seat, transport, peers.join()
+        self._ranks = dict(sorted(peers.workers.items()))
+        self._requests_B = {seat: transport.buffer(wire.request_bytes(max_rows)) for seat in self._ranks}
+        self._replies_B = {
+            seat: transport.buffer(wire.reply_bytes(max_rows)) for seat in self._ranks if seat != self._seat
+        }
+        self._batch = ShardBatch(experts, transport, len(self._ranks))
+        self._sum = ShardSum(transport)
+
+    def begin(self, step_pass: Pass) -> None:
+        """See WorkerEnd."""
+        wire, own = self._transport.wire, step_pass.rows(self._seat)
+        counts = {seat: rows for seat in self._ranks if (rows := step_pass.rows(seat))}
+        requests = {seat: wire.request(self._requests_B[seat], rows) for seat, rows in counts.items()}
+        self._batch.begin(list(requests.values()))
+        self._own_request = requests.get(self._seat)
+        outgoing = {} if self._own_request is None else dict.fromkeys(self._ranks, self._own_request.bytes_B)
+        self._request_transfers = self._order(outgoing, {seat: request.bytes_B for seat, request in requests.items()})
+        outgoing, incoming = dict(zip(requests, self._batch.replies_B, strict=True)), {}
+        if own:
+            incoming = {seat: reply_B[: wire.reply_bytes(own)] for seat, reply_B in self._replies_B.items()}
+            partials_B = incoming | {self._seat: outgoing[self._seat]}
+            self._sum.begin([wire.reply_view(partials_B[seat], own) for seat in self._ranks])
+        self._reply_transfers = self._order(outgoing, incoming)
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _ColocatedPending:
         """See `divisi.model.dispatcher.Dispatcher`. Raises StepAborted."""
-        assert x_TD.shape[0] == self._counts[self._rank], "the header says how many tokens a rank brings"
-        self._wire.write_request(self._requests_B[self._rank], x_TD, expert_ids_TK, gates_TK)
-        return _ColocatedPending(self, layer, self._exchange_requests())
+        assert self._own_request is not None, "the header says how many rows a worker brings to a pass"
+        self._own_request.write(x_TD, expert_ids_TK, gates_TK)
+        return _ColocatedPending(self, layer, _start(self._request_transfers))
 
-    def serve(self, layer: int) -> None:
-        """Run this rank's experts for the peers, in a step to which it brings no tokens. Raises StepAborted."""
-        self.finish(layer, self._exchange_requests())
+    def idle(self, layer: int) -> None:
+        """Run this rank's experts for the peers. Raises StepAborted."""
+        self.finish(layer, _start(self._request_transfers))
 
-    def finish(self, layer: int, requests: Sequence[Transfer]) -> list[Tensor]:
-        """The other half of a layer: the partial sums for this rank's tokens, in shard order."""
-        deadline = time.monotonic() + self._deadline_s
-        for transfer in requests:
-            transfer.wait(deadline)
-        messages = zip(self._counts, self._requests_B, strict=True)
-        partial_TD = self._experts.partial_sum(layer, *self._batch.gather(messages))
-        self._wire.reply_view(self._partial_B, partial_TD.shape[0]).copy_(partial_TD)
-        deadline = time.monotonic() + self._deadline_s  # anew: a peer may take as long for its experts as this one did
-        for transfer in self._exchange_replies():
-            transfer.wait(deadline)
-        own = self._counts[self._rank]
-        return [self._wire.reply_view(reply_B, own) for reply_B in self._replies_B]
+    def finish(self, layer: int, requests: list[Transfer]) -> None:
+        """The other half of a layer: own experts on the rows of all, and everybody's partial sums on their way."""
+        wait_for(requests, self._transport.deadline_s)
+        self._batch.take_all()
+        self._batch.run(layer)
+        # The deadline begins anew: a peer may take as long for its experts as this one did.
+        wait_for(_start(self._reply_transfers), self._transport.deadline_s)
 
-    def _exchange_requests(self) -> list[Transfer]:
-        own = self._requests_B[self._rank][: self._wire.request_bytes(self._counts[self._rank])]
-        sizes = [self._wire.request_bytes(count) for count in self._counts]
-        return self._exchange(
-            [own] * len(sizes), [buffer_B[:size] for buffer_B, size in zip(self._requests_B, sizes, strict=True)]
-        )
+    def sum(self) -> Tensor:
+        """Of all shards' partial sums for this rank's rows, once the layer is finished."""
+        return self._sum.add()
 
-    def _exchange_replies(self) -> list[Transfer]:
-        sizes = [self._wire.reply_bytes(count) for count in self._counts]
-        rows = list(self._partial_B[: sum(sizes)].split(sizes))
-        own = sizes[self._rank]
-        self._replies_B[self._rank][:own].copy_(rows[self._rank])
-        return self._exchange(rows, [reply_B[:own] for reply_B in self._replies_B])
+    def _order(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> list[_Exchange]:
+        """The transfers with all peers, of what is given by seat.
 
-    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Transfer]:
-        """Start one transfer each way with every peer, skipping the empty ones.
-
-        Of two ranks the lower one sends first and the higher one receives first, so that both issue their transfers in
-        the same order, which a backend that carries them out one after another (NCCL) needs.
+        Of two ranks the one of the lower seat sends first and the other one receives first, so that both issue their
+        transfers in the same order, which a backend that carries them out one after another (NCCL) needs.
         """
-        transfers = []
-        for peer, (out_B, in_B) in enumerate(zip(outgoing, incoming, strict=True)):
-            if peer == self._rank:
+        transfers: list[_Exchange] = []
+        for seat, rank in self._ranks.items():
+            if seat == self._seat:
                 continue
-            for sending in (self._rank < peer, self._rank > peer):
-                if sending and out_B.numel():
-                    transfers.append(self._group.send(out_B, peer))
-                elif not sending and in_B.numel():
-                    transfers.append(self._group.recv(in_B, peer))
+            sends = [(self._group.send, outgoing[seat], rank)] if seat in outgoing else []
+            receives = [(self._group.recv, incoming[seat], rank)] if seat in incoming else []
+            transfers += sends + receives if self._seat < seat else receives + sends
         return transfers
+
+
+def _start(transfers: list[_Exchange]) -> list[Transfer]:
+    return [start(data_B, rank) for start, data_B, rank in transfers]
 
 
 @dataclass(frozen=True, slots=True)
 class _ColocatedPending:
-    dispatcher: ColocatedDispatcher
+    end: ColocatedEnd
     layer: int
     requests: list[Transfer]
 
     def combine(self) -> Tensor:
-        return add_in_shard_order(self.dispatcher.finish(self.layer, self.requests))
+        self.end.finish(self.layer, self.requests)
+        return self.end.sum()

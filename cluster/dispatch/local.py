@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-
-class Experts(Protocol):
-    """The routed experts that a rank holds."""
-
-    def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """``y_TD`` fp32: per token, the sum of gate x expert(x) over those of its experts that are held here."""
-        ...
+from divisi.cluster.dispatch.protocol import Experts, Peers, WorkerEnd
+from divisi.cluster.passes import Pass
 
 
-class LocalDispatcher:
+@dataclass(frozen=True, slots=True)
+class Local:
+    """The mode of ranks that hold all experts. It needs no peers: `LocalEnd(experts)` is a dispatcher by itself."""
+
+    experts: Experts
+
+    def worker_end(self, peers: Peers) -> WorkerEnd:
+        """See DispatchMode."""
+        return LocalEnd(self.experts)
+
+
+class LocalEnd:
     """Runs the experts when the sum is asked for."""
 
     def __init__(self, experts: Experts) -> None:
         self._experts = experts
 
+    def begin(self, step_pass: Pass) -> None:
+        """See WorkerEnd."""
+
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _LocalPending:
         """See `divisi.model.dispatcher.Dispatcher`."""
         return _LocalPending(self._experts, layer, x_TD, expert_ids_TK, gates_TK)
+
+    def idle(self, layer: int) -> None:
+        """See WorkerEnd."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""What a layer's tokens look like on the wire, both ways.
+"""What a layer's rows look like on the wire, both ways, and what bounds them.
 
 To a shard, in one message: ``[ids int32 TK | gates fp32 TK | x TD in the wire dtype]``; back: ``y TD`` in that dtype.
-Shapes: T tokens, D model width, K experts per token, B bytes.
+Shapes: T rows, D model width, K experts per row, B bytes.
 """
 
 from __future__ import annotations
@@ -21,31 +21,63 @@ class WireFormat:
     dtype: torch.dtype
     """How activations travel: the weights' dtype."""
 
-    def request_bytes(self, num_tokens: int) -> int:
+    def request_bytes(self, rows: int) -> int:
         """Size of a message to a shard."""
-        return num_tokens * (8 * self.experts_per_token + self.hidden_size * self.dtype.itemsize)
+        return rows * (8 * self.experts_per_token + self.hidden_size * self.dtype.itemsize)
 
-    def reply_bytes(self, num_tokens: int) -> int:
+    def reply_bytes(self, rows: int) -> int:
         """Size of a shard's reply."""
-        return num_tokens * self.hidden_size * self.dtype.itemsize
+        return rows * self.hidden_size * self.dtype.itemsize
 
-    def request_views(self, message_B: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``ids_TK``, ``gates_TK`` and ``x_TD`` inside a message to a shard."""
-        pairs = num_tokens * self.experts_per_token
-        ids_TK = message_B[: 4 * pairs].view(torch.int32).view(num_tokens, self.experts_per_token)
-        gates_TK = message_B[4 * pairs : 8 * pairs].view(torch.float32).view(num_tokens, self.experts_per_token)
-        x_TD = message_B[8 * pairs : self.request_bytes(num_tokens)].view(self.dtype)
-        return ids_TK, gates_TK, x_TD.view(num_tokens, self.hidden_size)
+    def request(self, buffer_B: Tensor, rows: int) -> ShardRequest:
+        """A message to a shard, laid out at the beginning of a buffer."""
+        pairs = rows * self.experts_per_token
+        bytes_B = buffer_B[: self.request_bytes(rows)]
+        ids_TK = bytes_B[: 4 * pairs].view(torch.int32).view(rows, self.experts_per_token)
+        gates_TK = bytes_B[4 * pairs : 8 * pairs].view(torch.float32).view(rows, self.experts_per_token)
+        x_TD = bytes_B[8 * pairs :].view(self.dtype).view(rows, self.hidden_size)
+        return ShardRequest(bytes_B, x_TD, ids_TK, gates_TK)
 
-    def write_request(self, message_B: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Fill a message to a shard; returns the part of `message_B` that it takes."""
-        num_tokens = x_TD.shape[0]
-        ids_TK, wire_gates_TK, wire_x_TD = self.request_views(message_B, num_tokens)
-        ids_TK.copy_(expert_ids_TK)
-        wire_gates_TK.copy_(gates_TK)
-        wire_x_TD.copy_(x_TD)
-        return message_B[: self.request_bytes(num_tokens)]
+    def reply_view(self, buffer_B: Tensor, rows: int) -> Tensor:
+        """``y_TD`` of a shard's reply, at the beginning of a buffer."""
+        return buffer_B[: self.reply_bytes(rows)].view(self.dtype).view(rows, self.hidden_size)
 
-    def reply_view(self, message_B: Tensor, num_tokens: int) -> Tensor:
-        """``y_TD`` inside a shard's reply."""
-        return message_B[: self.reply_bytes(num_tokens)].view(self.dtype).view(num_tokens, self.hidden_size)
+
+@dataclass(frozen=True, slots=True)
+class ShardRequest:
+    """A worker's rows of one layer, on their way to a shard: views of one buffer."""
+
+    bytes_B: Tensor
+    x_TD: Tensor
+    ids_TK: Tensor
+    gates_TK: Tensor
+
+    @property
+    def rows(self) -> int:
+        """T."""
+        return self.x_TD.shape[0]
+
+    def write(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> None:
+        """Fill it."""
+        assert x_TD.shape[0] == self.rows, "the header says how many rows a worker brings to a pass"
+        self.ids_TK.copy_(expert_ids_TK)
+        self.gates_TK.copy_(gates_TK)
+        self.x_TD.copy_(x_TD)
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """How the ranks of a gang send rows to each other, and the bounds that their buffers are made for."""
+
+    wire: WireFormat
+    max_pass_rows: int
+    """Most rows that one worker brings to a pass."""
+    deadline_s: float
+    """How long a peer may take for a layer."""
+    device: torch.device
+    compute_dtype: torch.dtype
+    """What the experts take their input in."""
+
+    def buffer(self, size: int) -> Tensor:
+        """Room for so many bytes of messages."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)

@@ -1,33 +1,60 @@
 """How the leader decides that a step begins: plain data, no sockets. Imports no torch.
 
-A worker announces the token count of its next step, 0 when it has nothing to do. Once it took part in a step the
-leader waits for its next announcement, which says at the same time that it has finished; a worker that announced 0
-is not waited for, and announces again when a request arrives.
+A worker announces what it brings to the passes of its next step, nothing when it has nothing to do. Once it took part
+in a step the leader waits for its next announcement, which says at the same time that it has finished; a worker that
+announced nothing is not waited for, and announces again when a request arrives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
+from divisi.cluster.passes import Pass, PassKind
+
+NOTHING: tuple[int, ...] = ()
+
 
 class StepAgreement:
-    """Collects the workers' announcements for the next step."""
+    """Collects the announcements of the workers, who go by the indices of their seats, for the next step."""
 
-    def __init__(self, num_workers: int) -> None:
-        self._announced: list[int | None] = [None] * num_workers
+    def __init__(self, workers: Iterable[int]) -> None:
+        self._announced: dict[int, tuple[int, ...] | None] = dict.fromkeys(workers)
 
-    def announce(self, worker: int, num_tokens: int) -> None:
-        """Note a worker's token count; a later announcement for the same step replaces it."""
-        self._announced[worker] = num_tokens
+    def announce(self, worker: int, counts: tuple[int, ...]) -> None:
+        """Note a worker's rows by pass; a later announcement for the same step replaces it."""
+        self._announced[worker] = counts if any(counts) else NOTHING
 
     @property
     def unfinished(self) -> tuple[int, ...]:
         """Workers that take part in the running step and haven't announced their next."""
-        return tuple(worker for worker, count in enumerate(self._announced) if count is None)
+        return tuple(worker for worker, counts in self._announced.items() if counts is None)
 
-    def begin(self) -> tuple[int, ...] | None:
-        """The token counts of a step that may begin now, else None. Those with tokens have to announce anew."""
-        counts = self._announced
-        if any(count is None for count in counts) or not any(counts):
+    def begin(self) -> tuple[Pass, ...] | None:
+        """The passes of a step that may begin now, else None. Those who bring rows have to announce anew."""
+        if None in self._announced.values():
             return None
-        agreed = tuple(count or 0 for count in counts)
-        self._announced = [None if count else 0 for count in agreed]
-        return agreed
+        agreed = {worker: counts for worker, counts in self._announced.items() if counts}
+        if not agreed:
+            return None
+        self._announced.update(dict.fromkeys(agreed))
+        return merge(agreed)
+
+
+def merge(announced: Mapping[int, Sequence[int]]) -> tuple[Pass, ...]:
+    """The passes of a step from what each worker brings: draft passes side by side from the first, one full pass last.
+
+    (2, 1, 5) and (3,) are merged to (2, 0) (1, 0) (5, 3).
+    """
+    drafts = max(map(len, announced.values())) - 1
+    passes: list[dict[int, int]] = [{} for _ in range(drafts + 1)]
+    for worker, counts in announced.items():
+        for index, rows in enumerate(counts):
+            if rows:
+                passes[index if index < len(counts) - 1 else drafts][worker] = rows
+    full = passes.pop()
+    return (*[Pass(PassKind.DRAFT, counts) for counts in passes], Pass(PassKind.FULL, full))
+
+
+def own_index(step_pass: Pass, index: int, counts: Sequence[int]) -> int:
+    """Which of a worker's own passes is the one at `index` of a merged step to which it brings rows."""
+    return len(counts) - 1 if step_pass.kind is PassKind.FULL else index

@@ -1,6 +1,12 @@
-"""Frames of the control mesh: small, binary, of fixed layout. Imports no torch.
+"""Messages of the control mesh: small, binary, of bounded size. Imports no torch.
 
-Little-endian: kind (u8), sender's rank (u16), number of counts (u16), epoch (u32), step (u64), then one u32 per count.
+Little-endian. A message begins with its kind (u8), the bytes that follow this prefix (u16), epoch (u32) and step (u64).
+Then come, in
+
+- a hello: the sender's role (u8: 0 attention, 1 expert) and the index of its seat (u16);
+- an announcement: rows by pass (u32 each);
+- a header: the number of passes (u8), the length of the trace context (u8), the trace context; and for each pass its
+  kind (u8), micro-batches (u8), number of counts (u16), bucket (u32), and the counts (seat u16, rows u32) above 0.
 """
 
 from __future__ import annotations
@@ -9,53 +15,139 @@ import enum
 import struct
 from dataclasses import dataclass
 
-_FIXED = struct.Struct("<BHHIQ")
+from divisi.cluster.passes import Pass, PassKind
+from divisi.cluster.seats import Role, Seat
+
+MAX_PASSES = 32
+_PREFIX = struct.Struct("<BHIQ")
+_SEAT = struct.Struct("<BH")
+_HEADER = struct.Struct("<BB")
+_PASS = struct.Struct("<BBHI")
+_COUNT = struct.Struct("<HI")
+_ROLES: tuple[Role, ...] = ("attention", "expert")
 
 
-class Kind(enum.IntEnum):
-    """What a frame says."""
-
+class _Kind(enum.IntEnum):
     HELLO = 1
-    """First on a connection: the sender has entered the epoch."""
-    PLAN = 2
-    """A worker to the leader: how many tokens it has for the next step. Also rings a leader that is parked."""
+    ANNOUNCEMENT = 2
     HEADER = 3
-    """The leader to all: a step begins, with so many tokens of each worker."""
+
+
+# By kind, so that noise is told from a message before anything waits for its end.
+_LONGEST: dict[int, int] = {_Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF}
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """One message of the control mesh."""
+class Hello:
+    """First on a connection: the holder of a seat has entered the epoch."""
 
-    kind: Kind
-    sender: int
     epoch: int
-    step: int
-    counts: tuple[int, ...] = ()
+    seat: Seat
 
     def encode(self) -> bytes:
         """The bytes on the wire."""
-        head = _FIXED.pack(self.kind, self.sender, len(self.counts), self.epoch, self.step)
-        return head + struct.pack(f"<{len(self.counts)}I", *self.counts)
+        return _encode(_Kind.HELLO, self.epoch, 0, _SEAT.pack(_ROLES.index(self.seat.role), self.seat.index))
 
 
-class FrameReader:
-    """Cuts a byte stream into frames."""
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A worker to the leader: what it brings to a step, nothing where `counts` is empty. Rings a parked leader."""
+
+    epoch: int
+    step: int
+    counts: tuple[int, ...]
+    """Rows by pass: drafts first, the full pass last."""
+
+    def encode(self) -> bytes:
+        """The bytes on the wire."""
+        assert len(self.counts) <= MAX_PASSES, f"{len(self.counts)} passes in a step"
+        body = struct.pack(f"<{len(self.counts)}I", *self.counts)
+        return _encode(_Kind.ANNOUNCEMENT, self.epoch, self.step, body)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The leader to all: a step begins, and these are its passes."""
+
+    epoch: int
+    step: int
+    passes: tuple[Pass, ...]
+    """Drafts first, the full pass last."""
+    trace: bytes = b""
+    """Room for the trace context of a step whose spans are recorded; unused. At most 255 bytes."""
+
+    def includes(self, worker: int) -> bool:
+        """Whether `attention:worker` brings rows to any pass."""
+        return any(step_pass.rows(worker) for step_pass in self.passes)
+
+    def encode(self) -> bytes:
+        """The bytes on the wire."""
+        assert len(self.passes) <= MAX_PASSES, f"{len(self.passes)} passes in a step"
+        parts = [_HEADER.pack(len(self.passes), len(self.trace)), self.trace]
+        for step_pass in self.passes:
+            counts = [(seat, rows) for seat, rows in step_pass.counts.items() if rows]
+            parts.append(_PASS.pack(step_pass.kind, step_pass.micro_batches, len(counts), step_pass.bucket))
+            parts += [_COUNT.pack(*count) for count in counts]
+        return _encode(_Kind.HEADER, self.epoch, self.step, b"".join(parts))
+
+
+Message = Hello | Announcement | Header
+
+
+class MessageReader:
+    """Cuts a byte stream into messages, of which it never holds more than one that is incomplete."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """Take what arrived; returns the frames that are now complete. Raises ValueError on an unknown kind."""
+    def feed(self, data: bytes) -> list[Message]:
+        """Take what arrived; returns the messages that are now complete. Raises ValueError on anything else."""
         self._buffer += data
-        frames: list[Frame] = []
-        while len(self._buffer) >= _FIXED.size:
-            number, sender, num_counts, epoch, step = _FIXED.unpack_from(self._buffer)
-            kind = Kind(number)
-            end = _FIXED.size + 4 * num_counts
-            if len(self._buffer) < end:
+        messages: list[Message] = []
+        start = 0
+        while len(self._buffer) - start >= _PREFIX.size:
+            kind, length, epoch, step = _PREFIX.unpack_from(self._buffer, start)
+            if length > _LONGEST.get(kind, -1):
+                raise ValueError(f"no message of kind {kind} has {length} bytes")
+            body = start + _PREFIX.size
+            if len(self._buffer) < body + length:
                 break
-            counts = struct.unpack_from(f"<{num_counts}I", self._buffer, _FIXED.size)
-            frames.append(Frame(kind, sender, epoch, step, counts))
-            del self._buffer[:end]
-        return frames
+            start = body + length
+            messages.append(_decode(kind, epoch, step, self._buffer[body:start]))
+        del self._buffer[:start]
+        return messages
+
+
+def _encode(kind: _Kind, epoch: int, step: int, body: bytes) -> bytes:
+    return _PREFIX.pack(kind, len(body), epoch, step) + body
+
+
+def _decode(kind: int, epoch: int, step: int, body: bytearray) -> Message:
+    try:
+        if kind == _Kind.HEADER:
+            return _decode_header(epoch, step, body)
+        if kind == _Kind.ANNOUNCEMENT:
+            return Announcement(epoch, step, struct.unpack(f"<{len(body) // 4}I", body))
+        role, index = _SEAT.unpack(body)
+        return Hello(epoch, Seat(_ROLES[role], index))
+    except (struct.error, IndexError) as error:
+        raise ValueError(f"malformed {_Kind(kind).name.lower()}: {error}") from error
+
+
+def _decode_header(epoch: int, step: int, body: bytearray) -> Header:
+    """Raises ValueError, and struct.error where it ends too early."""
+    num_passes, trace_length = _HEADER.unpack_from(body)
+    at = _HEADER.size + trace_length
+    trace = bytes(body[_HEADER.size : at])
+    passes = []
+    for left in reversed(range(num_passes)):
+        kind, micro_batches, num_counts, bucket = _PASS.unpack_from(body, at)
+        at += _PASS.size
+        end = at + num_counts * _COUNT.size
+        if end > len(body) or kind != (PassKind.DRAFT if left else PassKind.FULL):
+            raise ValueError(f"a header of {num_passes} passes has one of kind {kind} and {num_counts} counts in it")
+        passes.append(Pass(PassKind(kind), dict(_COUNT.iter_unpack(body[at:end])), bucket, micro_batches))
+        at = end
+    if not passes or at != len(body):
+        raise ValueError(f"a header of {num_passes} passes has {len(body) - at} bytes after them")
+    return Header(epoch, step, tuple(passes), trace)

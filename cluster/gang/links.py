@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from divisi.cluster.dispatch.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.protocol import Peers
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
 
@@ -19,10 +20,10 @@ _MEET_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerLinks:
-    """An attention worker's connections; where all experts are at hand there is no group."""
+    """An attention worker's connections."""
 
     mesh: LeaderMesh | FollowerMesh
-    group: PeerGroup | None
+    peers: Peers
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class ShardLinks:
     """An expert shard's connections."""
 
     mesh: FollowerMesh
-    group: PeerGroup
+    peers: Peers
 
 
 @contextlib.contextmanager
@@ -38,27 +39,32 @@ def worker_links(
     assignment: Assignment, inbox: EpochInbox, listener: socket.socket, device: torch.device
 ) -> Iterator[WorkerLinks]:
     """Meet the other ranks; on the way out all connections are dropped, so that they notice. Raises StepAborted."""
-    membership, rank = assignment.membership, assignment.rank
     deadline = time.monotonic() + _MEET_S
     with contextlib.ExitStack() as stack:
         mesh: LeaderMesh | FollowerMesh
-        if rank == 0:
-            mesh = LeaderMesh(listener, membership, inbox, deadline)
+        if assignment.rank == 0:
+            mesh = LeaderMesh(listener, assignment.membership, inbox, deadline)
         else:
-            mesh = FollowerMesh(membership, rank, inbox, deadline)
+            mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline)
         stack.callback(mesh.close)
-        group = None
-        if membership.shape.expert_shards and membership.shape.size > 1:
-            group = join_group(membership, rank, device, _MEET_S)
-            stack.callback(group.close)
-        yield WorkerLinks(mesh, group)
+        yield WorkerLinks(mesh, _peers(assignment, device, stack))
 
 
 @contextlib.contextmanager
 def shard_links(assignment: Assignment, inbox: EpochInbox, device: torch.device) -> Iterator[ShardLinks]:
     """As `worker_links`, for a shard."""
-    mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, time.monotonic() + _MEET_S)
-    with contextlib.closing(mesh):
+    with contextlib.ExitStack() as stack:
+        mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, time.monotonic() + _MEET_S)
+        stack.callback(mesh.close)
+        yield ShardLinks(mesh, _peers(assignment, device, stack))
+
+
+def _peers(assignment: Assignment, device: torch.device, stack: contextlib.ExitStack) -> Peers:
+    """The epoch's ranks by seat; a group that is joined is closed with the stack."""
+
+    def join() -> PeerGroup:
         group = join_group(assignment.membership, assignment.rank, device, _MEET_S)
-        with contextlib.closing(group):
-            yield ShardLinks(mesh, group)
+        stack.callback(group.close)
+        return group
+
+    return Peers.of(assignment.membership.shape, assignment.rank, join)

@@ -1,8 +1,8 @@
 """The control mesh: one TCP connection from every rank to `attention:0`, for headers and announcements.
 
-Every wait is either parked (`deadline` None: until a frame or a wake-up comes, however long) or bound by a deadline
+Every wait is either parked (`deadline` None: until a message or a wake-up comes, however long) or bound by a deadline
 in `time.monotonic()` seconds. A closed connection, a deadline that passes and an interrupted epoch raise StepAborted.
-Frames of another epoch, and announcements for a step that has already begun, are dropped. Imports no torch.
+Messages of another epoch, and announcements for a step that has already begun, are dropped. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Protocol, TypeVar
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.agreement import StepAgreement
-from divisi.cluster.gang.header import Frame, FrameReader, Kind
+from divisi.cluster.gang.header import Announcement, Header, Hello, Message, MessageReader
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.seats import Address, Membership
+from divisi.cluster.seats import Address, Membership, Seat
 
 _CHUNK = 65536
 
@@ -39,41 +39,45 @@ class HasFd(Protocol):
 
 
 class _Peer:
-    """One connection, tuned for small frames."""
+    """One connection, tuned for small messages."""
 
-    def __init__(self, connection: socket.socket, seat: str) -> None:
+    def __init__(self, connection: socket.socket, seat: Seat | None = None) -> None:
+        """Of a seat that is not known before it says hello."""
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
-        self._reader = FrameReader()
+        self._reader = MessageReader()
         self.seat = seat
+
+    @property
+    def who(self) -> str:
+        return "a rank that said no hello" if self.seat is None else str(self.seat)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, frame: Frame) -> None:
-        """Frames are far smaller than a socket's buffer: one that doesn't fit has a peer that is stuck."""
-        data = frame.encode()
+    def send(self, data: bytes) -> None:
+        """Messages are smaller than a socket's buffer: one that doesn't fit has a peer that is stuck."""
         try:
             sent = self._socket.send(data)
         except OSError as error:
-            raise StepAborted(f"control connection failed: {error}", self.seat) from error
+            raise StepAborted(f"control connection failed: {error}", self.who) from error
         if sent != len(data):
-            raise StepAborted("control connection is stuck", self.seat)
+            raise StepAborted("control connection is stuck", self.who)
 
-    def receive(self) -> list[Frame]:
+    def receive(self) -> list[Message]:
         try:
             data = self._socket.recv(_CHUNK)
         except BlockingIOError:
             return []
         except OSError as error:
-            raise StepAborted(f"control connection failed: {error}", self.seat) from error
+            raise StepAborted(f"control connection failed: {error}", self.who) from error
         if not data:
-            raise StepAborted("control connection was closed", self.seat)
+            raise StepAborted("control connection was closed", self.who)
         try:
             return self._reader.feed(data)
         except ValueError as error:
-            raise StepAborted(f"control connection carries something else: {error}", self.seat) from error
+            raise StepAborted(f"control connection carries something else: {error}", self.who) from error
 
     def close(self) -> None:
         self._socket.close()
@@ -90,41 +94,42 @@ class LeaderMesh:
         self._membership = membership
         self._inbox = inbox
         self._step = 0
-        self._agreement = StepAgreement(membership.shape.attention_workers)
+        self._agreement = StepAgreement(range(membership.shape.attention_workers))
         self._deadline: float | None = None
         """Of the announcements owed now; a wake-up in between doesn't prolong it."""
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[Seat, _Peer] = {}
         try:
             self._accept_all(listener, deadline)
         except StepAborted:
             self.close()
             raise
 
-    def announce(self, num_tokens: int) -> None:
-        """Note the leader's own token count for the next step."""
-        self._agreement.announce(0, num_tokens)
+    def announce(self, counts: tuple[int, ...]) -> None:
+        """Note the leader's own rows by pass for the next step, none where it has nothing to do."""
+        self._agreement.announce(0, counts)
 
-    def next_step(self, deadline_s: float) -> Frame | None:
+    def next_step(self, deadline_s: float) -> Header | None:
         """Begin the next step on all ranks once its workers are known; None when woken for another reason.
 
-        Bound by `deadline_s` while a worker still owes an announcement, else parked until one has tokens.
+        Bound by `deadline_s` while a worker still owes an announcement, else parked until one has rows.
         """
         # Look first: an idle worker that rings must get into the next step even if there is always one to begin.
         peers, woken = _ready(list(self._peers.values()), self._inbox, self._membership.epoch, 0.0)
         self._read_announcements(peers)
-        counts = self._agreement.begin()
-        if counts is None and not woken:
+        passes = self._agreement.begin()
+        if passes is None and not woken:
             if self._deadline is None and self._agreement.unfinished:
                 self._deadline = time.monotonic() + deadline_s
             self._collect(self._deadline if self._agreement.unfinished else None)
-            counts = self._agreement.begin()
-        if counts is None:
+            passes = self._agreement.begin()
+        if passes is None:
             return None
         self._step += 1
         self._deadline = None
-        header = Frame(Kind.HEADER, 0, self._membership.epoch, self._step, counts)
+        header = Header(self._membership.epoch, self._step, passes)
+        data = header.encode()
         for peer in self._peers.values():
-            peer.send(header)
+            peer.send(data)
         return header
 
     def close(self) -> None:
@@ -139,9 +144,15 @@ class LeaderMesh:
 
     def _read_announcements(self, peers: Sequence[_Peer]) -> None:
         for peer in peers:
-            for frame in peer.receive():
-                if frame.kind is Kind.PLAN and frame.epoch == self._membership.epoch and frame.step == self._step + 1:
-                    self._agreement.announce(frame.sender, frame.counts[0])
+            self._take(peer, peer.receive())
+
+    def _take(self, peer: _Peer, messages: Sequence[Message]) -> None:
+        now = self._membership.epoch, self._step + 1
+        for message in messages:
+            if isinstance(message, Announcement) and (message.epoch, message.step) == now:
+                if peer.seat is None or peer.seat.role != "attention":
+                    raise StepAborted("announced rows and is no attention worker", peer.who)
+                self._agreement.announce(peer.seat.index, message.counts)
 
     def _waiting_for(self) -> str:
         return ", ".join(str(self._membership.shape.seat(worker)) for worker in self._agreement.unfinished)
@@ -153,80 +164,82 @@ class LeaderMesh:
         try:
             while len(self._peers) < shape.size - 1:
                 sources: list[socket.socket | _Peer] = [listener, *unknown]
-                missing = ", ".join(str(shape.seat(r)) for r in range(1, shape.size) if r not in self._peers)
+                missing = ", ".join(str(seat) for seat in shape.seats[1:] if seat not in self._peers)
                 for ready in _wait(sources, self._inbox, self._membership.epoch, deadline, missing):
                     if isinstance(ready, _Peer):
                         unknown.remove(ready)
                         self._greet(ready)
                         continue
                     with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it hung up meanwhile
-                        unknown.append(_Peer(listener.accept()[0], "a rank that said no hello"))
+                        unknown.append(_Peer(listener.accept()[0]))
         finally:
             for peer in unknown:
                 peer.close()
 
     def _greet(self, peer: _Peer) -> None:
         try:
-            frames = peer.receive()
+            messages = peer.receive()
         except StepAborted:  # a rank that gave up an older epoch while it waited in the backlog, or a port scanner
             peer.close()
             return
-        for frame in frames[:1]:
-            known = 0 < frame.sender < self._membership.shape.size
-            if known and frame.kind is Kind.HELLO and frame.epoch == self._membership.epoch:
-                peer.seat = str(self._membership.shape.seat(frame.sender))
-                self._peers[frame.sender] = peer
-                for early in frames[1:]:
-                    self._agreement.announce(early.sender, early.counts[0])
-                return
-        peer.close()
+        others = self._membership.shape.seats[1:]
+        match messages:
+            case [Hello(epoch, seat), *early] if epoch == self._membership.epoch and seat in others:
+                peer.seat = seat
+                self._peers[seat] = peer
+                self._take(peer, early)
+            case _:
+                peer.close()
 
 
 class FollowerMesh:
-    """The end of every rank but the leader: announces plans (workers), receives headers."""
+    """The end of every rank but the leader: announces rows (workers), receives headers."""
 
     def __init__(self, membership: Membership, rank: int, inbox: EpochInbox, deadline: float) -> None:
         """Connect to the leader and say hello. Raises StepAborted."""
         self._epoch = membership.epoch
-        self._rank = rank
+        self._seat = membership.shape.seat(rank)
         self._inbox = inbox
         self._step = 0
-        self._announced: int | None = None
+        self._announced: tuple[int, ...] | None = None
         self._deadline: float | None = None
-        self._arrived: list[Frame] = []
+        self._arrived: list[Header] = []
         self._leader = _connect(membership.leader, deadline)
-        self._send(Frame(Kind.HELLO, rank, self._epoch, 0))
+        self._leader.send(Hello(self._epoch, self._seat).encode())
 
-    def announce(self, num_tokens: int) -> None:
-        """Tell the leader how many tokens this worker has for the next step; rings it if it is parked."""
-        if num_tokens != self._announced:
-            self._send(Frame(Kind.PLAN, self._rank, self._epoch, self._step + 1, (num_tokens,)))
-            self._announced = num_tokens
+    def announce(self, counts: tuple[int, ...]) -> None:
+        """Tell the leader this worker's rows by pass for the next step, none where it has nothing to do.
 
-    def next_step(self, deadline_s: float) -> Frame | None:
+        Rings a leader that is parked.
+        """
+        if counts != self._announced:
+            self._leader.send(Announcement(self._epoch, self._step + 1, counts).encode())
+            self._announced = counts
+
+    def next_step(self, deadline_s: float) -> Header | None:
         """The next step's header; None when woken for another reason.
 
-        Bound by `deadline_s` after tokens were announced, else parked. Shards never announce.
+        Bound by `deadline_s` after rows were announced, else parked. Shards never announce.
         """
         if not self._arrived:
             if not self._announced:
                 self._deadline = None
             elif self._deadline is None:
                 self._deadline = time.monotonic() + deadline_s
-            for peer in _wait([self._leader], self._inbox, self._epoch, self._deadline, self._leader.seat):
-                self._arrived += [f for f in peer.receive() if f.kind is Kind.HEADER and f.epoch == self._epoch]
+            for peer in _wait([self._leader], self._inbox, self._epoch, self._deadline, self._leader.who):
+                self._arrived += [m for m in peer.receive() if isinstance(m, Header) and m.epoch == self._epoch]
         if not self._arrived:
             return None
         header = self._arrived.pop(0)
         self._step = header.step
         self._deadline = None
-        took_part = self._rank < len(header.counts) and header.counts[self._rank] > 0
-        if took_part or self._announced:
-            # Tokens announced but not in the header: they crossed it on the way and have to be announced again.
+        takes_part = self._seat.role == "attention" and header.includes(self._seat.index)
+        if takes_part or self._announced:
+            # Rows announced but not in the header: they crossed it on the way and have to be announced again.
             self._announced = None
         return header
 
-    def headers(self) -> Iterator[Frame]:
+    def headers(self) -> Iterator[Header]:
         """For a shard: the headers of all steps of the epoch, parked in between. Ends by StepAborted."""
         while True:
             if (header := self.next_step(0.0)) is not None:
@@ -236,16 +249,13 @@ class FollowerMesh:
         """Drop the connection, which tells the leader that this rank has left the epoch."""
         self._leader.close()
 
-    def _send(self, frame: Frame) -> None:
-        self._leader.send(frame)
-
 
 def _connect(leader: Address, deadline: float) -> _Peer:
-    left_s = max(deadline - time.monotonic(), 0.01)
+    seat, left_s = Seat("attention", 0), max(deadline - time.monotonic(), 0.01)
     try:
-        return _Peer(socket.create_connection((leader.host, leader.port), timeout=left_s), "attention:0")
+        return _Peer(socket.create_connection((leader.host, leader.port), timeout=left_s), seat)
     except OSError as error:
-        raise StepAborted(f"cannot reach the leader at {leader.host}:{leader.port}: {error}", "attention:0") from error
+        raise StepAborted(f"cannot reach the leader at {leader.host}:{leader.port}: {error}", str(seat)) from error
 
 
 def _wait(

@@ -1,31 +1,31 @@
-"""An expert shard's life: epoch after epoch, and in each the steps and their layers."""
+"""An expert shard's life: epoch after epoch, and in each the steps, their passes and layers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from divisi.cluster.dispatch.broadcast import ShardExchange
-from divisi.cluster.dispatch.local import Experts
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.protocol import Experts, ShardedMode, ShardEnd
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import shard_links
-from divisi.cluster.gang.mesh import FollowerMesh
 from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.passes import Pass, PassLayers
 
 log = logging.getLogger(__name__)
 
 
-def run_steps(mesh: FollowerMesh, exchange: ShardExchange, experts: Experts, moe_layers: Sequence[int]) -> None:
-    """Serve the steps of one epoch; ends by StepAborted."""
-    for header in mesh.headers():
-        for layer in moe_layers:
-            x_TD, expert_ids_TK, gates_TK = exchange.receive(header.counts)
-            exchange.reply(header.counts, experts.partial_sum(layer, x_TD, expert_ids_TK, gates_TK))
+@torch.inference_mode()
+def serve_steps(steps: Iterable[Sequence[Pass]], end: ShardEnd, layers: PassLayers) -> None:
+    """Serve steps, each given by its passes, until there are no more. Raises StepAborted."""
+    for passes in steps:
+        for step_pass in passes:
+            end.begin(step_pass)
+            for layer in layers.of(step_pass.kind):
+                end.serve(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,11 @@ class ShardLoop:
     """Runs a shard in the thread that calls `run`, until the inbox is stopped."""
 
     experts: Experts
-    moe_layers: Sequence[int]
+    mode: ShardedMode
+    layers: PassLayers
+    device: torch.device
     inbox: EpochInbox
     reports: EpochReports
-    wire: WireFormat
-    compute_dtype: torch.dtype
-    device: torch.device
-    max_tokens: int
-    """Most tokens that one worker brings to a step."""
-    step_deadline_s: float
 
     def run(self) -> None:
         """Enter the epochs that the inbox offers."""
@@ -57,17 +53,10 @@ class ShardLoop:
                 self.reports.left(assignment.membership.epoch, str(error))
 
     def _serve(self, assignment: Assignment) -> None:
-        membership = assignment.membership
-        self.inbox.check(membership.epoch)
-        with shard_links(assignment, self.inbox, self.device) as links, torch.inference_mode():
-            exchange = ShardExchange(
-                links.group,
-                membership.shape.attention_ranks,
-                self.wire,
-                self.max_tokens,
-                self.step_deadline_s,
-                self.device,
-                self.compute_dtype,
-            )
-            self.reports.serving(membership.epoch)
-            run_steps(links.mesh, exchange, self.experts, self.moe_layers)
+        """One epoch; ends by StepAborted."""
+        epoch = assignment.membership.epoch
+        self.inbox.check(epoch)
+        with shard_links(assignment, self.inbox, self.device) as links:
+            end = self.mode.shard_end(links.peers, self.experts)
+            self.reports.serving(epoch)
+            serve_steps((header.passes for header in links.mesh.headers()), end, self.layers)

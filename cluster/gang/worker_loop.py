@@ -1,4 +1,4 @@
-"""An attention worker's life: epoch after epoch, one step after another in lockstep with the gang.
+"""An attention worker's life: epoch after epoch, one step after another in lockstep with the gang, pass by pass.
 
 The engine lives in the loop's thread; other threads reach it by `submit` and `cancel`, which are carried out between
 two steps. A step that is aborted keeps its plan, which is run again in the next epoch.
@@ -17,15 +17,15 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from divisi.cluster.dispatch.broadcast import BroadcastDispatcher
-from divisi.cluster.dispatch.colocated import ColocatedDispatcher
-from divisi.cluster.dispatch.local import Experts, LocalDispatcher
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.protocol import DispatchMode, WorkerEnd
 from divisi.cluster.errors import GangNotReady, RequestRejected, StepAborted
+from divisi.cluster.gang.agreement import NOTHING, own_index
+from divisi.cluster.gang.header import Header
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
-from divisi.cluster.gang.links import WorkerLinks, worker_links
+from divisi.cluster.gang.links import worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
 from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.passes import PassLayers
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher
 
@@ -36,8 +36,8 @@ class Plan(Protocol):
     """What an engine wants to run next."""
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens in the step; at least one."""
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each of its passes, drafts first and the full pass last; at least one row."""
         ...
 
 
@@ -60,8 +60,12 @@ class StepEngine(Protocol[PlanT]):
         """The next step, frozen until it has run; None with nothing to do."""
         ...
 
-    def run(self, plan: PlanT, dispatcher: Dispatcher) -> Sequence[TokenEvent]:
-        """Run a step and commit it. Raises StepAborted with nothing committed."""
+    def run_pass(self, plan: PlanT, index: int, dispatcher: Dispatcher) -> None:
+        """Run one of the plan's passes, those before it having run. Raises StepAborted; then the first comes next."""
+        ...
+
+    def commit(self, plan: PlanT) -> Sequence[TokenEvent]:
+        """Make a step final whose passes have all run."""
         ...
 
     def take_events(self) -> Sequence[TokenEvent]:
@@ -75,14 +79,9 @@ class WorkerNetwork:
 
     listener: socket.socket
     """Where the others connect if this worker leads."""
-    wire: WireFormat
     device: torch.device
-    max_tokens: int
-    """Most tokens that the engine puts into a step."""
     step_deadline_s: float
-    compute_dtype: torch.dtype
-    """What the experts take their input in."""
-    moe_layers: Sequence[int]
+    layers: PassLayers
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +116,15 @@ class WorkerLoop(Generic[PlanT]):
     def __init__(
         self,
         engine: StepEngine[PlanT],
-        experts: Experts | None,
+        mode: DispatchMode,
         inbox: EpochInbox,
         reports: EpochReports,
         network: WorkerNetwork,
         deliver: Callable[[Sequence[TokenEvent]], None],
     ) -> None:
-        """`experts` are those that this rank holds, if any; `deliver` gets a step's events, in the loop's thread."""
+        """`mode` carries the engine's rows; `deliver` gets a step's events, in the loop's thread."""
         self._engine = engine
-        self._experts = experts
+        self._mode = mode
         self._inbox = inbox
         self._reports = reports
         self._network = network
@@ -179,64 +178,43 @@ class WorkerLoop(Generic[PlanT]):
         """One epoch; ends by StepAborted."""
         self._inbox.check(assignment.membership.epoch)
         with worker_links(assignment, self._inbox, self._network.listener, self._network.device) as links:
-            dispatcher = self._dispatcher(assignment, links)
+            end = self._mode.worker_end(links.peers)
             self._reports.serving(assignment.membership.epoch)
             while True:
-                self._step(links.mesh, assignment.rank, dispatcher)
+                self._step(links.mesh, links.peers.seat, end)
 
-    def _step(self, mesh: LeaderMesh | FollowerMesh, rank: int, dispatcher: Dispatcher) -> None:
+    def _step(self, mesh: LeaderMesh | FollowerMesh, seat: int, end: WorkerEnd) -> None:
         """Take part in one step of the gang, or wait for something to do."""
         self._carry_out_commands()
         if self._plan is None:
             self._plan = self._engine.plan()
-        mesh.announce(self._plan.num_tokens if self._plan is not None else 0)
+        mesh.announce(self._plan.counts if self._plan is not None else NOTHING)
         header = mesh.next_step(self._network.step_deadline_s)
         if header is None:
             return
-        takes_part = self._plan is not None and header.counts[rank] > 0
-        if isinstance(dispatcher, ColocatedDispatcher):
-            dispatcher.begin_step(header.counts)
-            if not takes_part:
-                self._serve_peers(dispatcher)
-        if self._plan is None or not takes_part:
+        # Rows that were announced while the header was on its way are not in it.
+        plan = self._plan if header.includes(seat) else None
+        self._walk(header, seat, plan, end)
+        if plan is None:
             return
-        events = self._engine.run(self._plan, dispatcher)
+        events = self._engine.commit(plan)
         self._plan = None
         if events:
             self._deliver(events)
 
-    @torch.inference_mode()
-    def _serve_peers(self, dispatcher: ColocatedDispatcher) -> None:
-        """A step without tokens of one's own, which needs one's experts all the same."""
-        for layer in self._network.moe_layers:
-            dispatcher.serve(layer)
+    def _walk(self, header: Header, seat: int, plan: PlanT | None, end: WorkerEnd) -> None:
+        """All passes of a step: this worker's own, and its part in those to which it brings no rows."""
+        for index, step_pass in enumerate(header.passes):
+            end.begin(step_pass)
+            if plan is not None and step_pass.rows(seat):
+                self._engine.run_pass(plan, own_index(step_pass, index, plan.counts), end)
+            else:
+                self._idle(self._network.layers.of(step_pass.kind), end)
 
-    def _dispatcher(self, assignment: Assignment, links: WorkerLinks) -> Dispatcher:
-        shape, network = assignment.membership.shape, self._network
-        if links.group is None:
-            assert self._experts is not None, "a gang without shards needs its experts here"
-            return LocalDispatcher(self._experts)
-        if shape.colocated:
-            assert self._experts is not None, "a colocated rank holds a shard"
-            return ColocatedDispatcher(
-                links.group,
-                assignment.rank,
-                shape.size,
-                self._experts,
-                network.wire,
-                network.max_tokens,
-                network.step_deadline_s,
-                network.device,
-                network.compute_dtype,
-            )
-        return BroadcastDispatcher(
-            links.group,
-            shape.expert_ranks,
-            network.wire,
-            network.max_tokens,
-            network.step_deadline_s,
-            network.device,
-        )
+    @torch.inference_mode()
+    def _idle(self, layers: Sequence[int], end: WorkerEnd) -> None:
+        for layer in layers:
+            end.idle(layer)
 
     def _refuse_commands(self) -> None:
         """Nobody carries them out any more, and nobody shall wait for that. From any thread."""

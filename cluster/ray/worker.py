@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 
-from divisi.cluster.assembly import build_engine, worker_network
+from divisi.cluster.assembly import build_engine, dispatch_mode, worker_network
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import GangNotReady
@@ -66,8 +66,8 @@ class AttentionRank:
             who, index = str(seat), seat.index
         with reported(spec.name, who) as report:
             self._engine, experts = build_engine(spec, config, index, report)
-        network = worker_network(spec, config, listener)
-        self._loop = WorkerLoop[StepPlan](self._engine, experts, self._inbox, self._watch, network, self._deliver)
+        mode, network = dispatch_mode(spec, config, experts), worker_network(spec, config, listener)
+        self._loop = WorkerLoop[StepPlan](self._engine, mode, self._inbox, self._watch, network, self._deliver)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         if spec.shape.colocated:

@@ -1,4 +1,4 @@
-"""What every dispatcher must do, whatever carries the tokens: one suite for local, broadcast and colocated."""
+"""What every way to carry rows must do: one suite for local, broadcast and colocated, and for a mode of one's own."""
 
 from __future__ import annotations
 
@@ -6,44 +6,65 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.broadcast import BroadcastDispatcher
-from divisi.cluster.dispatch.colocated import ColocatedDispatcher
+from divisi.cluster.dispatch.broadcast import Broadcast
+from divisi.cluster.dispatch.colocated import Colocated, ColocatedEnd
 from divisi.cluster.dispatch.groups import PeerGroup
-from divisi.cluster.dispatch.local import LocalDispatcher
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.local import Local
+from divisi.cluster.dispatch.protocol import DispatchMode, Peers, ShardedMode, WorkerEnd
+from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
+from divisi.cluster.passes import Pass
 from divisi.cluster.seats import GangShape
-from divisi.model.dispatcher import Dispatcher
-from tests.support.gangs import CPU, DenseExperts, gang_groups, serving_shards, split
+from tests.support.gangs import CPU, DenseExperts, full_pass, gang_groups, serving_shards, split
+from tests.support.plain_mode import Plain
 
 LAYERS, EXPERTS, WIDTH, CHOSEN = 3, 7, 24, 3
-LOCAL = GangShape(1, 0)
-SPLIT = [GangShape(workers, shards) for workers in range(1, 5) for shards in range(1, 5)]
-COLOCATED = [GangShape(ranks, ranks, colocated=True) for ranks in range(1, 5)]
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def name_of(shape: GangShape) -> str:
-    if shape == LOCAL:
-        return "local"
-    kind = "colocated" if shape.colocated else "split"
-    return f"{kind}-{shape.attention_workers}x{shape.expert_shards}"
+@dataclass(frozen=True)
+class Topology:
+    """A shape and the mode that is under test in it."""
+
+    mode: str
+    shape: GangShape
+
+    def __str__(self) -> str:
+        return f"{self.mode}-{self.shape.attention_workers}x{self.shape.expert_shards}"
+
+    def worker_mode(self, rank: int, transport: Transport) -> DispatchMode:
+        if self.mode == "local":
+            return Local(make_experts(self.shape, 0))
+        if self.mode == "colocated":
+            return Colocated(transport, make_experts(self.shape, rank))
+        return self.sharded_mode(transport)
+
+    def sharded_mode(self, transport: Transport) -> ShardedMode:
+        if self.mode == "plain":
+            return Plain(transport.wire.hidden_size, transport.wire.experts_per_token, transport.deadline_s)
+        return Broadcast(transport)
 
 
-every_topology = pytest.mark.parametrize("shape", [LOCAL, *SPLIT, *COLOCATED], ids=name_of)
-QUICK = [LOCAL, *(GangShape(a, e) for a, e in ((1, 1), (1, 3), (2, 2), (4, 4))), *COLOCATED]
+LOCAL = Topology("local", GangShape(1, 0))
+SPLIT = [Topology("split", GangShape(workers, shards)) for workers in range(1, 5) for shards in range(1, 5)]
+COLOCATED = [Topology("colocated", GangShape(ranks, ranks, colocated=True)) for ranks in range(1, 5)]
+PLAIN = [Topology("plain", GangShape(workers, shards)) for workers, shards in ((1, 1), (2, 3))]
+ALL = [LOCAL, *SPLIT, *COLOCATED, *PLAIN]
+
+every_topology = pytest.mark.parametrize("topology", ALL, ids=str)
+QUICK = [LOCAL, *(Topology("split", GangShape(a, e)) for a, e in ((1, 1), (1, 3), (2, 2), (4, 4))), *COLOCATED, *PLAIN]
 mostly_verify = pytest.mark.parametrize(
-    "shape",
-    [pytest.param(s, marks=() if s in QUICK else pytest.mark.verify) for s in (LOCAL, *SPLIT, *COLOCATED)],
-    ids=name_of,
+    "topology", [pytest.param(t, marks=() if t in QUICK else pytest.mark.verify) for t in ALL], ids=str
 )
-# of each way to carry tokens, the smallest with peers
-each_kind = pytest.mark.parametrize("shape", [GangShape(2, 2), GangShape(3, 3, colocated=True)], ids=name_of)
+# of each way to carry rows, the smallest with peers
+EACH_MODE = [Topology("split", GangShape(2, 2)), Topology("colocated", GangShape(3, 3, colocated=True)), PLAIN[1]]
+each_mode = pytest.mark.parametrize("topology", EACH_MODE, ids=str)
 
 
 def make_weights() -> Tensor:
@@ -65,55 +86,53 @@ def make_batch(num_tokens: int, seed: int, only_expert: int | None = None) -> Ba
     return x_TD, ids_TK, gates_TK
 
 
-def make_dispatcher(
-    shape: GangShape, rank: int, group: PeerGroup, dtype: torch.dtype = torch.float32, deadline_s: float = 10.0
-) -> Dispatcher:
-    """A worker's end, in the topology that the shape stands for."""
-    wire = WireFormat(WIDTH, CHOSEN, dtype)
-    if shape == LOCAL:
-        return LocalDispatcher(make_experts(shape, 0))
-    if shape.colocated:
-        experts = make_experts(shape, rank)
-        return ColocatedDispatcher(group, rank, shape.size, experts, wire, 64, deadline_s, CPU, torch.float32)
-    return BroadcastDispatcher(group, shape.expert_ranks, wire, 64, deadline_s, CPU)
+def make_transport(dtype: torch.dtype = torch.float32, deadline_s: float = 10.0) -> Transport:
+    return Transport(WireFormat(WIDTH, CHOSEN, dtype), 64, deadline_s, CPU, torch.float32)
 
 
-def run_worker(dispatcher: Dispatcher, batches: Sequence[Batch | None], steps: Sequence[Sequence[int]]) -> list[Tensor]:
-    """All layers of each step; the sums, one after another. `steps` are the token counts of all workers."""
+def peers_of(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
+    """By rank."""
+    return [Peers.of(shape, rank, lambda group=group: group) for rank, group in enumerate(groups)]  # type: ignore[misc]
+
+
+def run_worker(end: WorkerEnd, batches: Sequence[Batch | None], passes: Sequence[Pass]) -> list[Tensor]:
+    """All layers of each pass; the sums, one after another. `batches` are what this worker brings to each."""
     sums = []
-    for batch, counts in zip(batches, steps, strict=True):
-        if isinstance(dispatcher, ColocatedDispatcher):
-            dispatcher.begin_step(counts)
+    for batch, step_pass in zip(batches, passes, strict=True):
+        end.begin(step_pass)
         for layer in range(LAYERS):
-            if batch is not None:
-                pending = dispatcher.dispatch(layer, *(tensor.clone() for tensor in batch))
+            if batch is None:
+                end.idle(layer)
+            else:
+                pending = end.dispatch(layer, *(tensor.clone() for tensor in batch))
                 sums.append(pending.combine().clone())
-            elif isinstance(dispatcher, ColocatedDispatcher):
-                dispatcher.serve(layer)
     return sums
 
 
 def run_all(
-    shape: GangShape, dtype: torch.dtype, per_worker: Sequence[Sequence[Batch | None]], epoch: int = 1
+    topology: Topology,
+    dtype: torch.dtype,
+    per_worker: Sequence[Sequence[Batch | None]],
+    epoch: int = 1,
+    seats: Callable[[GangShape, Sequence[PeerGroup]], list[Peers]] = peers_of,
 ) -> list[list[Tensor]]:
-    """The sums of each worker. `per_worker[w][s]` is what worker w brings to step s, None for no tokens."""
-    steps = [[0 if b is None else len(b[0]) for b in step] for step in zip(*per_worker, strict=True)]
-    with (
-        gang_groups(shape, epoch) as groups,
-        serving(shape, groups, dtype, steps),
-        ThreadPoolExecutor(len(per_worker)) as pool,
-    ):
-        dispatchers = [make_dispatcher(shape, rank, groups[rank], dtype) for rank in shape.attention_ranks]
-        return list(pool.map(lambda d, batches: run_worker(d, batches, steps), dispatchers, per_worker))
+    """The sums of each worker. `per_worker[w][s]` is what worker w brings to step s, None for no rows."""
+    passes = [full_pass(*(0 if b is None else len(b[0]) for b in step)) for step in zip(*per_worker, strict=True)]
+    transport, shape = make_transport(dtype), topology.shape
+    with gang_groups(shape, epoch) as groups:
+        peers = seats(shape, groups)
+        workers = peers[: shape.attention_workers]
+        with serving(topology, peers, transport, passes), ThreadPoolExecutor(len(workers)) as pool:
+            ends = [topology.worker_mode(each.seat, transport).worker_end(each) for each in workers]
+            return list(pool.map(lambda end, batches: run_worker(end, batches, passes), ends, per_worker))
 
 
 @contextmanager
-def serving(
-    shape: GangShape, groups: Sequence[PeerGroup], dtype: torch.dtype, steps: Sequence[Sequence[int]]
-) -> Iterator[None]:
-    """The shards that are ranks of their own, if there are any; nobody sends them a step without tokens."""
-    wire, real = WireFormat(WIDTH, CHOSEN, dtype), [counts for counts in steps if any(counts)]
-    with serving_shards(shape, groups, wire, lambda shard: make_experts(shape, shard), real, range(LAYERS)):
+def serving(topology: Topology, peers: Sequence[Peers], transport: Transport, passes: Sequence[Pass]) -> Iterator[None]:
+    """The shards that are ranks of their own, if there are any."""
+    shards = peers[topology.shape.attention_workers :]
+    mode, steps = topology.sharded_mode(transport), [[step_pass] for step_pass in passes]
+    with serving_shards(shards, mode, lambda shard: make_experts(topology.shape, shard), steps, range(LAYERS)):
         yield
 
 
@@ -135,18 +154,18 @@ SIZES = [(1, 16, 3, 5), (7, 1, 0, 0), (16, 0, 0, 1), (1, 7, 1, 1), (1, 0, 0, 0)]
 
 
 @every_topology
-def test_sums_equal_the_dense_reference(shape: GangShape) -> None:
-    check_sums(shape, torch.float32, 1e-5)
+def test_sums_equal_the_dense_reference(topology: Topology) -> None:
+    check_sums(topology, torch.float32, 1e-5)
 
 
 @mostly_verify
-def test_sums_over_a_bf16_wire(shape: GangShape) -> None:
-    check_sums(shape, torch.bfloat16, 5e-2)
+def test_sums_over_a_bf16_wire(topology: Topology) -> None:
+    check_sums(topology, torch.bfloat16, 5e-2)
 
 
-def check_sums(shape: GangShape, dtype: torch.dtype, tolerance: float) -> None:
-    per_worker = make_steps(shape, SIZES)
-    for got, batches in zip(run_all(shape, dtype, per_worker), per_worker, strict=True):
+def check_sums(topology: Topology, dtype: torch.dtype, tolerance: float) -> None:
+    per_worker = make_steps(topology.shape, SIZES)
+    for got, batches in zip(run_all(topology, dtype, per_worker), per_worker, strict=True):
         want = expected(batches)
         assert len(got) == len(want)
         for y_TD, reference_TD in zip(got, want, strict=True):
@@ -156,18 +175,18 @@ def check_sums(shape: GangShape, dtype: torch.dtype, tolerance: float) -> None:
 
 @mostly_verify
 @pytest.mark.parametrize("expert", [0, EXPERTS - 1])
-def test_all_tokens_to_one_expert(shape: GangShape, expert: int) -> None:
-    per_worker = [[make_batch(16, seed=w, only_expert=expert)] for w in shape.attention_ranks]
-    for got, batches in zip(run_all(shape, torch.float32, per_worker), per_worker, strict=True):
+def test_all_tokens_to_one_expert(topology: Topology, expert: int) -> None:
+    per_worker = [[make_batch(16, seed=w, only_expert=expert)] for w in topology.shape.attention_ranks]
+    for got, batches in zip(run_all(topology, torch.float32, per_worker), per_worker, strict=True):
         for y_TD, reference_TD in zip(got, expected(batches), strict=True):
             torch.testing.assert_close(y_TD, reference_TD, atol=1e-5, rtol=1e-5)
 
 
-@each_kind
-def test_partial_sums_are_added_in_shard_order(shape: GangShape) -> None:
+@each_mode
+def test_partial_sums_are_added_in_shard_order(topology: Topology) -> None:
     """Bit for bit, however fast the shards are."""
-    per_worker = make_steps(shape, [(16, 5, 3, 0)] * 3, seed=5)
-    runs = [run_all(shape, torch.float32, per_worker) for _ in range(3)]
+    per_worker = make_steps(topology.shape, [(16, 5, 3, 0)] * 3, seed=5)
+    runs = [run_all(topology, torch.float32, per_worker) for _ in range(3)]
     for other in runs[1:]:
         for first, again in zip(runs[0], other, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -176,34 +195,91 @@ def test_partial_sums_are_added_in_shard_order(shape: GangShape) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_colocated_sums_are_those_of_as_many_shards_bit_for_bit(ranks: int, dtype: torch.dtype) -> None:
-    together, apart = GangShape(ranks, ranks, colocated=True), GangShape(ranks, ranks)
-    per_worker = make_steps(together, SIZES, seed=3)
+    together = Topology("colocated", GangShape(ranks, ranks, colocated=True))
+    apart = Topology("split", GangShape(ranks, ranks))
+    per_worker = make_steps(together.shape, SIZES, seed=3)
     for got, want in zip(run_all(together, dtype, per_worker), run_all(apart, dtype, per_worker), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def start_layer(shape: GangShape, dispatcher: Dispatcher, counts: Sequence[int]) -> Callable[[], object]:
-    """Dispatch a layer's tokens of worker 0 in a step of these counts; returns what ends the layer."""
-    if isinstance(dispatcher, ColocatedDispatcher):
-        dispatcher.begin_step(counts)
-        if not counts[0]:
-            return lambda: dispatcher.serve(0)
-    return dispatcher.dispatch(0, *make_batch(counts[0], seed=0)).combine
+def renumbered(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
+    """The peers in the order of `peers_of`, their seats at other ranks: as where members come and go."""
+    rank = [(3 * i + 1) % shape.size for i in range(shape.size)]
+    workers = {seat: rank[seat] for seat in shape.attention_ranks}
+    shards = {index: rank[at] for index, at in enumerate(shape.expert_ranks)}
+    # Some other order than that of the seats, on which nothing may depend either.
+    workers, shards = dict(reversed(workers.items())), dict(reversed(shards.items()))
+    return [
+        Peers(shape.seat(i).index, workers, shards, lambda i=i: groups[rank[i]])  # type: ignore[misc]
+        for i in range(shape.size)
+    ]
 
 
-@each_kind
-@pytest.mark.parametrize("fault", ["silent", "gone before dispatch", "gone before combine"])
-def test_a_peer_that_does_not_answer_aborts_the_step(shape: GangShape, fault: str) -> None:
+@pytest.mark.parametrize("shape", [GangShape(2, 3), GangShape(4, 4, colocated=True)], ids=str)
+def test_rows_and_sums_go_by_seat_whatever_the_ranks(shape: GangShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With experts whose results show at which place of the batch a row was."""
+    partial_sum = DenseExperts.partial_sum
+
+    def with_place(self: DenseExperts, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        return partial_sum(self, layer, x_TD, expert_ids_TK, gates_TK) + torch.arange(len(x_TD))[:, None]
+
+    monkeypatch.setattr(DenseExperts, "partial_sum", with_place)
+    topology = Topology("colocated" if shape.colocated else "split", shape)
+    per_worker = make_steps(shape, SIZES, seed=11)
+    plain, other = (run_all(topology, torch.float32, per_worker, seats=seats) for seats in (peers_of, renumbered))
+    for want, got in zip(plain, other, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("topology", EACH_MODE[:2], ids=str)
+def test_nothing_of_a_batch_is_allocated_in_a_layer(topology: Topology) -> None:
+    """All of a layer's sums lie in the same memory, whatever the pass."""
+    shape, transport = topology.shape, make_transport()
+    passes = [full_pass(*[rows] * shape.attention_workers) for rows in (5, 9)]
     with gang_groups(shape) as groups:
-        dispatcher = make_dispatcher(shape, 0, groups[0], deadline_s=0.3 if fault == "silent" else 30.0)
+        peers = peers_of(shape, groups)
+        workers = peers[: shape.attention_workers]
+
+        def run(each: Peers) -> set[int]:
+            end, sums = topology.worker_mode(each.seat, transport).worker_end(each), []
+            for step_pass in passes:
+                end.begin(step_pass)
+                batch = make_batch(step_pass.rows(each.seat), seed=each.seat)
+                sums += [end.dispatch(layer, *batch).combine() for layer in range(LAYERS)]
+            return {y_TD.data_ptr() for y_TD in sums}
+
+        with serving(topology, peers, transport, passes), ThreadPoolExecutor(len(workers)) as pool:
+            assert [len(places) for places in pool.map(run, workers)] == [1] * len(workers)
+
+
+def start_layer(end: WorkerEnd, step_pass: Pass) -> Callable[[], object]:
+    """Dispatch a layer's rows of worker 0 in such a pass; returns what ends the layer."""
+    end.begin(step_pass)
+    if not step_pass.rows(0):
+        return lambda: end.idle(0)
+    return end.dispatch(0, *make_batch(step_pass.rows(0), seed=0)).combine
+
+
+def first_end(topology: Topology, groups: Sequence[PeerGroup], deadline_s: float) -> WorkerEnd:
+    return topology.worker_mode(0, make_transport(deadline_s=deadline_s)).worker_end(
+        peers_of(topology.shape, groups)[0]
+    )
+
+
+@each_mode
+@pytest.mark.parametrize("fault", ["silent", "gone before dispatch", "gone before combine"])
+def test_a_peer_that_does_not_answer_aborts_the_step(topology: Topology, fault: str) -> None:
+    shape = topology.shape
+    with gang_groups(shape) as groups:
+        end = first_end(topology, groups, deadline_s=0.3 if fault == "silent" else 30.0)
         lost = next(rank for rank in shape.expert_ranks if rank)
-        counts = (4,) + (2,) * (shape.attention_workers - 1)
+        step_pass = full_pass(4, *[2] * (shape.attention_workers - 1))
         begin = time.monotonic()
 
         def run_layer() -> None:
             if fault == "gone before dispatch":
                 groups[lost].close()
-            finish = start_layer(shape, dispatcher, counts)
+            finish = start_layer(end, step_pass)
             if fault == "gone before combine":
                 groups[lost].close()
             finish()
@@ -217,57 +293,57 @@ def test_a_peer_that_does_not_answer_aborts_the_step(shape: GangShape, fault: st
 
 
 @pytest.mark.parametrize("fault", ["silent", "gone"])
-def test_a_colocated_rank_without_tokens_notices_a_lost_peer(fault: str) -> None:
-    shape = GangShape(2, 2, colocated=True)
-    with gang_groups(shape) as groups:
-        dispatcher = make_dispatcher(shape, 0, groups[0], deadline_s=0.3 if fault == "silent" else 30.0)
+def test_a_colocated_rank_without_rows_notices_a_lost_peer(fault: str) -> None:
+    topology = COLOCATED[1]
+    with gang_groups(topology.shape) as groups:
+        end = first_end(topology, groups, deadline_s=0.3 if fault == "silent" else 30.0)
         if fault == "gone":
             groups[1].close()
         begin = time.monotonic()
         with pytest.raises(StepAborted, match="attention:1"):
-            start_layer(shape, dispatcher, (0, 5))()
+            start_layer(end, full_pass(0, 5))()
         assert time.monotonic() - begin < 3
 
 
-@each_kind
-def test_a_step_goes_on_in_the_next_epoch_and_hears_nothing_of_the_last(shape: GangShape) -> None:
+@each_mode
+def test_a_step_goes_on_in_the_next_epoch_and_hears_nothing_of_the_last(topology: Topology) -> None:
     """Messages of a broken step were sent and never received: they must not be taken for those of the next."""
+    shape = topology.shape
     with gang_groups(shape, epoch=1) as groups:
-        stale = make_dispatcher(shape, 0, groups[0], deadline_s=1.0)
-        finish = start_layer(shape, stale, (4,) + (2,) * (shape.attention_workers - 1))
+        stale = first_end(topology, groups, deadline_s=1.0)
+        finish = start_layer(stale, full_pass(4, *[2] * (shape.attention_workers - 1)))
         groups[next(rank for rank in shape.expert_ranks if rank)].close()
         with pytest.raises(StepAborted):
             finish()
         per_worker = make_steps(shape, SIZES, seed=7)
-        for got, batches in zip(run_all(shape, torch.float32, per_worker, epoch=2), per_worker, strict=True):
+        for got, batches in zip(run_all(topology, torch.float32, per_worker, epoch=2), per_worker, strict=True):
             for y_TD, reference_TD in zip(got, expected(batches), strict=True):
                 torch.testing.assert_close(y_TD, reference_TD, atol=1e-5, rtol=1e-5)
 
 
 def test_a_slow_rank_is_waited_for_and_changes_nothing() -> None:
     """Ranks that come to a layer at different times, in every order, over many layers: no deadlock, no mix-up."""
-    shape = GangShape(4, 4, colocated=True)
+    shape = COLOCATED[3].shape
     sizes = [tuple(3 if (step + w) % 3 else 0 for w in range(4)) for step in range(12)]
     per_worker = make_steps(shape, sizes, seed=20)
-    steps = [list(row) for row in sizes]
+    passes = [full_pass(*row) for row in sizes]
 
-    class Sleepy(ColocatedDispatcher):
+    class Sleepy(ColocatedEnd):
         """Comes late to every layer, by a time of its own."""
 
         delay_s = 0.0
 
-        def finish(self, layer: int, requests: Sequence[object]) -> list[Tensor]:
+        def finish(self, layer: int, requests: Sequence[object]) -> None:
             time.sleep(self.delay_s)
-            return super().finish(layer, requests)  # type: ignore[arg-type]
+            super().finish(layer, requests)  # type: ignore[arg-type]
 
-    def run(rank: int, group: PeerGroup) -> list[Tensor]:
-        wire = WireFormat(WIDTH, CHOSEN, torch.float32)
-        sleepy = Sleepy(group, rank, 4, make_experts(shape, rank), wire, 64, 10.0, CPU, torch.float32)
-        sleepy.delay_s = 0.003 * ((rank * 7) % 4)
-        return run_worker(sleepy, per_worker[rank], steps)
+    def run(peers: Peers) -> list[Tensor]:
+        sleepy = Sleepy(peers, make_experts(shape, peers.seat), make_transport())
+        sleepy.delay_s = 0.003 * ((peers.seat * 7) % 4)
+        return run_worker(sleepy, per_worker[peers.seat], passes)
 
     with gang_groups(shape) as groups, ThreadPoolExecutor(4) as pool:
-        for got, batches in zip(pool.map(run, range(4), groups), per_worker, strict=True):
+        for got, batches in zip(pool.map(run, peers_of(shape, groups)), per_worker, strict=True):
             for y_TD, reference_TD in zip(got, expected(batches), strict=True):
                 torch.testing.assert_close(y_TD, reference_TD, atol=1e-5, rtol=1e-5)
 
@@ -276,7 +352,8 @@ def test_a_slow_rank_is_waited_for_and_changes_nothing() -> None:
 @pytest.mark.parametrize("colocated", [False, True], ids=["split", "colocated"])
 def test_round_trip_time(num_tokens: int, colocated: bool, record_result: Callable[[str, object], None]) -> None:
     """Measured, with a bound only against stalls. Experts that do nothing; D = 512, bf16; two ranks."""
-    wire, layers = WireFormat(512, 8, torch.bfloat16), range(200)
+    transport = Transport(WireFormat(512, 8, torch.bfloat16), 64, 10.0, CPU, torch.float32)
+    layers = range(200)
 
     class Nothing(DenseExperts):
         def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
@@ -284,30 +361,29 @@ def test_round_trip_time(num_tokens: int, colocated: bool, record_result: Callab
 
     nothing = Nothing(make_weights(), frozenset())
     shape = GangShape(2, 2, colocated=True) if colocated else GangShape(1, 1)
+    mode = Colocated(transport, nothing) if colocated else Broadcast(transport)
     x_TD, gates_TK = torch.randn(num_tokens, 512), torch.rand(num_tokens, 8)
     ids_TK = torch.zeros(num_tokens, 8, dtype=torch.int32)
-    counts = [num_tokens] * shape.attention_workers
+    step_pass = full_pass(*[num_tokens] * shape.attention_workers)
 
-    def run(rank: int) -> list[float]:
-        dispatcher: Dispatcher
-        if colocated:
-            dispatcher = ColocatedDispatcher(groups[rank], rank, 2, nothing, wire, 64, 10.0, CPU, torch.float32)
-            dispatcher.begin_step(counts)
-        else:
-            dispatcher = BroadcastDispatcher(groups[rank], shape.expert_ranks, wire, 64, 10.0, CPU)
+    def run(peers: Peers) -> list[float]:
+        end = mode.worker_end(peers)
+        end.begin(step_pass)
         times = []
         for layer in layers:
             begin = time.perf_counter()
-            dispatcher.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
+            end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
             times.append(time.perf_counter() - begin)
         return times
 
-    with (
-        gang_groups(shape) as groups,
-        serving_shards(shape, groups, wire, lambda shard: nothing, [counts], layers),
-        ThreadPoolExecutor(2) as pool,
-    ):
-        times = next(pool.map(run, shape.attention_ranks))
+    with gang_groups(shape) as groups:
+        peers = peers_of(shape, groups)
+        workers, shards = peers[: shape.attention_workers], peers[shape.attention_workers :]
+        with (
+            serving_shards(shards, Broadcast(transport), lambda shard: nothing, [[step_pass]], layers),
+            ThreadPoolExecutor(2) as pool,
+        ):
+            times = next(pool.map(run, workers))
     median_us = sorted(times)[len(times) // 2] * 1e6
     record_result(f"microseconds per layer, T={num_tokens}", round(median_us))
     assert median_us < 20_000

@@ -19,10 +19,12 @@ from typing import Any
 import pytest
 
 from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape, Seat
 from divisi.cluster.spec import GangSpec
+from tests.support.plain_mode import Plain
 from tests.support.thread_gang import HOST, Shard, Worker, small_spec, thread_gang
 
 Answers = dict[str, list[int]]
@@ -59,6 +61,19 @@ def test_every_topology_gives_the_same_tokens(
         late = Request("late", requests[1].prompt, 24, requests[1].sampling)
         gang[-1].submit(late)  # the gang is parked by now
         assert gang[-1].finish("late") == local_answers["r1"]
+
+
+def test_a_mode_from_outside_gives_the_same_tokens(
+    small_model: Path, requests: list[Request], local_answers: Answers
+) -> None:
+    def plain(transport: Transport) -> Plain:
+        return Plain(transport.wire.hidden_size, transport.wire.experts_per_token, transport.deadline_s)
+
+    with thread_gang(small_spec(small_model, GangShape(2, 2)), plain) as gang:
+        for number, request in enumerate(requests):
+            gang[number % 2].submit(request)
+        for number, request in enumerate(requests):
+            assert gang[number % 2].finish(request.request_id) == local_answers[request.request_id]
 
 
 def test_cancelling_frees_everything(small_model: Path) -> None:

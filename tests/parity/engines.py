@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from divisi.cluster.assembly import assemble_engine
-from divisi.cluster.dispatch.local import LocalDispatcher
+from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.request import Request, Sampling, TokenEvent
@@ -70,4 +70,4 @@ def local_engine(
     )
     engine = assemble_engine(checkpoint, config, limits, kernels, dtype, CPU)
     bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)
-    return LocalEngine(engine, LocalDispatcher(bank))
+    return LocalEngine(engine, LocalEnd(bank))

@@ -12,10 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.broadcast import ShardExchange
 from divisi.cluster.dispatch.groups import PeerGroup, StoreServer, join_group
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.protocol import Peers, ShardedMode
 from divisi.cluster.errors import StepAborted
+from divisi.cluster.gang.shard_loop import serve_steps
+from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership
 
 CPU = torch.device("cpu")
@@ -59,38 +60,29 @@ def gang_groups(shape: GangShape, epoch: int = 1) -> Iterator[list[PeerGroup]]:
             group.close()
 
 
+def full_pass(*counts: int) -> Pass:
+    """A full pass to which the workers bring so many rows, in the order of their seats."""
+    return Pass(PassKind.FULL, dict(enumerate(counts)))
+
+
 @contextmanager
 def serving_shards(
-    shape: GangShape,
-    groups: Sequence[PeerGroup],
-    wire: WireFormat,
+    shards: Sequence[Peers],
+    mode: ShardedMode,
     experts: Callable[[int], DenseExperts],
-    steps: Sequence[Sequence[int]],
+    steps: Sequence[Sequence[Pass]],
     layers: Sequence[int],
-    max_tokens: int = 64,
 ) -> Iterator[None]:
-    """Shards in threads that serve the steps whose token counts are given; errors of theirs are raised at the end."""
+    """Shards in threads that serve steps of full passes, as the product does; their errors are raised at the end."""
     errors: list[BaseException] = []
 
-    def serve(shard: int) -> None:
-        exchange = ShardExchange(
-            groups[shape.attention_workers + shard],
-            shape.attention_ranks,
-            wire,
-            max_tokens,
-            10.0,
-            CPU,
-            torch.float32,
-        )
-        bank = experts(shard)
+    def serve(peers: Peers) -> None:
         try:
-            for counts in steps:
-                for layer in layers:
-                    exchange.reply(counts, bank.partial_sum(layer, *exchange.receive(counts)))
+            serve_steps(steps, mode.shard_end(peers, experts(peers.seat)), PassLayers(full=layers))
         except StepAborted as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=serve, args=(shard,)) for shard in range(len(shape.shard_ranks))]
+    threads = [threading.Thread(target=serve, args=(peers,)) for peers in shards]
     for thread in threads:
         thread.start()
     yield

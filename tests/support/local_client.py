@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from divisi.cluster.assembly import build_engine
-from divisi.cluster.dispatch.local import LocalDispatcher
+from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import GangShape
@@ -87,7 +87,7 @@ def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 
     )
     engine, experts = build_engine(spec, ModelConfig.load(model_dir))
     assert experts is not None
-    client = LocalClient(engine, LocalDispatcher(experts))
+    client = LocalClient(engine, LocalEnd(experts))
     thread = threading.Thread(target=client.run, name="engine")
     thread.start()
     try:

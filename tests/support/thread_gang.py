@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from divisi.cluster.assembly import build_engine, load_shard, shard_loop, worker_network
+from divisi.cluster.assembly import build_engine, dispatch_mode, load_shard, shard_loop, transport, worker_network
 from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.dispatch.protocol import ShardedMode
+from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.errors import StepAborted
@@ -28,6 +31,7 @@ from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 
 HOST = "127.0.0.1"
+NewMode = Callable[[Transport], ShardedMode]
 
 
 def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
@@ -51,7 +55,7 @@ def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
 class Worker:
     """One attention worker in a thread; collects the events of its requests."""
 
-    def __init__(self, spec: GangSpec, coordinator: Coordinator) -> None:
+    def __init__(self, spec: GangSpec, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
         config = ModelConfig.load(spec.model_dir)
         self.coordinator = coordinator
         self._listener = listen(HOST)
@@ -67,7 +71,8 @@ class Worker:
         self.engine: Engine
         self.engine, self.experts = build_engine(spec, config, index)
         network = worker_network(spec, config, self._listener)
-        self.loop = WorkerLoop[StepPlan](self.engine, self.experts, self._inbox, self.watch, network, self._collect)
+        mode = new_mode(transport(spec, config)) if new_mode else dispatch_mode(spec, config, self.experts)
+        self.loop = WorkerLoop[StepPlan](self.engine, mode, self._inbox, self.watch, network, self._collect)
         self._thread = threading.Thread(target=self.loop.run)
         self._changed = threading.Condition()
         self.events: dict[str, list[TokenEvent]] = defaultdict(list)
@@ -126,7 +131,7 @@ class Worker:
 class Shard:
     """One expert shard in a thread."""
 
-    def __init__(self, spec: GangSpec, index: int, coordinator: Coordinator) -> None:
+    def __init__(self, spec: GangSpec, index: int, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
         config = ModelConfig.load(spec.model_dir)
         experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), index)
         self._inbox = EpochInbox()
@@ -134,6 +139,8 @@ class Shard:
             lambda: coordinator, Candidate("expert", Address(HOST), index), self._inbox, lambda: None
         )
         self.loop: ShardLoop = shard_loop(spec, config, experts, self._inbox, self._watch)
+        if new_mode:
+            self.loop = replace(self.loop, mode=new_mode(transport(spec, config)))
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
         self._watch.start()
@@ -145,16 +152,16 @@ class Shard:
 
 
 @contextlib.contextmanager
-def thread_gang(spec: GangSpec) -> Iterator[list[Worker]]:
-    """The workers of a running gang."""
+def thread_gang(spec: GangSpec, new_mode: NewMode | None = None) -> Iterator[list[Worker]]:
+    """The workers of a running gang; `new_mode` makes another way to carry rows than its shape has."""
     torch.set_num_threads(spec.threads)
     store = StoreServer(HOST)
     coordinator = Coordinator(spec.shape, store.address)
     with contextlib.ExitStack() as stack:
-        shards = [Shard(spec, index, coordinator) for index in range(len(spec.shape.shard_ranks))]
+        shards = [Shard(spec, index, coordinator, new_mode) for index in range(len(spec.shape.shard_ranks))]
         workers = []
         for _ in range(spec.shape.attention_workers):
-            workers.append(Worker(spec, coordinator))
+            workers.append(Worker(spec, coordinator, new_mode))
             stack.callback(workers[-1].close)
         for shard in shards:
             stack.callback(shard.close)

@@ -1,8 +1,10 @@
-"""Frames, the leader's agreement, and the mesh over real sockets."""
+"""Messages, the leader's agreement, and the mesh over real sockets."""
 
 from __future__ import annotations
 
+import random
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -11,42 +13,132 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.agreement import StepAgreement
-from divisi.cluster.gang.header import Frame, FrameReader, Kind
+from divisi.cluster.gang.agreement import NOTHING, StepAgreement, merge
+from divisi.cluster.gang.header import Announcement, Header, Hello, Message, MessageReader
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh, listen
-from divisi.cluster.seats import Address, GangShape, Membership
+from divisi.cluster.passes import Pass, PassKind
+from divisi.cluster.seats import Address, GangShape, Membership, Seat
 
 
-def test_frames_survive_any_cutting() -> None:
-    frames = [
-        Frame(Kind.HELLO, 3, 2**32 - 1, 0),
-        Frame(Kind.PLAN, 1, 7, 2**63, (512,)),
-        Frame(Kind.HEADER, 0, 7, 9, (0, 1, 2**32 - 1)),
-    ]
-    data = b"".join(frame.encode() for frame in frames)
+def full(counts: dict[int, int]) -> tuple[Pass, ...]:
+    return (Pass(PassKind.FULL, counts),)
+
+
+def draft(counts: dict[int, int]) -> Pass:
+    return Pass(PassKind.DRAFT, counts)
+
+
+MESSAGES: list[Message] = [
+    Hello(2**32 - 1, Seat("expert", 3)),
+    Announcement(7, 2**63, (2, 1, 512)),
+    Announcement(7, 2**64 - 1, NOTHING),
+    Header(7, 9, (draft({1: 2**32 - 1}), *full({0: 1, 2**16 - 1: 5}))),
+    Header(7, 9, (draft({}), Pass(PassKind.FULL, {3: 8}, bucket=64, micro_batches=2)), trace=b"\0trace" * 4),
+    Header(0, 0, full({worker: worker + 1 for worker in range(500)})),
+]
+
+
+def test_messages_survive_any_cutting() -> None:
+    data = b"".join(message.encode() for message in MESSAGES)
     for size in (1, 3, 17, len(data)):
-        reader = FrameReader()
-        got = [frame for i in range(0, len(data), size) for frame in reader.feed(data[i : i + size])]
-        assert got == frames
-    with pytest.raises(ValueError, match="255"):
-        FrameReader().feed(b"\xff" * 40)
+        reader = MessageReader()
+        got = [message for i in range(0, len(data), size) for message in reader.feed(data[i : i + size])]
+        assert got == MESSAGES
+
+
+def test_a_seat_without_rows_takes_no_room_in_a_header() -> None:
+    assert Header(1, 2, full({0: 3, 1: 0})).encode() == Header(1, 2, full({0: 3})).encode()
+
+
+def raw(kind: int, body: bytes, length: int | None = None) -> bytes:
+    """A message of step 0 in epoch 0, of any content."""
+    return struct.pack("<BHIQ", kind, len(body) if length is None else length, 0, 0) + body
+
+
+def raw_header(passes: bytes, num_passes: int = 1) -> bytes:
+    return raw(3, bytes([num_passes, 0]) + passes)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\xff" * 40, "no message of kind 255"),
+        (b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n", "no message of kind 71"),
+        (raw(1, b"", 65535), "kind 1 has 65535 bytes"),
+        (raw(2, b"", 129), "kind 2 has 129 bytes"),
+        (raw(1, b""), "malformed hello"),
+        (raw(1, b"\2\0\0"), "malformed hello"),
+        (raw(2, bytes(5)), "malformed announcement"),
+        (raw(3, b"\0"), "malformed header"),
+        (raw_header(b"", 0), "0 passes"),
+        (raw_header(b"", 255), "malformed header"),
+        (raw_header(struct.pack("<BBHI", 1, 1, 65535, 0)), "kind 1 and 65535 counts"),
+        (raw_header(struct.pack("<BBHI", 7, 1, 0, 0)), "kind 7"),
+        (raw_header(struct.pack("<BBHI", 0, 1, 0, 0)), "1 passes has one of kind 0"),
+        (raw_header(struct.pack("<BBHI", 1, 1, 0, 0) + b"x"), "1 bytes after them"),
+    ],
+)
+def test_noise_is_told_from_a_message(data: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        MessageReader().feed(data)
+
+
+def test_noise_takes_no_memory() -> None:
+    """Whatever comes in whatever pieces, it is refused or fits in the longest message."""
+    rng = random.Random(4)
+    for _ in range(200):
+        reader = MessageReader()
+        data = bytes([rng.choice((1, 2, 3)), *rng.randbytes(200_000)])
+        refused = False
+        while data and not refused:
+            size = rng.randrange(1, 10_000)
+            try:
+                reader.feed(data[:size])
+            except ValueError:
+                refused = True
+            else:
+                assert len(reader._buffer) <= 65_535 + 15
+            data = data[size:]
+        assert refused
 
 
 def test_agreement_waits_for_those_that_run_and_not_for_the_idle() -> None:
-    agreement = StepAgreement(3)
+    agreement = StepAgreement(range(3))
     assert agreement.unfinished == (0, 1, 2)
     for worker in range(3):
-        agreement.announce(worker, 0)
+        agreement.announce(worker, NOTHING)
     assert agreement.begin() is None
     assert agreement.unfinished == (), "all idle: nothing to wait for but a ring"
-    agreement.announce(1, 5)
-    assert agreement.begin() == (0, 5, 0)
+    agreement.announce(1, (5,))
+    assert agreement.begin() == full({1: 5})
     assert agreement.unfinished == (1,)
-    agreement.announce(0, 2)
+    agreement.announce(0, (2,))
     assert agreement.begin() is None, "worker 1 is still in the step"
-    agreement.announce(1, 0)
-    assert agreement.begin() == (2, 0, 0)
+    agreement.announce(1, (0,))
+    assert agreement.begin() == full({0: 2})
+
+
+def test_who_brings_rows_to_a_draft_only_is_waited_for_too() -> None:
+    agreement = StepAgreement(range(2))
+    agreement.announce(0, (4, 0))
+    agreement.announce(1, NOTHING)
+    assert agreement.begin() == (draft({0: 4}), *full({}))
+    assert agreement.unfinished == (0,)
+
+
+@pytest.mark.parametrize(
+    ("announced", "passes"),
+    [
+        ({0: (2, 1, 5), 1: (3,)}, (draft({0: 2}), draft({0: 1}), *full({0: 5, 1: 3}))),
+        ({4: (3,), 9: (3,)}, full({4: 3, 9: 3})),
+        ({0: (1, 4), 1: (2, 2, 6), 2: (3, 9)}, (draft({0: 1, 1: 2, 2: 3}), draft({1: 2}), *full({0: 4, 1: 6, 2: 9}))),
+    ],
+)
+def test_drafts_are_merged_from_the_first_and_the_full_pass_last(
+    announced: dict[int, tuple[int, ...]], passes: tuple[Pass, ...]
+) -> None:
+    assert merge(announced) == passes
 
 
 class Gang:
@@ -81,51 +173,72 @@ def gang() -> Iterator[Gang]:
     gang.close()
 
 
-def begin(leader: LeaderMesh) -> Frame:
-    while (header := leader.next_step(5.0)) is None:
+def begin(leader: LeaderMesh, deadline_s: float = 5.0) -> Header:
+    while (header := leader.next_step(deadline_s)) is None:
         pass
     return header
 
 
 def test_a_step_begins_with_the_same_header_everywhere(gang: Gang) -> None:
     for step in range(1, 50):
-        gang.followers[1].announce(step)
-        gang.leader.announce(3)
+        gang.followers[1].announce((1,) * (step % 4) + (step,))
+        gang.leader.announce((3,))
         header = begin(gang.leader)
-        assert (header.step, header.epoch, header.counts) == (step, 4, (3, step))
+        assert (header.step, header.epoch) == (step, 4)
+        assert header.passes == (*[draft({1: 1})] * (step % 4), *full({0: 3, 1: step}))
         assert gang.followers[1].next_step(5.0) == header
         assert gang.followers[2].next_step(5.0) == header
 
 
 def test_an_idle_worker_rings_a_parked_leader(gang: Gang) -> None:
-    gang.leader.announce(0)
-    gang.followers[1].announce(0)
+    gang.leader.announce(NOTHING)
+    gang.followers[1].announce(NOTHING)
     with ThreadPoolExecutor() as pool:
         header = pool.submit(begin, gang.leader)
         assert gang.inboxes[0].wake.fileno() >= 0
-        gang.followers[1].announce(2)
-        assert header.result(timeout=5).counts == (0, 2)
+        gang.followers[1].announce((2,))
+        assert header.result(timeout=5).passes == full({1: 2})
 
 
-def test_tokens_that_cross_a_header_are_announced_again(gang: Gang) -> None:
-    gang.followers[1].announce(0)
-    gang.leader.announce(3)
-    assert begin(gang.leader).counts == (3, 0)
-    gang.followers[1].announce(7)  # sent before its side has read the header
+@pytest.mark.parametrize("counts", [(7,), (2, 1, 7)], ids=str)
+def test_rows_that_cross_a_header_are_announced_again(gang: Gang, counts: tuple[int, ...]) -> None:
+    gang.followers[1].announce(NOTHING)
+    gang.leader.announce((3,))
+    assert begin(gang.leader).passes == full({0: 3})
+    gang.followers[1].announce(counts)  # sent before its side has read the header
     crossed = gang.followers[1].next_step(5.0)
     assert crossed is not None
-    assert crossed.counts == (3, 0)
-    gang.followers[1].announce(7)
-    gang.leader.announce(1)
+    assert crossed.passes == full({0: 3})
+    gang.followers[1].announce(counts)
+    gang.leader.announce((1,))
     deadline = time.monotonic() + 5
-    while (counts := begin(gang.leader).counts) == (1, 0):  # the leader is always busy, and still reads the ring
+    while (passes := begin(gang.leader).passes) == full({0: 1}):  # the leader is always busy, and still reads the ring
         assert time.monotonic() < deadline
-        gang.leader.announce(1)
-    assert counts == (1, 7)
+        gang.leader.announce((1,))
+    assert passes == merge({0: (1,), 1: counts})
+
+
+def test_late_and_stale_announcements_are_dropped(gang: Gang) -> None:
+    """Of an earlier step, of another epoch: the sender's own next announcement is waited for."""
+    peer = gang.followers[1]._leader
+    peer.send(Announcement(3, 1, (9,)).encode())
+    peer.send(Announcement(4, 0, (9,)).encode())
+    peer.send(Announcement(4, 2, (9,)).encode())
+    gang.leader.announce((1,))
+    with pytest.raises(StepAborted, match="attention:1: did not answer"):
+        begin(gang.leader, 0.2)
+
+
+def test_a_shard_that_announces_rows_ends_the_epoch(gang: Gang) -> None:
+    gang.leader.announce(NOTHING)
+    gang.followers[1].announce(NOTHING)
+    gang.followers[2].announce((1,))
+    with pytest.raises(StepAborted, match="expert:0: announced rows"):
+        begin(gang.leader)
 
 
 def test_a_silent_worker_passes_its_deadline_and_is_named(gang: Gang) -> None:
-    gang.leader.announce(1)
+    gang.leader.announce((1,))
     begin_at = time.monotonic()
     with pytest.raises(StepAborted, match="attention:1"):
         gang.leader.next_step(0.2)
@@ -134,8 +247,8 @@ def test_a_silent_worker_passes_its_deadline_and_is_named(gang: Gang) -> None:
 
 def test_a_closed_connection_ends_parked_waits(gang: Gang) -> None:
     gang.followers[2].close()
-    gang.leader.announce(0)
-    gang.followers[1].announce(0)
+    gang.leader.announce(NOTHING)
+    gang.followers[1].announce(NOTHING)
     with pytest.raises(StepAborted, match="expert:0"):
         begin(gang.leader)
     gang.leader.close()
@@ -145,8 +258,8 @@ def test_a_closed_connection_ends_parked_waits(gang: Gang) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_an_interrupt_ends_a_parked_wait(gang: Gang, rank: int) -> None:
-    gang.leader.announce(0)
-    gang.followers[1].announce(0)
+    gang.leader.announce(NOTHING)
+    gang.followers[1].announce(NOTHING)
     mesh = gang.leader if rank == 0 else gang.followers[rank]
 
     def wait() -> None:
@@ -170,7 +283,7 @@ def test_leftovers_of_older_epochs_are_not_let_in() -> None:
     stale = FollowerMesh(old, 1, inbox, deadline)
     fresh = FollowerMesh(new, 1, inbox, deadline)
     leader = LeaderMesh(listener, new, inbox, deadline)
-    leader.announce(1)
+    leader.announce((1,))
     header = begin(leader)
     assert fresh.next_step(5.0) == header
     with pytest.raises(StepAborted):
@@ -187,11 +300,11 @@ def test_strangers_on_the_listener_are_sent_away() -> None:
     inbox, deadline = EpochInbox(), time.monotonic() + 10
     strangers = [socket.create_connection((address.host, address.port)) for _ in range(3)]
     strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n")
-    strangers[1].sendall(Frame(Kind.HELLO, 9, 1, 0).encode())  # no such rank
+    strangers[1].sendall(Hello(1, Seat("expert", 9)).encode())  # no such seat
     strangers[2].close()
     follower = FollowerMesh(membership, 1, inbox, deadline)
     leader = LeaderMesh(listener, membership, inbox, deadline)
-    leader.announce(1)
+    leader.announce((1,))
     assert begin(leader) == follower.next_step(5.0)
     for end in (leader, follower, listener, *strangers, inbox.wake):
         end.close()

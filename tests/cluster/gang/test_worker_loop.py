@@ -8,19 +8,22 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from divisi.cluster.dispatch.wire import WireFormat
+from divisi.cluster.dispatch.broadcast import Broadcast
+from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.mesh import listen
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.worker_loop import WorkerLoop, WorkerNetwork
+from divisi.cluster.passes import PassLayers
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.model.dispatcher import Dispatcher
 
-WIRE = WireFormat(4, 1, torch.float32)
 CPU = torch.device("cpu")
+MODE = Broadcast(Transport(WireFormat(4, 1, torch.float32), 8, 5.0, CPU, torch.float32))
+LAYERS = PassLayers(full=(0,))
 
 
 class IdleEngine:
@@ -43,7 +46,10 @@ class IdleEngine:
     def plan(self) -> StepPlan | None:
         return None
 
-    def run(self, plan: StepPlan, dispatcher: Dispatcher) -> Sequence[TokenEvent]:
+    def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
+        raise AssertionError("it never plans")
+
+    def commit(self, plan: StepPlan) -> Sequence[TokenEvent]:
         raise AssertionError("it never plans")
 
     def take_events(self) -> Sequence[TokenEvent]:
@@ -72,8 +78,8 @@ class Running:
     def __init__(self) -> None:
         self.engine, self.inbox, self.reports = IdleEngine(), EpochInbox(), Reports()
         self.listener = listen("127.0.0.1")
-        network = WorkerNetwork(self.listener, WIRE, CPU, 8, 5.0, torch.float32, (0,))
-        self.loop = WorkerLoop[StepPlan](self.engine, None, self.inbox, self.reports, network, lambda events: None)
+        network = WorkerNetwork(self.listener, CPU, 5.0, LAYERS)
+        self.loop = WorkerLoop[StepPlan](self.engine, MODE, self.inbox, self.reports, network, lambda events: None)
         self.ended_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
@@ -160,7 +166,7 @@ def test_a_shard_reports_to_have_left_an_epoch_that_was_over_before_it_began() -
             raise AssertionError
 
     inbox, reports = EpochInbox(), Reports()
-    loop = ShardLoop(NoExperts(), (0,), inbox, reports, WIRE, torch.float32, CPU, 8, 5.0)
+    loop = ShardLoop(NoExperts(), MODE, LAYERS, CPU, inbox, reports)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:

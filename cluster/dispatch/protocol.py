@@ -1,0 +1,90 @@
+"""What a way to carry rows to the experts consists of: a worker's end, a shard's end, and the mode that makes them.
+
+A mode lasts as long as its rank, its ends as long as an epoch. In an epoch all ends see the same passes in the same
+order; between two calls of `begin` each goes once through the pass's layers. A failed transfer ends an end's life: it
+raises StepAborted, and the step is run again by the ends of the next epoch.
+
+Within a mode everything goes by seat: whose rows come first in a batch, whose partial sum is added first. Ranks are
+the addresses of one epoch's process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from divisi.cluster.dispatch.groups import PeerGroup
+from divisi.cluster.passes import Pass
+from divisi.cluster.seats import GangShape
+from divisi.model.dispatcher import Dispatcher
+
+
+class Experts(Protocol):
+    """The routed experts that a rank holds."""
+
+    def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """``y_TD`` fp32: per row, the sum of gate x expert(x) over those of its experts that are held here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The ranks of one epoch as one of them sees them."""
+
+    seat: int
+    """Index of its own seat, among those of its role."""
+    workers: Mapping[int, int]
+    """Rank by the index of each attention seat."""
+    shards: Mapping[int, int]
+    """Rank by the index of each share of the experts."""
+    join: Callable[[], PeerGroup]
+    """Meets all ranks in a process group, which the epoch's end closes. All ranks of an epoch call it, or none."""
+
+    @classmethod
+    def of(cls, shape: GangShape, rank: int, join: Callable[[], PeerGroup]) -> Self:
+        """As the rank of a gang sees them whose ranks are numbered as the shape does."""
+        seat = shape.seat(rank).index
+        return cls(seat, dict(enumerate(shape.attention_ranks)), dict(enumerate(shape.expert_ranks)), join)
+
+
+class WorkerEnd(Dispatcher, Protocol):
+    """An attention worker's end. Whatever `combine` returns is valid until the next `dispatch`."""
+
+    def begin(self, step_pass: Pass) -> None:
+        """A pass begins: its layers come next."""
+        ...
+
+    def idle(self, layer: int) -> None:
+        """Take part in a layer of a pass to which this worker brings no rows. Raises StepAborted."""
+        ...
+
+
+class ShardEnd(Protocol):
+    """The end of a rank that holds nothing but experts."""
+
+    def begin(self, step_pass: Pass) -> None:
+        """A pass begins: its layers come next."""
+        ...
+
+    def serve(self, layer: int) -> None:
+        """Run the experts on the rows of all workers, and give each the sums of its own. Raises StepAborted."""
+        ...
+
+
+class DispatchMode(Protocol):
+    """Makes the workers' ends."""
+
+    def worker_end(self, peers: Peers) -> WorkerEnd:
+        """This worker's end in an epoch. Raises StepAborted."""
+        ...
+
+
+class ShardedMode(DispatchMode, Protocol):
+    """A mode of gangs in which some ranks hold nothing but experts."""
+
+    def shard_end(self, peers: Peers, experts: Experts) -> ShardEnd:
+        """This shard's end in an epoch. Raises StepAborted."""
+        ...

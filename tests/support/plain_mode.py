@@ -1,0 +1,88 @@
+"""A dispatch mode of one's own, outside `cluster/dispatch/`: three fp32 messages to each shard and layer, no buffers.
+
+It shows what a mode has to bring, and goes through the suite that all modes go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from divisi.cluster.dispatch.broadcast import wait_for
+from divisi.cluster.dispatch.groups import PeerGroup, Transfer
+from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
+from divisi.cluster.passes import Pass
+
+
+@dataclass(frozen=True)
+class Plain:
+    """For any gang with shards on ranks of their own."""
+
+    hidden_size: int
+    experts_per_token: int
+    deadline_s: float
+
+    def worker_end(self, peers: Peers) -> WorkerEnd:
+        return _WorkerEnd(self, peers, peers.join())
+
+    def shard_end(self, peers: Peers, experts: Experts) -> ShardEnd:
+        return _ShardEnd(self, peers, peers.join(), experts)
+
+
+class _WorkerEnd:
+    def __init__(self, mode: Plain, peers: Peers, group: PeerGroup) -> None:
+        self._mode, self._shards, self._group = mode, peers.shards, group
+
+    def begin(self, step_pass: Pass) -> None:
+        pass
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
+        tensors = [x_TD.float(), expert_ids_TK, gates_TK]
+        partials_TD = [torch.empty(x_TD.shape) for _ in self._shards]
+        transfers = [self._group.send(_bytes(tensor), rank) for rank in self._shards.values() for tensor in tensors]
+        for rank, partial_TD in zip(self._shards.values(), partials_TD, strict=True):
+            transfers.append(self._group.recv(_bytes(partial_TD), rank))
+        return _Pending(transfers, tensors, partials_TD, self._mode.deadline_s)
+
+    def idle(self, layer: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Pending:
+    transfers: Sequence[Transfer]
+    sent: Sequence[Tensor]
+    partials_TD: Sequence[Tensor]
+    deadline_s: float
+
+    def combine(self) -> Tensor:
+        wait_for(self.transfers, self.deadline_s)
+        y_TD = self.partials_TD[0]
+        for partial_TD in self.partials_TD[1:]:
+            y_TD += partial_TD
+        return y_TD
+
+
+class _ShardEnd:
+    def __init__(self, mode: Plain, peers: Peers, group: PeerGroup, experts: Experts) -> None:
+        self._mode, self._workers, self._group, self._experts = mode, peers.workers, group, experts
+
+    def begin(self, step_pass: Pass) -> None:
+        self._counts = {rank: rows for seat, rank in self._workers.items() if (rows := step_pass.rows(seat))}
+
+    def serve(self, layer: int) -> None:
+        for rank, rows in self._counts.items():
+            x_TD = torch.empty(rows, self._mode.hidden_size)
+            ids_TK = torch.empty(rows, self._mode.experts_per_token, dtype=torch.int32)
+            gates_TK = torch.empty(rows, self._mode.experts_per_token)
+            transfers = [self._group.recv(_bytes(tensor), rank) for tensor in (x_TD, ids_TK, gates_TK)]
+            wait_for(transfers, self._mode.deadline_s)
+            y_TD = self._experts.partial_sum(layer, x_TD, ids_TK, gates_TK)
+            wait_for([self._group.send(_bytes(y_TD), rank)], self._mode.deadline_s)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
