@@ -171,8 +171,10 @@ class WorkerLoop(Generic[PlanT]):
             try:
                 self._serve(assignment)
             except StepAborted as error:
-                log.warning("left epoch %d: %s", assignment.membership.epoch, error)
-                self._reports.left(assignment.membership.epoch, str(error))
+                # Its text only: whoever keeps the error keeps the epoch's transfers, and the peers' connections open.
+                reason = str(error)
+                log.warning("left epoch %d: %s", assignment.membership.epoch, reason)
+                self._reports.left(assignment.membership.epoch, reason)
 
     def _serve(self, assignment: Assignment) -> None:
         """One epoch; ends by StepAborted."""

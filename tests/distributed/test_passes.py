@@ -271,5 +271,11 @@ FAULTS = [
 @pytest.mark.parametrize(
     ("shape", "seat", "at"), FAULTS, ids=lambda v: name_of(v) if isinstance(v, GangShape) else str(v)
 )
-def test_an_abort_in_any_pass_runs_all_of_them_again(shape: GangShape, seat: Seat, at: int) -> None:
+def test_an_abort_in_any_pass_runs_all_of_them_again(
+    shape: GangShape, seat: Seat, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
     check_step(shape, Fault(seat, at))
+    left = [record.args for record in caplog.records if record.message.startswith("left epoch 1")]
+    assert len(left) == shape.size
+    # Who kept an error would keep its traceback, the transfers in it, and with them the peers' connections open.
+    assert all(isinstance(args, tuple) and not any(isinstance(arg, Exception) for arg in args) for args in left)
