@@ -12,7 +12,7 @@ from divisi.kernels.attention import reference as attention
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.experts.reference import routed_experts
 from divisi.kernels.gated_delta import reference as gated_delta
-from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights
+from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
 from divisi.kernels.linear.reference import linear
 from divisi.kernels.native.loader import load_library
 from divisi.kernels.native.ops import NativeOps
@@ -41,7 +41,14 @@ class Kernels(Protocol):
         slots_S: Tensor,
     ) -> Tensor: ...
     def gated_delta_prefill(
-        self, rows_TP: Tensor, weights: DeltaWeights, state: DeltaState, slot: int, spare: int, length: int
+        self,
+        rows_TP: Tensor,
+        weights: DeltaWeights,
+        state: DeltaState,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        sources_S: Tensor,
+        leaves: Leaves,
     ) -> Tensor: ...
     def attention_inputs(
         self, rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int
@@ -50,7 +57,7 @@ class Kernels(Protocol):
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor: ...
     def attention_prefill(
-        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, pages_N: Tensor, length: int
+        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor: ...
 
 
@@ -66,14 +73,14 @@ class ReferenceKernels:
     gated_delta_decode = staticmethod(gated_delta.gated_delta_decode)
     gated_delta_prefill = staticmethod(gated_delta.gated_delta_prefill)
     attention_inputs = staticmethod(attention.attention_inputs)
-    attention_decode = staticmethod(attention.attention_decode)
-    attention_prefill = staticmethod(attention.attention_prefill)
+    attention_decode = staticmethod(attention.attend_runs)
+    attention_prefill = staticmethod(attention.attend_runs)
 
 
 class NativeKernels(NativeOps):
     """C++ on the CPU; prefill attention stays with torch's fused one, which is bound by arithmetic."""
 
-    attention_prefill = staticmethod(attention.attention_prefill)
+    attention_prefill = staticmethod(attention.attend_runs)
 
 
 Implementation = Literal["auto", "reference", "native"]

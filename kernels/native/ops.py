@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
-from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights
+from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
@@ -115,12 +115,21 @@ class NativeOps:
         return out_TX
 
     def gated_delta_prefill(
-        self, rows_TP: Tensor, weights: DeltaWeights, state: DeltaState, slot: int, spare: int, length: int
+        self,
+        rows_TP: Tensor,
+        weights: DeltaWeights,
+        state: DeltaState,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        sources_S: Tensor,
+        leaves: Leaves,
     ) -> Tensor:
+        assert set(leaves.slots_L.tolist()).isdisjoint(sources_S.tolist()), "a source may not be written"
         mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
         self._library.divisi_gated_delta_prefill(
             ctypes.byref(self._delta(weights, state)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
-            rows_TP.shape[0], slot, spare, length,
+            _pointer(starts_S1), _pointer(lengths_S), _pointer(sources_S), _pointer(leaves.starts_S1),
+            _pointer(leaves.positions_L), _pointer(leaves.slots_L), lengths_S.shape[0],
         )  # fmt: skip
         return out_TX
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from itertools import accumulate
 
 import pytest
 import torch
 from torch.nn.functional import silu, softplus
 
-from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, ring_entries
+from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
 from divisi.kernels.gated_delta.reference import flush
 from divisi.kernels.select import Kernels
 from tests.kernels.conftest import expect_close
@@ -75,6 +77,28 @@ def decode(
     )
 
 
+def ints(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def scan(
+    kernels: Kernels,
+    rows: torch.Tensor,
+    weights: DeltaWeights,
+    state: DeltaState,
+    *runs: tuple[int, int, int, dict[int, int]],
+) -> torch.Tensor:
+    """Prefill runs of (rows, length, source, slot to leave by position)."""
+    counts, lengths, sources, left = zip(*runs, strict=True)
+    leaves = Leaves(
+        ints(accumulate(map(len, left), initial=0)),
+        ints(position for slots in left for position in slots),
+        ints(slot for slots in left for slot in slots.values()),
+    )
+    starts = ints(accumulate(counts, initial=0))
+    return kernels.gated_delta_prefill(rows.contiguous(), weights, state, starts, ints(lengths), ints(sources), leaves)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 150])
 def test_prefill_in_chunks_then_decode(kernels: Kernels, shape: tuple[int, ...], chunk: int) -> None:
@@ -84,8 +108,9 @@ def test_prefill_in_chunks_then_decode(kernels: Kernels, shape: tuple[int, ...],
     rows = torch.randn(total, width)
     outs, slot, spare = [], 3, 1
     for start in range(0, prompt, chunk):
-        part = rows[start : min(start + chunk, prompt)].contiguous()
-        outs.append(kernels.gated_delta_prefill(part, weights, state, slot, spare, start))
+        part = rows[start : min(start + chunk, prompt)]
+        end = start + len(part)
+        outs.append(scan(kernels, part, weights, state, (len(part), start, slot if start else -1, {end: spare})))
         slot, spare = spare, slot
     for position in range(prompt, total):
         outs.append(decode(kernels, rows[position : position + 1], weights, state, position, slot))
@@ -100,7 +125,7 @@ def test_rejected_rows_and_replayed_steps_leave_no_trace(kernels: Kernels, seed:
     shape, max_rows = SHAPES[seed], 4
     weights, state, width = make_layer(shape, max_rows)
     rows = torch.randn(60, width)
-    outs = [kernels.gated_delta_prefill(rows[:5].contiguous(), weights, state, 0, 2, 0)]
+    outs = [scan(kernels, rows[:5], weights, state, (5, 0, -1, {5: 2}))]
     length = 5
     while length < 50:
         proposed = rng.randint(1, max_rows)
@@ -124,8 +149,8 @@ def test_native_decode_continues_prefill_to_the_bit(native: Kernels) -> None:
     torch.manual_seed(8)
     weights, state, width = make_layer(SHAPES[1])
     rows = torch.randn(20, width)
-    whole = native.gated_delta_prefill(rows, weights, state, 0, 1, 0)
-    outs = [native.gated_delta_prefill(rows[:6].contiguous(), weights, state, 0, 2, 0)]
+    whole = scan(native, rows, weights, state, (20, 0, -1, {20: 1}))
+    outs = [scan(native, rows[:6], weights, state, (6, 0, -1, {6: 2}))]
     outs += [decode(native, rows[p : p + 1], weights, state, p, 2) for p in range(6, 20)]
     assert torch.equal(torch.cat(outs), whole)
 
@@ -134,8 +159,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other(native: Kernels) -> None:
     torch.manual_seed(9)
     weights, state, width = make_layer(SHAPES[1])
     rows = torch.randn(8, width)
-    for slot in (0, 4):
-        native.gated_delta_prefill(rows[:3].contiguous(), weights, state, 1, slot, 0)
+    scan(native, rows[[0, 1, 2, 0, 1, 2]], weights, state, (3, 0, -1, {3: 0}), (3, 0, -1, {3: 4}))
     alone = decode(native, rows[3:4], weights, state, 3, 0)
     starts, slots = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([4, 0], dtype=torch.int32)
     both = native.gated_delta_decode(
