@@ -5,13 +5,17 @@ Shapes: T tokens, S decoding sequences, N pages, R rows of logits, M rows of the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from divisi.cluster.engine.plan import Chunk, PageGrowth, StepPlan
 from divisi.cluster.engine.scheduler import SchedulerConfig
-from divisi.model.batch import DecodeRows, PrefillChunk, StepBatch
+from divisi.kernels.gated_delta.layout import Leaves
+from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 
 
 class BatchBuilder:
@@ -61,7 +65,8 @@ class BatchBuilder:
             positions_T=positions_T,
             kv_rows_T=kv_rows_T,
             decode=self._decode_rows(plan, positions_T, slots_T, rows_T) if num_decodes else None,
-            prefill=self._prefill_chunks(plan),
+            prefill=self._prefill_rows(plan) if plan.chunks else None,
+            decode_rows=num_decodes,
             logit_rows_R=self._logit_rows(plan),
         )
 
@@ -99,16 +104,26 @@ class BatchBuilder:
             pages_SN=self._page_table_MN[:, :num_pages].index_select(0, rows_T[:count]),
         )
 
-    def _prefill_chunks(self, plan: StepPlan) -> tuple[PrefillChunk, ...]:
-        chunks = []
-        start = len(plan.decodes)
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            end = start + chunk.end - chunk.start
-            pages_N = self._page_table_MN[sequence.row, : -(-chunk.end // self._page_size)]
-            chunks.append(PrefillChunk(start, end, chunk.start, sequence.slot, sequence.spare, pages_N))
-            start = end
-        return tuple(chunks)
+    def _prefill_rows(self, plan: StepPlan) -> PrefillRows:
+        def ints(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int32, device=self._device)
+
+        chunks = plan.chunks
+        counts = [chunk.end - chunk.start for chunk in chunks]
+        num_pages = -(-max(chunk.end for chunk in chunks) // self._page_size)
+        table_rows = torch.tensor([chunk.sequence.row for chunk in chunks], device=self._device)
+        return PrefillRows(
+            starts_S1=ints(accumulate(counts, initial=0)),
+            lengths_S=ints(chunk.start for chunk in chunks),
+            sources_S=ints(chunk.sequence.slot if chunk.start else -1 for chunk in chunks),
+            leaves=Leaves(
+                self._starts_T1[: len(chunks) + 1],
+                ints(chunk.end for chunk in chunks),
+                ints(chunk.sequence.spare for chunk in chunks),
+            ),
+            pages_SN=self._page_table_MN[:, :num_pages].index_select(0, table_rows),
+            most_rows=max(counts),
+        )
 
     def _logit_rows(self, plan: StepPlan) -> Tensor:
         if not plan.chunks:

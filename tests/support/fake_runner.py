@@ -80,16 +80,19 @@ class _Layer:
         ring[length % 2] = (length, token)
         return _after(self.states[slot], token)
 
-    def prefill(self, slot: int, spare: int, length: int, tokens: list[int]) -> list[int]:
-        """Return the state after each token; leave the last one in the spare."""
+    def prefill(self, source: int, leaves: list[tuple[int, int]], length: int, tokens: list[int]) -> list[int]:
+        """Return the state after each token; leave those at the leaves' positions in their slots."""
         state = self.number
         if length:
-            state = self.states[slot] if self.positions[slot] == length else _GARBAGE
+            state = self.states[source] if self.positions[source] == length else _GARBAGE
+        left = dict(leaves)
         states = []
-        for token in tokens:
+        for position, token in enumerate(tokens, start=length + 1):
             state = _after(state, token)
             states.append(state)
-        self.states[spare], self.positions[spare], self.rings[spare] = state, length + len(tokens), {}
+            if position in left:
+                slot = left[position]
+                self.states[slot], self.positions[slot], self.rings[slot] = state, position, {}
         return states
 
 
@@ -124,11 +127,19 @@ class FakeRunner:
             for row, (length, slot) in enumerate(zip(rows.lengths_S.tolist(), rows.slots_S.tolist(), strict=True)):
                 history = layer.history(rows.pages_SN[row], positions[row] + 1)
                 results.append([history, layer.decode(slot, length, tokens[row])])
-        for chunk in batch.prefill:
-            assert chunk.start == len(results)
-            states = layer.prefill(chunk.slot, chunk.spare, chunk.length, tokens[chunk.start : chunk.end])
-            for row, state in zip(range(chunk.start, chunk.end), states, strict=True):
-                results.append([layer.history(chunk.pages_N, positions[row] + 1), state])
+        assert batch.decode_rows == len(results)
+        if batch.prefill is not None:
+            runs = batch.prefill
+            ends, leaf_ends = runs.starts_S1.tolist()[1:], runs.leaves.starts_S1.tolist()
+            left = list(zip(runs.leaves.positions_L.tolist(), runs.leaves.slots_L.tolist(), strict=True))
+            for run, (length, source) in enumerate(zip(runs.lengths_S.tolist(), runs.sources_S.tolist(), strict=True)):
+                assert (source < 0) == (length == 0)
+                rows = range(len(results), batch.decode_rows + ends[run])
+                leaves = left[leaf_ends[run] : leaf_ends[run + 1]]
+                assert leaves[-1][0] == length + len(rows)
+                states = layer.prefill(source, leaves, length, tokens[rows.start : rows.stop])
+                for row, state in zip(rows, states, strict=True):
+                    results.append([layer.history(runs.pages_SN[run], positions[row] + 1), state])
         assert len(results) == batch.num_tokens
         return results
 
