@@ -5,6 +5,8 @@ Shapes: T rows, D model width, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,15 @@ class ModelRunner:
         logits_RV = self._logits(residual_TD, update_TD, batch.logit_rows_R)
         self.stopwatch.lap("other")
         return logits_RV
+
+    def prepare(
+        self,
+        flushes: Sequence[tuple[int, int]],
+        slot_copies: Sequence[tuple[int, int]],
+        page_copies: Sequence[tuple[int, int]],
+    ) -> None:
+        """Carry out what a step wants done with memory before its passes: (slot, upto), (from, to) and (from, to)."""
+        self.store.flush([slot for slot, _ in flushes], [upto for _, upto in flushes])
 
     def _mix(self, index: int, x_TD: Tensor, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
         mixer = self._weights.layers[index].mixer

@@ -6,7 +6,8 @@ a ring of what the last decode brought. Wrong pages, positions, slots, or a step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request
-from divisi.model.batch import StepBatch
+from divisi.model.batch import PrefillRows, StepBatch
 from divisi.model.dispatcher import Dispatcher, Pending
-from divisi.model.sampling.sampler import RowSampling, Sampler, SamplingBatch
+from divisi.model.sampling.sampler import Sampler, SamplingBatch, SequenceSampling
 from tests.support.sampling_oracle import ruled_logits
 
 VOCAB = 61
@@ -80,18 +81,16 @@ class _Layer:
         ring[length % 2] = (length, token)
         return _after(self.states[slot], token)
 
-    def prefill(self, source: int, leaves: list[tuple[int, int]], length: int, tokens: list[int]) -> list[int]:
-        """Return the state after each token; leave those at the leaves' positions in their slots."""
+    def prefill(self, source: int, length: int, tokens: list[int], leaves: dict[int, int]) -> list[int]:
+        """Return the state after each token; leave those at the positions that are asked for."""
         state = self.number
         if length:
             state = self.states[source] if self.positions[source] == length else _GARBAGE
-        left = dict(leaves)
         states = []
-        for position, token in enumerate(tokens, start=length + 1):
+        for position, token in enumerate(tokens, length + 1):
             state = _after(state, token)
             states.append(state)
-            if position in left:
-                slot = left[position]
+            if (slot := leaves.get(position)) is not None:
                 self.states[slot], self.positions[slot], self.rings[slot] = state, position, {}
         return states
 
@@ -115,6 +114,9 @@ class FakeRunner:
             dispatcher.dispatch(layer.number, empty, empty.int(), empty).combine()
         return _BANK[[hash(tuple(values)) % len(_BANK) for values in found]]
 
+    def prepare(self, flushes: object, slot_copies: object, page_copies: object) -> None:
+        raise AssertionError("no plan asks for it")
+
     def _layer(self, layer: _Layer, batch: StepBatch) -> list[list[int]]:
         """Per row: the hash of its history in the KV, and the state after it."""
         tokens = batch.token_ids_T.tolist()
@@ -127,21 +129,29 @@ class FakeRunner:
             for row, (length, slot) in enumerate(zip(rows.lengths_S.tolist(), rows.slots_S.tolist(), strict=True)):
                 history = layer.history(rows.pages_SN[row], positions[row] + 1)
                 results.append([history, layer.decode(slot, length, tokens[row])])
-        assert batch.decode_rows == len(results)
-        if batch.prefill is not None:
-            runs = batch.prefill
-            ends, leaf_ends = runs.starts_S1.tolist()[1:], runs.leaves.starts_S1.tolist()
-            left = list(zip(runs.leaves.positions_L.tolist(), runs.leaves.slots_L.tolist(), strict=True))
-            for run, (length, source) in enumerate(zip(runs.lengths_S.tolist(), runs.sources_S.tolist(), strict=True)):
-                assert (source < 0) == (length == 0)
-                rows = range(len(results), batch.decode_rows + ends[run])
-                leaves = left[leaf_ends[run] : leaf_ends[run + 1]]
-                assert leaves[-1][0] == length + len(rows)
-                states = layer.prefill(source, leaves, length, tokens[rows.start : rows.stop])
-                for row, state in zip(rows, states, strict=True):
-                    results.append([layer.history(runs.pages_SN[run], positions[row] + 1), state])
+        assert len(results) == batch.decode_rows
+        for run, pages_N, states in _prefills(layer, batch.prefill, tokens[batch.decode_rows :]):
+            assert len(results) == batch.decode_rows + run
+            for state in states:
+                results.append([layer.history(pages_N, positions[len(results)] + 1), state])
         assert len(results) == batch.num_tokens
         return results
+
+
+def _prefills(
+    layer: _Layer, rows: PrefillRows | None, tokens: list[int]
+) -> Iterator[tuple[int, Tensor, list[int]]]:
+    """Of each prefilling sequence: its first row, its page table, the state after each of its tokens."""
+    if rows is None:
+        return
+    starts, of_leaves = rows.starts_S1.tolist(), rows.leaves.starts_S1.tolist()
+    positions, slots = rows.leaves.positions_L.tolist(), rows.leaves.slots_L.tolist()
+    assert rows.most_rows == max(end - start for start, end in pairwise(starts))
+    for index, (length, source) in enumerate(zip(rows.lengths_S.tolist(), rows.sources_S.tolist(), strict=True)):
+        part = slice(of_leaves[index], of_leaves[index + 1])
+        leaves = dict(zip(positions[part], slots[part], strict=True))
+        start, end = starts[index], starts[index + 1]
+        yield start, rows.pages_SN[index], layer.prefill(source, length, tokens[start:end], leaves)
 
 
 def logits_after(tokens: Sequence[int]) -> Tensor:
@@ -160,7 +170,7 @@ def solo_answer(request: Request, max_model_len: int) -> list[int]:
     tokens = list(request.prompt)
     sampling = request.sampling
     row = SamplingBatch(
-        [RowSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, min_p=sampling.min_p)]
+        [SequenceSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, min_p=sampling.min_p)]
     )
     while len(tokens) < min(len(request.prompt) + request.max_tokens, max_model_len):
         logits = ruled_logits(logits_after(tokens).numpy(), request, tokens)
