@@ -5,10 +5,10 @@ Without Ray and HTTP: what is compared is the step. A pipe carries the header th
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class _Announcing:
         return self._dispatcher.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _split_gang(spec: GangSpec) -> Iterator[DivisiEngine]:
     config = ModelConfig.load(spec.model_dir)
     store = StoreServer("127.0.0.1")
@@ -100,7 +100,8 @@ def _split_gang(spec: GangSpec) -> Iterator[DivisiEngine]:
 def _serve_shard(spec: GangSpec, membership: Membership, pipe: Connection) -> None:
     torch.set_num_threads(spec.threads)
     config = ModelConfig.load(spec.model_dir)
-    experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), 0)
+    with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
+        experts = load_shard(spec, config, checkpoint, 0)
     group = join_group(membership, 1, _CPU, 60.0)
     wire, tokens = wire_format(spec, config), spec.worker_step_tokens
     exchange = ShardExchange(group, _SHAPE.attention_ranks, wire, tokens, spec.step_deadline_s, _CPU, torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -29,8 +30,10 @@ class ExpertShardActor:
     def __init__(self, spec: GangSpec, index: int) -> None:
         host = prepare_process(spec)
         config = ModelConfig.load(spec.model_dir)
-        with reported(spec.name, f"expert:{index}") as report:
-            checkpoint = Checkpoint.open(spec.model_dir)
+        with (
+            reported(spec.name, f"expert:{index}") as report,
+            contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint,
+        ):
             experts = load_shard(spec, config, checkpoint, index, report)
         self._bytes_read = checkpoint.bytes_read
         self._weight_bytes = experts.nbytes

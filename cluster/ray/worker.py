@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -59,13 +60,19 @@ class AttentionRank:
             "attention", Address(host, listener.getsockname()[1]), loads_for_seat=spec.shape.colocated
         )
         self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats)
-        who, index = f"attention worker {os.getpid()}", 0
-        if spec.shape.colocated:
-            self._watch.start()
-            seat = self._watch.wait_for_seat()
-            who, index = str(seat), seat.index
-        with reported(spec.name, who) as report:
-            self._engine, experts = build_engine(spec, config, index, report)
+        with contextlib.ExitStack() as stack:
+            stack.callback(listener.close)
+            who, index = f"attention worker {os.getpid()}", 0
+            if spec.shape.colocated:
+                self._watch.start()
+                # Else the seat would be held, by a thread, for as long as a process lives that could not load.
+                stack.callback(self._watch.stop, "it could not load")
+                seat = self._watch.wait_for_seat()
+                who, index = str(seat), seat.index
+            with reported(spec.name, who) as report:
+                self._engine, experts = build_engine(spec, config, index, report)
+            stack.pop_all()
+        self._listener = listener
         network = worker_network(spec, config, listener)
         self._loop = WorkerLoop[StepPlan](self._engine, experts, self._inbox, self._watch, network, self._deliver)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
@@ -110,6 +117,7 @@ class AttentionRank:
         self._inbox.stop()
         self._thread.join(timeout=self._spec.step_deadline_s)
         self._watch.stop("its replica is shutting down")
+        self._listener.close()
 
     def _run(self) -> None:
         try:
