@@ -40,7 +40,6 @@ class StepPlan:
     Tokens are chosen for each of `decodes`, then for each of `chunks` that samples, in this order.
     """
 
-    step: int
     decodes: tuple[Sequence, ...]
     chunks: tuple[Chunk, ...]
     growths: tuple[PageGrowth, ...]

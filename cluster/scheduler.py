@@ -43,7 +43,6 @@ class SchedulerConfig(BaseModel):
     num_slots: int = Field(ge=SLOTS_TO_PREFILL, description="State slots; a prefilling sequence holds two.")
     max_seqs: int = Field(default=64, ge=1, description="Sequences that run at once.")
     max_step_tokens: int = Field(default=2048, ge=1)
-    max_prefill_chunk: int = Field(default=1024, ge=1, description="Tokens of one prompt in one step.")
     max_prompt_logit_rows: int = Field(
         default=128, ge=1, description="Prompt positions per step whose logits are kept for prompt log-probabilities."
     )
@@ -80,7 +79,6 @@ class Scheduler:
         self._rows = list(range(config.max_seqs - 1, -1, -1))
         self._growths: list[PageGrowth] = []
         self._arrivals = 0
-        self._steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -125,8 +123,7 @@ class Scheduler:
         chunks = self._plan_chunks(self.config.max_step_tokens - len(decodes))
         num_tokens = len(decodes) + sum(chunk.end - chunk.start for chunk in chunks)
         assert num_tokens, "the earliest request always advances"
-        self.outstanding = StepPlan(self._steps, tuple(decodes), tuple(chunks), tuple(self._growths), num_tokens)
-        self._steps += 1
+        self.outstanding = StepPlan(tuple(decodes), tuple(chunks), tuple(self._growths), num_tokens)
         return self.outstanding
 
     def commit(
@@ -239,7 +236,7 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int, logit_rows: int) -> Chunk | None:
         start, target = sequence.length, len(sequence.tokens)
-        end = min(target, start + min(budget, self.config.max_prefill_chunk))
+        end = min(target, start + budget)
         wanted = sequence.prompt_positions(start, end)
         if len(wanted) > logit_rows:
             end = wanted[logit_rows]

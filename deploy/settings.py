@@ -245,13 +245,9 @@ class Settings(Group):
             )
         return self
 
-    def to_args(self) -> dict[str, Any]:
-        """JSON-ready form, for the `args` of a Serve application."""
-        return self.model_dump(mode="json")
-
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> Settings:
-        """Inverse of `to_args`; also takes a hand-written `args` mapping. Raises SettingsError."""
+        """Settings of the `args` mapping of a Serve application. Raises SettingsError."""
         try:
             return cls.model_validate(dict(args))
         except ValidationError as error:

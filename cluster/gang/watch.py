@@ -125,6 +125,8 @@ class SeatWatch:
         self._unheard.clear()
         self._holder_id = uuid.uuid4().hex
         self.seat = self._join(client)
+        if self._stop.is_set():  # `stop` may have given the seat up before it was taken
+            client.leave(self._holder_id, "it was stopped")
         if self.seat is None:
             self._stop.wait(_RETRY_S)
             return

@@ -6,9 +6,6 @@ import contextlib
 import logging
 import os
 import threading
-from typing import Any
-
-import psutil
 
 from divisi.cluster.assembly import load_shard, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
@@ -45,15 +42,6 @@ class ExpertShardActor:
         self._told = False
         threading.Thread(target=_run_or_exit, args=(loop,), name="shard-loop", daemon=True).start()
         self._watch.start()
-
-    def about(self) -> dict[str, Any]:
-        """The process and what it read: pid, bytes read of the checkpoint, bytes of weights held, resident bytes."""
-        return {
-            "pid": os.getpid(),
-            "bytes_read": self._bytes_read,
-            "weight_bytes": self._weight_bytes,
-            "resident_bytes": psutil.Process().memory_info().rss,
-        }
 
     def _stats(self) -> dict[str, float] | None:
         if self._told:

@@ -91,7 +91,6 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     rows = sum(len(chunk.sequence.prompt_positions(chunk.start, chunk.end)) for chunk in plan.chunks)
     limits = (
         ("tokens", tokens, config.max_step_tokens),
-        ("tokens of a chunk", max(sizes, default=0), config.max_prefill_chunk),
         ("prompt logit rows", rows, config.max_prompt_logit_rows),
         ("sequences", len(scheduler.running), config.max_seqs),
         ("tokens told", plan.num_tokens, tokens),

@@ -106,7 +106,7 @@ class PausesTheRunningForTheQueue(Scheduler):
         if plan is None or not plan.decodes or not plan.chunks:
             return plan
         tokens = plan.num_tokens - len(plan.decodes)
-        self.outstanding = StepPlan(plan.step, (), plan.chunks, plan.growths, tokens)
+        self.outstanding = StepPlan((), plan.chunks, plan.growths, tokens)
         return self.outstanding
 
 
