@@ -54,6 +54,7 @@ def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket)
         spec.step_deadline_s,
         compute_dtype(spec),
         config.moe_layers,
+        spec.threads,
     )
 
 
@@ -81,6 +82,7 @@ def shard_loop(
         device=device,
         max_tokens=spec.worker_step_tokens,
         step_deadline_s=spec.step_deadline_s,
+        threads=spec.threads,
     )
 
 

@@ -82,7 +82,7 @@ class GangSettings(Group):
     """Processes that hold nothing but experts; a colocated gang has none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
-    """CPU threads of each rank; None shares the machine's cores out among the ranks on it."""
+    """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
     step_deadline_s: float = Field(default=30.0, gt=0)
     """Longest wait inside one step before it is aborted and replayed in a new epoch."""
 
