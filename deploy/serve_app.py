@@ -88,7 +88,7 @@ class AttentionWorker:
             await events.aclose()
 
     async def record_routing_stats(self) -> dict[str, float]:
-        """For Serve, which passes it on to the routers in the ingress replicas."""
+        """For Serve, which passes it on to the routers in the ingress replicas; empty where no request shall come."""
         try:
             stats = await self._rank.stats()
         except GangNotReady:

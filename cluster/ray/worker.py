@@ -85,9 +85,10 @@ class AttentionRank:
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         """Events of one request, several at a time when the reader is slow; the last one is terminal.
 
-        Closing the generator cancels the request. Raises RequestRejected, and GangNotReady when the step loop has
-        ended, before the first event.
+        Closing the generator cancels the request. Raises RequestRejected, and GangNotReady without a seat or when the
+        step loop has ended, before the first event.
         """
+        self._check_seat()
         stream = self._streams.open(request.request_id)
         finished = False
         try:
@@ -102,15 +103,16 @@ class AttentionRank:
                 self._loop.cancel(request.request_id)
 
     async def stats(self) -> EngineStats:
-        """The engine's numbers as of now. Raises GangNotReady when the step loop has ended."""
+        """The engine's numbers as of now. Raises GangNotReady without a seat or when the step loop has ended."""
+        self._check_seat()
         return await asyncio.wrap_future(self._loop.ask(self._engine.stats))
 
     def check(self) -> None:
-        """Raise WorkerFailed once the step loop has ended by an error, or the worker has no place in the gang."""
+        """Raise WorkerFailed once the step loop has ended by an error, or another process has taken its seat."""
         if self._failure is not None:
             raise WorkerFailed(self._failure)
         if self._watch.displaced:
-            raise WorkerFailed("another process holds the seat that this one loaded its experts for")
+            raise WorkerFailed("another process holds the seat that was this one's")
 
     def close(self) -> None:
         """Leave the gang."""
@@ -118,6 +120,11 @@ class AttentionRank:
         self._thread.join(timeout=self._spec.step_deadline_s)
         self._watch.stop("its replica is shutting down")
         self._listener.close()
+
+    def _check_seat(self) -> None:
+        """Outside the gang nothing is computed: a request would wait until somebody's seat becomes free."""
+        if self._watch.seat is None:
+            raise GangNotReady("this attention worker has no seat in the gang")
 
     def _run(self) -> None:
         try:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from divisi.cluster.errors import GangNotReady
+from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.gang.seats import Address, GangShape
 from divisi.cluster.ray import worker as worker_module
-from divisi.cluster.ray.worker import AttentionRank
+from divisi.cluster.ray.worker import AttentionRank, WorkerFailed
+from divisi.cluster.request import Request, Sampling
 from divisi.cluster.spec import GangSpec
 from divisi.model.errors import CheckpointError
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
@@ -62,6 +67,63 @@ def listeners(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
     listen_for_real = worker_module.listen
     monkeypatch.setattr(worker_module, "listen", listen)
     return opened
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError(otherwise)
+
+
+async def answer(rank: AttentionRank, name: str) -> int:
+    """Tokens of an answer; TimeoutError where there is none."""
+    count = 0
+    async with asyncio.timeout(10):
+        async for events in rank.generate(Request(name, (1, 2, 3), 4, Sampling(temperature=0.0))):
+            count += sum(len(event.token_ids) for event in events)
+    return count
+
+
+def test_a_worker_without_a_seat_refuses_at_once_until_it_has_one(
+    start: Callable[[], AttentionRank], coordinator: Coordinator
+) -> None:
+    first = start()
+    wait_until(lambda: coordinator.status().ready, "the first worker got no seat")
+    spare = start()
+    assert asyncio.run(answer(first, "a")) == 4
+    with pytest.raises(GangNotReady, match="no seat"):
+        asyncio.run(answer(spare, "b"))
+    with pytest.raises(GangNotReady, match="no seat"):
+        asyncio.run(spare.stats())
+    spare.check()  # it may go on waiting for a seat
+    first.close()
+    wait_until(lambda: coordinator.status().ready, "the spare did not take the seat")
+    assert asyncio.run(answer(spare, "c")) == 4
+
+
+def test_a_worker_whose_seat_another_has_taken_is_to_be_replaced(
+    start: Callable[[], AttentionRank], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its requests would wait for the seat until they time out."""
+    monkeypatch.setattr(watch_module, "_RETRY_S", 0.02)
+    monkeypatch.setattr(watch_module, "_GIVE_UP_S", 0.3)
+    rank = start()
+    wait_until(lambda: coordinator.status().ready, "it got no seat")
+    (holder,) = coordinator._roster.holders()
+    coordinator.leave(holder.holder_id, "not heard of for too long")
+    assert coordinator.join("another", "attention", Address(HOST, 1), index=0) is not None
+    rank.check()
+
+    def failed() -> bool:
+        coordinator.poll("another", 0.0)
+        with contextlib.suppress(WorkerFailed):
+            rank.check()
+            return False
+        return True
+
+    wait_until(failed, "it does not say that it has lost its seat")
 
 
 def test_a_worker_that_ends_listens_no_more(
