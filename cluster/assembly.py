@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 import torch
@@ -54,6 +55,7 @@ def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket)
         spec.step_deadline_s,
         compute_dtype(spec),
         config.moe_layers,
+        spec.threads,
     )
 
 
@@ -81,6 +83,7 @@ def shard_loop(
         device=device,
         max_tokens=spec.worker_step_tokens,
         step_deadline_s=spec.step_deadline_s,
+        threads=spec.threads,
     )
 
 
@@ -92,7 +95,7 @@ def build_engine(
     `progress` is called with the bytes read so far. Raises CheckpointError.
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
-    checkpoint, kernels = Checkpoint.open(spec.model_dir), select_kernels(device)
+    kernels = select_kernels(device)
     memory = MemoryPlan.of(
         config,
         kv_memory=spec.kv_memory,
@@ -110,13 +113,14 @@ def build_engine(
         max_seqs=spec.max_seqs,
         max_step_tokens=spec.worker_step_tokens,
     )
-    engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress)
     experts = None
-    if spec.shape.colocated:
-        experts = load_shard(spec, config, checkpoint, index, progress)
-    elif not spec.shape.expert_shards:
-        all_ids = range(config.num_experts)
-        experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
+    with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
+        engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress)
+        if spec.shape.colocated:
+            experts = load_shard(spec, config, checkpoint, index, progress)
+        elif not spec.shape.expert_shards:
+            all_ids = range(config.num_experts)
+            experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
     return engine, experts
 
 
@@ -131,8 +135,9 @@ def assemble_engine(
 ) -> Engine:
     """An engine with the attention side's weights and memory for `limits`. Raises CheckpointError."""
     stopwatch = Stopwatch()
+    model_dir = checkpoint.model_dir  # what the lambda keeps for good is not to be the open checkpoint
     grammars = Grammars(
-        lambda: GrammarVocabulary.load(checkpoint.model_dir, config.vocab_size),
+        lambda: GrammarVocabulary.load(model_dir, config.vocab_size),
         config.vocab_size,
         threads=torch.get_num_threads(),
     )

@@ -94,7 +94,7 @@ def select_kernels(device: torch.device, implementation: Implementation = "auto"
     if implementation != "reference" and device.type == "cpu":
         library = load_library()
         if library is not None:
-            return NativeKernels(library, torch.get_num_threads())
+            return NativeKernels(library)
     if implementation == "native":
         raise ValueError("kernels 'native' need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
     return ReferenceKernels()

@@ -81,11 +81,6 @@ class Engine:
         """Requests whose grammar is being compiled; not in the queue yet, so that they hold up nobody."""
         self._steps = self._aborted_steps = self._prefill_tokens = self._generated_tokens = 0
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is unfinished, so that `plan` would return a plan."""
-        return self._scheduler.has_work or bool(self._compiling)
-
     def submit(self, request: Request) -> None:
         """Queue a request, once its grammar is compiled. Raises RequestRejected if it can never be served."""
         if request.request_id in self._compiling:

@@ -89,7 +89,6 @@ NO_OPS = MemoryOps()
 class StepPlan:
     """What one step computes. Its sequences do not change until it is committed."""
 
-    step: int
     rings: tuple[Run, ...]
     scans: tuple[Run, ...]
     num_rows: int
@@ -164,9 +163,9 @@ class PlanLayout:
         self._take(run)
         self.prompt_logits_left -= len(prompt)
 
-    def plan(self, step: int, growths: tuple[PageGrowth, ...], ops: MemoryOps) -> StepPlan:
+    def plan(self, growths: tuple[PageGrowth, ...], ops: MemoryOps) -> StepPlan:
         """The plan as it was laid out."""
-        return StepPlan(step, tuple(self._rings), tuple(self._scans), self._rows, growths, ops)
+        return StepPlan(tuple(self._rings), tuple(self._scans), self._rows, growths, ops)
 
     def _take(self, run: Run) -> None:
         self._rows += run.num_rows

@@ -43,7 +43,6 @@ class SchedulerConfig(BaseModel):
     num_slots: int = Field(ge=SLOTS_TO_PREFILL, description="State slots; a prefilling sequence holds two.")
     max_seqs: int = Field(default=64, ge=1, description="Sequences that run at once.")
     max_step_tokens: int = Field(default=2048, ge=1)
-    max_prefill_chunk: int = Field(default=1024, ge=1, description="Tokens of one prompt in one step.")
     max_prompt_logit_rows: int = Field(
         default=128, ge=1, description="Prompt positions per step whose logits are kept for prompt log-probabilities."
     )
@@ -82,7 +81,6 @@ class Scheduler:
         self.outstanding: StepPlan | None = None
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -127,8 +125,7 @@ class Scheduler:
         self._plan_prefills(layout)
         assert layout.num_rows, "the earliest request always advances"
         ops = MemoryOps(page_copies=self.memory.take_copies())
-        self.outstanding = layout.plan(self._steps, self.memory.take_growths(), ops)
-        self._steps += 1
+        self.outstanding = layout.plan(self.memory.take_growths(), ops)
         return self.outstanding
 
     def commit(
@@ -232,7 +229,7 @@ class Scheduler:
     def _prefill_end(self, sequence: Sequence, layout: PlanLayout) -> int:
         """How far a sequence's prefill gets in this step."""
         start = sequence.length
-        end = min(len(sequence.tokens), start + min(layout.rows_left, self.config.max_prefill_chunk))
+        end = min(len(sequence.tokens), start + layout.rows_left)
         wanted = sequence.prompt_positions(start, end)
         return wanted[layout.prompt_logits_left] if len(wanted) > layout.prompt_logits_left else end
 

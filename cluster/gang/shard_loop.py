@@ -16,6 +16,7 @@ from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import shard_links
 from divisi.cluster.gang.mesh import FollowerMesh
 from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.gang.threads import share_cores
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class ShardLoop:
     max_tokens: int
     """Most tokens that one worker brings to a step."""
     step_deadline_s: float
+    threads: int | None
+    """See `GangSpec.threads`."""
 
     def run(self) -> None:
         """Enter the epochs that the inbox offers."""
@@ -59,6 +62,7 @@ class ShardLoop:
     def _serve(self, assignment: Assignment) -> None:
         membership = assignment.membership
         self.inbox.check(membership.epoch)
+        share_cores(self.threads, assignment)
         with shard_links(assignment, self.inbox, self.device) as links, torch.inference_mode():
             exchange = ShardExchange(
                 links.group,

@@ -26,6 +26,7 @@ from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import WorkerLinks, worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
 from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.gang.threads import share_cores
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher
 
@@ -83,6 +84,8 @@ class WorkerNetwork:
     compute_dtype: torch.dtype
     """What the experts take their input in."""
     moe_layers: Sequence[int]
+    threads: int | None
+    """See `GangSpec.threads`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,7 @@ class WorkerLoop(Generic[PlanT]):
     def _serve(self, assignment: Assignment) -> None:
         """One epoch; ends by StepAborted."""
         self._inbox.check(assignment.membership.epoch)
+        share_cores(self._network.threads, assignment)
         with worker_links(assignment, self._inbox, self._network.listener, self._network.device) as links:
             dispatcher = self._dispatcher(assignment, links)
             self._reports.serving(assignment.membership.epoch)

@@ -5,7 +5,7 @@
 #include "simd.h"
 #include <vector>
 
-struct Delta {  // one layer; field order is that of native/ops.py
+struct Delta {  // one layer; field order is that of _Delta in native/ops.py
   float *state, *conv, *key, *delta, *decay;
   int32_t* position;
   const float *taps, *rate, *dt_bias, *norm;

@@ -30,11 +30,10 @@ class _Delta(ctypes.Structure):
 
 
 class NativeOps:
-    """Binds the library to a number of threads."""
+    """Calls the library with as many threads as torch has in the calling thread at that time."""
 
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._threads = threads
         self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -45,7 +44,14 @@ class NativeOps:
         y_TN = torch.empty((tokens, outputs))
         is_bf16 = weight_NK.dtype is torch.bfloat16
         self._library.divisi_linear(
-            _pointer(x_TK), weight_NK.data_ptr(), is_bf16, y_TN.data_ptr(), tokens, outputs, inputs, self._threads
+            _pointer(x_TK),
+            weight_NK.data_ptr(),
+            is_bf16,
+            y_TN.data_ptr(),
+            tokens,
+            outputs,
+            inputs,
+            torch.get_num_threads(),
         )
         return y_TN
 
@@ -70,7 +76,9 @@ class NativeOps:
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor:
         tokens, width = gate_up_TI2.shape
         out_TI = torch.empty((tokens, width // 2))
-        self._library.divisi_silu_mul(_pointer(gate_up_TI2), out_TI.data_ptr(), tokens, width // 2, self._threads)
+        self._library.divisi_silu_mul(
+            _pointer(gate_up_TI2), out_TI.data_ptr(), tokens, width // 2, torch.get_num_threads()
+        )
         return out_TI
 
     def route(self, logits_TE: Tensor, num_chosen: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -80,7 +88,7 @@ class NativeOps:
         gates_TK = torch.empty((tokens, num_chosen))
         self._library.divisi_route(
             logits_TE.data_ptr(), logits_TE.stride(0), ids_TK.data_ptr(), gates_TK.data_ptr(),
-            tokens, experts, num_chosen, normalise, self._threads,
+            tokens, experts, num_chosen, normalise, torch.get_num_threads(),
         )  # fmt: skip
         return ids_TK, gates_TK
 
@@ -94,7 +102,7 @@ class NativeOps:
         self._library.divisi_experts(
             _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), gate_up_EFD.data_ptr(), down_EDI.data_ptr(),
             gate_up_EFD.dtype is torch.bfloat16, inner_PI.data_ptr(), parts_PD.data_ptr(), y_TD.data_ptr(),
-            tokens, chosen, width, inner, experts, self._threads,
+            tokens, chosen, width, inner, experts, torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
 
@@ -152,7 +160,7 @@ class NativeOps:
         return _Delta(
             *(tensor.data_ptr() for tensor in tensors + small),
             state.ring, weights.conv_WC.shape[0], dims.key_heads, dims.key_dim, dims.value_heads, dims.value_dim,
-            weights.eps, self._threads,
+            weights.eps, torch.get_num_threads(),
         )  # fmt: skip
 
     def attention_inputs(
@@ -165,7 +173,7 @@ class NativeOps:
             _pointer(rows_TP), _pointer(cos_sin_TR), norm.query_D.data_ptr(), norm.key_D.data_ptr(), norm.eps,
             pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(), pool.key_PJD.dtype is torch.bfloat16,
             _pointer(kv_rows_T), q_TQD.data_ptr(), tokens, num_heads, kv_heads, dim, cos_sin_TR.shape[1] // 2,
-            self._threads,
+            torch.get_num_threads(),
         )  # fmt: skip
         return q_TQD
 
@@ -178,7 +186,7 @@ class NativeOps:
             _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(),
             pool.key_PJD.dtype is torch.bfloat16, pool.page_size, starts_S1.data_ptr(), lengths_S.data_ptr(),
             pages_SN.data_ptr(), pages_SN.stride(0), out_TX.data_ptr(), lengths_S.shape[0], heads,
-            pool.key_PJD.shape[1], dim, self._threads,
+            pool.key_PJD.shape[1], dim, torch.get_num_threads(),
         )  # fmt: skip
         return out_TX
 

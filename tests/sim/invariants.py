@@ -91,7 +91,6 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     prompt_rows = sum(len(run.prompt_positions) for run in plan.scans)
     limits = (
         ("rows", rows, config.max_step_tokens),
-        ("rows of a scan", max((run.num_rows for run in plan.scans), default=0), config.max_prefill_chunk),
         ("prompt logit rows", prompt_rows, config.max_prompt_logit_rows),
         ("sequences", len(scheduler.running), config.max_seqs),
         ("rows told", plan.num_rows, rows),

@@ -147,7 +147,6 @@ class Shard:
 @contextlib.contextmanager
 def thread_gang(spec: GangSpec) -> Iterator[list[Worker]]:
     """The workers of a running gang."""
-    torch.set_num_threads(spec.threads)
     store = StoreServer(HOST)
     coordinator = Coordinator(spec.shape, store.address)
     with contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ STOP = 9
 
 def make(**changes: Any) -> Scheduler:
     sizes = {"vocab_size": 100, "max_model_len": 64, "num_pages": 32, "page_size": 4, "num_slots": 8, "max_seqs": 4}
-    limits = {"max_step_tokens": 16, "max_prefill_chunk": 8}
+    limits = {"max_step_tokens": 16}
     return Scheduler(SchedulerConfig(**{**sizes, **limits, **changes}))
 
 
@@ -70,7 +70,7 @@ def test_nothing_to_do_is_no_plan() -> None:
 
 
 def test_prompt_goes_in_chunks_then_one_token_a_step() -> None:
-    scheduler = make()
+    scheduler = make(max_step_tokens=8)
     scheduler.submit(request("a", prompt=19, max_tokens=2))
     seen = [step(scheduler) for _ in range(4)]
     assert [chunks(plan) for plan, _ in seen] == [[("a", 0, 8)], [("a", 8, 16)], [("a", 16, 19)], []]
@@ -79,6 +79,12 @@ def test_prompt_goes_in_chunks_then_one_token_a_step() -> None:
     assert [outcome.token_ids for _, outcomes in seen[2:] for outcome in outcomes] == [(1,), (1,)]
     assert seen[3][1][0].finish_reason == "length"
     assert_all_free(scheduler)
+
+
+def test_a_prompt_that_is_alone_may_fill_a_step_however_large() -> None:
+    scheduler = make(vocab_size=3000, max_step_tokens=3000, max_model_len=3000, num_pages=1000)
+    scheduler.submit(request("a", prompt=2500))
+    assert chunks(step(scheduler)[0]) == [("a", 0, 2500)]
 
 
 def test_decodes_come_first_and_chunks_share_the_rest_of_the_budget() -> None:
@@ -97,7 +103,7 @@ def test_decodes_come_first_and_chunks_share_the_rest_of_the_budget() -> None:
 
 
 def test_a_scan_leaves_its_state_in_a_spare_and_the_last_one_frees_the_other() -> None:
-    scheduler = make()
+    scheduler = make(max_step_tokens=8)
     sequence = scheduler.submit(request("a", prompt=12))
     plan = scheduler.plan()
     assert plan is not None
@@ -117,7 +123,7 @@ def test_a_scan_leaves_its_state_in_a_spare_and_the_last_one_frees_the_other() -
     "limit", [{"max_seqs": 2}, {"num_slots": 4}, {"num_pages": 14}], ids=["page tables", "slots", "pages"]
 )
 def test_admission_waits_for_what_is_missing_in_order(limit: dict[str, int]) -> None:
-    scheduler = make(**limit)
+    scheduler = make(max_step_tokens=60, **limit)
     sequences = [scheduler.submit(request(name, prompt=17, max_tokens=3)) for name in "abc"]
     small = scheduler.submit(request("small", prompt=1, max_tokens=1))
     step(scheduler)

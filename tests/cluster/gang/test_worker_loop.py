@@ -72,7 +72,7 @@ class Running:
     def __init__(self) -> None:
         self.engine, self.inbox, self.reports = IdleEngine(), EpochInbox(), Reports()
         self.listener = listen("127.0.0.1")
-        network = WorkerNetwork(self.listener, WIRE, CPU, 8, 5.0, torch.float32, (0,))
+        network = WorkerNetwork(self.listener, WIRE, CPU, 8, 5.0, torch.float32, (0,), 1)
         self.loop = WorkerLoop[StepPlan](self.engine, None, self.inbox, self.reports, network, lambda events: None)
         self.ended_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
@@ -160,7 +160,7 @@ def test_a_shard_reports_to_have_left_an_epoch_that_was_over_before_it_began() -
             raise AssertionError
 
     inbox, reports = EpochInbox(), Reports()
-    loop = ShardLoop(NoExperts(), (0,), inbox, reports, WIRE, torch.float32, CPU, 8, 5.0)
+    loop = ShardLoop(NoExperts(), (0,), inbox, reports, WIRE, torch.float32, CPU, 8, 5.0, 1)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:
