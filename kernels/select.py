@@ -50,6 +50,7 @@ class Kernels(Protocol):
         sources_S: Tensor,
         leaves: Leaves,
     ) -> Tensor: ...
+    def gated_delta_flush(self, state: DeltaState, slots_N: Tensor, upto_N: Tensor) -> None: ...
     def attention_inputs(
         self, rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int
     ) -> Tensor: ...
@@ -72,6 +73,7 @@ class ReferenceKernels:
     routed_experts = staticmethod(routed_experts)
     gated_delta_decode = staticmethod(gated_delta.gated_delta_decode)
     gated_delta_prefill = staticmethod(gated_delta.gated_delta_prefill)
+    gated_delta_flush = staticmethod(gated_delta.gated_delta_flush)
     attention_inputs = staticmethod(attention.attention_inputs)
     attention_decode = staticmethod(attention.attend_runs)
     attention_prefill = staticmethod(attention.attend_runs)

@@ -5,8 +5,6 @@ Shapes: T rows, D model width, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.mixer import attention, delta_net
 from divisi.model.layers.mlp import dense, mixture
 from divisi.model.layers.rotary import Rotary
-from divisi.model.state import StateStore
+from divisi.model.state import Pairs, StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import AttentionWeights, MlpWeights, Weights
 
@@ -72,14 +70,18 @@ class ModelRunner:
         self.stopwatch.lap("other")
         return logits_RV
 
-    def prepare(
-        self,
-        flushes: Sequence[tuple[int, int]],
-        slot_copies: Sequence[tuple[int, int]],
-        page_copies: Sequence[tuple[int, int]],
-    ) -> None:
-        """Carry out what a step wants done with memory before its passes: (slot, upto), (from, to) and (from, to)."""
-        self.store.flush([slot for slot, _ in flushes], [upto for _, upto in flushes])
+    @torch.inference_mode()
+    def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
+        """Carry out what a step wants done with memory before its passes; doing it again changes nothing.
+
+        Rings are replayed up to a position, (slot, position), then slots and pages copied, (from, to).
+        """
+        if flushes:
+            self.store.flush(self._kernels, flushes)
+        if slot_copies:
+            self.store.copy_slots(slot_copies)
+        if page_copies:
+            self.store.copy_pages(page_copies)
 
     def _mix(self, index: int, x_TD: Tensor, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
         mixer = self._weights.layers[index].mixer

@@ -14,7 +14,6 @@ Shapes: R rows of logits, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Protocol
@@ -34,9 +33,8 @@ from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.sampling.sampler import Sampler
+from divisi.model.state import Pairs
 from divisi.model.stopwatch import Stopwatch
-
-Pairs = Seq[tuple[int, int]]
 
 
 class Runner(Protocol):

@@ -37,6 +37,11 @@ class DeltaState:
         """R."""
         return self.conv_SRC.shape[1]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that belongs to a slot, in the order of the fields."""
+        return self.state_SHKV, self.conv_SRC, self.key_SRGK, self.delta_SRHV, self.decay_SRH, self.position_S
+
 
 @dataclass(frozen=True, slots=True)
 class Leaves:

@@ -73,6 +73,25 @@ static void read_head(const Delta& a, const float* s, const float* row, const fl
   *decay = g;
 }
 
+// Replays a head's ring up to position upto.
+static void replay(const Delta& a, long slot, long h, long upto) {
+  long kd = a.key_dim, vd = a.value_dim, group = h / (a.value_heads / a.key_heads);
+  for (long p = a.position[slot]; p < upto; p++) {
+    long entry = slot * a.ring + p % a.ring;
+    apply(a.slot_state(slot, h), a.key + (entry * a.key_heads + group) * kd, a.delta + (entry * a.value_heads + h) * vd,
+          a.decay[entry * a.value_heads + h], kd, vd);
+  }
+}
+
+extern "C" void divisi_gated_delta_flush(const Delta* layer, const int32_t* slots, const int32_t* upto, long n) {
+  const Delta& a = *layer;
+#pragma omp parallel for num_threads(a.threads) schedule(static) collapse(2)
+  for (long i = 0; i < n; i++)
+    for (long h = 0; h < a.value_heads; h++) replay(a, slots[i], h, upto[i]);
+  for (long i = 0; i < n; i++)
+    if (a.position[slots[i]] < upto[i]) a.position[slots[i]] = upto[i];
+}
+
 // mixed: scratch [rows, channels]; out [rows, value_heads * value_dim]
 extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows, float* mixed, float* out, const int32_t* starts,
                                           const int32_t* lengths, const int32_t* slots, long sequences) {
@@ -95,12 +114,8 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
       for (long h = 0; h < a.value_heads; h++) {
         if (starts[s] == starts[s + 1]) continue;
         long group = h / (a.value_heads / a.key_heads), base = slots[s] * a.ring;
-        float* state = a.slot_state(slots[s], h);
-        for (long p = a.position[slots[s]]; p < lengths[s]; p++) {
-          long entry = base + p % a.ring;
-          apply(state, a.key + entry * kx + group * kd, a.delta + entry * x + h * vd, a.decay[entry * a.value_heads + h], kd, vd);
-        }
-        const float* now = state;
+        replay(a, slots[s], h, lengths[s]);
+        const float *state = a.slot_state(slots[s], h), *now = state;
         for (long t = starts[s], p = lengths[s]; t < starts[s + 1]; t++, p++) {
           long entry = base + p % a.ring;
           float* u = a.delta + entry * x + h * vd;

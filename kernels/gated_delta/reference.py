@@ -26,12 +26,13 @@ def gated_delta_decode(
     is left alone.
     """
     out_TX = rows_TP.new_empty((rows_TP.shape[0], state.delta_SRHV.shape[2] * state.delta_SRHV.shape[3]))
+    busy_S = starts_S1.diff() > 0
+    gated_delta_flush(state, slots_S[busy_S], lengths_S[busy_S])
     starts, lengths = starts_S1.tolist(), lengths_S.tolist()
     for index, slot in enumerate(slots_S.tolist()):
         start, end, length = starts[index], starts[index + 1], lengths[index]
         if start == end:
             continue
-        flush(state, slot, length)
         conv_TC, z, beta, decay = _inputs(rows_TP[start:end], weights, state, slot, length)
         q, k, v = _heads(conv_TC, state)
         local_HKV = state.state_SHKV[slot].clone()
@@ -67,8 +68,9 @@ def gated_delta_prefill(
     sources = sources_S.tolist()
     assert {slot for _, slot in left}.isdisjoint(sources), "a source may not be written"
     for run, (length, source) in enumerate(zip(lengths_S.tolist(), sources, strict=True)):
-        rows = slice(starts[run], starts[run + 1])
-        _scan(rows_TP[rows], weights, state, length, source, left[firsts[run] : firsts[run + 1]], out_TX[rows])
+        rows, own = slice(starts[run], starts[run + 1]), left[firsts[run] : firsts[run + 1]]
+        if own:
+            _scan(rows_TP[rows], weights, state, length, source, own, out_TX[rows])
     return out_TX
 
 
@@ -99,15 +101,17 @@ def _scan(
         start = part.stop
 
 
-def flush(state: DeltaState, slot: int, upto: int) -> None:
-    """Replay ring entries into ``slot`` until its state stands at position ``upto``."""
+def gated_delta_flush(state: DeltaState, slots_N: Tensor, upto_N: Tensor) -> None:
+    """Replay ring entries until each slot's state stands at position ``upto``; one that does already is left alone."""
     groups = state.delta_SRHV.shape[2] // state.key_SRGK.shape[2]
-    for position in range(int(state.position_S[slot]), upto):
-        entry = position % state.ring
-        key_HK = state.key_SRGK[slot, entry].repeat_interleave(groups, 0)
-        state.state_SHKV[slot].mul_(state.decay_SRH[slot, entry, :, None, None])
-        state.state_SHKV[slot] += key_HK[:, :, None] * state.delta_SRHV[slot, entry][:, None, :]
-    state.position_S[slot] = upto
+    position_N = state.position_S[slots_N]
+    while (behind_N := position_N < upto_N).any():
+        slots, entries = slots_N[behind_N], position_N[behind_N] % state.ring
+        key_NHK = state.key_SRGK[slots, entries].repeat_interleave(groups, 1)
+        change_NHKV = key_NHK[..., None] * state.delta_SRHV[slots, entries][:, :, None]
+        state.state_SHKV[slots] = state.state_SHKV[slots] * state.decay_SRH[slots, entries, :, None, None] + change_NHKV
+        position_N = position_N + behind_N
+    state.position_S[slots_N] = position_N
 
 
 def _advance(

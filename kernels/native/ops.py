@@ -117,7 +117,7 @@ class NativeOps:
     ) -> Tensor:
         mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
         self._library.divisi_gated_delta_decode(
-            ctypes.byref(self._delta(weights, state)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            ctypes.byref(self._delta(state, weights)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
             starts_S1.data_ptr(), lengths_S.data_ptr(), slots_S.data_ptr(), slots_S.shape[0],
         )  # fmt: skip
         return out_TX
@@ -135,33 +135,33 @@ class NativeOps:
         assert set(leaves.slots_L.tolist()).isdisjoint(sources_S.tolist()), "a source may not be written"
         mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
         self._library.divisi_gated_delta_prefill(
-            ctypes.byref(self._delta(weights, state)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            ctypes.byref(self._delta(state, weights)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
             _pointer(starts_S1), _pointer(lengths_S), _pointer(sources_S), _pointer(leaves.starts_S1),
             _pointer(leaves.positions_L), _pointer(leaves.slots_L), lengths_S.shape[0],
         )  # fmt: skip
         return out_TX
+
+    def gated_delta_flush(self, state: DeltaState, slots_N: Tensor, upto_N: Tensor) -> None:
+        layer = ctypes.byref(self._delta(state))
+        self._library.divisi_gated_delta_flush(layer, _pointer(slots_N), _pointer(upto_N), slots_N.shape[0])
 
     def _delta_buffers(self, rows_TP: Tensor, state: DeltaState) -> tuple[Tensor, Tensor]:
         dims = DeltaDims.of(state)
         tokens = rows_TP.shape[0]
         return torch.empty((tokens, dims.conv_channels)), torch.empty((tokens, dims.value_heads * dims.value_dim))
 
-    def _delta(self, weights: DeltaWeights, state: DeltaState) -> _Delta:
+    def _delta(self, state: DeltaState, weights: DeltaWeights | None = None) -> _Delta:
         dims = DeltaDims.of(state)
-        tensors = (
-            state.state_SHKV,
-            state.conv_SRC,
-            state.key_SRGK,
-            state.delta_SRHV,
-            state.decay_SRH,
-            state.position_S,
-        )
-        small = (weights.conv_WC, weights.rate_H, weights.dt_bias_H, weights.norm_V)
-        return _Delta(
-            *(tensor.data_ptr() for tensor in tensors + small),
-            state.ring, weights.conv_WC.shape[0], dims.key_heads, dims.key_dim, dims.value_heads, dims.value_dim,
-            weights.eps, torch.get_num_threads(),
+        layer = _Delta(
+            *map(Tensor.data_ptr, state.tensors), ring=state.ring, key_heads=dims.key_heads, key_dim=dims.key_dim,
+            value_heads=dims.value_heads, value_dim=dims.value_dim,
+            threads=torch.get_num_threads(),
         )  # fmt: skip
+        if weights is not None:
+            layer.taps, layer.num_taps = weights.conv_WC.data_ptr(), weights.conv_WC.shape[0]
+            layer.rate, layer.dt_bias = weights.rate_H.data_ptr(), weights.dt_bias_H.data_ptr()
+            layer.norm, layer.eps = weights.norm_V.data_ptr(), weights.eps
+        return layer
 
     def attention_inputs(
         self, rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int

@@ -115,24 +115,18 @@ def rig(request: pytest.FixtureRequest, model_dir: Path) -> Rig:
     return Rig(model_dir, request.param)
 
 
-def prompts() -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The lender's, of one chunk, and one that goes on from there."""
-    rng = random.Random(3)
-    tokens = tuple(rng.randrange(SMALL_CONFIG["vocab_size"]) for _ in range(CHUNK + 37))
-    return tokens[:CHUNK], tokens
-
-
+@pytest.mark.parametrize("length", [CHUNK, CHUNK - 3], ids=["whole pages", "a page in part"])
 @pytest.mark.parametrize("how", ["commit", "abort", "cancel"])
-def test_the_borrowed_bytes_stay_and_the_answer_is_that_of_a_whole_prefill(rig: Rig, model_dir: Path, how: str) -> None:
-    first, whole = prompts()
-    request = Request("borrower", whole, 12, Sampling(temperature=0.0))
+def test_the_borrowed_bytes_stay_and_the_answer_is_that_of_a_whole_prefill(rig: Rig, how: str, length: int) -> None:
+    rng = random.Random(3)
+    prompt = tuple(rng.randrange(SMALL_CONFIG["vocab_size"]) for _ in range(CHUNK + 37))
+    request = Request("borrower", prompt, 12, Sampling(temperature=0.0))
     expected: list[int] = []
     rig.engine.submit(request)
     while len(expected) < request.max_tokens:
         expected += rig.step()
     memory = rig.scheduler.memory
-    rig.scheduler.prefix = None
-    prefix = rig.put_by(first)
+    prefix = rig.put_by(prompt[:length])
     held = (memory.pages.num_free, memory.slots.num_free)
     before = rig.bytes_of(prefix)
 
