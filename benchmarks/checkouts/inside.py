@@ -1,7 +1,7 @@
 """Runs inside a checkout, with that checkout's `divisi` and `tests`: serves requests in a gang, or runs timed steps.
 
 Both checkouts run this file, so it touches only what they share: `Request` and `Sampling`, an engine's `submit`,
-`cancel`, `plan`, `has_work` and `stats`, and from their tests `thread_gang` and `local_engine`, which know how their
+`cancel`, `plan` and `stats`, and from their tests `thread_gang` and `local_engine`, which know how their
 checkout puts an engine together and how it runs a step. Modules that have moved are looked for under both names. What
 happens between two steps is hooked in before `Engine.plan`: the one call that every loop makes once per step.
 """
@@ -170,13 +170,18 @@ class _Feed:
                 del self._doomed[request_id]
                 engine.cancel(request_id)
                 self._worker.loop.ask(lambda: None)  # wakes the loop, which delivers the event even if all is done
-        while self._coming and (self._coming[0]["arrives"] <= self._steps or not engine.has_work):
+        while self._coming and (self._coming[0]["arrives"] <= self._steps or _is_idle(engine)):
             coming = self._coming.pop(0)
             request = _request(coming["request"])
             engine.submit(request)
             if coming["cancel_after"] is not None:
                 self._doomed[request.request_id] = coming["cancel_after"]
         self._steps += 1
+
+
+def _is_idle(engine: Any) -> bool:
+    stats = engine.stats()
+    return not stats.running + stats.waiting
 
 
 def _serve(message: Message) -> Message:
