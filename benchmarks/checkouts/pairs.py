@@ -95,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Check tokens, then time and print; 1 if AFTER is slower or that is undecided. Raises SystemExit."""
+    if options.pairs < 6:
+        raise SystemExit(f"--pairs is {options.pairs}: fewer than 6 cannot say anything with 95 % confidence")
     checkouts = [Checkout("BEFORE", options.before), Checkout("AFTER", options.after)]
     effort = Effort(
         options.pairs, max(options.pairs, options.most_pairs), options.threads, same_tokens=not options.other_tokens
