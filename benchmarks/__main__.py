@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -16,11 +16,23 @@ from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.model.random_checkpoint import write_random_checkpoint
 
+
+class Comparison(Protocol):
+    """A module that compares two checkouts."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """What it is told on the command line."""
+        ...
+
+    def main(self, options: argparse.Namespace) -> int:
+        """Compare and print; the exit status."""
+        ...
+
+
 _CONFIG = Path(__file__).parent / "configs" / "bench-s.json"
-_COMPARISONS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
-    "same": (same.add_arguments, same.main),
-    "pairs": (pairs.add_arguments, pairs.main),
-}
+_COMPARISONS: dict[str, Comparison] = {"same": same, "pairs": pairs}
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""
 
@@ -33,10 +45,10 @@ def main() -> None:
 
 
 def _compare(name: str, arguments: list[str]) -> int:
-    add_arguments, run = _COMPARISONS[name]
-    parser = argparse.ArgumentParser(prog=f"python -m divisi.benchmarks {name}", description=run.__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    comparison = _COMPARISONS[name]
+    parser = argparse.ArgumentParser(prog=f"python -m divisi.benchmarks {name}", description=comparison.__doc__)
+    comparison.add_arguments(parser)
+    return comparison.main(parser.parse_args(arguments))
 
 
 def _measure() -> None:

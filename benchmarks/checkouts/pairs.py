@@ -95,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Check tokens, then time and print; 1 if AFTER is slower or that is undecided. Raises SystemExit."""
+    if options.pairs < 6:
+        raise SystemExit(f"--pairs is {options.pairs}: fewer than 6 cannot say anything with 95 % confidence")
     checkouts = [Checkout("BEFORE", options.before), Checkout("AFTER", options.after)]
     effort = Effort(
         options.pairs, max(options.pairs, options.most_pairs), options.threads, same_tokens=not options.other_tokens
@@ -115,8 +117,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def report(processes: Sequence[Inside], parts: Sequence[Part], effort: Effort) -> int:
-    """Compare part after part; print the table; 1 unless every cell is as fast as wanted."""
-    lines = []
+    """Compare part after part, each one's tokens before its times; print the table; 1 unless all is fast enough."""
+    print(f"\n{Ratios.HEADER}", flush=True)
     passed = True
     for part in parts:
         message = {"do": "load", "model_dir": str(part.model_dir), "limits": part.limits}
@@ -126,11 +128,10 @@ def report(processes: Sequence[Inside], parts: Sequence[Part], effort: Effort) -
         for cell in part.cells:
             _check_tokens(processes, part, cell, effort.same_tokens)
         for cell, ratios in zip(part.cells, _measure(processes, part, effort), strict=True):
-            lines.append(f"| {part.model} {cell.title} | {ratios.row(cell.target)} |")
+            print(f"| {part.model} {cell.title} | {ratios.row(cell.target)} |", flush=True)
             passed = passed and ratios.verdict(cell.target).passed
-    told = "same tokens" if effort.same_tokens else "tokens not compared"
-    print(f"{told}; load average {_load_average()} at the end\n\n{Ratios.HEADER}")
-    print("\n".join(lines), flush=True)
+    told = "the same tokens in all cells" if effort.same_tokens else "tokens were not compared"
+    print(f"\n{told}; load average {_load_average()} at the end", flush=True)
     return 0 if passed else 1
 
 

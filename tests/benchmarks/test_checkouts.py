@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -190,6 +191,20 @@ def test_a_planted_difference_is_found(model_dir: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.verify
+def test_other_arithmetic_is_excused_by_a_margin_only(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after = copy_of(tmp_path, "kernels/native/ops.py", "_GEMM_ROWS = 4")
+    plain = Workload(ModelConfig.load(model_dir).vocab_size, FIELDS, 0).requests(60, plain=True)
+    case = same.Case("local", "float32", plain)
+    with processes(after) as found:
+        assert same.report(found, [case], model_dir, None) == 1
+        assert same.report(found, [case], model_dir, MarginRule(1e-4, model_dir)) == 0
+    told = capsys.readouterr().out
+    assert "logprobs" in told, told
+
+
+@pytest.mark.verify
 def test_a_planted_delay_is_found(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     after = copy_of(tmp_path, "cluster/engine/engine.py", LATE)
     limits = {"num_pages": 64, "max_seqs": 4}
@@ -206,6 +221,11 @@ def test_no_speed_is_reported_of_wrong_tokens(model_dir: Path, tmp_path: Path) -
     part = pairs.Part("small", model_dir, {}, [pairs.Cell("decode 2", 2, 16, count=33, skip=1, block=4)])
     with processes(after) as found, pytest.raises(SystemExit, match="has other tokens; no speed is reported"):
         pairs.report(found, [part], pairs.Effort(pairs=6, most_pairs=6, threads=1))
+
+
+def test_too_few_pairs_are_refused() -> None:
+    with pytest.raises(SystemExit, match="--pairs is 5: fewer than 6"):
+        pairs.main(Namespace(pairs=5))
 
 
 def test_what_is_no_checkout_is_told(tmp_path: Path) -> None:
