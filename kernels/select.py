@@ -15,7 +15,7 @@ from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
 from divisi.kernels.linear.reference import linear
 from divisi.kernels.native.loader import load_library
-from divisi.kernels.native.ops import NativeOps
+from divisi.kernels.native.ops import NativeKernels
 from divisi.kernels.norm.reference import add_rms_norm, rms_norm
 from divisi.kernels.router.reference import route
 
@@ -76,12 +76,6 @@ class ReferenceKernels:
     gated_delta_flush = staticmethod(gated_delta.gated_delta_flush)
     attention_inputs = staticmethod(attention.attention_inputs)
     attention_decode = staticmethod(attention.attend_runs)
-    attention_prefill = staticmethod(attention.attend_runs)
-
-
-class NativeKernels(NativeOps):
-    """C++ on the CPU; prefill attention stays with torch's fused one, which is bound by arithmetic."""
-
     attention_prefill = staticmethod(attention.attend_runs)
 
 

@@ -6,11 +6,13 @@ Shapes: as in the reference of each operation.
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import torch
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
+from divisi.kernels.attention.reference import attend_runs
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
@@ -29,8 +31,8 @@ class _Delta(ctypes.Structure):
     ]
 
 
-class NativeOps:
-    """Calls the library with as many threads as torch has in the calling thread at that time."""
+class NativeKernels:
+    """Calls the library with torch's number of threads. Prefill attention is torch's, which is bound by arithmetic."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -180,12 +182,30 @@ class NativeOps:
     def attention_decode(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor:
+        return self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, sys.maxsize)
+
+    def attention_prefill(
+        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
+    ) -> Tensor:
+        return attend_runs(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN)
+
+    def _attend(
+        self,
+        q_TQD: Tensor,
+        rows_TP: Tensor,
+        pool: KvPool,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        pages_SN: Tensor,
+        until: int,
+    ) -> Tensor:
+        """Rows at positions from ``until`` on are left to the caller."""
         tokens, heads, dim = q_TQD.shape
         out_TX = torch.empty((tokens, heads * dim))
-        self._library.divisi_attention_decode(
+        self._library.divisi_attention(
             _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(),
-            pool.key_PJD.dtype is torch.bfloat16, pool.page_size, starts_S1.data_ptr(), lengths_S.data_ptr(),
-            pages_SN.data_ptr(), pages_SN.stride(0), out_TX.data_ptr(), lengths_S.shape[0], heads,
+            pool.key_PJD.dtype is torch.bfloat16, pool.page_size, _pointer(starts_S1), _pointer(lengths_S),
+            pages_SN.data_ptr(), pages_SN.stride(0), until, out_TX.data_ptr(), lengths_S.shape[0], heads,
             pool.key_PJD.shape[1], dim, torch.get_num_threads(),
         )  # fmt: skip
         return out_TX
