@@ -82,15 +82,23 @@ class ReferenceKernels:
 Implementation = Literal["auto", "reference", "native"]
 
 
-def select_kernels(device: torch.device, implementation: Implementation = "auto") -> Kernels:
+def select_kernels(
+    device: torch.device, implementation: Implementation = "auto", *, deterministic: bool = False
+) -> Kernels:
     """Kernels for ``device``: C++ on a CPU that can build it, else the references. Uses torch's number of threads.
 
-    Raises ValueError when ``native`` is asked for and cannot be had.
+    ``deterministic``: a row's result depends on its sequence alone, see NativeKernels. Raises ValueError when this, or
+    ``native``, is asked for and cannot be had.
     """
     if implementation != "reference" and device.type == "cpu":
         library = load_library()
         if library is not None:
-            return NativeKernels(library)
+            return NativeKernels(library, deterministic)
+    if deterministic:
+        raise ValueError(
+            f"deterministic is on, but kernels {implementation!r} on device {device.type!r} are not: it needs the C++ "
+            "kernels, which g++ builds for a CPU; install g++ and use device 'cpu', or turn deterministic off"
+        )
     if implementation == "native":
         raise ValueError("kernels 'native' need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
     return ReferenceKernels()

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
-from divisi.kernels.attention.reference import attend_runs
+from divisi.kernels.attention.reference import attend_run
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
+
+# Prefilling rows at positions from this on attend with torch's fused attention.
+_FUSED_FROM = 0
+
+_NEVER = sys.maxsize
 
 
 class _Delta(ctypes.Structure):
@@ -32,15 +37,22 @@ class _Delta(ctypes.Structure):
 
 
 class NativeKernels:
-    """Calls the library with torch's number of threads. Prefill attention is torch's, which is bound by arithmetic."""
+    """Calls the library with as many threads as torch has in the calling thread at that time.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    Torch takes over where it is faster: matrix products of many rows, and the attention of prefilling rows. Its results
+    depend on how many rows it is given. With ``deterministic`` it never does, and a row's result depends neither on the
+    rows beside it nor on how the prompt is cut, nor on whether the row is decoded or scanned.
+    """
+
+    def __init__(self, library: ctypes.CDLL, deterministic: bool = False) -> None:
         self._library = library
+        self._gemm_rows = _NEVER if deterministic else _GEMM_ROWS
+        self._fused_from = _NEVER if deterministic else _FUSED_FROM
         self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
         tokens, inputs = x_TK.shape
-        if tokens >= _GEMM_ROWS:
+        if tokens >= self._gemm_rows:
             return self._gemm(x_TK, weight_NK)
         outputs = weight_NK.shape[0]
         y_TN = torch.empty((tokens, outputs))
@@ -182,12 +194,19 @@ class NativeKernels:
     def attention_decode(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor:
-        return self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, sys.maxsize)
+        return self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, _NEVER)
 
     def attention_prefill(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor:
-        return attend_runs(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN)
+        out_TX = self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, self._fused_from)
+        starts = starts_S1.tolist()
+        for run, length in enumerate(lengths_S.tolist()):
+            near = max(self._fused_from - length, 0)
+            rows = slice(starts[run] + near, starts[run + 1])
+            if rows.start < rows.stop:
+                out_TX[rows] = attend_run(q_TQD[rows], rows_TP[rows], pool, pages_SN[run], length + near)
+        return out_TX
 
     def _attend(
         self,
