@@ -65,7 +65,8 @@ def load_shard(
     """The experts of one shard. Raises CheckpointError."""
     device = torch.device(spec.device)
     expert_ids = shard_experts(config, spec.shape.expert_shards)[index]
-    return ExpertBank.load(checkpoint, config, expert_ids, select_kernels(device), torch_dtype(spec), device, progress)
+    kernels = select_kernels(device, deterministic=spec.deterministic)
+    return ExpertBank.load(checkpoint, config, expert_ids, kernels, torch_dtype(spec), device, progress)
 
 
 def shard_loop(
@@ -95,7 +96,7 @@ def build_engine(
     `progress` is called with the bytes read so far. Raises CheckpointError.
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
-    kernels = select_kernels(device)
+    kernels = select_kernels(device, deterministic=spec.deterministic)
     memory = MemoryPlan.of(
         config,
         kv_memory=spec.kv_memory,

@@ -187,6 +187,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         dtype=fitted.dtype,
         device=fitted.device,
         threads=gang.threads_per_process,
+        deterministic=gang.deterministic,
         shape=gang.shape,
         max_model_len=fitted.max_model_len,
         kv_memory=cache.kv_memory,

@@ -83,6 +83,8 @@ class GangSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    deterministic: bool = False
+    """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)
     """Longest wait inside one step before it is aborted and replayed in a new epoch."""
 

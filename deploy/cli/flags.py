@@ -20,6 +20,7 @@ _FIELDS = {
     "expert_shards": ("gang", "expert_shards"),
     "device": ("gang", "device"),
     "threads_per_process": ("gang", "threads_per_process"),
+    "deterministic": ("gang", "deterministic"),
     "kv_memory": ("cache", "kv_memory"),
     "page_size": ("cache", "page_size"),
     "max_seqs": ("cache", "max_seqs"),
@@ -64,6 +65,11 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
         "--threads-per-process",
         metavar="N",
         help="CPU threads of each rank (default: its machine's cores over the ranks there)",
+    )
+    gang.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        help="the same bits whatever else is served beside a request, at a slower prefill; on CPUs (default: off)",
     )
     cache = parser.add_argument_group("memory, for each attention worker")
     cache.add_argument("--kv-memory", metavar="SIZE", help="for KV pages, as in 512MiB or 16GiB (default: 1GiB)")

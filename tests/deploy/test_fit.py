@@ -43,6 +43,13 @@ def test_an_open_context_is_what_the_pages_hold(dtype: str, pages: int) -> None:
     assert (roomy.max_model_len, roomy.notes) == (POSITIONS, ())
 
 
+def test_deterministic_kernels_are_those_of_a_cpu() -> None:
+    gang = {"deterministic": True}
+    assert fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, 8).device == "cpu"
+    with pytest.raises(SettingsError, match=r"gang.deterministic: True .* gang.device is 'cuda'; use device 'cpu'"):
+        fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang | {"device": "cuda"}}), CONFIG, 8)
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 23])
 def test_a_request_that_leaves_max_tokens_open_is_taken(page_size: int) -> None:
     chosen = settings(kv_memory=3 * PAGE + 2**16, page_size=page_size, max_seqs=4)

@@ -53,10 +53,11 @@ def local_engine(
     num_pages: int = 256,
     page_size: int = 8,
     max_seqs: int = 16,
+    deterministic: bool = False,
     max_step_tokens: int = 512,
 ) -> LocalEngine:
     config, checkpoint = ModelConfig.load(path), Checkpoint.open(path)
-    kernels = select_kernels(CPU, implementation)
+    kernels = select_kernels(CPU, implementation, deterministic=deterministic)
     limits = SchedulerConfig(
         vocab_size=config.vocab_size,
         max_model_len=config.max_position_embeddings,

@@ -37,6 +37,7 @@ def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
         "dtype": "float32",
         "device": "cpu",
         "threads": 1,
+        "deterministic": False,
         "shape": shape,
         "max_model_len": 512,
         "kv_memory": 8 * 2**20,
