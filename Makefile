@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL ?=
+PART ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
@@ -33,8 +34,8 @@ serve: $(STAMP) ## serve MODEL=DIR (the demo model where none is given)
 test: $(STAMP) ## the quick, seeded tier
 	$(BIN)/pytest -m "not verify"
 
-verify: $(STAMP) ## everything, with results in tests/results/
-	$(BIN)/pytest --verify
+verify: $(STAMP) ## everything, or PART=faults, step, ... (tests/parts.py), with results in tests/results/
+	$(BIN)/pytest --verify $(if $(PART),--part $(PART))
 
 check: $(STAMP) build/typecheck ## ruff and mypy
 	$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,dev]'

@@ -1,25 +1,57 @@
-"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md."""
+"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `same`, `pairs`: two checkouts."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from divisi.benchmarks import machine, speed, split_step
+from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.model.random_checkpoint import write_random_checkpoint
 
+
+class Comparison(Protocol):
+    """A module that compares two checkouts."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """What it is told on the command line."""
+        ...
+
+    def main(self, options: argparse.Namespace) -> int:
+        """Compare and print; the exit status."""
+        ...
+
+
 _CONFIG = Path(__file__).parent / "configs" / "bench-s.json"
+_COMPARISONS: dict[str, Comparison] = {"same": same, "pairs": pairs}
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""
 
 
 def main() -> None:
-    """Measure and print; exits with an error if the answers are wrong."""
+    """Measure and print; exits with an error if the answers are wrong, or a comparison fails."""
+    if (name := next(iter(sys.argv[1:]), "")) in _COMPARISONS:
+        sys.exit(_compare(name, sys.argv[2:]))
+    _measure()
+
+
+def _compare(name: str, arguments: list[str]) -> int:
+    comparison = _COMPARISONS[name]
+    parser = argparse.ArgumentParser(prog=f"python -m divisi.benchmarks {name}", description=comparison.__doc__)
+    comparison.add_arguments(parser)
+    return comparison.main(parser.parse_args(arguments))
+
+
+def _measure() -> None:
     parser = argparse.ArgumentParser(prog="python -m divisi.benchmarks", description=__doc__)
     parser.add_argument(
         "what",

@@ -104,6 +104,7 @@ def gang_spec(model_dir: Path, shape: GangShape, dtype: Literal["bfloat16", "flo
         dtype=dtype,
         device="cpu",
         threads=threads,
+        deterministic=False,
         shape=shape,
         max_model_len=8192,
         kv_memory=2**28,

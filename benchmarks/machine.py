@@ -19,9 +19,16 @@ def describe() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONS)
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"commit {_commit()}; {_processor()}, {os.cpu_count()} cores, {capability}; "
+        f"commit {commit()}; {_processor()}, {os.cpu_count()} cores, {capability}; "
         f"Python {platform.python_version()}, {versions}"
     )
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """The commit of the checkout that `folder` is in, with a mark where its files differ from it."""
+    git = ["git", "-C", str(folder.resolve()), "describe", "--always", "--dirty"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def read_bandwidth(threads: int) -> float:
@@ -46,9 +53,3 @@ def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family', '?')})"
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"

@@ -5,10 +5,10 @@ Without Ray and HTTP: what is compared is the step. A pipe carries the header th
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def report(model_dir: Path, rounds: int) -> str:
     local = DivisiEngine.local(model_dir, "bfloat16")
     rows: dict[str, list[list[float]]] = {"local": [[] for _ in _BATCHES], "split 1A+1E": [[] for _ in _BATCHES]}
     shares = max(threads // 2, 1)
-    with _split_gang(gang_spec(model_dir, _SHAPE, "bfloat16", shares)) as split:
+    with _split_gang(gang_spec(model_dir, _SHAPE, "bfloat16", shares), shares) as split:
         for turn in range(rounds + 1):
             for column, batch in enumerate(_BATCHES):
                 for name, contender, count in (("local", local, threads), ("split 1A+1E", split, shares)):
@@ -75,18 +75,17 @@ class _Announcing:
         return self._end.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
 
 
-@contextmanager
-def _split_gang(spec: GangSpec) -> Iterator[DivisiEngine]:
+@contextlib.contextmanager
+def _split_gang(spec: GangSpec, threads: int) -> Iterator[DivisiEngine]:
     config = ModelConfig.load(spec.model_dir)
     store = StoreServer("127.0.0.1")
     here = Address("127.0.0.1")
     membership = Membership(1, _SHAPE, ("worker", "shard"), (here, here), store.address)
     pipe, theirs = multiprocessing.Pipe()
     shard = multiprocessing.get_context("spawn").Process(
-        target=_serve_shard, args=(spec, membership, theirs), daemon=True
+        target=_serve_shard, args=(spec, membership, threads, theirs), daemon=True
     )
     shard.start()
-    torch.set_num_threads(spec.threads)  # the kernels keep the number that they are made with
     engine, _ = build_engine(spec, config)
     group = join_group(membership, 0, _CPU, 60.0)
     end = sharded_mode(spec, config).worker_end(Peers.of(_SHAPE, 0, lambda: group))
@@ -99,10 +98,11 @@ def _split_gang(spec: GangSpec) -> Iterator[DivisiEngine]:
         group.close()
 
 
-def _serve_shard(spec: GangSpec, membership: Membership, pipe: Connection) -> None:
-    torch.set_num_threads(spec.threads)
+def _serve_shard(spec: GangSpec, membership: Membership, threads: int, pipe: Connection) -> None:
+    torch.set_num_threads(threads)
     config = ModelConfig.load(spec.model_dir)
-    experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), 0)
+    with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
+        experts = load_shard(spec, config, checkpoint, 0)
     group = join_group(membership, 1, _CPU, 60.0)
     end = sharded_mode(spec, config).shard_end(Peers.of(_SHAPE, 1, lambda: group), experts)
     serve_steps(iter(pipe.recv, ()), end, pass_layers(config))

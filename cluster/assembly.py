@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 import torch
@@ -79,7 +80,8 @@ def pass_layers(config: ModelConfig) -> PassLayers:
 
 def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
     """How an attention worker reaches its gang."""
-    return WorkerNetwork(listener, torch.device(spec.device), spec.step_deadline_s, pass_layers(config))
+    device = torch.device(spec.device)
+    return WorkerNetwork(listener, device, spec.step_deadline_s, pass_layers(config), spec.threads)
 
 
 def load_shard(
@@ -88,7 +90,8 @@ def load_shard(
     """The experts of one shard. Raises CheckpointError."""
     device = torch.device(spec.device)
     expert_ids = shard_experts(config, spec.shape.expert_shards)[index]
-    return ExpertBank.load(checkpoint, config, expert_ids, select_kernels(device), torch_dtype(spec), device, progress)
+    kernels = select_kernels(device, deterministic=spec.deterministic)
+    return ExpertBank.load(checkpoint, config, expert_ids, kernels, torch_dtype(spec), device, progress)
 
 
 def shard_loop(
@@ -96,7 +99,7 @@ def shard_loop(
 ) -> ShardLoop:
     """The loop that serves a shard's experts."""
     mode, device = sharded_mode(spec, config), torch.device(spec.device)
-    return ShardLoop(experts, mode, pass_layers(config), device, inbox, reports)
+    return ShardLoop(experts, mode, pass_layers(config), device, spec.threads, inbox, reports)
 
 
 def build_engine(
@@ -107,7 +110,7 @@ def build_engine(
     `progress` is called with the bytes read so far. Raises CheckpointError.
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
-    checkpoint, kernels = Checkpoint.open(spec.model_dir), select_kernels(device)
+    kernels = select_kernels(device, deterministic=spec.deterministic)
     memory = MemoryPlan.of(
         config,
         kv_memory=spec.kv_memory,
@@ -125,13 +128,14 @@ def build_engine(
         max_seqs=spec.max_seqs,
         max_step_tokens=spec.worker_step_tokens,
     )
-    engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress)
     experts = None
-    if spec.shape.colocated:
-        experts = load_shard(spec, config, checkpoint, index, progress)
-    elif not spec.shape.expert_shards:
-        all_ids = range(config.num_experts)
-        experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
+    with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
+        engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress)
+        if spec.shape.colocated:
+            experts = load_shard(spec, config, checkpoint, index, progress)
+        elif not spec.shape.expert_shards:
+            all_ids = range(config.num_experts)
+            experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
     return engine, experts
 
 
@@ -146,8 +150,9 @@ def assemble_engine(
 ) -> Engine:
     """An engine with the attention side's weights and memory for `limits`. Raises CheckpointError."""
     stopwatch = Stopwatch()
+    model_dir = checkpoint.model_dir  # what the lambda keeps for good is not to be the open checkpoint
     grammars = Grammars(
-        lambda: GrammarVocabulary.load(checkpoint.model_dir, config.vocab_size),
+        lambda: GrammarVocabulary.load(model_dir, config.vocab_size),
         config.vocab_size,
         threads=torch.get_num_threads(),
     )

@@ -90,6 +90,10 @@ class Membership:
     store: Address
     """The key-value store through which process groups meet."""
 
+    def ranks_beside(self, rank: int) -> int:
+        """Ranks on the machine of a rank, itself included."""
+        return sum(address.host == self.addresses[rank].host for address in self.addresses)
+
     @property
     def leader(self) -> Address:
         """Control listener of `attention:0`."""

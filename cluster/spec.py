@@ -17,8 +17,10 @@ class GangSpec:
     model_dir: str
     dtype: Literal["bfloat16", "float32", "float16"]
     device: Literal["cpu", "cuda"]
-    threads: int
-    """CPU threads of each rank."""
+    threads: int | None
+    """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    deterministic: bool
+    """Whether a row's bits may depend on its sequence only; see `select_kernels`."""
     shape: GangShape
     max_model_len: int
     kv_memory: int

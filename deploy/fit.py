@@ -31,7 +31,13 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
         raise SettingsError(
             f"gang.{field}: {shape.expert_shards} is more than the model's {config.num_experts} experts; use fewer"
         )
-    device = gang.device if gang.device != "auto" else ("cuda" if num_gpus >= shape.size else "cpu")
+    if gang.deterministic and gang.device == "cuda":
+        raise SettingsError(
+            "gang.deterministic: True needs kernels that only CPUs have, and gang.device is 'cuda'; use device 'cpu', "
+            "or leave deterministic off"
+        )
+    on_gpu = num_gpus >= shape.size and not gang.deterministic
+    device = gang.device if gang.device != "auto" else ("cuda" if on_gpu else "cpu")
     dtype = settings.model.dtype if settings.model.dtype != "auto" else config.dtype
     notes = []
     if device == "cpu" and dtype == "float16":

@@ -45,7 +45,7 @@ class WorkerReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self | None:
-        """Inverse of `to_dict`; None for a worker that has not reported yet."""
+        """Inverse of `to_dict`; None for a worker that has nothing to report."""
         try:
             return cls(float(data["taken_at"]), int(data["queued_tokens"]), int(data["unfinished"]))
         except (KeyError, TypeError, ValueError):
@@ -100,7 +100,6 @@ class QueuedTokens(Generic[WorkerT]):
         return loads
 
 
-def complete_reports(stats: Mapping[WorkerT, Mapping[str, Any]]) -> dict[WorkerT, WorkerReport] | None:
-    """The reports of all workers; None where one is missing, which cannot be compared with the others."""
-    reports = {worker: report for worker, data in stats.items() if (report := WorkerReport.from_dict(data))}
-    return reports if reports and len(reports) == len(stats) else None
+def known_reports(stats: Mapping[WorkerT, Mapping[str, Any]]) -> dict[WorkerT, WorkerReport]:
+    """The reports of those that gave one. A worker without has no seat, has failed, or has only just started."""
+    return {worker: report for worker, data in stats.items() if (report := WorkerReport.from_dict(data))}

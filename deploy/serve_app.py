@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -89,7 +88,7 @@ class AttentionWorker:
             await events.aclose()
 
     async def record_routing_stats(self) -> dict[str, float]:
-        """For Serve, which passes it on to the routers in the ingress replicas."""
+        """For Serve, which passes it on to the routers in the ingress replicas; empty where no request shall come."""
         try:
             stats = await self._rank.stats()
         except GangNotReady:
@@ -175,10 +174,10 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
 
     Raises SettingsError and ConfigError.
     """
-    model_dir = settings.model.model_dir.resolve()
+    # Not resolved: a link may lead elsewhere on the machines where the ranks run.
+    model_dir = settings.model.model_dir.absolute()
     config = ModelConfig.load(model_dir)
     gang, cache = settings.gang, settings.cache
-    shape = gang.shape
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:
         log.warning("%s", note)
@@ -187,8 +186,9 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         model_dir=str(model_dir),
         dtype=fitted.dtype,
         device=fitted.device,
-        threads=gang.threads_per_process or max((os.cpu_count() or 1) // shape.size, 1),
-        shape=shape,
+        threads=gang.threads_per_process,
+        deterministic=gang.deterministic,
+        shape=gang.shape,
         max_model_len=fitted.max_model_len,
         kv_memory=cache.kv_memory,
         page_size=cache.page_size,

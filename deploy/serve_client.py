@@ -26,6 +26,9 @@ from divisi.deploy.stat_rows import stat_rows
 _FRESH_S = 0.5
 _STATUS_TIMEOUT_S = 10.0
 _REPORT_EVERY_S = 0.5
+_RESEND_S = 3.0
+"""While the gang serves, a request that a worker refuses goes to another: within this the router knows which."""
+_RESEND_EVERY_S = 0.1
 
 
 class ServeEngineClient:
@@ -49,10 +52,18 @@ class ServeEngineClient:
         """See EngineClient."""
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.create_task(self._report_open())
-        await self._check_ready()
-        async with contextlib.aclosing(self._stream(request)) as events:
-            async for event in events:
-                yield event
+        give_up_at = time.monotonic() + _RESEND_S
+        while True:
+            await self._check_ready()
+            try:
+                async with contextlib.aclosing(self._stream(request)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except GangNotReady:  # this worker's word only, before any event
+                if time.monotonic() > give_up_at:
+                    raise
+            await asyncio.sleep(_RESEND_EVERY_S)
 
     async def status(self) -> GangStatus:
         """See EngineClient."""

@@ -8,13 +8,13 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from divisi.cluster.request import Request
-from divisi.deploy.routing import QueuedTokens, complete_reports
+from divisi.deploy.routing import QueuedTokens, known_reports
 
 
 class QueuedTokensRouter(RequestRouter):
-    """Prefers the replica with the fewest tokens to compute.
+    """Prefers the replica with the fewest tokens to compute, of those that report.
 
-    While a replica has not reported, two drawn at random compete by their open requests, as is Serve's default.
+    While none has reported, two drawn at random compete by their open requests, as is Serve's default.
     """
 
     def initialize_state(self, ingress_replicas: int = 1, **_: Any) -> None:
@@ -26,9 +26,10 @@ class QueuedTokensRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Ranks of replicas, the preferred first; Serve takes the least busy of the first rank that answers."""
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
-        drawn = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
-        reports = complete_reports({replica_id: replica.routing_stats for replica_id, replica in by_id.items()})
-        if pending_request is None or reports is None or not pending_request.args:
+        reports = known_reports({replica_id: replica.routing_stats for replica_id, replica in by_id.items()})
+        able = [by_id[replica_id] for replica_id in reports] or candidate_replicas
+        drawn = random.sample(able, min(2, len(able)))
+        if pending_request is None or not reports or not pending_request.args:
             return [drawn]
         request = pending_request.args[0]
         tokens = len(request.prompt) if isinstance(request, Request) else 0

@@ -82,7 +82,9 @@ class GangSettings(Group):
     """Processes that hold nothing but experts; a colocated gang has none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
-    """CPU threads of each rank; None shares the machine's cores out among the ranks on it."""
+    """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    deterministic: bool = False
+    """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)
     """Longest wait inside one step before it is aborted and replayed in a new epoch."""
 
@@ -245,13 +247,9 @@ class Settings(Group):
             )
         return self
 
-    def to_args(self) -> dict[str, Any]:
-        """JSON-ready form, for the `args` of a Serve application."""
-        return self.model_dump(mode="json")
-
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> Settings:
-        """Inverse of `to_args`; also takes a hand-written `args` mapping. Raises SettingsError."""
+        """Settings of the `args` mapping of a Serve application. Raises SettingsError."""
         try:
             return cls.model_validate(dict(args))
         except ValidationError as error:

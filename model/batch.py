@@ -1,7 +1,8 @@
 """What one forward pass gets: the tokens of a step and where each sequence's memory lies.
 
-Shapes: T tokens of the step, S decoding sequences, N pages of the longest table, R rows whose logits are wanted.
-Rows of decoding sequences come first, those of prefill chunks after.
+A run is the rows that one sequence has in the step, at positions that follow each other. A decoding run goes through
+the replay ring of its slot, a prefilling one scans its rows. Decoding rows come first, prefilling rows after.
+Shapes: T tokens of the step, S runs, N pages of the longest table, R rows whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from divisi.kernels.gated_delta.layout import Leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +29,21 @@ class DecodeRows:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """A run of prompt tokens of one sequence."""
+class PrefillRows:
+    """The prefilling runs of a step; each scans its rows from a state that it only reads."""
 
-    start: int
-    """First row in the step."""
-    end: int
-    """One past the last row."""
-    length: int
-    """Tokens committed before the chunk."""
-    slot: int
-    """Slot holding the committed state; not read when ``length`` is 0."""
-    spare: int
-    """Slot that receives the state at the chunk's end; commit swaps it in."""
-    pages_N: Tensor
-    """int32 [N]: page table, covering ``length + end - start`` tokens."""
+    starts_S1: Tensor
+    """int32 [S + 1]: run s owns rows starts[s] to starts[s + 1], counted from the first prefilling row."""
+    lengths_S: Tensor
+    """int32 [S]: position of the run's first row."""
+    sources_S: Tensor
+    """int32 [S]: state slot that stands at that position; -1 at position 0, where the state is zero."""
+    leaves: Leaves
+    """What states the runs leave."""
+    pages_SN: Tensor
+    """int32 [S, N]: page tables, padded with 0."""
+    most_rows: int
+    """Rows of the longest run; here because a kernel's launch grid may not wait for the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,9 @@ class StepBatch:
     kv_rows_T: Tensor
     """int32 [T]: flat row of the KV pool each token writes, ``page * page_size + offset``."""
     decode: DecodeRows | None
-    prefill: tuple[PrefillChunk, ...]
+    prefill: PrefillRows | None
+    decode_rows: int
+    """Rows of decoding sequences; they come first."""
     logit_rows_R: Tensor
     """int64 [R]: rows whose logits are wanted, ascending."""
 
@@ -62,8 +67,3 @@ class StepBatch:
     def num_tokens(self) -> int:
         """T."""
         return self.token_ids_T.shape[0]
-
-    @property
-    def decode_rows(self) -> int:
-        """Rows of decoding sequences; they come first."""
-        return self.prefill[0].start if self.prefill else self.num_tokens

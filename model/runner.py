@@ -15,7 +15,7 @@ from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.mixer import attention, delta_net
 from divisi.model.layers.mlp import dense, mixture
 from divisi.model.layers.rotary import Rotary
-from divisi.model.state import StateStore
+from divisi.model.state import Pairs, StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import AttentionWeights, MlpWeights, Weights
 
@@ -69,6 +69,19 @@ class ModelRunner:
         logits_RV = self._logits(residual_TD, update_TD, batch.logit_rows_R)
         self.stopwatch.lap("other")
         return logits_RV
+
+    @torch.inference_mode()
+    def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
+        """Carry out what a step wants done with memory before its passes; doing it again changes nothing.
+
+        Rings are replayed up to a position, (slot, position), then slots and pages copied, (from, to).
+        """
+        if flushes:
+            self.store.flush(self._kernels, flushes)
+        if slot_copies:
+            self.store.copy_slots(slot_copies)
+        if page_copies:
+            self.store.copy_pages(page_copies)
 
     def _mix(self, index: int, x_TD: Tensor, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
         mixer = self._weights.layers[index].mixer

@@ -6,16 +6,24 @@ so that a step which is never committed leaves nothing behind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool
 from divisi.kernels.gated_delta.layout import DeltaState, ring_entries
-from divisi.kernels.gated_delta.reference import flush
+from divisi.kernels.select import Kernels
 from divisi.model.config import ModelConfig
+
+Pairs = Sequence[tuple[int, int]]
 
 
 class StateStore:
-    """One KvPool per full-attention layer, one DeltaState per linear layer."""
+    """One KvPool per full-attention layer, one DeltaState per linear layer.
+
+    `flush` and the copies take one pair or more, and change nothing more when they are done again.
+    """
 
     def __init__(
         self,
@@ -53,11 +61,20 @@ class StateStore:
             for layer in config.linear_layers
         }
 
-    def flush(self, slots: list[int], upto: list[int]) -> None:
-        """Replay the rings so that each slot's state stands at its committed length; before a snapshot or a swap."""
+    def flush(self, kernels: Kernels, pairs: Pairs) -> None:
+        """Replay rings: for each (slot, position), of distinct slots, until the slot's state stands at the position."""
         for state in self.delta.values():
-            for slot, length in zip(slots, upto, strict=True):
-                flush(state, slot, length)
+            slots, upto = torch.tensor(pairs, dtype=torch.int32, device=state.position_S.device).T.contiguous()
+            kernels.gated_delta_flush(state, slots, upto)
+
+    def copy_slots(self, pairs: Pairs) -> None:
+        """Copy slots with their rings: for each (from, to). None is both."""
+        _copy([tensor for state in self.delta.values() for tensor in state.tensors], pairs)
+
+    def copy_pages(self, pairs: Pairs) -> None:
+        """Copy pages in every full-attention layer: for each (from, to). None is both."""
+        pools = [tensor for pool in self.kv.values() for tensor in (pool.key_PJD, pool.value_PJD)]
+        _copy([tensor.unflatten(0, (self.num_pages, self.page_size)) for tensor in pools], pairs)
 
     @staticmethod
     def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -70,6 +87,14 @@ class StateStore:
         ring = ring_entries(max_rows, config.linear_conv_kernel_dim)
         floats = sum(torch.Size(shape).numel() for shape in _slot_shapes(config, ring))
         return (4 * floats + 4) * len(config.linear_layers)
+
+
+def _copy(tensors: Sequence[Tensor], pairs: Pairs) -> None:
+    """Copy entries of the first axis."""
+    assert {source for source, _ in pairs}.isdisjoint(target for _, target in pairs), "a copy is copied"
+    for tensor in tensors:
+        from_N, to_N = torch.tensor(pairs, device=tensor.device).T
+        tensor[to_N] = tensor[from_N]
 
 
 def _slot_shapes(config: ModelConfig, ring: int) -> list[tuple[int, ...]]:

@@ -18,22 +18,44 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from tests.parts import PARTS, part_of
+
 if TYPE_CHECKING:
     from tests.parity.oracle import Excuses
 
-RESULTS = Path(__file__).parent / "results"
+TESTS = Path(__file__).parent
+RESULTS = TESTS / "results"
 VERSIONS = ("torch", "triton", "ray", "transformers", "tokenizers", "safetensors")
-_RECORDS = pytest.StashKey[dict[str, dict[str, Any]]]()
+_RECORDS = pytest.StashKey[dict[str, dict[str, dict[str, Any]]]]()
+"""Of each part, what is known of each test."""
+_PART = pytest.StashKey[str]()
+"""Of a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--verify", action="store_true", help="full tier: store results in tests/results/verify.{json,md}")
+    parser.addoption(
+        "--verify", action="store_true", help="full tier: store results in tests/results/verify-*.{json,md}"
+    )
+    parser.addoption("--part", choices=PARTS, help="only the tests of this part of the full tier, see tests/parts.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # A shell's background jobs ignore Ctrl-C, and so would the programs that tests start there and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_RECORDS] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test its part; leave those that `--part` doesn't want."""
+    for item in items:
+        named = [str(mark.args[0]) for mark in item.iter_markers("part")]
+        try:
+            item.stash[_PART] = part_of(item.path.relative_to(TESTS).as_posix(), named)
+        except ValueError as error:
+            raise pytest.UsageError(f"{item.nodeid}: {error}") from error
+    if wanted := config.getoption("--part"):
+        config.hook.pytest_deselected(items=[item for item in items if item.stash[_PART] != wanted])
+        items[:] = [item for item in items if item.stash[_PART] == wanted]
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +67,7 @@ def full_tier(pytestconfig: pytest.Config) -> bool:
 @pytest.fixture
 def record_result(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
     """`record_result(name, value)` keeps a measured number of this test for the report of `make verify`."""
-    records = request.config.stash[_RECORDS]
+    records = _records_of(request.config, request.node.stash[_PART])
 
     def record(name: str, value: object) -> None:
         records.setdefault(request.node.nodeid, {}).setdefault("numbers", {})[name] = value
@@ -61,7 +83,8 @@ def excuses(pytestconfig: pytest.Config) -> Iterator[Excuses]:
     excuses = Excuses()
     yield excuses
     if excuses.cases:
-        entry = pytestconfig.stash[_RECORDS].setdefault("all greedy comparisons with the oracle", {})
+        records = _records_of(pytestconfig, part_of("parity"))
+        entry = records.setdefault("all greedy comparisons with the oracle", {})
         entry |= {
             "seconds": 0.0,
             "outcome": "session total",
@@ -73,7 +96,7 @@ def excuses(pytestconfig: pytest.Config) -> Iterator[Excuses]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
-    entry = item.config.stash[_RECORDS].setdefault(item.nodeid, {})
+    entry = _records_of(item.config, item.stash[_PART]).setdefault(item.nodeid, {})
     entry["seconds"] = round(entry.get("seconds", 0.0) + report.duration, 3)
     if report.when == "call" or report.outcome != "passed":
         entry["outcome"] = report.outcome
@@ -82,12 +105,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--verify") and not session.config.option.collectonly:
-        _store(session.config.stash[_RECORDS])
+        for part, records in session.config.stash[_RECORDS].items():
+            _store(part, records)
 
 
-def _store(records: dict[str, dict[str, Any]]) -> None:
+def _records_of(config: pytest.Config, part: str) -> dict[str, dict[str, Any]]:
+    return config.stash[_RECORDS].setdefault(part, {})
+
+
+def _store(part: str, records: dict[str, dict[str, Any]]) -> None:
     outcomes = [entry.get("outcome", "error") for entry in records.values()]
     report = {
+        "part": part,
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
@@ -97,8 +126,8 @@ def _store(records: dict[str, dict[str, Any]]) -> None:
         "tests": records,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "verify.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    (RESULTS / "verify.md").write_text(_markdown(report), encoding="utf-8")
+    (RESULTS / f"verify-{part}.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    (RESULTS / f"verify-{part}.md").write_text(_markdown(report), encoding="utf-8")
 
 
 def _commit() -> str:
@@ -110,7 +139,7 @@ def _commit() -> str:
 
 def _markdown(report: dict[str, Any]) -> str:
     lines = [
-        f"# make verify, {report['date']}",
+        f"# make verify PART={report['part']}, {report['date']}",
         "",
         f"Commit {report['commit']}; {report['machine']}; Python {report['python']}; "
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items()),

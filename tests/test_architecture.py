@@ -44,6 +44,13 @@ TORCH_FREE = (
 DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "opentelemetry-sdk",
                  "pydantic_core": "pydantic", "prometheus_client": "prometheus-client"}  # fmt: skip
 BENCH_ONLY = {"transformers", "openai"}
+CALLED_FROM_OUTSIDE = {
+    "record_routing_stats": "Serve", "check_health": "Serve", "initialize_state": "Serve",
+    "choose_replicas": "Serve", "on_request_completed": "Serve", "num_used": "the simulation's check for leaks",
+}  # fmt: skip
+UNDECORATED = {"property", "classmethod", "staticmethod"}
+"""Any other decorator may have handed the function to somebody who calls it."""
+CITED_FILE = re.compile(r"(?:[\w.]+/)+[\w.]+\.(?:py|cpp|h)\b")
 
 
 @cache
@@ -225,6 +232,52 @@ def test_sizes() -> None:
                 if length > MAX_FUNCTION:
                     problems.append(f"{name_of(path)}:{node.lineno}: {node.name} has {length} lines")
     report(problems)
+
+
+def defined(path: Path) -> Iterator[tuple[str, int]]:
+    """Functions, classes, methods and module constants that only their name can bring to use."""
+    for owner in ast.walk(tree(path)):
+        if not isinstance(owner, ast.Module | ast.ClassDef):
+            continue
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                if {getattr(decorator, "id", "") for decorator in node.decorator_list} <= UNDECORATED:
+                    yield node.name, node.lineno
+            elif isinstance(node, ast.ClassDef):
+                yield node.name, node.lineno
+            elif isinstance(node, ast.Assign) and isinstance(owner, ast.Module):
+                yield from ((target.id, node.lineno) for target in node.targets if isinstance(target, ast.Name))
+
+
+def mentioned(path: Path) -> Iterator[str]:
+    """Names that are read, imported or spelled as a string."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_nothing_is_there_for_tests_alone() -> None:
+    known = {name for path in sources() for name in mentioned(path)} | set(CALLED_FROM_OUTSIDE)
+    report([
+        f"{name_of(path)}:{line}: nothing uses {name}"
+        for path in sources() for name, line in defined(path) if name not in known and not name.startswith("__")
+    ])  # fmt: skip
+
+
+def test_files_that_are_cited_exist() -> None:
+    files = {path.relative_to(ROOT).as_posix() for layer in (*LAYERS, "tests") for path in (ROOT / layer).rglob("*.*")}
+    report([
+        f"{name_of(path)}:{number}: {cited} is missing"
+        for path in (*sources(), *sorted((ROOT / "kernels").rglob("*.cpp")), *sorted((ROOT / "kernels").rglob("*.h")))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for cited in CITED_FILE.findall(line) if not any(f"/{file}".endswith(f"/{cited}") for file in files)
+    ])  # fmt: skip
 
 
 def test_third_party_imports_are_declared() -> None:

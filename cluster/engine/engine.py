@@ -5,7 +5,7 @@ on each step with the gang:
 
     plan = engine.plan()
     for index in range(len(plan.counts)):
-        engine.run_pass(plan, index, dispatcher)    # on StepAborted: from the first pass again, in the next epoch
+        engine.run_pass(plan, index, dispatcher)    # on StepAborted: all passes again, in the next epoch
     events = engine.commit(plan)
 
 Shapes: R rows of logits, V vocabulary.
@@ -22,17 +22,18 @@ import torch
 from torch import Tensor
 
 from divisi.cluster.engine.grammar import Grammars, Guide
-from divisi.cluster.engine.plan import Outcome, StepPlan
+from divisi.cluster.engine.plan import NO_OPS, Outcome, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.engine.step_batch import BatchBuilder
-from divisi.cluster.engine.step_sampling import Choice, StepSampler, tell_prompt
+from divisi.cluster.engine.step_sampling import Choice, Masks, StepSampler, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.sampling.sampler import Sampler
+from divisi.model.state import Pairs
 from divisi.model.stopwatch import Stopwatch
 
 
@@ -44,6 +45,10 @@ class Runner(Protocol):
 
         Running the same batch again after an aborted run gives the same logits and leaves the same state.
         """
+        ...
+
+    def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
+        """Carry out the `MemoryOps` of a step, before its first pass. Doing it again changes nothing."""
         ...
 
 
@@ -68,16 +73,11 @@ class Engine:
         self._stopwatch = stopwatch
         self._builder = BatchBuilder(scheduler.config, device)
         self._events: list[TokenEvent] = []
+        self._ran: tuple[Tensor, Masks | None] | None = None
+        """The logits of the step under way, and what masks them."""
         self._compiling: dict[str, tuple[Request, Future[Guide]]] = {}
         """Requests whose grammar is being compiled; not in the queue yet, so that they hold up nobody."""
-        self._ran: tuple[Choice, Mapping[Sequence, list[TokenLogprob]]] | None = None
-        """What the plan under way has chosen, until it is committed."""
         self._steps = self._aborted_steps = self._prefill_tokens = self._generated_tokens = 0
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is unfinished, so that `plan` would return a plan."""
-        return self._scheduler.has_work or bool(self._compiling)
 
     def submit(self, request: Request) -> None:
         """Queue a request, once its grammar is compiled. Raises RequestRejected if it can never be served."""
@@ -113,38 +113,37 @@ class Engine:
         self._stopwatch.lap("scheduler")
         return plan
 
+    @torch.inference_mode()
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
-        """Run one pass of `plan.counts`. When this raises (StepAborted), run the plan again from its first pass."""
-        assert index == 0, "a step is one full pass"
-        self._ran = None
-        with torch.inference_mode():
-            self._stopwatch.start()
-            batch = self._builder.build(plan)
-            masks = self._sampler.start(plan)
-            self._stopwatch.lap("scheduler")
-            try:
-                logits_RV = self._runner.forward(batch, dispatcher)
-            except StepAborted:
-                self._aborted_steps += 1
-                raise
-            choice = self._sampler.choose(plan, logits_RV, masks)
-            self._ran = choice, tell_prompt(plan, logits_RV)
-            self._stopwatch.lap("sampling")
+        """Run pass `index` of `plan.counts`. When this raises (StepAborted), run all passes of the plan again."""
+        self._stopwatch.start()
+        if index == 0 and plan.ops != NO_OPS:
+            self._runner.prepare(*plan.ops)
+        batch = self._builder.build(plan)
+        masks = self._sampler.start(plan)
+        self._stopwatch.lap("scheduler")
+        try:
+            self._ran = self._runner.forward(batch, dispatcher), masks
+        except StepAborted:
+            self._aborted_steps += 1
+            raise
 
+    @torch.inference_mode()
     def commit(self, plan: StepPlan) -> list[TokenEvent]:
-        """Make a step final whose passes have all run."""
-        assert self._ran is not None, "the full pass has not run"
-        choice, prompt_told = self._ran
-        self._ran = None
-        with torch.inference_mode():
-            self._stopwatch.start()
-            events = self._commit(plan, choice, prompt_told)
-            self._sampler.commit(choice)
+        """Choose the tokens of a step whose passes have run, and make it final."""
+        assert self._ran is not None, "a step is committed once all of its passes have run"
+        (logits_RV, masks), self._ran = self._ran, None
+        self._stopwatch.start()
+        choice = self._sampler.choose(plan, logits_RV, masks)
+        prompt_told = tell_prompt(plan, logits_RV)
+        self._stopwatch.lap("sampling")
+        events = self._commit(plan, choice, prompt_told)
+        self._sampler.commit()
         self._stopwatch.lap("scheduler")
         return events
 
     def run(self, plan: StepPlan, dispatcher: Dispatcher) -> list[TokenEvent]:
-        """All passes of a step and its commit, for a process that holds all experts. Raises as `run_pass` does."""
+        """Run all passes of a step and commit it, where there is no gang to walk them with. Raises as `run_pass`."""
         for index in range(len(plan.counts)):
             self.run_pass(plan, index, dispatcher)
         return self.commit(plan)
@@ -165,16 +164,17 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
         scheduler = self._scheduler
+        pages, slots = scheduler.memory.pages, scheduler.memory.slots
         live = [*scheduler.running, *scheduler.waiting]
         compiling = [request.prompt for request, _ in self._compiling.values()]
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(compiling),
             queued_tokens=sum(max(len(s.tokens) - s.length - 1, 0) for s in live) + sum(map(len, compiling)),
-            free_pages=scheduler.pages.num_free,
-            total_pages=scheduler.pages.num_pages,
-            free_slots=scheduler.slots.num_free,
-            total_slots=scheduler.slots.num_slots,
+            free_pages=pages.num_free,
+            total_pages=pages.size,
+            free_slots=slots.num_free,
+            total_slots=slots.size,
             steps=self._steps,
             aborted_steps=self._aborted_steps,
             preemptions=scheduler.preemptions,
@@ -207,7 +207,7 @@ class Engine:
             for outcome in outcomes
         ]
         self._steps += 1
-        self._prefill_tokens += plan.num_tokens - len(plan.decodes)
+        self._prefill_tokens += sum([run.num_rows for run in plan.scans])
         self._generated_tokens += sum([len(outcome.token_ids) for outcome in outcomes])
         return events
 

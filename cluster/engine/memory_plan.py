@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 
-from divisi.cluster.engine.slots import SLOTS_TO_PREFILL
+from divisi.cluster.engine.memory import SLOTS_TO_PREFILL
 from divisi.model.config import ModelConfig
 from divisi.model.state import StateStore
 

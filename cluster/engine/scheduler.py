@@ -4,8 +4,8 @@ The rules, in order:
 
 1. Every decoding sequence gets its token. One that needs a page when none is free takes it from the latest arrival
    (perhaps itself), which goes back to the head of the queue and computes its tokens again later.
-2. Prefill chunks fill what is left of the token budget, in order of arrival.
-3. The queue is admitted strictly in order of arrival, when a row, a slot, a spare and all pages of the prefill are
+2. Prefills fill what is left of the token budget, in order of arrival.
+3. The queue is admitted strictly in order of arrival, when a page table, two slots and all pages of the prefill are
    free, plus one page of headroom for each running sequence so that admission does not cause a preemption at once.
 
 So the sequences that run are always the earliest that are alive, the very earliest always advances, and none starves.
@@ -18,15 +18,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from divisi.cluster.engine.grammar import Guide
-from divisi.cluster.engine.pages import PagePool, pages_for
-from divisi.cluster.engine.plan import Chunk, Outcome, PageGrowth, StepPlan
+from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
+from divisi.cluster.engine.plan import MemoryOps, Outcome, PlanLayout, Run, RunKind, StepPlan
 from divisi.cluster.engine.request_check import check_request
-from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
-from divisi.cluster.engine.slots import SLOTS_TO_PREFILL, SlotPool
+from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import FinishReason, Request
 
@@ -43,7 +43,6 @@ class SchedulerConfig(BaseModel):
     num_slots: int = Field(ge=SLOTS_TO_PREFILL, description="State slots; a prefilling sequence holds two.")
     max_seqs: int = Field(default=64, ge=1, description="Sequences that run at once.")
     max_step_tokens: int = Field(default=2048, ge=1)
-    max_prefill_chunk: int = Field(default=1024, ge=1, description="Tokens of one prompt in one step.")
     max_prompt_logit_rows: int = Field(
         default=128, ge=1, description="Prompt positions per step whose logits are kept for prompt log-probabilities."
     )
@@ -68,8 +67,12 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pages = PagePool(config.num_pages)
-        self.slots = SlotPool(config.num_slots)
+        self.memory = Memory(
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            num_slots=config.num_slots,
+            num_tables=config.max_seqs,
+        )
         self.preemptions = 0
         self.running: list[Sequence] = []
         """In order of arrival."""
@@ -77,10 +80,7 @@ class Scheduler:
         """In order of arrival; all arrived after the running ones."""
         self.outstanding: StepPlan | None = None
         self._sequences: dict[str, Sequence] = {}
-        self._rows = list(range(config.max_seqs - 1, -1, -1))
-        self._growths: list[PageGrowth] = []
         self._arrivals = 0
-        self._steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -89,8 +89,8 @@ class Scheduler:
 
     def submit(self, request: Request, guide: Guide | None = None) -> Sequence:
         """Queue a request; `guide` belongs to its grammar. Raises RequestRejected, see `check`."""
-        max_tokens = self.check(request)
-        sequence = Sequence(request, self._arrivals, list(request.prompt), max_tokens, guide=guide)
+        max_length = self.check(request)
+        sequence = Sequence(request, self._arrivals, list(request.prompt), max_length, guide=guide)
         if request.prompt_logprobs is not None:
             sequence.prompt_logprobs = [None]
         self._arrivals += 1
@@ -120,35 +120,35 @@ class Scheduler:
         assert self.outstanding is None, "the last plan is not committed"
         if not self._sequences:
             return None
-        self._growths = []
-        decodes = self._plan_decodes()
-        chunks = self._plan_chunks(self.config.max_step_tokens - len(decodes))
-        num_tokens = len(decodes) + sum(chunk.end - chunk.start for chunk in chunks)
-        assert num_tokens, "the earliest request always advances"
-        self.outstanding = StepPlan(self._steps, tuple(decodes), tuple(chunks), tuple(self._growths), num_tokens)
-        self._steps += 1
+        layout = PlanLayout(self.config.max_step_tokens, self.config.max_prompt_logit_rows)
+        self._plan_decodes(layout)
+        self._plan_prefills(layout)
+        assert layout.num_rows, "the earliest request always advances"
+        ops = MemoryOps(page_copies=self.memory.take_copies())
+        self.outstanding = layout.plan(self.memory.take_growths(), ops)
         return self.outstanding
 
     def commit(
-        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
     ) -> list[Outcome]:
-        """Make a step final: `tokens` are what it chose, in the order that StepPlan gives.
+        """Make a step final. `tokens` holds what each of `plan.runs` chose: nothing, one, or several of a ring run.
 
-        Sequences in `ends` end here, without a token, for the reason that stands there.
+        Of a ring run's rows as many count as it chose tokens. Sequences in `ends` end here, after their tokens, for the
+        reason that stands there.
         """
         assert plan is self.outstanding, "only the plan under way can be committed"
         self.outstanding = None
         ends = ends or {}
         outcomes = []
-        chosen = iter(tokens)
-        for sequence in plan.decodes:
-            sequence.length += 1
-            outcomes.append(self._advance(sequence, next(chosen), ends.get(sequence)))
-        for chunk in plan.chunks:
-            self._commit_chunk(chunk)
-            token = next(chosen) if chunk.samples else None
-            if chunk.last or chunk.sequence.cancelled:
-                outcomes.append(self._advance(chunk.sequence, token, ends.get(chunk.sequence)))
+        for run, chosen in zip(plan.runs, tokens, strict=True):
+            sequence = run.sequence
+            if run.kind is RunKind.RING:
+                assert len(chosen) <= run.num_rows, "a row chooses one token"
+                sequence.length = run.start + max(len(chosen), 1)
+            else:
+                self._commit_scan(run)
+            if run.completes or sequence.cancelled:
+                outcomes.append(self._advance(sequence, chosen, ends.get(sequence), run.chooses))
         self._forget_finished(outcomes)
         return outcomes
 
@@ -175,37 +175,32 @@ class Scheduler:
                 f"the prompt has {prompt} tokens, and the model's context of {config.max_model_len} leaves no room for "
                 "an answer: shorten the prompt"
             )
-        max_tokens = prompt + min(request.max_tokens, room)
-        pages = pages_for(max(prompt, max_tokens - 1), config.page_size)
+        max_length = prompt + min(request.max_tokens, room)
+        pages = pages_for(max(prompt, max_length - 1), config.page_size)
         if pages > config.num_pages:
             raise RequestRejected(
-                f"prompt ({prompt} tokens) and answer (up to {max_tokens - prompt}) need {pages} pages of "
+                f"prompt ({prompt} tokens) and answer (up to {max_length - prompt}) need {pages} pages of "
                 f"{config.page_size} tokens, and the KV cache has {config.num_pages}: lower max_tokens or shorten the "
                 "prompt"
             )
-        return max_tokens
+        return max_length
 
-    def _plan_decodes(self) -> list[Sequence]:
-        decodes: list[Sequence] = []
+    def _plan_decodes(self, layout: PlanLayout) -> None:
         page_size = self.config.page_size
         for sequence in list(self.running):
             if sequence.status is not Status.DECODE:
                 continue  # prefilling, or preempted a moment ago
-            if sequence.length == len(sequence.pages) * page_size and not self._grow(sequence):
+            if sequence.length == len(sequence.holding.pages) * page_size and not self._grow(sequence):
                 continue
-            decodes.append(sequence)
-        return decodes
+            layout.add_ring(sequence, sequence.length + 1)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a sequence one more page, preempting the latest arrivals for it; False if that was itself."""
-        while not self.pages.num_free:
+        while not self.memory.grow(sequence.holding):
             victim = self.running.pop()
             self._preempt(victim)
             if victim is sequence:
                 return False
-        page = self.pages.take(1)
-        self._growths.append(PageGrowth(sequence.row, len(sequence.pages), page))
-        sequence.pages += page
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -215,98 +210,74 @@ class Scheduler:
         sequence.length = 0
         self.waiting.appendleft(sequence)
 
-    def _plan_chunks(self, budget: int) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        if budget == 0:
-            return chunks
-        logit_rows = self.config.max_prompt_logit_rows
+    def _plan_prefills(self, layout: PlanLayout) -> None:
+        if not layout.rows_left:
+            return
         for sequence in self._prefilling():
-            chunk = self._chunk(sequence, budget, logit_rows)
-            if chunk is None:
-                continue
-            chunks.append(chunk)
-            logit_rows -= len(sequence.prompt_positions(chunk.start, chunk.end))
-            budget -= chunk.end - chunk.start
-            if budget == 0:
+            end = self._prefill_end(sequence, layout)
+            if end > sequence.length:
+                layout.add_scan(sequence, end)
+            if not layout.rows_left:
                 break
-        return chunks
 
     def _prefilling(self) -> Iterator[Sequence]:
         """The sequences that prefill, in order of arrival; admits from the queue as far as the caller goes on."""
         yield from [sequence for sequence in self.running if sequence.status is Status.PREFILL]
-        while self.waiting and self._can_admit(self.waiting[0]):
+        while self.waiting and self.memory.can_acquire(len(self.waiting[0].tokens), headroom=len(self.running)):
             yield self._admit()
 
-    def _chunk(self, sequence: Sequence, budget: int, logit_rows: int) -> Chunk | None:
-        start, target = sequence.length, len(sequence.tokens)
-        end = min(target, start + min(budget, self.config.max_prefill_chunk))
+    def _prefill_end(self, sequence: Sequence, layout: PlanLayout) -> int:
+        """How far a sequence's prefill gets in this step."""
+        start = sequence.length
+        end = min(len(sequence.tokens), start + layout.rows_left)
         wanted = sequence.prompt_positions(start, end)
-        if len(wanted) > logit_rows:
-            end = wanted[logit_rows]
-        if end == start:
-            return None
-        last = end == target
-        return Chunk(sequence, start, end, last, samples=last and len(sequence.tokens) < sequence.max_tokens)
-
-    def _can_admit(self, sequence: Sequence) -> bool:
-        headroom = len(self.running)
-        needed = pages_for(len(sequence.tokens), self.config.page_size) + headroom
-        return bool(self._rows) and self.slots.can_prefill and needed <= self.pages.num_free
+        return wanted[layout.prompt_logits_left] if len(wanted) > layout.prompt_logits_left else end
 
     def _admit(self) -> Sequence:
         """Give the head of the queue all that its prefill needs."""
         sequence = self.waiting.popleft()
         sequence.status = Status.PREFILL
-        sequence.row = self._rows.pop()
-        sequence.slot = self.slots.take()
-        sequence.spare = self.slots.take()
-        sequence.pages = self.pages.take(pages_for(len(sequence.tokens), self.config.page_size))
-        self._growths.append(PageGrowth(sequence.row, 0, sequence.pages.copy()))
+        sequence.admitted = self.memory.acquire(len(sequence.tokens))
         self.running.append(sequence)
         return sequence
 
-    def _commit_chunk(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        sequence.length = chunk.end
-        sequence.slot, sequence.spare = sequence.spare, sequence.slot
-        if chunk.last:
-            self.slots.give_back(sequence.spare)
-            sequence.spare = NOTHING
+    def _commit_scan(self, run: Run) -> None:
+        sequence = run.sequence
+        sequence.length = run.end
+        self.memory.settle(sequence.holding, run.leaves[-1].slot)
+        if run.completes:
+            self.memory.end_prefill(sequence.holding)
             sequence.status = Status.DECODE
 
-    def _advance(self, sequence: Sequence, token: int | None, end: FinishReason | None) -> Outcome:
-        """Append the token that a committed step chose, and end the sequence where a rule says so."""
+    def _advance(self, sequence: Sequence, tokens: Seq[int], end: FinishReason | None, chooses: bool) -> Outcome:
+        """Append the tokens that a committed run chose, and end the sequence where a rule says so."""
         if sequence.cancelled:
             return self._finish(sequence, "cancelled")
-        if end is not None:
-            return self._finish(sequence, end)
-        if token is None:
-            return self._finish(sequence, "length")
-        if token in sequence.request.stop_ids:
-            return self._finish(sequence, "stop", stop_id=token)
-        sequence.tokens.append(token)
-        if len(sequence.tokens) >= sequence.max_tokens:
-            return self._finish(sequence, "length", (token,))
-        return Outcome(sequence, (token,))
+        told: list[int] = []
+        for token in tokens:
+            if token in sequence.request.stop_ids:
+                return self._finish(sequence, "stop", told, stop_id=token)
+            sequence.tokens.append(token)
+            told.append(token)
+            if len(sequence.tokens) >= sequence.max_length:
+                return self._finish(sequence, "length", told)
+        if end is not None or not chooses:
+            return self._finish(sequence, end or "length", told)
+        return Outcome(sequence, tuple(told))
 
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...] = (), stop_id: int | None = None
+        self, sequence: Sequence, reason: FinishReason, token_ids: Seq[int] = (), stop_id: int | None = None
     ) -> Outcome:
         if sequence.status is not Status.WAITING:
             self._release(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request.request_id]
-        return Outcome(sequence, token_ids, reason, stop_id)
+        return Outcome(sequence, tuple(token_ids), reason, stop_id)
 
     def _release(self, sequence: Sequence) -> None:
         """Return all the memory that an admitted sequence holds."""
-        self.pages.give_back(sequence.pages)
-        self.slots.give_back(sequence.slot)
-        if sequence.spare != NOTHING:
-            self.slots.give_back(sequence.spare)
-        self._rows.append(sequence.row)
-        sequence.pages = []
-        sequence.slot = sequence.spare = sequence.row = NOTHING
+        self.memory.release(sequence.holding)
+        sequence.admitted = None
 
     def _forget_finished(self, outcomes: list[Outcome]) -> None:
         if any(outcome.finish_reason for outcome in outcomes):
@@ -316,4 +287,4 @@ class Scheduler:
         plan = self.outstanding
         if plan is None:
             return False
-        return any(sequence is other for other in plan.decodes) or any(sequence is c.sequence for c in plan.chunks)
+        return any(sequence is run.sequence for run in plan.runs)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from divisi.cluster.engine.grammar import Guide
+from divisi.cluster.engine.memory import Holding
 from divisi.cluster.request import Request, TokenLogprob
-
-NOTHING = -1
-"""Stands for a slot or row that the sequence does not hold."""
 
 
 class Status(Enum):
@@ -36,16 +34,13 @@ class Sequence:
     """Number of the request in order of arrival."""
     tokens: list[int]
     """The prompt, then what was generated."""
-    max_tokens: int
+    max_length: int
     """Tokens at which the answer is cut: the prompt's plus the request's limit, or the model's context."""
     status: Status = Status.WAITING
     length: int = 0
     """Committed tokens: their KV is in the pages, their state in the slot and its ring."""
-    pages: list[int] = field(default_factory=list)
-    slot: int = NOTHING
-    spare: int = NOTHING
-    row: int = NOTHING
-    """Row of the engine's page table while the sequence is admitted."""
+    admitted: Holding | None = None
+    """What memory it holds while it runs."""
     cancelled: bool = False
     """Cancelled while a step that includes it was under way; takes effect when that step ends."""
     guide: Guide | None = None
@@ -58,6 +53,12 @@ class Sequence:
     def __post_init__(self) -> None:
         if (ids := self.request.sampling.allowed_token_ids) is not None:
             self.allowed_ids = np.array(ids, dtype=np.int64)
+
+    @property
+    def holding(self) -> Holding:
+        """What memory it holds; it runs."""
+        assert self.admitted is not None, "only a running sequence holds memory"
+        return self.admitted
 
     @property
     def num_generated(self) -> int:

@@ -1,23 +1,31 @@
 """Turns a step's plan into the tensors of a forward pass.
 
-Shapes: T tokens, S decoding sequences, N pages, R rows of logits, M rows of the page table.
+Shapes: T rows, S sequences, N pages, R rows of logits, M page tables, L states that are left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from divisi.cluster.engine.plan import Chunk, PageGrowth, StepPlan
+from divisi.cluster.engine.memory import PageGrowth
+from divisi.cluster.engine.plan import Run, StepPlan
 from divisi.cluster.engine.scheduler import SchedulerConfig
-from divisi.model.batch import DecodeRows, PrefillChunk, StepBatch
+from divisi.kernels.gated_delta.layout import Leaves
+from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
+
+_ALIGNED = 4
+"""Integers; 16 bytes, at which GPU kernels like their arrays to begin."""
 
 
 class BatchBuilder:
     """Builds batches in preallocated buffers: a batch is valid until the next one is built.
 
-    The page table lives on the device, one row per admitted sequence, and only its new entries are written.
+    The page tables live on the device, one per admitted sequence, and only their new entries are written.
     """
 
     def __init__(self, config: SchedulerConfig, device: torch.device) -> None:
@@ -26,96 +34,138 @@ class BatchBuilder:
         size = config.max_step_tokens
         # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out.
         self._token_ids_T = torch.zeros(size, dtype=torch.int64)
-        self._ints_4T = torch.zeros((4, size), dtype=torch.int32)
         self._token_ids = self._token_ids_T.numpy()
-        self._positions, self._kv_rows, self._slots, self._rows = self._ints_4T.numpy()
+        # Positions and KV rows of T rows; eight integers at most for each sequence, and there are no more than rows.
+        self._ints = _IntBuffer(12 * size + 64)
         self._offsets_T = np.arange(size, dtype=np.int32)
-        self._starts_T1 = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
         shape = (config.max_seqs, config.max_pages_per_sequence)
-        self._page_table_MN = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def grow(self, growths: tuple[PageGrowth, ...]) -> None:
         """Write the pages that sequences got since the last call."""
         if not growths:
             return
-        width = self._page_table_MN.shape[1]
+        width = self._page_tables_MN.shape[1]
         entries: list[int] = []
-        for row, start, pages in growths:
-            entries += range(row * width + start, row * width + start + len(pages))
+        for table, start, pages in growths:
+            entries += range(table * width + start, table * width + start + len(pages))
         values = [page for growth in growths for page in growth.pages]
         changed = torch.tensor([entries, values]).to(self._device)
-        self._page_table_MN.view(-1).index_copy_(0, changed[0], changed[1].int())
+        self._page_tables_MN.view(-1).index_copy_(0, changed[0], changed[1].int())
 
     def build(self, plan: StepPlan) -> StepBatch:
-        """Lay out the decodes' tokens first, one row each, then the chunks'."""
-        num_decodes = len(plan.decodes)
-        if num_decodes:
-            self._fill_decodes(plan)
-        first = num_decodes
-        for chunk in plan.chunks:
-            first = self._fill_chunk(chunk, first)
-        positions_T, kv_rows_T, slots_T, rows_T = self._ints_4T[:, : plan.num_tokens].to(self._device).unbind(0)
+        """Lay out tokens, positions and memory of a plan's rows."""
+        ints, num_rows = self._ints, plan.num_rows
+        ints.clear()
+        positions, kv_rows = ints.reserve(num_rows), ints.reserve(num_rows)
+        self._fill_rings(plan.rings, ints[positions], ints[kv_rows])
+        for run in plan.scans:
+            self._fill_scan(run, ints[positions], ints[kv_rows])
+        decode, prefill = self._decode_slices(plan.rings), self._prefill_slices(plan.scans)
+        on_device = ints.to(self._device)
         return StepBatch(
-            token_ids_T=self._token_ids_T[: plan.num_tokens].to(self._device),
-            positions_T=positions_T,
-            kv_rows_T=kv_rows_T,
-            decode=self._decode_rows(plan, positions_T, slots_T, rows_T) if num_decodes else None,
-            prefill=self._prefill_chunks(plan),
+            token_ids_T=self._token_ids_T[:num_rows].to(self._device),
+            positions_T=on_device[positions],
+            kv_rows_T=on_device[kv_rows],
+            decode=self._decode_rows(plan.rings, [on_device[part] for part in decode]) if plan.rings else None,
+            prefill=self._prefill_rows(plan.scans, [on_device[part] for part in prefill]) if plan.scans else None,
+            decode_rows=plan.scans[0].row if plan.scans else num_rows,
             logit_rows_R=self._logit_rows(plan),
         )
 
-    def _fill_decodes(self, plan: StepPlan) -> None:
-        count, page_size = len(plan.decodes), self._page_size
-        lengths = [sequence.length for sequence in plan.decodes]
-        self._token_ids[:count] = [sequence.tokens[-1] for sequence in plan.decodes]
-        self._positions[:count] = lengths
-        self._kv_rows[:count] = [
-            sequence.pages[length // page_size] * page_size + length % page_size
-            for sequence, length in zip(plan.decodes, lengths, strict=True)
+    def _fill_rings(self, runs: Sequence[Run], positions: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
+        size, count = self._page_size, _end(runs)
+        rows = [(run.sequence, position) for run in runs for position in range(run.start, run.end)]
+        self._token_ids[:count] = [sequence.tokens[position] for sequence, position in rows]
+        positions[:count] = [position for _, position in rows]
+        kv_rows[:count] = [
+            sequence.holding.pages[position // size] * size + position % size for sequence, position in rows
         ]
-        self._slots[:count] = [sequence.slot for sequence in plan.decodes]
-        self._rows[:count] = [sequence.row for sequence in plan.decodes]
 
-    def _fill_chunk(self, chunk: Chunk, first: int) -> int:
-        """Write a chunk's rows from row `first` on; return the row after them."""
-        count, page_size = chunk.end - chunk.start, self._page_size
-        rows = slice(first, first + count)
-        positions = self._offsets_T[:count] + np.int32(chunk.start)
-        first_page = chunk.start // page_size
-        pages = np.array(chunk.sequence.pages[first_page : -(-chunk.end // page_size)], dtype=np.int32)
-        self._token_ids[rows] = chunk.sequence.tokens[chunk.start : chunk.end]
-        self._positions[rows] = positions
-        self._kv_rows[rows] = pages[positions // page_size - first_page] * page_size + positions % page_size
-        return first + count
+    def _fill_scan(self, run: Run, positions_T: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
+        page_size, rows = self._page_size, slice(run.row, run.row + run.num_rows)
+        positions = self._offsets_T[: run.num_rows] + np.int32(run.start)
+        first_page = run.start // page_size
+        pages = np.array(run.sequence.holding.pages[first_page : -(-run.end // page_size)], dtype=np.int32)
+        self._token_ids[rows] = run.sequence.tokens[run.start : run.end]
+        positions_T[rows] = positions
+        kv_rows[rows] = pages[positions // page_size - first_page] * page_size + positions % page_size
 
-    def _decode_rows(self, plan: StepPlan, positions_T: Tensor, slots_T: Tensor, rows_T: Tensor) -> DecodeRows:
-        count = len(plan.decodes)
-        num_pages = max([len(sequence.pages) for sequence in plan.decodes])
-        return DecodeRows(
-            starts_S1=self._starts_T1[: count + 1],
-            lengths_S=positions_T[:count],
-            slots_S=slots_T[:count],
-            pages_SN=self._page_table_MN[:, :num_pages].index_select(0, rows_T[:count]),
-        )
+    def _decode_slices(self, runs: Sequence[Run]) -> list[slice]:
+        put = self._ints.put
+        return [
+            put([run.row for run in runs], _end(runs)),
+            put([run.start for run in runs]),
+            put([run.source for run in runs]),
+            put([run.sequence.holding.table for run in runs]),
+        ]
 
-    def _prefill_chunks(self, plan: StepPlan) -> tuple[PrefillChunk, ...]:
-        chunks = []
-        start = len(plan.decodes)
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            end = start + chunk.end - chunk.start
-            pages_N = self._page_table_MN[sequence.row, : -(-chunk.end // self._page_size)]
-            chunks.append(PrefillChunk(start, end, chunk.start, sequence.slot, sequence.spare, pages_N))
-            start = end
-        return tuple(chunks)
+    def _decode_rows(self, runs: Sequence[Run], parts: Sequence[Tensor]) -> DecodeRows:
+        starts_S1, lengths_S, slots_S, tables_S = parts
+        return DecodeRows(starts_S1, lengths_S, slots_S, self._pages(runs, tables_S))
+
+    def _prefill_slices(self, runs: Sequence[Run]) -> list[slice]:
+        put = self._ints.put
+        first = runs[0].row if runs else 0
+        ends = np.cumsum([len(run.leaves) for run in runs]).tolist()
+        return [
+            put([run.row - first for run in runs], _end(runs) - first),
+            put([run.start for run in runs]),
+            put([run.source for run in runs]),
+            put([run.sequence.holding.table for run in runs]),
+            put([0, *ends]),
+            put([leave.position for run in runs for leave in run.leaves]),
+            put([leave.slot for run in runs for leave in run.leaves]),
+        ]
+
+    def _prefill_rows(self, runs: Sequence[Run], parts: Sequence[Tensor]) -> PrefillRows:
+        starts_S1, lengths_S, sources_S, tables_S, *leaves = parts
+        most_rows = max([run.num_rows for run in runs])
+        return PrefillRows(starts_S1, lengths_S, sources_S, Leaves(*leaves), self._pages(runs, tables_S), most_rows)
+
+    def _pages(self, runs: Sequence[Run], tables_S: Tensor) -> Tensor:
+        """The page tables [S, N] as far as the runs need them."""
+        num_pages = -(-max([run.end for run in runs]) // self._page_size)
+        return self._page_tables_MN[:, :num_pages].index_select(0, tables_S)
 
     def _logit_rows(self, plan: StepPlan) -> Tensor:
-        if not plan.chunks:
-            return self._logit_rows_T[: len(plan.decodes)]
-        rows = [self._offsets_T[: len(plan.decodes)]]
-        start = len(plan.decodes)
-        for chunk in plan.chunks:
-            rows.append(np.array(chunk.logit_positions(), dtype=np.int32) + (start - chunk.start))
-            start += chunk.end - chunk.start
+        if not plan.scans:
+            return self._logit_rows_T[: plan.num_rows]
+        rows = [self._offsets_T[: plan.scans[0].row]]
+        rows += [np.array(run.logit_positions, dtype=np.int32) + (run.row - run.start) for run in plan.scans]
         return torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(self._device)
+
+
+class _IntBuffer:
+    """Arrays of int32 side by side, so that they reach the device in one copy."""
+
+    def __init__(self, size: int) -> None:
+        self._host = torch.zeros(size, dtype=torch.int32)
+        self._values = self._host.numpy()
+        self._used = 0
+
+    def clear(self) -> None:
+        self._used = 0
+
+    def reserve(self, count: int) -> slice:
+        start = self._used
+        self._used = start + -(-count // _ALIGNED) * _ALIGNED
+        return slice(start, start + count)
+
+    def put(self, values: list[int], *more: int) -> slice:
+        values = [*values, *more]
+        part = self.reserve(len(values))
+        self._values[part] = values
+        return part
+
+    def __getitem__(self, part: slice) -> NDArray[np.int32]:
+        return self._values[part]
+
+    def to(self, device: torch.device) -> Tensor:
+        return self._host[: self._used].to(device)
+
+
+def _end(runs: Sequence[Run]) -> int:
+    """One past the last row."""
+    return runs[-1].row + runs[-1].num_rows if runs else 0

@@ -18,8 +18,8 @@ from divisi.cluster.engine.grammar import Answer, Grammars
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.request import FinishReason, TokenLogprob
-from divisi.model.sampling.logit_rules import RowRules
-from divisi.model.sampling.sampler import NO_TOKEN, Logprobs, RowSampling, Sampler, SamplingBatch, token_logprobs
+from divisi.model.sampling.logit_rules import SequenceRules
+from divisi.model.sampling.sampler import NO_TOKEN, Logprobs, Sampler, SamplingBatch, SequenceSampling, token_logprobs
 from divisi.model.sampling.token_counts import History
 
 Masks = Future[NDArray[np.int32]]
@@ -27,12 +27,13 @@ Masks = Future[NDArray[np.int32]]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A step's tokens, in the order that StepPlan gives, and the log-probabilities asked for.
+    """What each run of a step chose, and the log-probabilities asked for.
 
     Where a request's rules leave no token, its answer ends: `ends` says how, `failed` why if it isn't complete.
     """
 
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    """By run, in the order of the plan's."""
     logprobs: dict[Sequence, TokenLogprob] = field(default_factory=dict)
     ends: dict[Sequence, FinishReason] = field(default_factory=dict)
     failed: dict[Sequence, str] = field(default_factory=dict)
@@ -48,12 +49,13 @@ class StepSampler:
         self._sampled: list[Sequence] = []
         self._batch = SamplingBatch(())
         self._guided: list[Sequence] = []
+        self._chosen_R: Tensor | None = None
 
     def start(self, plan: StepPlan) -> Masks | None:
         """Begin what can be done while the model runs: masks by the requests' grammars."""
-        sampled = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks if chunk.samples)]
+        sampled = [run.sequence for run in plan.choosing]
         if sampled and sampled != self._sampled:
-            rows = [_row_sampling(sequence) for sequence in sampled]
+            rows = [_sequence_sampling(sequence) for sequence in sampled]
             self._sampled, self._batch = sampled, SamplingBatch(rows, self._batch, self._device)
             self._guided = [sampled[row] for row in self._batch.masked_rows]
         if not sampled or not self._guided:
@@ -67,12 +69,12 @@ class StepSampler:
         return self._grammars.start(answers)
 
     def choose(self, plan: StepPlan, logits_RV: Tensor, masks: Masks | None) -> Choice:
-        """Sample a token for each decode and each chunk that samples. The step may still be given up after this."""
-        sampled = self._sampled
-        if not plan.decodes and not any(chunk.samples for chunk in plan.chunks):
-            return Choice()
+        """Sample the next token of each run that chooses one. The step may still be given up after this."""
+        choosing, sampled = plan.choosing, self._sampled
+        if not choosing:
+            return Choice([[] for _ in plan.runs])
         if len(sampled) != logits_RV.shape[0]:
-            logits_RV = logits_RV[_sample_rows(plan)]
+            logits_RV = logits_RV[[run.chosen_row for run in choosing]]
         positions_R = np.array([len(sequence.tokens) for sequence in sampled])
         found = self._sampler.sample(logits_RV, self._batch, positions_R, masks.result() if masks else None)
         tokens: list[int] = found.token_ids_R.tolist()
@@ -81,41 +83,42 @@ class StepSampler:
             stuck = [sequence for sequence, token in zip(sampled, tokens, strict=True) if token == NO_TOKEN]
         ends = {sequence: _how_stuck(sequence) for sequence in stuck}
         failed = {sequence: _why_stuck(sequence) for sequence in stuck if ends[sequence] != "stop"}
+        self._chosen_R = found.token_ids_R
+        chosen = {run.row: [] if run.sequence in ends else [token] for run, token in zip(choosing, tokens, strict=True)}
+        by_run = [chosen.get(run.row, []) for run in plan.runs]
         if found.logprobs is None:
-            return Choice(tokens, {}, ends, failed)
+            return Choice(by_run, {}, ends, failed)
         rows = self._batch.logprob_rows
         asked = [sampled[row] for row in rows]
         limits = [sequence.request.logprobs or 0 for sequence in asked]
         told = _told(found.logprobs, [tokens[row] for row in rows], limits)
-        return Choice(tokens, dict(zip(asked, told, strict=True)), ends, failed)
+        return Choice(by_run, dict(zip(asked, told, strict=True)), ends, failed)
 
-    def commit(self, choice: Choice) -> None:
-        """Count the tokens of a step that is final."""
-        if choice.tokens and self._batch.rules is not None:
-            self._batch.add(torch.tensor(choice.tokens, device=self._device))
+    def commit(self) -> None:
+        """Count the tokens of a step that is final: those chosen last."""
+        if self._chosen_R is not None:
+            self._batch.add(self._chosen_R)
+            self._chosen_R = None
 
 
 def tell_prompt(plan: StepPlan, logits_RV: Tensor) -> dict[Sequence, list[TokenLogprob]]:
-    """The log-probabilities of the prompt tokens that a step's chunks tell."""
+    """The log-probabilities of the prompt tokens that a step's prefills tell."""
     told = {}
-    row = len(plan.decodes)
-    for chunk in plan.chunks:
-        sequence = chunk.sequence
-        positions = sequence.prompt_positions(chunk.start, chunk.end)
+    for run in plan.scans:
+        sequence, positions = run.sequence, run.prompt_positions
         if positions:
             num_top = sequence.request.prompt_logprobs or 0
-            targets = sequence.tokens[positions.start + 1 : positions.stop + 1]
+            targets = sequence.tokens[positions[0] + 1 : positions[-1] + 2]
             targets_L = torch.tensor(targets, device=logits_RV.device)
-            found = token_logprobs(logits_RV[row : row + len(positions)], targets_L, num_top)
+            found = token_logprobs(logits_RV[run.logit_row : run.logit_row + len(targets)], targets_L, num_top)
             told[sequence] = _told(found, targets, [num_top] * len(targets))
-        row += len(chunk.logit_positions())
     return told
 
 
-def _row_sampling(sequence: Sequence) -> RowSampling:
+def _sequence_sampling(sequence: Sequence) -> SequenceSampling:
     sampling = sequence.request.sampling
-    rules = _row_rules(sequence)
-    return RowSampling(
+    rules = _sequence_rules(sequence)
+    return SequenceSampling(
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,
@@ -127,10 +130,10 @@ def _row_sampling(sequence: Sequence) -> RowSampling:
     )
 
 
-def _row_rules(sequence: Sequence) -> RowRules:
+def _sequence_rules(sequence: Sequence) -> SequenceRules:
     request, sampling = sequence.request, sequence.request.sampling
     early = request.min_tokens > sequence.num_generated
-    return RowRules(
+    return SequenceRules(
         masked=request.grammar is not None,
         allowed_token_ids=sequence.allowed_ids,
         bad_words=sampling.bad_words,
@@ -158,17 +161,6 @@ def _why_stuck(sequence: Sequence) -> str:
         f"no token is left to choose after {sequence.num_generated} tokens: allowed_token_ids, bad_words, logit_bias, "
         "min_tokens and the grammar exclude all of them; relax one"
     )
-
-
-def _sample_rows(plan: StepPlan) -> list[int]:
-    """Which rows of the step's logits choose tokens; the others are for prompt log-probabilities."""
-    rows = list(range(len(plan.decodes)))
-    end = len(rows)
-    for chunk in plan.chunks:
-        end += len(chunk.logit_positions())
-        if chunk.samples:
-            rows.append(end - 1)
-    return rows
 
 
 def _told(logprobs: Logprobs, token_ids: Seq[int], limits: Seq[int]) -> list[TokenLogprob]:

@@ -13,6 +13,7 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import shard_links
 from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.gang.threads import share_cores
 from divisi.cluster.passes import Pass, PassLayers
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class ShardLoop:
     mode: ShardedMode
     layers: PassLayers
     device: torch.device
+    threads: int | None
+    """See `GangSpec.threads`."""
     inbox: EpochInbox
     reports: EpochReports
 
@@ -58,6 +61,7 @@ class ShardLoop:
         """One epoch; ends by StepAborted."""
         epoch = assignment.membership.epoch
         self.inbox.check(epoch)
+        share_cores(self.threads, assignment)
         with shard_links(assignment, self.inbox, self.device) as links:
             end = self.mode.shard_end(links.peers, self.experts)
             self.reports.serving(epoch)

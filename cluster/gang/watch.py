@@ -84,9 +84,12 @@ class SeatWatch:
 
     @property
     def displaced(self) -> bool:
-        """Whether another process keeps the only seat that this one can fill."""
+        """Whether other processes keep every seat that this one can fill, though it has held one before.
+
+        What it was given to do waits for that seat. A process that never had one is a spare, and may wait.
+        """
         since = self._wanting_since
-        return self._index is not None and since is not None and time.monotonic() - since > _GIVE_UP_S
+        return self._first_seat.done() and since is not None and time.monotonic() - since > _GIVE_UP_S
 
     def serving(self, epoch: int) -> None:
         """For the loop: all peers of the epoch were reached."""
@@ -125,6 +128,8 @@ class SeatWatch:
         self._unheard.clear()
         self._holder_id = uuid.uuid4().hex
         self.seat = self._join(client)
+        if self._stop.is_set():  # `stop` may have given the seat up before it was taken
+            client.leave(self._holder_id, "it was stopped")
         if self.seat is None:
             self._stop.wait(_RETRY_S)
             return

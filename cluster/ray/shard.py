@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from typing import Any
-
-import psutil
 
 from divisi.cluster.assembly import load_shard, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
@@ -29,8 +27,10 @@ class ExpertShardActor:
     def __init__(self, spec: GangSpec, index: int) -> None:
         host = prepare_process(spec)
         config = ModelConfig.load(spec.model_dir)
-        with reported(spec.name, f"expert:{index}") as report:
-            checkpoint = Checkpoint.open(spec.model_dir)
+        with (
+            reported(spec.name, f"expert:{index}") as report,
+            contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint,
+        ):
             experts = load_shard(spec, config, checkpoint, index, report)
         self._bytes_read = checkpoint.bytes_read
         self._weight_bytes = experts.nbytes
@@ -42,15 +42,6 @@ class ExpertShardActor:
         self._told = False
         threading.Thread(target=_run_or_exit, args=(loop,), name="shard-loop", daemon=True).start()
         self._watch.start()
-
-    def about(self) -> dict[str, Any]:
-        """The process and what it read: pid, bytes read of the checkpoint, bytes of weights held, resident bytes."""
-        return {
-            "pid": os.getpid(),
-            "bytes_read": self._bytes_read,
-            "weight_bytes": self._weight_bytes,
-            "resident_bytes": psutil.Process().memory_info().rss,
-        }
 
     def _stats(self) -> dict[str, float] | None:
         if self._told:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -59,13 +60,19 @@ class AttentionRank:
             "attention", Address(host, listener.getsockname()[1]), loads_for_seat=spec.shape.colocated
         )
         self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats)
-        who, index = f"attention worker {os.getpid()}", 0
-        if spec.shape.colocated:
-            self._watch.start()
-            seat = self._watch.wait_for_seat()
-            who, index = str(seat), seat.index
-        with reported(spec.name, who) as report:
-            self._engine, experts = build_engine(spec, config, index, report)
+        with contextlib.ExitStack() as stack:
+            stack.callback(listener.close)
+            who, index = f"attention worker {os.getpid()}", 0
+            if spec.shape.colocated:
+                self._watch.start()
+                # Else the seat would be held, by a thread, for as long as a process lives that could not load.
+                stack.callback(self._watch.stop, "it could not load")
+                seat = self._watch.wait_for_seat()
+                who, index = str(seat), seat.index
+            with reported(spec.name, who) as report:
+                self._engine, experts = build_engine(spec, config, index, report)
+            stack.pop_all()
+        self._listener = listener
         mode, network = dispatch_mode(spec, config, experts), worker_network(spec, config, listener)
         self._loop = WorkerLoop[StepPlan](self._engine, mode, self._inbox, self._watch, network, self._deliver)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
@@ -78,9 +85,10 @@ class AttentionRank:
     async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         """Events of one request, several at a time when the reader is slow; the last one is terminal.
 
-        Closing the generator cancels the request. Raises RequestRejected, and GangNotReady when the step loop has
-        ended, before the first event.
+        Closing the generator cancels the request. Raises RequestRejected, and GangNotReady without a seat or when the
+        step loop has ended, before the first event.
         """
+        self._check_seat()
         stream = self._streams.open(request.request_id)
         finished = False
         try:
@@ -95,21 +103,28 @@ class AttentionRank:
                 self._loop.cancel(request.request_id)
 
     async def stats(self) -> EngineStats:
-        """The engine's numbers as of now. Raises GangNotReady when the step loop has ended."""
+        """The engine's numbers as of now. Raises GangNotReady without a seat or when the step loop has ended."""
+        self._check_seat()
         return await asyncio.wrap_future(self._loop.ask(self._engine.stats))
 
     def check(self) -> None:
-        """Raise WorkerFailed once the step loop has ended by an error, or the worker has no place in the gang."""
+        """Raise WorkerFailed once the step loop has ended by an error, or another process has taken its seat."""
         if self._failure is not None:
             raise WorkerFailed(self._failure)
         if self._watch.displaced:
-            raise WorkerFailed("another process holds the seat that this one loaded its experts for")
+            raise WorkerFailed("another process holds the seat that was this one's")
 
     def close(self) -> None:
         """Leave the gang."""
         self._inbox.stop()
         self._thread.join(timeout=self._spec.step_deadline_s)
         self._watch.stop("its replica is shutting down")
+        self._listener.close()
+
+    def _check_seat(self) -> None:
+        """Outside the gang nothing is computed: a request would wait until somebody's seat becomes free."""
+        if self._watch.seat is None:
+            raise GangNotReady("this attention worker has no seat in the gang")
 
     def _run(self) -> None:
         try:

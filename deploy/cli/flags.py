@@ -20,6 +20,7 @@ _FIELDS = {
     "expert_shards": ("gang", "expert_shards"),
     "device": ("gang", "device"),
     "threads_per_process": ("gang", "threads_per_process"),
+    "deterministic": ("gang", "deterministic"),
     "kv_memory": ("cache", "kv_memory"),
     "page_size": ("cache", "page_size"),
     "max_seqs": ("cache", "max_seqs"),
@@ -60,7 +61,16 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     gang.add_argument("--attention-workers", metavar="N", help="each holds its own sequences (default: 1)")
     gang.add_argument("--expert-shards", metavar="N", help="the routed experts are shared out among them (default: 1)")
     gang.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
-    gang.add_argument("--threads-per-process", metavar="N", help="CPU threads of each rank (default: a fair share)")
+    gang.add_argument(
+        "--threads-per-process",
+        metavar="N",
+        help="CPU threads of each rank (default: its machine's cores over the ranks there)",
+    )
+    gang.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        help="the same bits whatever else is served beside a request, at a slower prefill; on CPUs (default: off)",
+    )
     cache = parser.add_argument_group("memory, for each attention worker")
     cache.add_argument("--kv-memory", metavar="SIZE", help="for KV pages, as in 512MiB or 16GiB (default: 1GiB)")
     cache.add_argument("--page-size", metavar="TOKENS", help="tokens per KV page (default: 16)")

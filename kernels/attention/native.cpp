@@ -44,68 +44,119 @@ extern "C" void divisi_attention_inputs(const float* rows, const float* cos_sin,
     inputs(rows, cos_sin, q_scale, k_scale, eps, (float*)keys, (float*)values, kv_rows, q, t, qh, kvh, d, half, threads);
 }
 
-// One KV head's group of queries against `visible` tokens, page by page, with a running softmax (Milakov & Gimelshein 2018).
-template <class KV>
-static void attend(const float* q, const KV* keys, const KV* values, const int32_t* pages, long page_size, long visible, long group,
-                   long kvh, long d, float scale, float* scores, float* acc) {
-  std::vector<float> top(group, -INFINITY), total(group, 0.0f);
-  std::vector<const float*> rows(group);
-  for (long g = 0; g < group; g++) rows[g] = q + g * d;
-  memset(acc, 0, group * d * sizeof(float));
-  for (long at = 0; at < visible; at += page_size) {
-    long n = visible - at < page_size ? visible - at : page_size, base = (long)pages[at / page_size] * page_size * kvh * d;
-    dot_block<KV>(rows.data(), group, keys + base, kvh * d, n, d, scores, page_size);
-    for (long g = 0; g < group; g++) {
-      float *s = scores + g * page_size, *o = acc + g * d, best = top[g];
-      for (long i = 0; i < n; i++) { s[i] *= scale; best = s[i] > best ? s[i] : best; }
-      float keep = top[g] == -INFINITY ? 0.0f : fast_exp(top[g] - best);
-      top[g] = best;
-      total[g] *= keep;
-      for (long i = 0; i < n; i++) { s[i] = fast_exp(s[i] - best); total[g] += s[i]; }
-      for (long c = 0; c < d; c++) o[c] *= keep;
-    }
+// acc[g] += p[g] . values over n tokens, for G queries that share the reading of the values.
+template <int G, class KV>
+static void add_values(const KV* values, long stride, const float* p, long ldp, long n, long d, float* acc) {
+  constexpr int C = VB == 64 ? 4 : 2;  // vectors of the output that stay in registers
+  long c = 0;
+  for (; c + C * VL <= d; c += C * VL) {
+    vf o[G][C];
+    for (int g = 0; g < G; g++)
+      for (int j = 0; j < C; j++) o[g][j] = load(acc + g * d + c + j * VL);
     for (long i = 0; i < n; i++) {
-      const KV* v = values + base + i * kvh * d;
-      for (long g = 0; g < group; g++) {
-        float p = scores[g * page_size + i], *o = acc + g * d;
-        long c = 0;
-        for (; c + VL <= d; c += VL) store(o + c, load(o + c) + p * load(v + c));
-        for (; c < d; c++) o[c] += p * scalar(v + c);
+      vf v[C];
+#pragma GCC unroll 4
+      for (int j = 0; j < C; j++) v[j] = load(values + i * stride + c + j * VL);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+        for (int j = 0; j < C; j++) o[g][j] = fma(vf{} + p[g * ldp + i], v[j], o[g][j]);
+    }
+    for (int g = 0; g < G; g++)
+      for (int j = 0; j < C; j++) store(acc + g * d + c + j * VL, o[g][j]);
+  }
+  for (; c < d; c++)
+    for (int g = 0; g < G; g++)
+      for (long i = 0; i < n; i++) acc[g * d + c] = __builtin_fmaf(p[g * ldp + i], scalar(values + i * stride + c), acc[g * d + c]);
+}
+
+struct Block { long run, row, count; };  // rows of one run that are worked on together
+
+// The queries of one KV head in `count` rows, of which the first sees `visible` tokens and each later one a token more. Page
+// by page, with a running softmax (Milakov & Gimelshein 2018). Rows share the reading of a page, but what each gets depends on
+// its own query and position alone: sums over tokens run in their order, page by page, whatever rows are beside it.
+template <class KV>
+struct Attend {
+  long page_size, group, kvh, d;
+  float scale;
+  std::vector<const float*> queries;
+  std::vector<float> top, total, scores, acc;
+
+  Attend(long page_size, long group, long kvh, long d, long most)
+      : page_size(page_size), group(group), kvh(kvh), d(d), scale(1.0f / sqrtf((float)d)), queries(most * group),
+        top(most * group), total(most * group), scores(most * group * page_size), acc(most * group * d) {}
+
+  void operator()(const float* q, long count, long visible, const KV* keys, const KV* values, const int32_t* pages) {
+    long m = count * group, last = visible + count - 1;
+    for (long g = 0; g < m; g++) queries[g] = q + (g / group * kvh * group + g % group) * d;
+    for (long g = 0; g < m; g++) { top[g] = -INFINITY; total[g] = 0.0f; }
+    memset(acc.data(), 0, m * d * sizeof(float));
+    for (long at = 0; at < last; at += page_size) {
+      long n = last - at < page_size ? last - at : page_size, base = (long)pages[at / page_size] * page_size * kvh * d;
+      dot_block<KV>(queries.data(), m, keys + base, kvh * d, n, d, scores.data(), page_size);
+      for (long r = 0; r < count; r++) {
+        long own = visible + r - at < n ? visible + r - at : n;
+        if (own <= 0) continue;
+        long g = r * group, end = g + group;
+        for (long i = g; i < end; i++) soften(i, own);
+        for (; g + 4 <= end; g += 4) add_values<4>(values + base, kvh * d, &scores[g * page_size], page_size, own, d, &acc[g * d]);
+        for (; g + 2 <= end; g += 2) add_values<2>(values + base, kvh * d, &scores[g * page_size], page_size, own, d, &acc[g * d]);
+        for (; g < end; g++) add_values<1>(values + base, kvh * d, &scores[g * page_size], page_size, own, d, &acc[g * d]);
       }
     }
+    for (long g = 0; g < m; g++)
+      for (long c = 0; c < d; c++) acc[g * d + c] /= total[g];
   }
-  for (long g = 0; g < group; g++)
-    for (long c = 0; c < d; c++) acc[g * d + c] /= total[g];
-}
+
+  // Scores of one query against a page become weights; what it summed before is scaled to the new maximum.
+  void soften(long g, long n) {
+    float *s = &scores[g * page_size], *o = &acc[g * d], best = top[g];
+    for (long i = 0; i < n; i++) { s[i] *= scale; best = s[i] > best ? s[i] : best; }
+    float keep = top[g] == -INFINITY ? 0.0f : fast_exp(top[g] - best);
+    top[g] = best;
+    float sum = total[g] * keep;
+    for (long i = 0; i < n; i++) { s[i] = fast_exp(s[i] - best); sum += s[i]; }
+    total[g] = sum;
+    for (long c = 0; c < d; c++) o[c] *= keep;
+  }
+};
 
 template <class KV>
-static void decode(const float* q, const float* rows, const KV* keys, const KV* values, long page_size, const int32_t* starts,
-                   const int32_t* lengths, const int32_t* pages, long max_pages, float* out, long sequences, long qh, long kvh,
-                   long d, int threads) {
+static void attend_runs(const float* q, const float* rows, const KV* keys, const KV* values, long page_size, const int32_t* starts,
+                        const int32_t* lengths, const int32_t* pages, long max_pages, long until, float* out, long runs, long qh,
+                        long kvh, long d, int threads) {
+  constexpr long MOST = 8;
   long group = qh / kvh, width = (2 * qh + 2 * kvh) * d;
+  std::vector<Block> blocks;
+  for (long s = 0; s < runs; s++) {
+    long near = until - lengths[s], end = near < starts[s + 1] - starts[s] ? starts[s] + near : starts[s + 1];
+    for (long t = starts[s]; t < end; t += MOST) blocks.push_back({s, t, end - t < MOST ? end - t : MOST});
+  }
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> scores(group * page_size), acc(group * d);
+    Attend<KV> attend(page_size, group, kvh, d, MOST);
 #pragma omp for schedule(dynamic) collapse(2)
-    for (long s = 0; s < sequences; s++)
-      for (long h = 0; h < kvh; h++)
-        for (long t = starts[s]; t < starts[s + 1]; t++) {
-          long visible = lengths[s] + t - starts[s] + 1, first = h * group * d;
-          attend(q + t * qh * d + first, keys + h * d, values + h * d, pages + s * max_pages, page_size, visible, group, kvh, d,
-                 1.0f / sqrtf((float)d), scores.data(), acc.data());
-          const float* gate = rows + t * width + qh * d + first;
-          for (long c = 0; c < group * d; c++) out[t * qh * d + first + c] = acc[c] * sigmoid(gate[c]);
+    for (long b = 0; b < (long)blocks.size(); b++)
+      for (long h = 0; h < kvh; h++) {
+        auto [s, t, count] = blocks[b];
+        long first = h * group * d;
+        attend(q + t * qh * d + first, count, lengths[s] + t - starts[s] + 1, keys + h * d, values + h * d, pages + s * max_pages);
+        for (long r = 0; r < count; r++) {
+          const float *gate = rows + (t + r) * width + qh * d + first, *acc = &attend.acc[r * group * d];
+          for (long c = 0; c < group * d; c++) out[(t + r) * qh * d + first + c] = acc[c] * sigmoid(gate[c]);
         }
+      }
   }
 }
 
-extern "C" void divisi_attention_decode(const float* q, const float* rows, const void* keys, const void* values, int kv_is_bf16,
-                                        long page_size, const int32_t* starts, const int32_t* lengths, const int32_t* pages,
-                                        long max_pages, float* out, long sequences, long qh, long kvh, long d, int threads) {
+// Rows at positions from `until` on are left to the caller.
+extern "C" void divisi_attention(const float* q, const float* rows, const void* keys, const void* values, int kv_is_bf16,
+                                 long page_size, const int32_t* starts, const int32_t* lengths, const int32_t* pages, long max_pages,
+                                 long until, float* out, long runs, long qh, long kvh, long d, int threads) {
   if (kv_is_bf16)
-    decode(q, rows, (const bf16*)keys, (const bf16*)values, page_size, starts, lengths, pages, max_pages, out, sequences, qh, kvh, d,
-           threads);
+    attend_runs(q, rows, (const bf16*)keys, (const bf16*)values, page_size, starts, lengths, pages, max_pages, until, out, runs, qh,
+                kvh, d, threads);
   else
-    decode(q, rows, (const float*)keys, (const float*)values, page_size, starts, lengths, pages, max_pages, out, sequences, qh, kvh, d,
-           threads);
+    attend_runs(q, rows, (const float*)keys, (const float*)values, page_size, starts, lengths, pages, max_pages, until, out, runs, qh,
+                kvh, d, threads);
 }

@@ -1,6 +1,6 @@
 """Gated grouped-query attention over a paged KV pool.
 
-A projected row is ``[q QD | gate QD | k JD | v JD]``. Shapes: T rows, S sequences, N pages, others as in layout.py.
+A projected row is ``[q QD | gate QD | k JD | v JD]``. Shapes: T rows, S runs, N pages, others as in layout.py.
 """
 
 from __future__ import annotations
@@ -32,20 +32,24 @@ def attention_inputs(
     return q_TQD
 
 
-def attention_decode(
+def attend_runs(
     q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
 ) -> Tensor:
-    """Attend from each sequence's rows to its committed tokens and the rows up to their own; return gated [T, Q D]."""
+    """Attend from each run's rows to its committed tokens and its rows up to their own; return gated [T, Q D].
+
+    Run s owns rows ``starts[s]:starts[s+1]`` at positions from ``lengths[s]`` on; it may have none. This specifies both
+    ``attention_decode`` and ``attention_prefill``, which differ in how many rows their runs have.
+    """
     out_TX = torch.empty_like(q_TQD).flatten(1)
     starts = starts_S1.tolist()
-    for index, length in enumerate(lengths_S.tolist()):
-        rows = slice(starts[index], starts[index + 1])
-        out_TX[rows] = attention_prefill(q_TQD[rows], rows_TP[rows], pool, pages_SN[index], length)
+    for run, length in enumerate(lengths_S.tolist()):
+        rows = slice(starts[run], starts[run + 1])
+        out_TX[rows] = attend_run(q_TQD[rows], rows_TP[rows], pool, pages_SN[run], length)
     return out_TX
 
 
-def attention_prefill(q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, pages_N: Tensor, length: int) -> Tensor:
-    """Attend from rows at positions ``length`` on to everything before and themselves; return gated [T, Q D]."""
+def attend_run(q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, pages_N: Tensor, length: int) -> Tensor:
+    """One run, by torch's fused attention."""
     tokens, heads, dim = q_TQD.shape
     total = length + tokens
     pages = pages_N[: -(-total // pool.page_size)].long()

@@ -1,7 +1,7 @@
 """Memory and weights of one gated DeltaNet layer, shared by all implementations.
 
-Shapes: S state slots, R ring entries, C conv channels (q, k, v of all heads side by side), W conv taps, H value heads,
-G key heads, K key dim, V value dim.
+Shapes: S state slots (in Leaves: runs), L states left, R ring entries, C conv channels (q, k, v of all heads side by
+side), W conv taps, H value heads, G key heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -36,6 +36,26 @@ class DeltaState:
     def ring(self) -> int:
         """R."""
         return self.conv_SRC.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that belongs to a slot, in the order of the fields."""
+        return self.state_SHKV, self.conv_SRC, self.key_SRGK, self.delta_SRHV, self.decay_SRH, self.position_S
+
+
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """The states that scan runs leave: run s leaves those of index ``starts[s]:starts[s + 1]``.
+
+    A slot that receives one is no run's source in the same call, so that a call can be repeated, and receives no other.
+    """
+
+    starts_S1: Tensor
+    """int32 [S + 1]."""
+    positions_L: Tensor
+    """int32 [L]: tokens that the state has absorbed; ascending within a run, the last at the run's end."""
+    slots_L: Tensor
+    """int32 [L]: slot that receives the state."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 #include "simd.h"
 #include <vector>
 
-struct Delta {  // one layer; field order is that of native/ops.py
+struct Delta {  // one layer; field order is that of _Delta in native/ops.py
   float *state, *conv, *key, *delta, *decay;
   int32_t* position;
   const float *taps, *rate, *dt_bias, *norm;
@@ -73,6 +73,25 @@ static void read_head(const Delta& a, const float* s, const float* row, const fl
   *decay = g;
 }
 
+// Replays a head's ring up to position upto.
+static void replay(const Delta& a, long slot, long h, long upto) {
+  long kd = a.key_dim, vd = a.value_dim, group = h / (a.value_heads / a.key_heads);
+  for (long p = a.position[slot]; p < upto; p++) {
+    long entry = slot * a.ring + p % a.ring;
+    apply(a.slot_state(slot, h), a.key + (entry * a.key_heads + group) * kd, a.delta + (entry * a.value_heads + h) * vd,
+          a.decay[entry * a.value_heads + h], kd, vd);
+  }
+}
+
+extern "C" void divisi_gated_delta_flush(const Delta* layer, const int32_t* slots, const int32_t* upto, long n) {
+  const Delta& a = *layer;
+#pragma omp parallel for num_threads(a.threads) schedule(static) collapse(2)
+  for (long i = 0; i < n; i++)
+    for (long h = 0; h < a.value_heads; h++) replay(a, slots[i], h, upto[i]);
+  for (long i = 0; i < n; i++)
+    if (a.position[slots[i]] < upto[i]) a.position[slots[i]] = upto[i];
+}
+
 // mixed: scratch [rows, channels]; out [rows, value_heads * value_dim]
 extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows, float* mixed, float* out, const int32_t* starts,
                                           const int32_t* lengths, const int32_t* slots, long sequences) {
@@ -93,13 +112,10 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
 #pragma omp for schedule(static) collapse(2)
     for (long s = 0; s < sequences; s++)
       for (long h = 0; h < a.value_heads; h++) {
+        if (starts[s] == starts[s + 1]) continue;
         long group = h / (a.value_heads / a.key_heads), base = slots[s] * a.ring;
-        float* state = a.slot_state(slots[s], h);
-        for (long p = a.position[slots[s]]; p < lengths[s]; p++) {
-          long entry = base + p % a.ring;
-          apply(state, a.key + entry * kx + group * kd, a.delta + entry * x + h * vd, a.decay[entry * a.value_heads + h], kd, vd);
-        }
-        const float* now = state;
+        replay(a, slots[s], h, lengths[s]);
+        const float *state = a.slot_state(slots[s], h), *now = state;
         for (long t = starts[s], p = lengths[s]; t < starts[s + 1]; t++, p++) {
           long entry = base + p % a.ring;
           float* u = a.delta + entry * x + h * vd;
@@ -111,41 +127,56 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
         }
       }
 #pragma omp for schedule(static)
-    for (long s = 0; s < sequences; s++) a.position[slots[s]] = lengths[s];
+    for (long s = 0; s < sequences; s++)
+      if (starts[s] < starts[s + 1]) a.position[slots[s]] = lengths[s];
   }
 }
 
-// A chunk of `tokens` rows from `slot` (zero state when length is 0) into `spare`; `slot` must stand at `length`.
-extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows, float* mixed, float* out, long tokens, long slot,
-                                           long spare, long length) {
+// Runs of rows, each from the state of its source (zero where that is -1), leaving states at positions in other slots. The
+// state is carried in the slot that the run leaves next, so that it is stored once for each and never rounded or copied out.
+extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows, float* mixed, float* out, const int32_t* starts,
+                                           const int32_t* lengths, const int32_t* sources, const int32_t* leaf_starts,
+                                           const int32_t* leaf_positions, const int32_t* leaf_slots, long runs) {
   const Delta& a = *layer;
   long kd = a.key_dim, vd = a.value_dim, c = a.channels(), kx = a.key_heads * kd, x = a.value_heads * vd;
-  const float* before = a.conv + slot * a.ring * c;
-  auto input = [&](long t, long back) -> const float* {
-    if (t >= back) return rows + (t - back) * a.row_width();
-    return length + t < back ? nullptr : before + (length + t - back) % a.ring * c;
+  // conv input `back` tokens before position p of run s: of the call's rows, of the source's ring, or none
+  auto input = [&](long s, long p, long back) -> const float* {
+    long at = p - back, first = lengths[s];
+    if (at >= first) return rows + (starts[s] + at - first) * a.row_width();
+    return at < 0 ? nullptr : a.conv + (sources[s] * a.ring + at % a.ring) * c;
   };
 #pragma omp parallel num_threads(a.threads)
   {
     std::vector<float> u(vd), sq(vd);
-#pragma omp for schedule(static)
-    for (long t = 0; t < tokens; t++)
-      mix_row(a, [&](long back) { return input(t, back); }, mixed + t * c);
-#pragma omp for schedule(dynamic)
-    for (long h = 0; h < a.value_heads; h++) {
-      float* state = a.slot_state(spare, h);
-      if (length == 0) memset(state, 0, kd * vd * sizeof(float));
-      else memcpy(state, a.slot_state(slot, h), kd * vd * sizeof(float));
-      const float* k = mixed + kx + h / (a.value_heads / a.key_heads) * kd;
-      for (long t = 0; t < tokens; t++) {
-        float g;
-        read_head(a, state, rows + t * a.row_width(), mixed + t * c, h, u.data(), &g, sq.data(), out + t * x);
-        apply(state, k + t * c, u.data(), g, kd, vd);
+    for (long s = 0; s < runs; s++)
+#pragma omp for schedule(static) nowait
+      for (long t = starts[s]; t < starts[s + 1]; t++)
+        mix_row(a, [&](long back) { return input(s, lengths[s] + t - starts[s], back); }, mixed + t * c);
+#pragma omp barrier
+#pragma omp for schedule(dynamic) collapse(2)
+    for (long s = 0; s < runs; s++)
+      for (long h = 0; h < a.value_heads; h++) {
+        const float *k = mixed + kx + h / (a.value_heads / a.key_heads) * kd;
+        const float *before = sources[s] < 0 ? nullptr : a.slot_state(sources[s], h);
+        long t = starts[s];
+        for (long i = leaf_starts[s]; i < leaf_starts[s + 1]; i++) {
+          float* state = a.slot_state(leaf_slots[i], h);
+          if (before) memcpy(state, before, kd * vd * sizeof(float));
+          else memset(state, 0, kd * vd * sizeof(float));
+          for (long end = starts[s] + leaf_positions[i] - lengths[s]; t < end; t++) {
+            float g;
+            read_head(a, state, rows + t * a.row_width(), mixed + t * c, h, u.data(), &g, sq.data(), out + t * x);
+            apply(state, k + t * c, u.data(), g, kd, vd);
+          }
+          before = state;
+        }
       }
-    }
   }
-  float* after = a.conv + spare * a.ring * c;
-  for (long back = 0; back + 1 < a.num_taps && back < length + tokens; back++)
-    memcpy(after + (length + tokens - 1 - back) % a.ring * c, input(tokens - 1, back), c * sizeof(float));
-  a.position[spare] = (int32_t)(length + tokens);
+  for (long s = 0; s < runs; s++)
+    for (long i = leaf_starts[s]; i < leaf_starts[s + 1]; i++) {
+      long p = leaf_positions[i], slot = leaf_slots[i];
+      for (long back = 1; back < a.num_taps && back <= p; back++)
+        memcpy(a.conv + (slot * a.ring + (p - back) % a.ring) * c, input(s, p, back), c * sizeof(float));
+      a.position[slot] = (int32_t)p;
+    }
 }

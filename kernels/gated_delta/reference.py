@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from divisi.kernels.gated_delta.chunked import chunked_scan
-from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights
+from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
 
 
 def gated_delta_decode(
@@ -22,13 +22,17 @@ def gated_delta_decode(
     """Replay what each slot lags behind, then run the new rows on a copy; return ``out_TX``.
 
     Sequence s owns rows ``starts[s]:starts[s+1]`` at positions from ``lengths[s]`` on. Afterwards its slot stands at
-    ``lengths[s]`` and the ring holds the new rows, which a later step replays or overwrites.
+    ``lengths[s]`` and the ring holds the new rows, which a later step replays or overwrites. A slot without rows
+    is left alone.
     """
     out_TX = rows_TP.new_empty((rows_TP.shape[0], state.delta_SRHV.shape[2] * state.delta_SRHV.shape[3]))
+    busy_S = starts_S1.diff() > 0
+    gated_delta_flush(state, slots_S[busy_S], lengths_S[busy_S])
     starts, lengths = starts_S1.tolist(), lengths_S.tolist()
     for index, slot in enumerate(slots_S.tolist()):
         start, end, length = starts[index], starts[index + 1], lengths[index]
-        flush(state, slot, length)
+        if start == end:
+            continue
         conv_TC, z, beta, decay = _inputs(rows_TP[start:end], weights, state, slot, length)
         q, k, v = _heads(conv_TC, state)
         local_HKV = state.state_SHKV[slot].clone()
@@ -45,35 +49,69 @@ def gated_delta_decode(
 
 
 def gated_delta_prefill(
-    rows_TP: Tensor, weights: DeltaWeights, state: DeltaState, slot: int, spare: int, length: int
+    rows_TP: Tensor,
+    weights: DeltaWeights,
+    state: DeltaState,
+    starts_S1: Tensor,
+    lengths_S: Tensor,
+    sources_S: Tensor,
+    leaves: Leaves,
 ) -> Tensor:
-    """Run a chunk of prompt rows from ``slot`` (from zero when ``length`` is 0) into ``spare``; return ``out_TX``.
+    """Scan the runs' rows, each from its source's state, and leave states in other slots; return ``out_TX``.
 
-    ``slot`` must stand at ``length`` and is left as it was.
+    Run s owns rows ``starts[s]:starts[s+1]`` at positions from ``lengths[s]`` on. Its source stands at ``lengths[s]``,
+    or is -1 where that is 0, and is only read: several runs may share one. A run without rows leaves nothing.
     """
-    tokens = rows_TP.shape[0]
-    conv_TC, z, beta, decay = _inputs(rows_TP, weights, state, slot, length)
+    out_TX = rows_TP.new_empty((rows_TP.shape[0], state.delta_SRHV.shape[2] * state.delta_SRHV.shape[3]))
+    starts, firsts = starts_S1.tolist(), leaves.starts_S1.tolist()
+    left = list(zip(leaves.positions_L.tolist(), leaves.slots_L.tolist(), strict=True))
+    sources = sources_S.tolist()
+    assert {slot for _, slot in left}.isdisjoint(sources), "a source may not be written"
+    for run, (length, source) in enumerate(zip(lengths_S.tolist(), sources, strict=True)):
+        rows, own = slice(starts[run], starts[run + 1]), left[firsts[run] : firsts[run + 1]]
+        if own:
+            _scan(rows_TP[rows], weights, state, length, source, own, out_TX[rows])
+    return out_TX
+
+
+def _scan(
+    rows_TP: Tensor,
+    weights: DeltaWeights,
+    state: DeltaState,
+    length: int,
+    source: int,
+    left: list[tuple[int, int]],
+    out_TX: Tensor,
+) -> None:
+    """One run: from leave to leave, each a (position, slot)."""
+    conv_TC, z, beta, decay = _inputs(rows_TP, weights, state, source, length)
     q, k, v = _heads(conv_TC, state)
-    start_HKV = state.state_SHKV[slot] if length else torch.zeros_like(state.state_SHKV[slot])
-    out_THV, end_HKV = chunked_scan(q, k, v, beta, decay, start_HKV)
-    state.state_SHKV[spare] = end_HKV
-    state.position_S[spare] = length + tokens
-    taps = weights.conv_WC.shape[0]
-    history_TC = torch.cat([_history(state, slot, length, taps), rows_TP[:, : conv_TC.shape[1]]])
-    for back in range(1, min(taps - 1, length + tokens) + 1):
-        state.conv_SRC[spare, (length + tokens - back) % state.ring] = history_TC[-back]
-    return _gated_norm(out_THV, z, weights).flatten(1)
+    now_HKV = state.state_SHKV[source] if source >= 0 else torch.zeros_like(state.state_SHKV[0])
+    before = weights.conv_WC.shape[0] - 1
+    history_TC = torch.cat([_history(state, source, length, before + 1), rows_TP[:, : conv_TC.shape[1]]])
+    start = 0
+    for position, slot in left:
+        part = slice(start, position - length)
+        out_THV, now_HKV = chunked_scan(q[part], k[part], v[part], beta[part], decay[part], now_HKV)
+        out_TX[part] = _gated_norm(out_THV, z[part], weights).flatten(1)
+        state.state_SHKV[slot] = now_HKV
+        state.position_S[slot] = position
+        for back in range(1, min(before, position) + 1):
+            state.conv_SRC[slot, (position - back) % state.ring] = history_TC[before + part.stop - back]
+        start = part.stop
 
 
-def flush(state: DeltaState, slot: int, upto: int) -> None:
-    """Replay ring entries into ``slot`` until its state stands at position ``upto``."""
+def gated_delta_flush(state: DeltaState, slots_N: Tensor, upto_N: Tensor) -> None:
+    """Replay ring entries until each slot's state stands at position ``upto``; one that does already is left alone."""
     groups = state.delta_SRHV.shape[2] // state.key_SRGK.shape[2]
-    for position in range(int(state.position_S[slot]), upto):
-        entry = position % state.ring
-        key_HK = state.key_SRGK[slot, entry].repeat_interleave(groups, 0)
-        state.state_SHKV[slot].mul_(state.decay_SRH[slot, entry, :, None, None])
-        state.state_SHKV[slot] += key_HK[:, :, None] * state.delta_SRHV[slot, entry][:, None, :]
-    state.position_S[slot] = upto
+    position_N = state.position_S[slots_N]
+    while (behind_N := position_N < upto_N).any():
+        slots, entries = slots_N[behind_N], position_N[behind_N] % state.ring
+        key_NHK = state.key_SRGK[slots, entries].repeat_interleave(groups, 1)
+        change_NHKV = key_NHK[..., None] * state.delta_SRHV[slots, entries][:, :, None]
+        state.state_SHKV[slots] = state.state_SHKV[slots] * state.decay_SRH[slots, entries, :, None, None] + change_NHKV
+        position_N = position_N + behind_N
+    state.position_S[slots_N] = position_N
 
 
 def _advance(

@@ -34,9 +34,10 @@ _SIGNATURES = {
     "divisi_route": [_P, _L, _P, _P, _L, _L, _L, _I, _I],
     "divisi_experts": [_P, _P, _P, _P, _P, _I, _P, _P, _P, _L, _L, _L, _L, _L, _I],
     "divisi_gated_delta_decode": [_P, _P, _P, _P, _P, _P, _P, _L],
-    "divisi_gated_delta_prefill": [_P, _P, _P, _P, _L, _L, _L, _L],
+    "divisi_gated_delta_prefill": [_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _L],
+    "divisi_gated_delta_flush": [_P, _P, _P, _L],
     "divisi_attention_inputs": [_P, _P, _P, _P, _F, _P, _P, _I, _P, _P, _L, _L, _L, _L, _L, _I],
-    "divisi_attention_decode": [_P, _P, _P, _P, _I, _L, _P, _P, _P, _L, _P, _L, _L, _L, _L, _I],
+    "divisi_attention": [_P, _P, _P, _P, _I, _L, _P, _P, _P, _L, _L, _P, _L, _L, _L, _L, _I],
 }
 
 

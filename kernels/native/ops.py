@@ -6,15 +6,22 @@ Shapes: as in the reference of each operation.
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import torch
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
-from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights
+from divisi.kernels.attention.reference import attend_run
+from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
+
+# Prefilling rows at positions from this on attend with torch's fused attention.
+_FUSED_FROM = 0
+
+_NEVER = sys.maxsize
 
 
 class _Delta(ctypes.Structure):
@@ -29,23 +36,36 @@ class _Delta(ctypes.Structure):
     ]
 
 
-class NativeOps:
-    """Binds the library to a number of threads."""
+class NativeKernels:
+    """Calls the library with as many threads as torch has in the calling thread at that time.
 
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+    Torch takes over where it is faster: matrix products of many rows, and the attention of prefilling rows. Its results
+    depend on how many rows it is given. With ``deterministic`` it never does, and a row's result depends neither on the
+    rows beside it nor on how the prompt is cut, nor on whether the row is decoded or scanned.
+    """
+
+    def __init__(self, library: ctypes.CDLL, deterministic: bool = False) -> None:
         self._library = library
-        self._threads = threads
+        self._gemm_rows = _NEVER if deterministic else _GEMM_ROWS
+        self._fused_from = _NEVER if deterministic else _FUSED_FROM
         self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
         tokens, inputs = x_TK.shape
-        if tokens >= _GEMM_ROWS:
+        if tokens >= self._gemm_rows:
             return self._gemm(x_TK, weight_NK)
         outputs = weight_NK.shape[0]
         y_TN = torch.empty((tokens, outputs))
         is_bf16 = weight_NK.dtype is torch.bfloat16
         self._library.divisi_linear(
-            _pointer(x_TK), weight_NK.data_ptr(), is_bf16, y_TN.data_ptr(), tokens, outputs, inputs, self._threads
+            _pointer(x_TK),
+            weight_NK.data_ptr(),
+            is_bf16,
+            y_TN.data_ptr(),
+            tokens,
+            outputs,
+            inputs,
+            torch.get_num_threads(),
         )
         return y_TN
 
@@ -70,7 +90,9 @@ class NativeOps:
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor:
         tokens, width = gate_up_TI2.shape
         out_TI = torch.empty((tokens, width // 2))
-        self._library.divisi_silu_mul(_pointer(gate_up_TI2), out_TI.data_ptr(), tokens, width // 2, self._threads)
+        self._library.divisi_silu_mul(
+            _pointer(gate_up_TI2), out_TI.data_ptr(), tokens, width // 2, torch.get_num_threads()
+        )
         return out_TI
 
     def route(self, logits_TE: Tensor, num_chosen: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -80,7 +102,7 @@ class NativeOps:
         gates_TK = torch.empty((tokens, num_chosen))
         self._library.divisi_route(
             logits_TE.data_ptr(), logits_TE.stride(0), ids_TK.data_ptr(), gates_TK.data_ptr(),
-            tokens, experts, num_chosen, normalise, self._threads,
+            tokens, experts, num_chosen, normalise, torch.get_num_threads(),
         )  # fmt: skip
         return ids_TK, gates_TK
 
@@ -94,7 +116,7 @@ class NativeOps:
         self._library.divisi_experts(
             _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), gate_up_EFD.data_ptr(), down_EDI.data_ptr(),
             gate_up_EFD.dtype is torch.bfloat16, inner_PI.data_ptr(), parts_PD.data_ptr(), y_TD.data_ptr(),
-            tokens, chosen, width, inner, experts, self._threads,
+            tokens, chosen, width, inner, experts, torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
 
@@ -109,42 +131,51 @@ class NativeOps:
     ) -> Tensor:
         mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
         self._library.divisi_gated_delta_decode(
-            ctypes.byref(self._delta(weights, state)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            ctypes.byref(self._delta(state, weights)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
             starts_S1.data_ptr(), lengths_S.data_ptr(), slots_S.data_ptr(), slots_S.shape[0],
         )  # fmt: skip
         return out_TX
 
     def gated_delta_prefill(
-        self, rows_TP: Tensor, weights: DeltaWeights, state: DeltaState, slot: int, spare: int, length: int
+        self,
+        rows_TP: Tensor,
+        weights: DeltaWeights,
+        state: DeltaState,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        sources_S: Tensor,
+        leaves: Leaves,
     ) -> Tensor:
+        assert set(leaves.slots_L.tolist()).isdisjoint(sources_S.tolist()), "a source may not be written"
         mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
         self._library.divisi_gated_delta_prefill(
-            ctypes.byref(self._delta(weights, state)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
-            rows_TP.shape[0], slot, spare, length,
+            ctypes.byref(self._delta(state, weights)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            _pointer(starts_S1), _pointer(lengths_S), _pointer(sources_S), _pointer(leaves.starts_S1),
+            _pointer(leaves.positions_L), _pointer(leaves.slots_L), lengths_S.shape[0],
         )  # fmt: skip
         return out_TX
+
+    def gated_delta_flush(self, state: DeltaState, slots_N: Tensor, upto_N: Tensor) -> None:
+        layer = ctypes.byref(self._delta(state))
+        self._library.divisi_gated_delta_flush(layer, _pointer(slots_N), _pointer(upto_N), slots_N.shape[0])
 
     def _delta_buffers(self, rows_TP: Tensor, state: DeltaState) -> tuple[Tensor, Tensor]:
         dims = DeltaDims.of(state)
         tokens = rows_TP.shape[0]
         return torch.empty((tokens, dims.conv_channels)), torch.empty((tokens, dims.value_heads * dims.value_dim))
 
-    def _delta(self, weights: DeltaWeights, state: DeltaState) -> _Delta:
+    def _delta(self, state: DeltaState, weights: DeltaWeights | None = None) -> _Delta:
         dims = DeltaDims.of(state)
-        tensors = (
-            state.state_SHKV,
-            state.conv_SRC,
-            state.key_SRGK,
-            state.delta_SRHV,
-            state.decay_SRH,
-            state.position_S,
-        )
-        small = (weights.conv_WC, weights.rate_H, weights.dt_bias_H, weights.norm_V)
-        return _Delta(
-            *(tensor.data_ptr() for tensor in tensors + small),
-            state.ring, weights.conv_WC.shape[0], dims.key_heads, dims.key_dim, dims.value_heads, dims.value_dim,
-            weights.eps, self._threads,
+        layer = _Delta(
+            *map(Tensor.data_ptr, state.tensors), ring=state.ring, key_heads=dims.key_heads, key_dim=dims.key_dim,
+            value_heads=dims.value_heads, value_dim=dims.value_dim,
+            threads=torch.get_num_threads(),
         )  # fmt: skip
+        if weights is not None:
+            layer.taps, layer.num_taps = weights.conv_WC.data_ptr(), weights.conv_WC.shape[0]
+            layer.rate, layer.dt_bias = weights.rate_H.data_ptr(), weights.dt_bias_H.data_ptr()
+            layer.norm, layer.eps = weights.norm_V.data_ptr(), weights.eps
+        return layer
 
     def attention_inputs(
         self, rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int
@@ -156,20 +187,45 @@ class NativeOps:
             _pointer(rows_TP), _pointer(cos_sin_TR), norm.query_D.data_ptr(), norm.key_D.data_ptr(), norm.eps,
             pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(), pool.key_PJD.dtype is torch.bfloat16,
             _pointer(kv_rows_T), q_TQD.data_ptr(), tokens, num_heads, kv_heads, dim, cos_sin_TR.shape[1] // 2,
-            self._threads,
+            torch.get_num_threads(),
         )  # fmt: skip
         return q_TQD
 
     def attention_decode(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor:
+        return self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, _NEVER)
+
+    def attention_prefill(
+        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
+    ) -> Tensor:
+        out_TX = self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, self._fused_from)
+        starts = starts_S1.tolist()
+        for run, length in enumerate(lengths_S.tolist()):
+            near = max(self._fused_from - length, 0)
+            rows = slice(starts[run] + near, starts[run + 1])
+            if rows.start < rows.stop:
+                out_TX[rows] = attend_run(q_TQD[rows], rows_TP[rows], pool, pages_SN[run], length + near)
+        return out_TX
+
+    def _attend(
+        self,
+        q_TQD: Tensor,
+        rows_TP: Tensor,
+        pool: KvPool,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        pages_SN: Tensor,
+        until: int,
+    ) -> Tensor:
+        """Rows at positions from ``until`` on are left to the caller."""
         tokens, heads, dim = q_TQD.shape
         out_TX = torch.empty((tokens, heads * dim))
-        self._library.divisi_attention_decode(
+        self._library.divisi_attention(
             _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(),
-            pool.key_PJD.dtype is torch.bfloat16, pool.page_size, starts_S1.data_ptr(), lengths_S.data_ptr(),
-            pages_SN.data_ptr(), pages_SN.stride(0), out_TX.data_ptr(), lengths_S.shape[0], heads,
-            pool.key_PJD.shape[1], dim, self._threads,
+            pool.key_PJD.dtype is torch.bfloat16, pool.page_size, _pointer(starts_S1), _pointer(lengths_S),
+            pages_SN.data_ptr(), pages_SN.stride(0), until, out_TX.data_ptr(), lengths_S.shape[0], heads,
+            pool.key_PJD.shape[1], dim, torch.get_num_threads(),
         )  # fmt: skip
         return out_TX
 

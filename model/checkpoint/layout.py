@@ -9,7 +9,6 @@ from divisi.model.config import ModelConfig
 Shape = tuple[int, ...]
 ExpertLayout = Literal["published", "packed"]
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
-MTP_PREFIX = "mtp."
 
 
 def main_shapes(config: ModelConfig) -> dict[str, Shape]:

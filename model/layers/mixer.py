@@ -1,6 +1,6 @@
 """Token mixers: gated attention over pages, gated DeltaNet over state slots.
 
-Rows of decoding sequences come first and go through one call; each prefill chunk has its own.
+Rows of decoding sequences come first. They go through one call, all prefilling rows through another.
 Shapes: T rows, D model width, P projected row, X mixer output width.
 """
 
@@ -36,9 +36,13 @@ def attention(
                 q_TQD[rows], rows_TP[rows], pool, decode.starts_S1, decode.lengths_S, decode.pages_SN
             )
         )
-    for chunk in batch.prefill:
-        rows = slice(chunk.start, chunk.end)
-        parts.append(kernels.attention_prefill(q_TQD[rows], rows_TP[rows], pool, chunk.pages_N, chunk.length))
+    if batch.prefill is not None:
+        rows, prefill = slice(batch.decode_rows, None), batch.prefill
+        parts.append(
+            kernels.attention_prefill(
+                q_TQD[rows], rows_TP[rows], pool, prefill.starts_S1, prefill.lengths_S, prefill.pages_SN
+            )
+        )
     return _biased(kernels.linear(_joined(parts), weights.out_DX), weights.out_bias_D)
 
 
@@ -53,9 +57,13 @@ def delta_net(kernels: Kernels, weights: DeltaNetWeights, state: DeltaState, x_T
                 rows_TP[: batch.decode_rows], weights.delta, state, decode.starts_S1, decode.lengths_S, decode.slots_S
             )
         )
-    for chunk in batch.prefill:
-        rows = rows_TP[chunk.start : chunk.end]
-        parts.append(kernels.gated_delta_prefill(rows, weights.delta, state, chunk.slot, chunk.spare, chunk.length))
+    if batch.prefill is not None:
+        rows, prefill = rows_TP[batch.decode_rows :], batch.prefill
+        parts.append(
+            kernels.gated_delta_prefill(
+                rows, weights.delta, state, prefill.starts_S1, prefill.lengths_S, prefill.sources_S, prefill.leaves
+            )
+        )
     return kernels.linear(_joined(parts).to(x_TD.dtype), weights.out_DX)
 
 

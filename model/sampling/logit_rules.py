@@ -1,8 +1,10 @@
 """Rules that change a row's logits before its token is chosen: masks, biases, penalties.
 
-Shapes: R rows that have rules, V vocabulary, P rows with penalties, H distinct tokens of a row, M rows with a mask,
-C bytes of a mask, F entries (row, token id) of a flat list, W bad words of more than one token, T tokens before the
-last of the longest.
+Rules and histories belong to sequences, and rows refer to these.
+
+Shapes: S sequences that have rules, R rows of theirs, V vocabulary, Q sequences and P rows with penalties, H distinct
+tokens of a sequence, M rows with a mask, C bytes of a mask, F entries (row, token id) of a flat list, W bad words of
+more than one token, T tokens before the last of the longest.
 
 Applied in the order that vLLM uses: the grammar's mask, allowed token ids, bad words, the stop ids below `min_tokens`,
 the biases, then the repetition, frequency and presence penalties. Each rule that some row has is one operation on all
@@ -29,10 +31,10 @@ _NONE = -2
 
 
 @dataclass(frozen=True, slots=True)
-class RowRules:
-    """The rules of one row: see `cluster.request.Sampling`.
+class SequenceRules:
+    """The rules of one sequence: see `cluster.request.Sampling`.
 
-    `stop_ids` are masked where the token to choose stands below `min_position`. `masked`: the row gets a mask in each
+    `stop_ids` are masked where the token to choose stands below `min_position`. `masked`: its rows get masks in each
     step. All token ids are in the vocabulary.
     """
 
@@ -49,7 +51,7 @@ class RowRules:
     @property
     def is_empty(self) -> bool:
         """Whether they change no logits."""
-        return self.allowed_token_ids is None and self == RowRules()
+        return self.allowed_token_ids is None and self == SequenceRules()
 
     @property
     def has_penalty(self) -> bool:
@@ -62,11 +64,15 @@ class RuleBatch:
 
     def __init__(
         self,
-        rules: Sequence[RowRules],
+        sequences: Sequence[SequenceRules],
         histories: Sequence[History],
         previous: RuleBatch | None,
         device: torch.device,
+        owners: Sequence[int] | None = None,
     ) -> None:
+        """`owners` tells the sequence of each row; without, each sequence has one row."""
+        owners = range(len(sequences)) if owners is None else owners
+        rules = [sequences[owner] for owner in owners]
         self._device = device
         self.masked_rows = [row for row, rule in enumerate(rules) if rule.masked]
         self._masked_rows_M = self._indices(self.masked_rows)
@@ -77,7 +83,7 @@ class RuleBatch:
         rows_F = np.repeat([row for row, _ in allowed], [len(ids) for _, ids in allowed]).astype(np.int64)
         ids_F = np.concatenate([np.asarray(ids, dtype=np.int64) for _, ids in allowed] or [rows_F])
         self._allowed_2F = torch.from_numpy(np.stack([rows_F, ids_F])).to(device)
-        self._bad_words = _BadWords(rules, histories, device)
+        self._bad_words = _BadWords(sequences, histories, owners, device)
         stops = [(row, token) for row, rule in enumerate(rules) for token in rule.stop_ids if rule.min_position]
         self._stops_2F = self._pairs(stops)
         self._stop_rows_F = np.array([row for row, _ in stops], dtype=np.int64)
@@ -86,8 +92,9 @@ class RuleBatch:
         self._biased_2F = self._pairs([(row, token) for row, token, _ in biases])
         self._biases_F = torch.tensor([bias for *_, bias in biases], dtype=torch.float32, device=device)
         self._penalties: _Penalties | None = None
-        if any(rule.has_penalty for rule in rules):
-            self._penalties = _Penalties(rules, histories, previous._penalties if previous else None, device)
+        if any(rule.has_penalty for rule in sequences):
+            known = previous._penalties if previous else None
+            self._penalties = _Penalties(sequences, histories, owners, known, device)
 
     def apply_(self, logits_RV: Tensor, positions_R: NDArray[np.int64], masks: NDArray[np.int32] | None) -> None:
         """Change the logits in place, for tokens at `positions_R`.
@@ -114,11 +121,11 @@ class RuleBatch:
         if self._penalties is not None:
             self._penalties.apply_(logits_RV)
 
-    def add(self, token_ids_R: Tensor) -> None:
-        """Count the next token of each row, once it is committed."""
-        self._bad_words.add(token_ids_R)
+    def add(self, token_ids_S: Tensor) -> None:
+        """Count the next token of each sequence, once it is committed."""
+        self._bad_words.add(token_ids_S)
         if self._penalties is not None:
-            self._penalties.add(token_ids_R)
+            self._penalties.add(token_ids_S)
 
     def _mask_early_stops_(self, logits_RV: Tensor, positions_R: NDArray[np.int64]) -> None:
         if not len(self._min_positions_F):
@@ -139,29 +146,36 @@ class RuleBatch:
 class _BadWords:
     """Token sequences that must not appear in an answer."""
 
-    def __init__(self, rules: Sequence[RowRules], histories: Sequence[History], device: torch.device) -> None:
-        words = [(row, word) for row, rule in enumerate(rules) for word in rule.bad_words]
+    def __init__(
+        self,
+        sequences: Sequence[SequenceRules],
+        histories: Sequence[History],
+        owners: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        words = [(row, word) for row, owner in enumerate(owners) for word in sequences[owner].bad_words]
         self._length = max((len(word) for _, word in words), default=1) - 1
         prefixes = [[_ANY] * (self._length + 1 - len(word)) + list(word[:-1]) for _, word in words]
         self._rows_W = torch.tensor([row for row, _ in words], dtype=torch.int64, device=device)
+        self._owners_W = torch.tensor([owners[row] for row, _ in words], dtype=torch.int64, device=device)
         self._last_W = torch.tensor([word[-1] for _, word in words], dtype=torch.int64, device=device)
         shape = (len(words), self._length)
         self._prefixes_WT = torch.tensor(prefixes, dtype=torch.int64, device=device).reshape(shape)
         tails = [_tail(history, self._length) if words else [] for history in histories]
-        self._tails_RT = torch.tensor(tails, dtype=torch.int64, device=device)
+        self._tails_ST = torch.tensor(tails, dtype=torch.int64, device=device)
 
     def ban_(self, logits_RV: Tensor) -> None:
         if not len(self._rows_W):
             return
-        matches_WT = (self._prefixes_WT == self._tails_RT[self._rows_W]) | (self._prefixes_WT == _ANY)
+        matches_WT = (self._prefixes_WT == self._tails_ST[self._owners_W]) | (self._prefixes_WT == _ANY)
         ban_W = torch.zeros(len(self._rows_W), device=logits_RV.device)
         ban_W.masked_fill_(matches_WT.all(dim=1), -torch.inf)
         # Added, since several words of a row may end in the same token.
         logits_RV.index_put_((self._rows_W, self._last_W), ban_W, accumulate=True)
 
-    def add(self, token_ids_R: Tensor) -> None:
+    def add(self, token_ids_S: Tensor) -> None:
         if self._length:
-            self._tails_RT = torch.cat([self._tails_RT[:, 1:], token_ids_R[:, None]], dim=1)
+            self._tails_ST = torch.cat([self._tails_ST[:, 1:], token_ids_S[:, None]], dim=1)
 
 
 class _Penalties:
@@ -169,31 +183,37 @@ class _Penalties:
 
     def __init__(
         self,
-        rules: Sequence[RowRules],
+        sequences: Sequence[SequenceRules],
         histories: Sequence[History],
+        owners: Sequence[int],
         previous: _Penalties | None,
         device: torch.device,
     ) -> None:
-        rows = [row for row, rule in enumerate(rules) if rule.has_penalty]
-        self._rows_P = torch.tensor(rows, dtype=torch.int64, device=device)
+        penalised = [index for index, rules in enumerate(sequences) if rules.has_penalty]
+        place = {owner: place for place, owner in enumerate(penalised)}
+        rows = [(row, place[owner]) for row, owner in enumerate(owners) if owner in place]
+        self._sequences_Q = torch.tensor(penalised, dtype=torch.int64, device=device)
+        self._rows_P, self._places_P = torch.tensor(rows, dtype=torch.int64, device=device).T
         known: TokenCounts | None = previous._counts if previous else None
-        self._counts: TokenCounts = TokenCounts([histories[row] for row in rows], known, device)
+        self._counts: TokenCounts = TokenCounts([histories[index] for index in penalised], known, device)
         values = [
             (rule.repetition_penalty, rule.frequency_penalty, rule.presence_penalty)
-            for rule in (rules[row] for row in rows)
+            for rule in (sequences[owner] for owner in owners if owner in place)
         ]
         columns = torch.tensor(values, dtype=torch.float32, device=device).T[:, :, None]
         self._repetition_P1, self._frequency_P1, self._presence_P1 = columns
 
     def apply_(self, logits_RV: Tensor) -> None:
-        ids_PH, counts_PH = self._counts.ids_PH, self._counts.counts_PH
+        ids_PH, counts_PH = self._counts.ids_QH, self._counts.counts_QH
+        if len(self._places_P) != len(self._sequences_Q):
+            ids_PH, counts_PH = ids_PH[self._places_P], counts_PH[self._places_P]
         logits_PH = logits_RV[self._rows_P[:, None], ids_PH]
         scale_PH = torch.where(logits_PH > 0, 1 / self._repetition_P1, self._repetition_P1)
         logits_PH = logits_PH * scale_PH - self._frequency_P1 * counts_PH - self._presence_P1 * (counts_PH > 0)
         logits_RV[self._rows_P[:, None], ids_PH] = logits_PH
 
-    def add(self, token_ids_R: Tensor) -> None:
-        self._counts.add(token_ids_R[self._rows_P])
+    def add(self, token_ids_S: Tensor) -> None:
+        self._counts.add(token_ids_S[self._sequences_Q])
 
 
 def _tail(history: History, length: int) -> list[int]:

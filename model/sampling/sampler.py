@@ -1,7 +1,7 @@
 """Chooses tokens from logits, and tells log-probabilities.
 
-Shapes: R rows of logits, V vocabulary, C candidates of a row (best first), L rows whose log-probabilities are asked
-for, N alternatives told per row.
+Shapes: S sequences, R rows of logits, V vocabulary, C candidates of a row (best first), L rows whose log-probabilities
+are asked for, N alternatives told per row.
 
 The token of a row is the Gumbel-max of its filtered distribution: argmax over the tokens kept of logit / temperature
 plus noise, where the noise is a function of (seed, position, token id) alone (see `noise`). Every operation here treats
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divisi.model.sampling.logit_rules import RowRules, RuleBatch
+from divisi.model.sampling.logit_rules import RuleBatch, SequenceRules
 from divisi.model.sampling.noise import gumbel_noise, row_keys
 from divisi.model.sampling.token_counts import History
 
@@ -41,8 +41,11 @@ _SEED_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class RowSampling:
-    """How one row is sampled: see `cluster.request.Sampling`. `logprobs` None: not told; n: with the n best."""
+class SequenceSampling:
+    """How the rows of one sequence are sampled: see `cluster.request.Sampling`.
+
+    `logprobs` None: not told; n: with the n best.
+    """
 
     temperature: float
     top_k: int
@@ -50,24 +53,29 @@ class RowSampling:
     seed: int
     logprobs: int | None = None
     min_p: float = 0.0
-    rules: RowRules | None = None
+    rules: SequenceRules | None = None
     history: History | None = None
-    """The row's tokens so far; needed where there are rules."""
+    """The sequence's tokens so far; needed where there are rules."""
 
 
 class SamplingBatch:
-    """The sampling parameters of a step's rows, sorted by the work they need. Reusable while the rows stay the same.
+    """The sampling parameters of a step's sequences, and which row is whose, sorted by the work that the rows need.
 
-    It follows the rows' histories where rules look at them: `add` must be told of every token that is committed.
-    `previous` is the batch before this one; what it counted of rows that go on is taken over.
+    Reusable while both stay the same. It follows the sequences' histories where rules look at them: `add` must be told
+    of every token that is committed. `previous` is the batch before this one; what it counted of sequences that go on
+    is taken over.
     """
 
     def __init__(
         self,
-        rows: Sequence[RowSampling],
+        sequences: Sequence[SequenceSampling],
         previous: SamplingBatch | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+        owners: Sequence[int] | None = None,
     ) -> None:
+        """`owners` tells the sequence of each row; without, each sequence has one row."""
+        owners = range(len(sequences)) if owners is None else owners
+        rows = [sequences[owner] for owner in owners]
         ruled = [index for index, row in enumerate(rows) if row.rules is not None]
         free = [index for index, row in enumerate(rows) if row.rules is None]
         self.size = len(rows)
@@ -75,26 +83,30 @@ class SamplingBatch:
         self.ruled = _Part(rows, ruled)
         self.rules = None
         if ruled:
-            rules = [rule for row in rows if (rule := row.rules) is not None]
-            histories = [
-                row.history or History(index, (), 0) for index, row in enumerate(rows) if row.rules is not None
-            ]
-            self.rules = RuleBatch(rules, histories, previous.rules if previous else None, device)
+            place = {owner: place for place, owner in enumerate(sorted({owners[row] for row in ruled}))}
+            self.rules = RuleBatch(
+                [rule for owner in place if (rule := sequences[owner].rules) is not None],
+                [sequences[owner].history or History(owner, (), 0) for owner in place],
+                previous.rules if previous else None,
+                device,
+                [place[owners[row]] for row in ruled],
+            )
+            self._ruled_sequences = torch.tensor(list(place), dtype=torch.int64, device=device)
         self.masked_rows = [ruled[row] for row in self.rules.masked_rows] if self.rules else []
         """The rows for which each step brings a mask, ascending."""
         self.logprob_rows = [index for index, row in enumerate(rows) if row.logprobs is not None]
         self.most_logprobs = max((row.logprobs or 0 for row in rows), default=0)
 
-    def add(self, token_ids_R: Tensor) -> None:
-        """Take note of the rows' next tokens, once they are committed."""
+    def add(self, token_ids_S: Tensor) -> None:
+        """Take note of the sequences' next tokens, once they are committed."""
         if self.rules is not None:
-            self.rules.add(token_ids_R[torch.from_numpy(self.ruled.rows).to(token_ids_R.device)])
+            self.rules.add(token_ids_S[self._ruled_sequences])
 
 
 class _Part:
     """Some rows of a batch, sorted by how they are sampled. The groups' rows count within the part."""
 
-    def __init__(self, batch_rows: Sequence[RowSampling], indices: Sequence[int]) -> None:
+    def __init__(self, batch_rows: Sequence[SequenceSampling], indices: Sequence[int]) -> None:
         rows = [batch_rows[index] for index in indices]
         self.rows = np.array(indices, dtype=np.int64)
         self.seeds_R = np.array([row.seed & _SEED_MASK for row in rows], dtype=np.uint64)
@@ -117,7 +129,7 @@ class _Stochastic:
     log_min_p: NDArray[np.float32] | None
 
     @staticmethod
-    def of(part_rows: Sequence[RowSampling], indices: Sequence[int]) -> _Stochastic | None:
+    def of(part_rows: Sequence[SequenceSampling], indices: Sequence[int]) -> _Stochastic | None:
         if not indices:
             return None
         rows = [part_rows[index] for index in indices]

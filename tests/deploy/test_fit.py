@@ -43,6 +43,13 @@ def test_an_open_context_is_what_the_pages_hold(dtype: str, pages: int) -> None:
     assert (roomy.max_model_len, roomy.notes) == (POSITIONS, ())
 
 
+def test_deterministic_kernels_are_those_of_a_cpu() -> None:
+    gang = {"deterministic": True}
+    assert fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, 8).device == "cpu"
+    with pytest.raises(SettingsError, match=r"gang.deterministic: True .* gang.device is 'cuda'; use device 'cpu'"):
+        fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang | {"device": "cuda"}}), CONFIG, 8)
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 23])
 def test_a_request_that_leaves_max_tokens_open_is_taken(page_size: int) -> None:
     chosen = settings(kv_memory=3 * PAGE + 2**16, page_size=page_size, max_seqs=4)
@@ -119,3 +126,18 @@ def test_a_colocated_gang_needs_a_gpu_and_an_expert_for_each_rank() -> None:
     fit(of(experts), CONFIG, 0)
     with pytest.raises(SettingsError, match=rf"gang.attention_workers: {experts + 1} .*{experts} experts"):
         fit(of(experts + 1), CONFIG, 0)
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, None), (3, 3)])
+def test_threads_are_left_to_the_machines_of_the_ranks(tmp_path: Path, given: int | None, threads: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_CONFIG))
+    model, gang = {"model_dir": str(tmp_path)}, {"device": "cpu", "threads_per_process": given}
+    assert gang_spec(Settings.from_args({"model": model, "gang": gang}), 0).threads == threads
+
+
+def test_a_link_to_the_model_is_followed_where_the_ranks_run(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text(json.dumps(SMALL_CONFIG))
+    (tmp_path / "model").symlink_to(tmp_path / "here")
+    settings = Settings.from_args({"model": {"model_dir": str(tmp_path / "model")}, "gang": {"device": "cpu"}})
+    assert gang_spec(settings, 0).model_dir == str(tmp_path / "model")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from divisi.deploy.routing import REPORT_EVERY_S, TOKENS_PER_REQUEST, QueuedTokens, WorkerReport, complete_reports
+from divisi.deploy.routing import REPORT_EVERY_S, TOKENS_PER_REQUEST, QueuedTokens, WorkerReport, known_reports
 
 Choose = Callable[[dict[int, WorkerReport], str, int], int]
 
@@ -78,10 +78,9 @@ def test_a_request_that_is_routed_again_counts_once(queues: QueuedTokens[str]) -
 
 
 @pytest.mark.parametrize("bad", [{}, {"taken_at": 1.0}, {"taken_at": "x", "queued_tokens": 1, "unfinished": 1}])
-def test_without_a_report_of_every_worker_there_is_nothing_to_compare(bad: dict[str, object]) -> None:
-    assert complete_reports({"a": report(3, 1).to_dict(), "b": bad}) is None
-    assert complete_reports({"a": report(3, 1).to_dict()}) == {"a": report(3, 1)}
-    assert complete_reports({}) is None
+def test_only_workers_that_report_are_compared(bad: dict[str, object]) -> None:
+    assert known_reports({"a": report(3, 1).to_dict(), "b": bad}) == {"a": report(3, 1)}
+    assert known_reports({"b": bad}) == {}
 
 
 def test_an_unchanged_report_is_repeated_only_now_and_then() -> None:

@@ -155,8 +155,39 @@ async def test_a_stream_that_is_closed_is_cancelled_at_once(coordinator: Coordin
     assert not workers.calls[1].cancelled
 
 
+async def test_what_a_worker_without_a_seat_refuses_goes_to_another(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_client, "_RESEND_EVERY_S", 0.0)
+    answers = [[GangNotReady("no seat")], [GangNotReady("no seat")], [[TokenEvent("r0", (5,), None, None, "length")]]]
+
+    class Several(Workers):
+        def remote(self, request: Request) -> Response:
+            self.items = answers[len(self.calls)]  # type: ignore[assignment]
+            return super().remote(request)
+
+    workers = Several()
+    async with asyncio.timeout(10):
+        assert await read(make(workers), 0) == 1
+    assert len(workers.calls) == 3
+
+
+async def test_a_refused_request_is_not_sent_again_to_a_gang_that_serves_no_more(coordinator: Coordinator) -> None:
+    workers = Workers([GangNotReady("this attention worker has stopped")])
+    client = make(workers)
+    reading = asyncio.create_task(read(client, 0))
+    while not workers.calls:
+        await asyncio.sleep(0.001)
+    coordinator.answer = CoordinatorStatus(ready=False, reason="0 of 1 seats filled", epoch=1)
+    with pytest.raises(GangNotReady, match="0 of 1 seats filled"):
+        await reading
+
+
 @pytest.mark.parametrize("error", [RequestRejected("too long"), GangNotReady("this attention worker has stopped")])
-async def test_a_workers_refusal_is_raised_as_it_is(coordinator: Coordinator, error: Exception) -> None:
+async def test_a_workers_refusal_is_raised_as_it_is(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(serve_client, "_RESEND_S", 0.0)
     with pytest.raises(type(error), match=str(error)):
         await read(make(Workers([error])), 0)
 

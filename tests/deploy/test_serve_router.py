@@ -53,12 +53,20 @@ def test_what_was_sent_counts_until_it_ends(router: QueuedTokensRouter) -> None:
     assert preferred(router, replicas, pending(11)) == [first]
 
 
-@pytest.mark.parametrize("queued", [None, 7])
-def test_without_all_reports_it_is_two_at_random(router: QueuedTokensRouter, queued: int | None) -> None:
-    replicas = [replica("a", queued), replica("b", None), replica("c", queued)]
+def test_without_any_report_it_is_two_at_random(router: QueuedTokensRouter) -> None:
+    replicas = [replica(name, None) for name in "abc"]
     drawn = Counter(name for i in range(60) for name in preferred(router, replicas, pending(i)))
     assert set(drawn) == {"a", "b", "c"}
     assert sum(drawn.values()) == 120
+
+
+@pytest.mark.parametrize("request_", [pending(0), None], ids=["request", "probe"])
+def test_who_does_not_report_gets_nothing(router: QueuedTokensRouter, request_: Any) -> None:
+    """It has no seat, or its step loop has failed and Serve has yet to replace it."""
+    replicas = [replica("a", 5000), replica("seatless", None), replica("c", 7)]
+    for _ in range(30):
+        ranks = asyncio.run(router.choose_replicas(replicas, request_))
+        assert {candidate.replica_id for rank in ranks for candidate in rank} == {"a", "c"}  # type: ignore[misc]
 
 
 def test_one_replica_and_none(router: QueuedTokensRouter) -> None:

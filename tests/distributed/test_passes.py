@@ -213,7 +213,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
                 CountedEngine([CountedPlan(counts)]),
             )
             mode = Watched(worker_mode(shape, index), rank.log, fault)
-            network = WorkerNetwork(listener, CPU, 10.0, LAYERS)
+            network = WorkerNetwork(listener, CPU, 10.0, LAYERS, 1)
             loop = WorkerLoop(engine, mode, rank.inbox, rank.watch, network, lambda events: gang.committed.release())
             rank.start(loop.run)
             stack.callback(rank.close)
@@ -222,7 +222,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
         for index in range(len(shape.shard_ranks)):
             rank = Rank(coordinator, Candidate("expert", Address(HOST), index))
             mode, experts = Watched(Broadcast(TRANSPORT), rank.log, fault), DenseExperts(WEIGHTS, shares[index])
-            rank.start(ShardLoop(experts, mode, LAYERS, CPU, rank.inbox, rank.watch).run)
+            rank.start(ShardLoop(experts, mode, LAYERS, CPU, 1, rank.inbox, rank.watch).run)
             stack.callback(rank.close)
             gang.shards.append(rank)
         yield gang

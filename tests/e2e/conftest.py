@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,13 +62,22 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(model_dir: Path, log: Path, *arguments: str, ready_within_s: float = 90.0) -> Iterator[Cluster]:
-    """Start a server, wait until it is ready, stop it by SIGTERM, and fail if a process of it is left."""
+def running_cluster(
+    model_dir: Path,
+    log: Path,
+    *arguments: str,
+    ready_within_s: float = 90.0,
+    program: Sequence[str] = ("-m", "divisi.deploy.cli"),
+) -> Iterator[Cluster]:
+    """Start a server, wait until it is ready, stop it by SIGTERM, and fail if a process of it is left.
+
+    `program` is what Python runs in place of the command line of `divisi`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "divisi.deploy.cli", "serve", str(model_dir), "--port", str(port), *arguments]
+    command = [sys.executable, *program, "serve", str(model_dir), "--port", str(port), *arguments]
     environment = os.environ | {_MARK: mark, "RAY_ADDRESS": ""}
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -31,46 +34,47 @@ def expected(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gate: to
     return torch.einsum("ql,lqd->qd", weights, values).flatten() * gate.sigmoid()
 
 
+@pytest.mark.parametrize("operation", ["attention_decode", "attention_prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 4), (4, 2, 24), (6, 2, 10), (16, 2, 64)])
-def test_decode(kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+def test_runs(kernels: Kernels, operation: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     torch.manual_seed(heads)
-    pool = make_pool(12, kv_heads, dim, dtype)
-    lengths, rows_each, tables = [9, 0, 3], [1, 2, 1], [[7, 2, 5], [0, 0, 0], [11, 0, 0]]
-    starts = torch.tensor([0, 1, 3, 4], dtype=torch.int32)
-    tensors = [
-        torch.randn(2, length + n, kv_heads, dim).to(dtype) for length, n in zip(lengths, rows_each, strict=True)
-    ]
-    for table, (keys, values) in zip(tables, tensors, strict=True):
-        fill(pool, table, keys, values)
-    q, rows = torch.randn(4, heads, dim), torch.randn(4, 2 * (heads + kv_heads) * dim)
-    actual = kernels.attention_decode(
-        q, rows, pool, starts, torch.tensor(lengths, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
-    )
-    row = 0
-    for (keys, values), length, n in zip(tensors, lengths, rows_each, strict=True):
-        for i in range(n):
-            gate = rows[row, heads * dim : 2 * heads * dim]
-            want = expected(q[row], keys[: length + i + 1], values[: length + i + 1], gate)
-            expect_close("attention", actual[row], want, dtype)
-            row += 1
+    lengths, counts, tables = [9, 0, 0, 3], [1, 2, 0, 6], [[7, 2, 5], [0, 0, 0], [0, 0, 0], [11, 4, 9]]
+    check_runs(getattr(kernels, operation), dtype, (heads, kv_heads, dim), 12, lengths, counts, tables, every=1)
 
 
 @pytest.mark.parametrize("length", [0, 1, 13])
 @pytest.mark.parametrize("tokens", [1, 5, 300])
-def test_prefill(kernels: Kernels, length: int, tokens: int) -> None:
+def test_long_runs(kernels: Kernels, length: int, tokens: int) -> None:
     torch.manual_seed(tokens)
-    heads, kv_heads, dim = 4, 2, 8
-    total = length + tokens
-    pool = make_pool(90, kv_heads, dim, torch.float32)
-    pages = torch.randperm(90)[: -(-total // PAGE)].to(torch.int32)
-    keys, values = torch.randn(2, total, kv_heads, dim)
-    fill(pool, pages.tolist(), keys, values)
-    q, rows = torch.randn(tokens, heads, dim), torch.randn(tokens, 2 * (heads + kv_heads) * dim)
-    actual = kernels.attention_prefill(q, rows, pool, pages, length)
-    for i in range(0, tokens, 7):
-        gate = rows[i, heads * dim : 2 * heads * dim]
-        expect_close("attention", actual[i], expected(q[i], keys[: length + i + 1], values[: length + i + 1], gate))
+    table = torch.randperm(180).tolist()
+    tables = [table[:90], table[90:]]
+    check_runs(kernels.attention_prefill, torch.float32, (4, 2, 8), 180, [length, 5], [tokens, 70], tables, every=7)
+
+
+def check_runs(
+    attend: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    num_pages: int,
+    lengths: list[int],
+    counts: list[int],
+    tables: list[list[int]],
+    every: int,
+) -> None:
+    """Run s has counts[s] rows from position lengths[s] on; every so many rows are compared."""
+    heads, kv_heads, dim = shape
+    pool = make_pool(num_pages, kv_heads, dim, dtype)
+    memory = [torch.randn(2, sum(run), kv_heads, dim).to(dtype) for run in zip(lengths, counts, strict=True)]
+    for table, (keys, values) in zip(tables, memory, strict=True):
+        fill(pool, table, keys, values)
+    starts = [0, *accumulate(counts)]
+    q, rows = torch.randn(starts[-1], heads, dim), torch.randn(starts[-1], 2 * (heads + kv_heads) * dim)
+    actual = attend(q, rows, pool, *(torch.tensor(ints, dtype=torch.int32) for ints in (starts, lengths, tables)))
+    for run, (keys, values) in enumerate(memory):
+        for row in range(starts[run], starts[run + 1], every):
+            gate, end = rows[row, heads * dim : 2 * heads * dim], lengths[run] + row - starts[run] + 1
+            expect_close("attention", actual[row], expected(q[row], keys[:end], values[:end], gate), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

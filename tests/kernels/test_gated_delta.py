@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Iterable
+from itertools import accumulate
 
 import pytest
 import torch
 from torch.nn.functional import silu, softplus
 
-from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, ring_entries
-from divisi.kernels.gated_delta.reference import flush
-from divisi.kernels.select import Kernels
+from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
+from divisi.kernels.select import Kernels, NativeKernels
 from tests.kernels.conftest import expect_close
 
 SHAPES = [(1, 1, 4, 4, 4), (2, 4, 8, 16, 4), (2, 2, 5, 7, 2), (1, 4, 24, 12, 3)]  # G, H, K, V, conv taps
@@ -75,6 +77,28 @@ def decode(
     )
 
 
+def ints(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def scan(
+    kernels: Kernels,
+    rows: torch.Tensor,
+    weights: DeltaWeights,
+    state: DeltaState,
+    *runs: tuple[int, int, int, dict[int, int]],
+) -> torch.Tensor:
+    """Prefill runs of (rows, length, source, slot to leave by position)."""
+    counts, lengths, sources, left = zip(*runs, strict=True)
+    leaves = Leaves(
+        ints(accumulate(map(len, left), initial=0)),
+        ints(position for slots in left for position in slots),
+        ints(slot for slots in left for slot in slots.values()),
+    )
+    starts = ints(accumulate(counts, initial=0))
+    return kernels.gated_delta_prefill(rows.contiguous(), weights, state, starts, ints(lengths), ints(sources), leaves)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 150])
 def test_prefill_in_chunks_then_decode(kernels: Kernels, shape: tuple[int, ...], chunk: int) -> None:
@@ -84,8 +108,9 @@ def test_prefill_in_chunks_then_decode(kernels: Kernels, shape: tuple[int, ...],
     rows = torch.randn(total, width)
     outs, slot, spare = [], 3, 1
     for start in range(0, prompt, chunk):
-        part = rows[start : min(start + chunk, prompt)].contiguous()
-        outs.append(kernels.gated_delta_prefill(part, weights, state, slot, spare, start))
+        part = rows[start : min(start + chunk, prompt)]
+        end = start + len(part)
+        outs.append(scan(kernels, part, weights, state, (len(part), start, slot if start else -1, {end: spare})))
         slot, spare = spare, slot
     for position in range(prompt, total):
         outs.append(decode(kernels, rows[position : position + 1], weights, state, position, slot))
@@ -100,7 +125,7 @@ def test_rejected_rows_and_replayed_steps_leave_no_trace(kernels: Kernels, seed:
     shape, max_rows = SHAPES[seed], 4
     weights, state, width = make_layer(shape, max_rows)
     rows = torch.randn(60, width)
-    outs = [kernels.gated_delta_prefill(rows[:5].contiguous(), weights, state, 0, 2, 0)]
+    outs = [scan(kernels, rows[:5], weights, state, (5, 0, -1, {5: 2}))]
     length = 5
     while length < 50:
         proposed = rng.randint(1, max_rows)
@@ -111,7 +136,7 @@ def test_rejected_rows_and_replayed_steps_leave_no_trace(kernels: Kernels, seed:
         outs.append(out[:accepted])
         length += accepted
     expect_close("gated_delta", torch.cat(outs), naive(rows[:length], weights, shape))
-    flush(state, 2, length)
+    kernels.gated_delta_flush(state, ints([2]), ints([length]))
     assert int(state.position_S[2]) == length
     expect_close(
         "gated_delta",
@@ -124,8 +149,8 @@ def test_native_decode_continues_prefill_to_the_bit(native: Kernels) -> None:
     torch.manual_seed(8)
     weights, state, width = make_layer(SHAPES[1])
     rows = torch.randn(20, width)
-    whole = native.gated_delta_prefill(rows, weights, state, 0, 1, 0)
-    outs = [native.gated_delta_prefill(rows[:6].contiguous(), weights, state, 0, 2, 0)]
+    whole = scan(native, rows, weights, state, (20, 0, -1, {20: 1}))
+    outs = [scan(native, rows[:6], weights, state, (6, 0, -1, {6: 2}))]
     outs += [decode(native, rows[p : p + 1], weights, state, p, 2) for p in range(6, 20)]
     assert torch.equal(torch.cat(outs), whole)
 
@@ -134,11 +159,119 @@ def test_sequences_of_a_batch_do_not_touch_each_other(native: Kernels) -> None:
     torch.manual_seed(9)
     weights, state, width = make_layer(SHAPES[1])
     rows = torch.randn(8, width)
-    for slot in (0, 4):
-        native.gated_delta_prefill(rows[:3].contiguous(), weights, state, 1, slot, 0)
+    scan(native, rows[[0, 1, 2, 0, 1, 2]], weights, state, (3, 0, -1, {3: 0}), (3, 0, -1, {3: 4}))
     alone = decode(native, rows[3:4], weights, state, 3, 0)
     starts, slots = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([4, 0], dtype=torch.int32)
     both = native.gated_delta_decode(
         rows[[3, 3]], weights, state, starts, torch.tensor([3, 3], dtype=torch.int32), slots
     )
     assert torch.equal(both, alone.expand(2, -1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_states_left_on_the_way_are_those_of_chunks(kernels: Kernels, shape: tuple[int, ...]) -> None:
+    """A run of 300 rows that leaves states at 37, 64 and 211 equals four chunks; on the native path bit for bit."""
+    torch.manual_seed(10)
+    weights, state, width = make_layer(shape)
+    _, by_chunks, _ = make_layer(shape)
+    rows, after = torch.randn(300, width), torch.randn(4, width)
+    left = {37: 2, 64: 0, 211: 4, 300: 1}
+    out, outs = scan(kernels, rows, weights, state, (300, 0, -1, left)), []
+    start, source = 0, -1
+    for end, slot in left.items():
+        outs.append(scan(kernels, rows[start:end], weights, by_chunks, (end - start, start, source, {end: slot})))
+        start, source = end, slot
+    check = expect_bits if is_native(kernels) else functools.partial(expect_close, "gated_delta")
+    check(out, torch.cat(outs))
+    for at, slot in left.items():
+        assert state.position_S[slot] == by_chunks.position_S[slot] == at
+        check(state.state_SHKV[slot], by_chunks.state_SHKV[slot])
+        check(*(decode(kernels, after, weights, memory, at, slot) for memory in (state, by_chunks)))
+
+
+def test_lent_slot_is_only_read(kernels: Kernels) -> None:
+    """Three runs of different lengths share a source; none changes a byte of it, and each is as it is alone."""
+    torch.manual_seed(11)
+    weights, state, width = make_layer(SHAPES[1])
+    rows = torch.randn(40, width)
+    scan(kernels, rows[:9], weights, state, (9, 0, -1, {9: 3}))
+    before = [tensor[3].clone() for tensor in state.tensors]
+    runs = [(1, 9, 3, {10: 0}), (20, 9, 3, {11: 1, 29: 2}), (10, 9, 3, {19: 4})]
+    together = scan(kernels, rows[9:], weights, state, *runs)
+    for tensor, copy in zip(state.tensors, before, strict=True):
+        expect_bits(tensor[3], copy)
+    left = state.state_SHKV[[0, 1, 2, 4]].clone()
+    starts = [9, 10, 30, 40]
+    alone = [scan(kernels, rows[starts[i] : starts[i + 1]], weights, state, run) for i, run in enumerate(runs)]
+    expect_bits(together, torch.cat(alone))
+    expect_bits(state.state_SHKV[[0, 1, 2, 4]], left)
+
+
+def test_source_that_would_be_written_is_refused(kernels: Kernels) -> None:
+    weights, state, width = make_layer(SHAPES[0])
+    rows = torch.zeros(2, width)
+    with pytest.raises(AssertionError, match="source"):
+        scan(kernels, rows, weights, state, (1, 0, -1, {1: 2}), (1, 4, 2, {5: 0}))
+
+
+def test_runs_without_rows_touch_nothing(kernels: Kernels) -> None:
+    torch.manual_seed(12)
+    weights, state, width = make_layer(SHAPES[1])
+    rows = torch.randn(12, width)
+    empty = (0, 0, -1, dict[int, int]())
+    out = scan(kernels, rows[:8], weights, state, empty, (5, 0, -1, {5: 0}), empty, (3, 0, -1, {3: 1}), empty)
+    expect_bits(out[5:], scan(kernels, rows[5:8], weights, state, (3, 0, -1, {3: 2})))
+    starts = ints([0, 0, 2, 2])
+    before = [tensor[[1, 3]].clone() for tensor in state.tensors]
+    kernels.gated_delta_decode(rows[8:10].contiguous(), weights, state, starts, ints([9, 5, 0]), ints([3, 0, 1]))
+    for tensor, copy in zip(state.tensors, before, strict=True):
+        expect_bits(tensor[[1, 3]], copy)
+    none = scan(kernels, rows[:0], weights, state, empty)
+    assert none.shape == (0, 4 * 16)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scan_gives_the_bits_of_ring_runs(native: Kernels, shape: tuple[int, ...]) -> None:
+    """Rows that were decoded one, two or six at a time, and are computed again in one scan after a preemption."""
+    torch.manual_seed(13)
+    weights, state, width = make_layer(shape, max_rows=6)
+    rows = torch.randn(70, width)
+    outs, at = [scan(native, rows[:7], weights, state, (7, 0, -1, {7: 0}))], 7
+    for count in (1, 2, 6, 1, 6, 6, 2, 1, 1) * 2:
+        outs.append(decode(native, rows[at : at + count], weights, state, at, 0))
+        at += count
+    again = scan(native, rows[:at], weights, state, (at, 0, -1, {at: 1}))
+    expect_bits(torch.cat(outs), again)
+    native.gated_delta_flush(state, ints([0]), ints([at]))
+    expect_bits(state.state_SHKV[0], state.state_SHKV[1])
+
+
+def test_flush_brings_each_slot_to_its_position(kernels: Kernels) -> None:
+    """Slots that lag by 6, 1 and no tokens; again it changes nothing, and a later decode gives the same bits."""
+    torch.manual_seed(14)
+    weights, state, width = make_layer(SHAPES[1], max_rows=6)
+    _, untouched, _ = make_layer(SHAPES[1], max_rows=6)
+    rows = torch.randn(20, width)
+    lengths = {0: 11, 2: 6, 4: 5}
+    for memory in (state, untouched):
+        for slot, length in lengths.items():
+            scan(kernels, rows[:5], weights, memory, (5, 0, -1, {5: slot}))
+            if length > 5:
+                decode(kernels, rows[5:length], weights, memory, 5, slot)
+    for _ in range(2):
+        kernels.gated_delta_flush(state, ints(lengths), ints(lengths.values()))
+        assert state.position_S.tolist() == [11, 0, 6, 0, 5]
+    kernels.gated_delta_flush(state, ints([0]), ints([8]))
+    assert state.position_S[0] == 11
+    for slot, length in lengths.items():
+        row = rows[length : length + 1]
+        expect_bits(*(decode(kernels, row, weights, memory, length, slot) for memory in (state, untouched)))
+
+
+def is_native(kernels: Kernels) -> bool:
+    return isinstance(kernels, NativeKernels)
+
+
+def expect_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same bits, in poisoned entries too."""
+    assert torch.equal(actual.contiguous().view(torch.int32), expected.contiguous().view(torch.int32))

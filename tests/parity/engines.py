@@ -53,11 +53,11 @@ def local_engine(
     num_pages: int = 256,
     page_size: int = 8,
     max_seqs: int = 16,
+    deterministic: bool = False,
     max_step_tokens: int = 512,
-    max_prefill_chunk: int = 512,
 ) -> LocalEngine:
     config, checkpoint = ModelConfig.load(path), Checkpoint.open(path)
-    kernels = select_kernels(CPU, implementation)
+    kernels = select_kernels(CPU, implementation, deterministic=deterministic)
     limits = SchedulerConfig(
         vocab_size=config.vocab_size,
         max_model_len=config.max_position_embeddings,
@@ -66,7 +66,6 @@ def local_engine(
         num_slots=2 * max_seqs,
         max_seqs=max_seqs,
         max_step_tokens=max_step_tokens,
-        max_prefill_chunk=max_prefill_chunk,
     )
     engine = assemble_engine(checkpoint, config, limits, kernels, dtype, CPU)
     bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)

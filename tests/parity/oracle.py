@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import Qwen3NextForCausalLM
 
+from divisi.benchmarks.checkouts.compare import margin
+
 MARGIN = 1e-4
 """Below this gap the oracle's own choice is a coin toss, in fp32, between two orders of summation."""
 
@@ -37,30 +39,9 @@ class Oracle:
             tokens.append(int(step.logits[0, -1].argmax()))
         return tokens
 
-    @torch.no_grad()
     def margin(self, tokens: Sequence[int]) -> float:
-        """How close a call the token after ``tokens`` is: the least of its top-2 logit gap and, over the layers, of the
-        router's gap between its k-th and next expert at that position."""
-        gaps: list[float] = []
-        config = self.model.config
-
-        def watch(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]) -> None:
-            probabilities = torch.softmax(output[0].float(), -1)[-1].sort(descending=True).values
-            k = config.num_experts_per_tok
-            if k < len(probabilities):
-                gaps.append(float(probabilities[k - 1] - probabilities[k]))
-
-        routers = [
-            module for name, module in self.model.named_modules() if type(module).__name__.endswith("TopKRouter")
-        ]
-        hooks = [router.register_forward_hook(watch) for router in routers]
-        try:
-            logits = self.model(torch.tensor([list(tokens)])).logits[0, -1].float()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        best = logits.topk(2).values
-        return min(float(best[0] - best[1]), *gaps) if gaps else float(best[0] - best[1])
+        """How close a call the token after ``tokens`` is: of the two best, or of the router's last two."""
+        return margin(self.model, tokens)
 
 
 class Excuses:

@@ -25,7 +25,7 @@ def test_top_1_agreement(tmp_path: Path, record_result: Callable[[str, object], 
             Request(str(i), tuple(prompt), 0, Sampling(temperature=0.0), prompt_logprobs=1)
             for i, prompt in enumerate(prompts)
         ]
-        events = local_engine(path, dtype=torch.bfloat16, max_prefill_chunk=33).run(requests)
+        events = local_engine(path, dtype=torch.bfloat16, max_step_tokens=33).run(requests)
         with torch.no_grad():
             ids = torch.tensor(prompts)
             bf16 = model(ids).logits[:, :-1].argmax(-1)

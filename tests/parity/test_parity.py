@@ -42,7 +42,7 @@ def make_prompt(length: int, seed: int = 0) -> list[int]:
 def test_prompt_and_continuation(variant: tuple[str, Path, Oracle], chunk: int, count: int, excuses: Excuses) -> None:
     name, path, oracle = variant
     prompt = make_prompt(130)
-    local = local_engine(path, max_prefill_chunk=chunk)
+    local = local_engine(path, max_seqs=1, max_step_tokens=chunk)
     request = Request("r", tuple(prompt), count, Sampling(temperature=0.0), logprobs=0, prompt_logprobs=0)
     events = local.run([request])["r"]
     told = next(event.prompt_logprobs for event in events if event.prompt_logprobs is not None)
@@ -56,7 +56,7 @@ def test_prompt_and_continuation(variant: tuple[str, Path, Oracle], chunk: int, 
 def test_batch_of_16_at_mixed_positions(variant: tuple[str, Path, Oracle], count: int, excuses: Excuses) -> None:
     name, path, oracle = variant
     prompts = [make_prompt(length, seed) for seed in range(2) for length in PROMPT_LENGTHS]
-    local = local_engine(path, max_step_tokens=100, max_prefill_chunk=33)
+    local = local_engine(path, max_step_tokens=33)
     answers = local.greedy(prompts, count)
     for prompt, answer in zip(prompts, answers, strict=True):
         expected = oracle.greedy(prompt, count)
@@ -76,6 +76,6 @@ def test_preempted_and_recomputed(variant: tuple[str, Path, Oracle], excuses: Ex
 def test_plain_torch_kernels_agree_too(variant: tuple[str, Path, Oracle], excuses: Excuses) -> None:
     name, path, oracle = variant
     prompts = [make_prompt(70), make_prompt(5)]
-    answers = local_engine(path, implementation="reference", max_prefill_chunk=40).greedy(prompts, 16)
+    answers = local_engine(path, implementation="reference", max_step_tokens=40).greedy(prompts, 16)
     for prompt, answer in zip(prompts, answers, strict=True):
         excuses.expect_same(oracle, prompt, oracle.greedy(prompt, 16), answer, f"{name}, reference kernels")

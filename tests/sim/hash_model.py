@@ -1,7 +1,7 @@
 """A model whose next token is a hash of the sequence so far, once from its memory and once as an oracle.
 
 The memory follows the rules of the real one: KV at the rows that the page table gives, a state slot that stands at a
-position, a ring entry that the next step replays, and a spare slot for the end of a prefill chunk. Whatever the
+position, a ring entry that the next step replays, and the slots in which a prefill leaves its states. Whatever the
 scheduler gets wrong about pages, slots, positions or committed lengths changes the tokens.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from divisi.cluster.engine.plan import Chunk, PageGrowth, StepPlan
+from divisi.cluster.engine.memory import PageGrowth
+from divisi.cluster.engine.plan import Run, RunKind, StepPlan
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.request import FinishReason, Request
@@ -59,28 +60,23 @@ class HashModel:
         self._kv = [_GARBAGE] * (config.num_pages * config.page_size)
         self._slots = [_NOWHERE] * config.num_slots
         self._rings = [_NOWHERE] * config.num_slots
-        self._table = [[-1] * config.max_pages_per_sequence for _ in range(config.max_seqs)]
+        self._tables = [[-1] * config.max_pages_per_sequence for _ in range(config.max_seqs)]
 
     def grow(self, growths: Iterable[PageGrowth]) -> None:
-        """Enter new pages into the page table."""
-        for row, start, pages in growths:
-            self._table[row][start : start + len(pages)] = pages
+        """Enter new pages into the page tables."""
+        for table, start, pages in growths:
+            self._tables[table][start : start + len(pages)] = pages
 
-    def attempt(self, plan: StepPlan, stop_after: int | None = None) -> list[int]:
-        """Compute a step and return its tokens; with `stop_after`, of so many sequences only, as if it aborted."""
-        tokens: list[int] = []
-        work: list[Sequence | Chunk] = [*plan.decodes, *plan.chunks]
-        for item in work[:stop_after]:
-            if isinstance(item, Sequence):
-                tokens.append(choose(item.request, item.num_generated, self._decode(item)))
-            else:
-                history = self._prefill(item)
-                if item.samples:
-                    tokens.append(choose(item.sequence.request, item.sequence.num_generated, history))
+    def attempt(self, plan: StepPlan, stop_after: int | None = None) -> list[list[int]]:
+        """Compute a step, return the tokens of its runs; with `stop_after`, of so many only, as if it aborted."""
+        tokens: list[list[int]] = []
+        for run in plan.runs[:stop_after]:
+            history = self._ring(run) if run.kind is RunKind.RING else self._scan(run)
+            tokens.append([choose(run.sequence.request, run.sequence.num_generated, history)] if run.chooses else [])
         return tokens
 
-    def _decode(self, sequence: Sequence) -> int:
-        length, slot = sequence.length, sequence.slot
+    def _ring(self, run: Run) -> int:
+        sequence, length, slot = run.sequence, run.start, run.source
         if self._rings[slot][0] == length:
             self._slots[slot] = self._rings[slot]
         before = self._kv[self._at(sequence, length - 1)]
@@ -92,16 +88,17 @@ class HashModel:
         self._rings[slot] = (length + 1, after)
         return after
 
-    def _prefill(self, chunk: Chunk) -> int:
-        sequence, history = chunk.sequence, _EMPTY
-        if chunk.start:
-            history = self._kv[self._at(sequence, chunk.start - 1)]
-            if self._slots[sequence.slot] != (chunk.start, history):
+    def _scan(self, run: Run) -> int:
+        sequence, history, leaves = run.sequence, _EMPTY, dict(run.leaves)
+        if run.start:
+            history = self._kv[self._at(sequence, run.start - 1)]
+            if self._slots[run.source] != (run.start, history):
                 history = _GARBAGE
-        for position in range(chunk.start, chunk.end):
+        for position in range(run.start, run.end):
             history = hash((history, sequence.tokens[position]))
             self._kv[self._at(sequence, position)] = history
-        self._slots[sequence.spare], self._rings[sequence.spare] = (chunk.end, history), _NOWHERE
+            if (slot := leaves.get(position + 1)) is not None:
+                self._slots[slot], self._rings[slot] = (position + 1, history), _NOWHERE
         return history
 
     def _history_is_whole(self, sequence: Sequence) -> bool:
@@ -113,5 +110,5 @@ class HashModel:
         return True
 
     def _at(self, sequence: Sequence, position: int) -> int:
-        page = self._table[sequence.row][position // self._page_size]
+        page = self._tables[sequence.holding.table][position // self._page_size]
         return page * self._page_size + position % self._page_size

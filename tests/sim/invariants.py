@@ -6,9 +6,11 @@ from collections.abc import Collection
 from enum import Enum
 from itertools import chain
 
+from divisi.cluster.engine.memory import NOTHING
 from divisi.cluster.engine.plan import StepPlan
+from divisi.cluster.engine.pool import Pool
 from divisi.cluster.engine.scheduler import Scheduler
-from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
+from divisi.cluster.engine.sequence import Sequence, Status
 
 
 class Fault(Enum):
@@ -24,10 +26,10 @@ class Fault(Enum):
     STARVATION = "the earliest request did not end in time"
     LEAKED_PAGE = "a page is neither free nor held"
     LEAKED_SLOT = "a slot is neither free nor held"
-    LEAKED_ROW = "a row is neither free nor held"
+    LEAKED_TABLE = "a page table is neither free nor held"
     SHARED_PAGE = "a page has two holders"
     SHARED_SLOT = "a slot has two holders"
-    SHARED_ROW = "a row has two holders"
+    SHARED_TABLE = "a page table has two holders"
     HELD_BY_WAITING = "a queued request holds memory"
     FREED_TOO_EARLY = "a sequence of the step under way has lost its memory"
     OVER_BUDGET = "a step is larger than it may be"
@@ -55,47 +57,44 @@ def check_queues(scheduler: Scheduler, unfinished: Collection[Sequence]) -> None
 
 
 def check_memory(scheduler: Scheduler) -> None:
-    """Pages, slots and rows are free, or held by one sequence each; a queued one holds none, a planned one its own."""
+    """Pages, slots and tables are free, or held by one sequence each; a queued one holds none."""
     running = scheduler.running
     for sequence in scheduler.waiting:
-        if sequence.pages or sequence.length or max(sequence.slot, sequence.spare, sequence.row) != NOTHING:
+        if sequence.admitted is not None or sequence.length:
             raise Violation(Fault.HELD_BY_WAITING, f"request {sequence.request.request_id}")
     plan = scheduler.outstanding
-    planned = () if plan is None else (*plan.decodes, *(chunk.sequence for chunk in plan.chunks))
-    for sequence in planned:
-        if sequence.row == NOTHING:
-            raise Violation(Fault.FREED_TOO_EARLY, f"request {sequence.request.request_id}")
-    pages = list(chain.from_iterable(sequence.pages for sequence in running))
-    slots = [slot for sequence in running for slot in (sequence.slot, sequence.spare) if slot != NOTHING]
-    rows = [sequence.row for sequence in running]
-    pool, config = scheduler.pages, scheduler.config
-    _check_pool("page", pages, pool.num_free, config.num_pages, Fault.SHARED_PAGE, Fault.LEAKED_PAGE)
-    _check_pool("slot", slots, scheduler.slots.num_free, config.num_slots, Fault.SHARED_SLOT, Fault.LEAKED_SLOT)
-    _check_pool("row", rows, len(scheduler._rows), config.max_seqs, Fault.SHARED_ROW, Fault.LEAKED_ROW)
-    if pool.num_used != len(pages):
-        raise Violation(Fault.LEAKED_PAGE, f"{pool.num_used} pages are marked as used, {len(pages)} are held")
+    for run in () if plan is None else plan.runs:
+        if run.sequence.admitted is None:
+            raise Violation(Fault.FREED_TOO_EARLY, f"request {run.sequence.request.request_id}")
+    holdings = [sequence.holding for sequence in running]
+    memory = scheduler.memory
+    pages = list(chain.from_iterable(holding.pages for holding in holdings))
+    slots = [slot for holding in holdings for slot in (holding.slot, *holding.spares) if slot != NOTHING]
+    _check_pool(memory.pages, pages, Fault.SHARED_PAGE, Fault.LEAKED_PAGE)
+    _check_pool(memory.slots, slots, Fault.SHARED_SLOT, Fault.LEAKED_SLOT)
+    _check_pool(memory.tables, [holding.table for holding in holdings], Fault.SHARED_TABLE, Fault.LEAKED_TABLE)
 
 
-def _check_pool(what: str, held: list[int], free: int, total: int, shared: Fault, leaked: Fault) -> None:
-    if len(set(held)) != len(held) or free + len(held) > total:
-        raise Violation(shared, f"{what}s held: {held}, free: {free} of {total}")
-    if free + len(held) < total:
-        raise Violation(leaked, f"{what}s held: {held}, free: {free} of {total}")
+def _check_pool(pool: Pool, held: list[int], shared: Fault, leaked: Fault) -> None:
+    if len(set(held)) != len(held) or pool.num_free + len(held) > pool.size:
+        raise Violation(shared, f"held: {held}, free: {pool.num_free} of {pool.size}")
+    if pool.num_free + len(held) < pool.size:
+        raise Violation(leaked, f"held: {held}, free: {pool.num_free} of {pool.size}")
+    if pool.num_used != len(held):
+        raise Violation(leaked, f"{pool.num_used} are marked as used, {len(held)} are held")
 
 
 def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     """The limits of a step, and that it counts itself rightly."""
     config = scheduler.config
-    sizes = [chunk.end - chunk.start for chunk in plan.chunks]
-    tokens = len(plan.decodes) + sum(sizes)
-    rows = sum(len(chunk.sequence.prompt_positions(chunk.start, chunk.end)) for chunk in plan.chunks)
+    rows = sum(run.num_rows for run in plan.runs)
+    prompt_rows = sum(len(run.prompt_positions) for run in plan.scans)
     limits = (
-        ("tokens", tokens, config.max_step_tokens),
-        ("tokens of a chunk", max(sizes, default=0), config.max_prefill_chunk),
-        ("prompt logit rows", rows, config.max_prompt_logit_rows),
+        ("rows", rows, config.max_step_tokens),
+        ("prompt logit rows", prompt_rows, config.max_prompt_logit_rows),
         ("sequences", len(scheduler.running), config.max_seqs),
-        ("tokens told", plan.num_tokens, tokens),
-        ("tokens that are not told", tokens, plan.num_tokens),
+        ("rows told", plan.num_rows, rows),
+        ("rows that are not told", rows, plan.num_rows),
     )
     for what, found, limit in limits:
         if found > limit:

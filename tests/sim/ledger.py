@@ -6,8 +6,8 @@ that was accepted first. While a request is the earliest, it ends within
     own_steps = ceil(prompt / chunk) + max(answer - 1, 0)
 
 committed steps, where `answer` is its longest possible answer and `chunk` the least number of tokens of the earliest
-prompt that fit a step: the least of `max_prefill_chunk`, `max_step_tokens - (max_seqs - 1)` (everybody else decodes)
-and, where prompt log-probabilities are asked for, `max_prompt_logit_rows`.
+prompt that fit a step: `max_step_tokens - (max_seqs - 1)` (everybody else decodes), or `max_prompt_logit_rows` where
+that is less and prompt log-probabilities are asked for.
 
 Proof. Queue and running sequences are in order of arrival, and so the earliest heads the running ones, or nothing runs
 and it heads the queue, where it is admitted at once, as it was accepted only because it fits alone. Preemption takes
@@ -148,7 +148,7 @@ class Ledger:
 def own_steps(request: Request, config: SchedulerConfig) -> int:
     """The bound that the module proves."""
     prompt = len(request.prompt)
-    chunk = min(config.max_prefill_chunk, config.max_step_tokens - config.max_seqs + 1)
+    chunk = config.max_step_tokens - config.max_seqs + 1
     if request.prompt_logprobs is not None:
         chunk = min(chunk, config.max_prompt_logit_rows)
     answer = min(request.max_tokens, config.max_model_len - prompt)

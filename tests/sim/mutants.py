@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 
-from divisi.cluster.engine.plan import Chunk, Outcome, StepPlan
+from divisi.cluster.engine.memory import SLOTS_TO_PREFILL
+from divisi.cluster.engine.plan import Leave, Outcome, PlanLayout, Run, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
-from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
+from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import FinishReason, Request
 from tests.sim.invariants import Fault
@@ -31,7 +34,7 @@ class ForgetsToDequeueTheCancelled(Scheduler):
 
 class EndsTwice(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
     ) -> list[Outcome]:
         outcomes = super().commit(plan, tokens, ends)
         return [*outcomes, *(outcome for outcome in outcomes if outcome.finish_reason)]
@@ -50,7 +53,7 @@ class EndsTheCancelledBeforeTheStepDoes(Scheduler):
 
 class EndsWithoutAWord(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
     ) -> list[Outcome]:
         return [outcome for outcome in super().commit(plan, tokens, ends) if outcome.finish_reason != "stop"]
 
@@ -93,9 +96,11 @@ class PutsThePreemptedLast(Scheduler):
 class PrefersTheLatestDecodes(Scheduler):
     """The earliest waits while anybody else has something to do."""
 
-    def _plan_decodes(self) -> list[Sequence]:
-        decodes = super()._plan_decodes()
-        return decodes[1:] if len(decodes) > 1 else decodes
+    def plan(self) -> StepPlan | None:
+        plan = super().plan()
+        if plan is not None and len(plan.rings) > 1:
+            self.outstanding = plan = replace(plan, rings=plan.rings[1:], num_rows=plan.num_rows - 1)
+        return plan
 
 
 class PausesTheRunningForTheQueue(Scheduler):
@@ -103,25 +108,24 @@ class PausesTheRunningForTheQueue(Scheduler):
 
     def plan(self) -> StepPlan | None:
         plan = super().plan()
-        if plan is None or not plan.decodes or not plan.chunks:
+        if plan is None or not plan.rings or not plan.scans:
             return plan
-        tokens = plan.num_tokens - len(plan.decodes)
-        self.outstanding = StepPlan(plan.step, (), plan.chunks, plan.growths, tokens)
+        self.outstanding = replace(plan, rings=(), num_rows=sum(run.num_rows for run in plan.scans))
         return self.outstanding
 
 
 class LeaksAPage(Scheduler):
     def _release(self, sequence: Sequence) -> None:
-        sequence.pages = sequence.pages[1:]
+        sequence.holding.pages = sequence.holding.pages[1:]
         super()._release(sequence)
 
 
 class LeaksThePagesOfTheCancelled(Scheduler):
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...] = (), stop_id: int | None = None
+        self, sequence: Sequence, reason: FinishReason, token_ids: Seq[int] = (), stop_id: int | None = None
     ) -> Outcome:
-        if reason == "cancelled":
-            sequence.pages = []
+        if reason == "cancelled" and sequence.admitted is not None:
+            sequence.admitted.pages = []
         return super()._finish(sequence, reason, token_ids, stop_id)
 
 
@@ -136,26 +140,22 @@ class LeaksTheSpare(Scheduler):
     """Only where a prefill is cancelled or preempted half way."""
 
     def _release(self, sequence: Sequence) -> None:
-        sequence.spare = NOTHING
+        sequence.holding.spares = []
         super()._release(sequence)
 
 
-class LeaksARow(Scheduler):
-    def _finish(
-        self, sequence: Sequence, reason: FinishReason, token_ids: tuple[int, ...] = (), stop_id: int | None = None
-    ) -> Outcome:
-        row = sequence.row
-        outcome = super()._finish(sequence, reason, token_ids, stop_id)
-        if reason == "cancelled" and row != NOTHING:
-            self._rows.remove(row)
-        return outcome
+class LeaksATable(Scheduler):
+    def _release(self, sequence: Sequence) -> None:
+        super()._release(sequence)
+        if sequence.cancelled:
+            self.memory.tables.take(1)
 
 
 class SharesAPage(Scheduler):
     def _admit(self) -> Sequence:
         sequence = super()._admit()
         if len(self.running) > 1:
-            sequence.pages[0] = self.running[0].pages[0]
+            sequence.holding.pages[0] = self.running[0].holding.pages[0]
         return sequence
 
 
@@ -163,30 +163,28 @@ class SharesASlot(Scheduler):
     def _admit(self) -> Sequence:
         sequence = super()._admit()
         if len(self.running) > 1:
-            sequence.spare = self.running[0].slot
+            sequence.holding.spares[0] = max(self.running[0].holding.slot, *self.running[0].holding.spares, -1)
         return sequence
 
 
-class SharesARow(Scheduler):
+class SharesATable(Scheduler):
     def _admit(self) -> Sequence:
         sequence = super()._admit()
         if len(self.running) > 1:
-            sequence.row = self.running[0].row
+            sequence.holding.table = self.running[0].holding.table
         return sequence
 
 
 class KeepsPagesWhileQueued(Scheduler):
     def _preempt(self, sequence: Sequence) -> None:
-        pages = sequence.pages
+        holding = sequence.holding
         super()._preempt(sequence)
-        sequence.pages = pages
+        sequence.admitted = holding
 
 
-class ForgetsTheSwap(Scheduler):
-    def _commit_chunk(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        sequence.slot, sequence.spare = sequence.spare, sequence.slot
-        super()._commit_chunk(chunk)
+class SettlesOnAnotherSlot(Scheduler):
+    def _commit_scan(self, run: Run) -> None:
+        super()._commit_scan(run._replace(leaves=(Leave(run.end, run.sequence.holding.spares[-1]),)))
 
 
 class SendsAgainAfterPreemption(Scheduler):
@@ -198,30 +196,32 @@ class SendsAgainAfterPreemption(Scheduler):
 
 
 class IgnoresStopIds(Scheduler):
-    def _advance(self, sequence: Sequence, token: int | None, end: FinishReason | None) -> Outcome:
-        outcome = super()._advance(sequence, token, end)
+    def _advance(self, sequence: Sequence, tokens: Seq[int], end: FinishReason | None, chooses: bool) -> Outcome:
+        outcome = super()._advance(sequence, tokens, end, chooses)
         return outcome if outcome.stop_id is None else outcome._replace(token_ids=(outcome.stop_id,))
 
 
 class GoesOnAfterTheGrammarsEnd(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
     ) -> list[Outcome]:
-        return super().commit(plan, tokens)
+        goes_on = [chosen or [0] * run.chooses for run, chosen in zip(plan.runs, tokens, strict=True)]
+        return super().commit(plan, goes_on)
 
 
 class AnswersOneTokenTooMany(Scheduler):
     def submit(self, request: Request) -> Sequence:
         sequence = super().submit(request)
-        sequence.max_tokens += request.max_tokens > 0
+        sequence.max_length += request.max_tokens > 0
         return sequence
 
 
 class SwapsTheTokensOfTwo(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: list[int], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
     ) -> list[Outcome]:
-        return super().commit(plan, tokens[::-1], ends)
+        chosen = [each for each in tokens if each]
+        return super().commit(plan, [chosen.pop() if each else each for each in tokens], ends)
 
 
 class AsksForPromptLogprobsAnew(Scheduler):
@@ -247,10 +247,10 @@ class IgnoresCancelsInTheQueue(Scheduler):
 
 
 class ForgetsTheCancelWhenTheStepEndsThePrefill(Scheduler):
-    def _commit_chunk(self, chunk: Chunk) -> None:
-        super()._commit_chunk(chunk)
-        if chunk.last:
-            chunk.sequence.cancelled = False
+    def _commit_scan(self, run: Run) -> None:
+        super()._commit_scan(run)
+        if run.completes:
+            run.sequence.cancelled = False
 
 
 class AcceptsWhatNeverFits(Scheduler):
@@ -272,18 +272,22 @@ class RefusesAFullCache(Scheduler):
 
 
 class ExceedsTheTokenBudget(Scheduler):
-    def _plan_chunks(self, budget: int) -> list[Chunk]:
-        return super()._plan_chunks(self.config.max_step_tokens)
+    def _plan_prefills(self, layout: PlanLayout) -> None:
+        layout.rows_left = self.config.max_step_tokens
+        super()._plan_prefills(layout)
 
 
 class ExceedsTheLogitRows(Scheduler):
-    def _chunk(self, sequence: Sequence, budget: int, logit_rows: int) -> Chunk | None:
-        return super()._chunk(sequence, budget, self.config.max_prompt_logit_rows)
+    def _prefill_end(self, sequence: Sequence, layout: PlanLayout) -> int:
+        layout.prompt_logits_left = self.config.max_prompt_logit_rows
+        return super()._prefill_end(sequence, layout)
 
 
 class TakesPagesThatAreNotThere(Scheduler):
-    def _can_admit(self, sequence: Sequence) -> bool:
-        return bool(self._rows) and self.slots.can_prefill
+    def _prefilling(self) -> Iterator[Sequence]:
+        yield from [sequence for sequence in self.running if sequence.status is Status.PREFILL]
+        while self.waiting and self.memory.tables.num_free and self.memory.slots.num_free >= SLOTS_TO_PREFILL:
+            yield self._admit()
 
 
 class CommitsAbortedSteps(Simulation):
@@ -291,7 +295,7 @@ class CommitsAbortedSteps(Simulation):
 
     def _abort(self, plan: StepPlan, charged: str | None) -> None:
         super()._abort(plan, charged)
-        self._commit(plan, [0] * (len(plan.decodes) + sum(chunk.samples for chunk in plan.chunks)), charged)
+        self._commit(plan, [[0] * run.chooses for run in plan.runs], charged)
 
 
 MUTANTS: tuple[tuple[type[Scheduler] | type[Simulation], Fault], ...] = (
@@ -312,12 +316,12 @@ MUTANTS: tuple[tuple[type[Scheduler] | type[Simulation], Fault], ...] = (
     (LeaksThePagesOfTheCancelled, Fault.LEAKED_PAGE),
     (FreesThePlannedAtOnce, Fault.FREED_TOO_EARLY),
     (LeaksTheSpare, Fault.LEAKED_SLOT),
-    (LeaksARow, Fault.LEAKED_ROW),
+    (LeaksATable, Fault.LEAKED_TABLE),
     (SharesAPage, Fault.SHARED_PAGE),
     (SharesASlot, Fault.SHARED_SLOT),
-    (SharesARow, Fault.SHARED_ROW),
+    (SharesATable, Fault.SHARED_TABLE),
     (KeepsPagesWhileQueued, Fault.HELD_BY_WAITING),
-    (ForgetsTheSwap, Fault.WRONG_ANSWER),
+    (SettlesOnAnotherSlot, Fault.WRONG_ANSWER),
     (SendsAgainAfterPreemption, Fault.WRONG_ANSWER),
     (IgnoresStopIds, Fault.WRONG_ANSWER),
     (GoesOnAfterTheGrammarsEnd, Fault.WRONG_ANSWER),

@@ -77,7 +77,7 @@ class Simulation:
             self._clock.pass_time(5.0)
             if self._scheduler.outstanding is None:
                 return  # the worker has failed in the meantime
-        self._clock.pass_time(1.0 + plan.num_tokens / 8)
+        self._clock.pass_time(1.0 + plan.num_rows / 8)
         if self._scheduler.outstanding is None:
             return
         self._commit(plan, self._model.attempt(plan), charged)
@@ -85,17 +85,18 @@ class Simulation:
     def _abort(self, plan: StepPlan, charged: str | None) -> None:
         """An attempt that gets through a part of the step only; nothing of it may count."""
         self.counts["aborted steps"] += 1
-        self._model.attempt(plan, self._random.randint(0, len(plan.decodes) + len(plan.chunks)))
+        self._model.attempt(plan, self._random.randint(0, len(plan.runs)))
 
-    def _commit(self, plan: StepPlan, tokens: list[int], charged: str | None) -> None:
+    def _commit(self, plan: StepPlan, tokens: list[list[int]], charged: str | None) -> None:
         self.counts["steps"] += 1
-        for chunk in plan.chunks:
-            collected, prompt = chunk.sequence.prompt_logprobs, chunk.sequence.tokens
-            for position in chunk.sequence.prompt_positions(chunk.start, chunk.end):
+        for run in plan.scans:
+            collected, prompt = run.sequence.prompt_logprobs, run.sequence.tokens
+            for position in run.prompt_positions:
                 assert collected is not None
                 collected.append(TokenLogprob(prompt[position + 1], -float(position + 1), ()))
-        sampled = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks if chunk.samples)]
+        sampled = [run.sequence for run in plan.choosing]
         complete = [item for item in sampled if is_complete(item.request, item.num_generated)]
+        tokens = [[] if run.sequence in complete else chosen for run, chosen in zip(plan.runs, tokens, strict=True)]
         outcomes = self._scheduler.commit(plan, tokens, dict.fromkeys(complete, "stop"))
         self._ledger.committed(charged)
         for outcome in outcomes:
@@ -154,7 +155,7 @@ class Simulation:
         for outcome in self._scheduler.end_all("error"):
             self._ledger.tell(outcome)
         self._check()
-        assert self._scheduler.pages.num_free == self._workload.config.num_pages
+        assert self._scheduler.memory.pages.num_free == self._workload.config.num_pages
 
     def _check(self) -> None:
         check_queues(self._scheduler, [record.sequence for record in self._ledger.unfinished.values()])

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from divisi.cluster.engine.engine import Engine
-from divisi.cluster.engine.pages import PagePool
-from divisi.cluster.engine.plan import Chunk, StepPlan
+from divisi.cluster.engine.memory import NOTHING
+from divisi.cluster.engine.plan import Leave, Run, StepPlan
+from divisi.cluster.engine.pool import Pool
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
-from divisi.cluster.engine.sequence import NOTHING, Sequence, Status
+from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.model.sampling.sampler import Sampler
@@ -41,7 +42,6 @@ class Trace:
             num_slots=pick(2, max_seqs + 3),
             max_seqs=max_seqs,
             max_step_tokens=pick(max_seqs, max_seqs + 24),
-            max_prefill_chunk=pick(1, 16),
             max_prompt_logit_rows=pick(1, 8),
         )
         self.scheduler = Scheduler(self.config)
@@ -123,15 +123,16 @@ class Trace:
         running, waiting = scheduler.running, list(scheduler.waiting)
         arrivals = [sequence.arrival for sequence in [*running, *waiting]]
         assert arrivals == sorted(arrivals), "served out of order"
-        held = [page for sequence in running for page in sequence.pages]
+        holdings, memory = [sequence.holding for sequence in running], scheduler.memory
+        held = [page for holding in holdings for page in holding.pages]
         assert len(held) == len(set(held)), "a page in two sequences"
-        assert scheduler.pages.num_used == len(held)
-        assert scheduler.pages.num_free + len(held) == config.num_pages
-        slots = [slot for sequence in running for slot in (sequence.slot, sequence.spare) if slot != NOTHING]
+        assert memory.pages.num_used == len(held)
+        assert memory.pages.num_free + len(held) == config.num_pages
+        slots = [slot for holding in holdings for slot in (holding.slot, *holding.spares) if slot != NOTHING]
         assert len(slots) == len(set(slots)), "a slot in two sequences"
-        assert scheduler.slots.num_free + len(slots) == config.num_slots
-        rows = [sequence.row for sequence in running]
-        assert len(rows) == len(set(rows)) <= config.max_seqs
+        assert memory.slots.num_free + len(slots) == config.num_slots
+        tables = [holding.table for holding in holdings]
+        assert len(tables) == len(set(tables)) <= config.max_seqs
         for sequence in waiting:
             self._check_waiting(sequence)
         live = {sequence.request.request_id for sequence in [*running, *waiting]}
@@ -142,12 +143,11 @@ class Trace:
     @staticmethod
     def _check_waiting(sequence: Sequence) -> None:
         assert sequence.status is Status.WAITING
-        assert (sequence.length, sequence.pages) == (0, [])
-        assert sequence.slot == sequence.spare == sequence.row == NOTHING
+        assert (sequence.length, sequence.admitted) == (0, None)
 
     def _check_answers(self) -> None:
-        assert self.scheduler.pages.num_free == self.config.num_pages
-        assert self.scheduler.slots.num_free == self.config.num_slots
+        assert self.scheduler.memory.pages.num_free == self.config.num_pages
+        assert self.scheduler.memory.slots.num_free == self.config.num_slots
         for name, request in self.accepted.items():
             events = self.events[name]
             assert sum(event.finish_reason is not None for event in events) == 1
@@ -187,19 +187,17 @@ def test_many_random_traces() -> None:
 
 
 def _leak_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    give_back = PagePool.give_back
-    monkeypatch.setattr(PagePool, "give_back", lambda pool, pages: give_back(pool, list(pages)[1:]))
+    give_back = Pool.give_back
+    monkeypatch.setattr(Pool, "give_back", lambda pool, numbers: give_back(pool, list(numbers)[1:]))
 
 
-def _forget_the_swap(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit_chunk = Scheduler._commit_chunk
+def _settle_on_another_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit_scan = Scheduler._commit_scan
 
-    def commit(scheduler: Scheduler, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        sequence.slot, sequence.spare = sequence.spare, sequence.slot
-        commit_chunk(scheduler, chunk)
+    def commit(scheduler: Scheduler, run: Run) -> None:
+        commit_scan(scheduler, run._replace(leaves=(Leave(run.end, run.sequence.holding.spares[-1]),)))
 
-    monkeypatch.setattr(Scheduler, "_commit_chunk", commit)
+    monkeypatch.setattr(Scheduler, "_commit_scan", commit)
 
 
 def _keep_the_length_of_a_preempted_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +229,7 @@ def _ignore_cancellation_during_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     "plant",
     [
         _leak_a_page,
-        _forget_the_swap,
+        _settle_on_another_slot,
         _keep_the_length_of_a_preempted_sequence,
         _put_the_preempted_last,
         _ignore_cancellation_during_a_step,

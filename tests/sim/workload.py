@@ -55,7 +55,6 @@ def _config(rng: random.Random) -> SchedulerConfig:
         num_slots=pick(2, max_seqs + 3),
         max_seqs=max_seqs,
         max_step_tokens=pick(max_seqs, max_seqs + 24),
-        max_prefill_chunk=pick(1, 16),
         max_prompt_logit_rows=pick(1, 8),
     )
 

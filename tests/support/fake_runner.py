@@ -6,7 +6,8 @@ a ring of what the last decode brought. Wrong pages, positions, slots, or a step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request
-from divisi.model.batch import StepBatch
+from divisi.model.batch import PrefillRows, StepBatch
 from divisi.model.dispatcher import Dispatcher, Pending
-from divisi.model.sampling.sampler import RowSampling, Sampler, SamplingBatch
+from divisi.model.sampling.sampler import Sampler, SamplingBatch, SequenceSampling
 from tests.support.sampling_oracle import ruled_logits
 
 VOCAB = 61
@@ -80,16 +81,17 @@ class _Layer:
         ring[length % 2] = (length, token)
         return _after(self.states[slot], token)
 
-    def prefill(self, slot: int, spare: int, length: int, tokens: list[int]) -> list[int]:
-        """Return the state after each token; leave the last one in the spare."""
+    def prefill(self, source: int, length: int, tokens: list[int], leaves: dict[int, int]) -> list[int]:
+        """Return the state after each token; leave those at the positions that are asked for."""
         state = self.number
         if length:
-            state = self.states[slot] if self.positions[slot] == length else _GARBAGE
+            state = self.states[source] if self.positions[source] == length else _GARBAGE
         states = []
-        for token in tokens:
+        for position, token in enumerate(tokens, length + 1):
             state = _after(state, token)
             states.append(state)
-        self.states[spare], self.positions[spare], self.rings[spare] = state, length + len(tokens), {}
+            if (slot := leaves.get(position)) is not None:
+                self.states[slot], self.positions[slot], self.rings[slot] = state, position, {}
         return states
 
 
@@ -112,6 +114,9 @@ class FakeRunner:
             dispatcher.dispatch(layer.number, empty, empty.int(), empty).combine()
         return _BANK[[hash(tuple(values)) % len(_BANK) for values in found]]
 
+    def prepare(self, flushes: object, slot_copies: object, page_copies: object) -> None:
+        raise AssertionError("no plan asks for it")
+
     def _layer(self, layer: _Layer, batch: StepBatch) -> list[list[int]]:
         """Per row: the hash of its history in the KV, and the state after it."""
         tokens = batch.token_ids_T.tolist()
@@ -124,13 +129,27 @@ class FakeRunner:
             for row, (length, slot) in enumerate(zip(rows.lengths_S.tolist(), rows.slots_S.tolist(), strict=True)):
                 history = layer.history(rows.pages_SN[row], positions[row] + 1)
                 results.append([history, layer.decode(slot, length, tokens[row])])
-        for chunk in batch.prefill:
-            assert chunk.start == len(results)
-            states = layer.prefill(chunk.slot, chunk.spare, chunk.length, tokens[chunk.start : chunk.end])
-            for row, state in zip(range(chunk.start, chunk.end), states, strict=True):
-                results.append([layer.history(chunk.pages_N, positions[row] + 1), state])
+        assert len(results) == batch.decode_rows
+        for run, pages_N, states in _prefills(layer, batch.prefill, tokens[batch.decode_rows :]):
+            assert len(results) == batch.decode_rows + run
+            for state in states:
+                results.append([layer.history(pages_N, positions[len(results)] + 1), state])
         assert len(results) == batch.num_tokens
         return results
+
+
+def _prefills(layer: _Layer, rows: PrefillRows | None, tokens: list[int]) -> Iterator[tuple[int, Tensor, list[int]]]:
+    """Of each prefilling sequence: its first row, its page table, the state after each of its tokens."""
+    if rows is None:
+        return
+    starts, of_leaves = rows.starts_S1.tolist(), rows.leaves.starts_S1.tolist()
+    positions, slots = rows.leaves.positions_L.tolist(), rows.leaves.slots_L.tolist()
+    assert rows.most_rows == max(end - start for start, end in pairwise(starts))
+    for index, (length, source) in enumerate(zip(rows.lengths_S.tolist(), rows.sources_S.tolist(), strict=True)):
+        part = slice(of_leaves[index], of_leaves[index + 1])
+        leaves = dict(zip(positions[part], slots[part], strict=True))
+        start, end = starts[index], starts[index + 1]
+        yield start, rows.pages_SN[index], layer.prefill(source, length, tokens[start:end], leaves)
 
 
 def logits_after(tokens: Sequence[int]) -> Tensor:
@@ -149,7 +168,7 @@ def solo_answer(request: Request, max_model_len: int) -> list[int]:
     tokens = list(request.prompt)
     sampling = request.sampling
     row = SamplingBatch(
-        [RowSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, min_p=sampling.min_p)]
+        [SequenceSampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, min_p=sampling.min_p)]
     )
     while len(tokens) < min(len(request.prompt) + request.max_tokens, max_model_len):
         logits = ruled_logits(logits_after(tokens).numpy(), request, tokens)

@@ -52,7 +52,7 @@ class LocalClient:
         """Steps until closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._engine.has_work)
+                self._changed.wait_for(lambda: self._closing or self._has_work)
                 if self._closing:
                     return
                 plan = self._engine.plan()
@@ -61,6 +61,11 @@ class LocalClient:
                     if (stream := self._streams.get(event.request_id)) is not None:
                         loop, queue = stream
                         loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    @property
+    def _has_work(self) -> bool:
+        stats = self._engine.stats()
+        return stats.running + stats.waiting > 0
 
     def close(self) -> None:
         with self._changed:
@@ -77,6 +82,7 @@ def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 
         dtype="float32",
         device="cpu",
         threads=1,
+        deterministic=False,
         shape=GangShape(1, 0),
         max_model_len=max_model_len,
         kv_memory=2**26,

@@ -41,6 +41,7 @@ def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
         "dtype": "float32",
         "device": "cpu",
         "threads": 1,
+        "deterministic": False,
         "shape": shape,
         "max_model_len": 512,
         "kv_memory": 8 * 2**20,
@@ -154,7 +155,6 @@ class Shard:
 @contextlib.contextmanager
 def thread_gang(spec: GangSpec, new_mode: NewMode | None = None) -> Iterator[list[Worker]]:
     """The workers of a running gang; `new_mode` makes another way to carry rows than its shape has."""
-    torch.set_num_threads(spec.threads)
     store = StoreServer(HOST)
     coordinator = Coordinator(spec.shape, store.address)
     with contextlib.ExitStack() as stack:

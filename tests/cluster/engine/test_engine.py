@@ -20,7 +20,7 @@ MAX_LEN = 64
 
 def make(**changes: Any) -> Engine:
     sizes = {"vocab_size": VOCAB, "max_model_len": MAX_LEN, "num_pages": 64, "page_size": 4, "num_slots": 9}
-    limits = {"max_seqs": 8, "max_step_tokens": 24, "max_prefill_chunk": 8}
+    limits = {"max_seqs": 8, "max_step_tokens": 24}
     config = SchedulerConfig(**{**sizes, **limits, **changes})
     runner = FakeRunner(num_pages=config.num_pages, page_size=config.page_size, num_slots=config.num_slots)
     return Engine(runner, Sampler(), Scheduler(config), device=torch.device("cpu"), stopwatch=Stopwatch())
@@ -51,8 +51,8 @@ def run_step(engine: Engine, dispatcher: Dispatcher | None = None) -> list[Token
 
 def run_all(engine: Engine) -> dict[str, list[TokenEvent]]:
     events: dict[str, list[TokenEvent]] = {}
-    while engine.has_work:
-        for event in run_step(engine):
+    while (plan := engine.plan()) is not None:
+        for event in engine.run(plan, PlainDispatcher()):
             events.setdefault(event.request_id, []).append(event)
     return events
 
@@ -65,7 +65,7 @@ def answer(events: list[TokenEvent]) -> list[int]:
 @pytest.mark.parametrize("chunk", [1, 3, 8, 24])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 def test_a_batch_of_all_kinds_gives_each_request_its_solo_answer(chunk: int, page_size: int) -> None:
-    engine = make(max_prefill_chunk=chunk, page_size=page_size, num_pages=400 // page_size)
+    engine = make(max_seqs=min(chunk, 8), max_step_tokens=chunk, page_size=page_size, num_pages=400 // page_size)
     for each in MIXED:
         engine.submit(each)
     events = run_all(engine)
@@ -222,7 +222,6 @@ def test_rejection_leaves_the_engine_as_it_was() -> None:
         engine.submit(request("a", prompt=64))
     assert engine.plan() is None
     assert engine.take_events() == []
-    assert not engine.has_work
 
 
 def test_stats_tell_the_queue_and_where_time_went() -> None:

@@ -65,7 +65,7 @@ RULES: list[dict[str, Any]] = [
 
 def make(source: Grammars | None, **changes: Any) -> Engine:
     sizes = {"vocab_size": VOCAB, "max_model_len": MAX_LEN, "num_pages": 400, "page_size": 4, "num_slots": 11}
-    limits = {"max_seqs": 8, "max_step_tokens": 24, "max_prefill_chunk": 8}
+    limits = {"max_seqs": 8, "max_step_tokens": 24}
     config = SchedulerConfig(**{**sizes, **limits, **changes})
     runner = FakeRunner(num_pages=config.num_pages, page_size=config.page_size, num_slots=config.num_slots)
     scheduler = Scheduler(config)
@@ -223,7 +223,6 @@ def test_a_request_can_be_cancelled_or_fail_while_its_grammar_is_compiled() -> N
     engine.submit(request("b", regex("b")))
     with pytest.raises(RequestRejected, match="already being served"):
         engine.submit(request("a"))
-    assert engine.has_work
     assert engine.stats().waiting == 2
     engine.cancel("a")
     engine.fail_all("gone")
@@ -231,7 +230,6 @@ def test_a_request_can_be_cancelled_or_fail_while_its_grammar_is_compiled() -> N
         ("a", "cancelled", None),
         ("b", "error", "gone"),
     ]
-    assert not engine.has_work
     assert engine.plan() is None
 
 
@@ -268,7 +266,7 @@ def test_what_would_break_a_step_is_rejected(
     engine = make(grammars())
     with pytest.raises(RequestRejected, match=message):
         engine.submit(request("a", grammar, sampling=sampling, **changes))
-    assert not engine.has_work
+    assert engine.plan() is None
 
 
 def test_unchanged_rows_keep_their_tensors() -> None:

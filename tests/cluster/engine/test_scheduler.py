@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from divisi.cluster.engine.memory import NOTHING
 from divisi.cluster.engine.plan import Outcome, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Status
@@ -16,7 +18,7 @@ STOP = 9
 
 def make(**changes: Any) -> Scheduler:
     sizes = {"vocab_size": 100, "max_model_len": 64, "num_pages": 32, "page_size": 4, "num_slots": 8, "max_seqs": 4}
-    limits = {"max_step_tokens": 16, "max_prefill_chunk": 8}
+    limits = {"max_step_tokens": 16}
     return Scheduler(SchedulerConfig(**{**sizes, **limits, **changes}))
 
 
@@ -27,16 +29,19 @@ def request(name: str, prompt: int = 5, max_tokens: int = 4, **changes: Any) -> 
 def step(scheduler: Scheduler, token: int = 1) -> tuple[StepPlan, list[Outcome]]:
     plan = scheduler.plan()
     assert plan is not None
-    sampled = len(plan.decodes) + sum(chunk.samples for chunk in plan.chunks)
-    return plan, scheduler.commit(plan, [token] * sampled)
+    return plan, scheduler.commit(plan, chosen(plan, token))
+
+
+def chosen(plan: StepPlan, token: int = 1) -> list[list[int]]:
+    return [[token] * run.chooses for run in plan.runs]
 
 
 def chunks(plan: StepPlan) -> list[tuple[str, int, int]]:
-    return [(chunk.sequence.request.request_id, chunk.start, chunk.end) for chunk in plan.chunks]
+    return [(run.sequence.request.request_id, run.start, run.end) for run in plan.scans]
 
 
 def decodes(plan: StepPlan) -> list[str]:
-    return [sequence.request.request_id for sequence in plan.decodes]
+    return [run.sequence.request.request_id for run in plan.rings]
 
 
 def drain(scheduler: Scheduler) -> dict[str, str]:
@@ -55,9 +60,9 @@ def assert_all_free(scheduler: Scheduler) -> None:
     assert not scheduler.has_work
     assert not scheduler.running
     assert not scheduler.waiting
-    assert scheduler.pages.num_free == scheduler.config.num_pages
-    assert scheduler.pages.num_used == 0
-    assert scheduler.slots.num_free == scheduler.config.num_slots
+    memory = scheduler.memory
+    for pool in (memory.pages, memory.slots, memory.tables):
+        assert (pool.num_free, pool.num_used) == (pool.size, 0)
 
 
 def test_nothing_to_do_is_no_plan() -> None:
@@ -65,7 +70,7 @@ def test_nothing_to_do_is_no_plan() -> None:
 
 
 def test_prompt_goes_in_chunks_then_one_token_a_step() -> None:
-    scheduler = make()
+    scheduler = make(max_step_tokens=8)
     scheduler.submit(request("a", prompt=19, max_tokens=2))
     seen = [step(scheduler) for _ in range(4)]
     assert [chunks(plan) for plan, _ in seen] == [[("a", 0, 8)], [("a", 8, 16)], [("a", 16, 19)], []]
@@ -74,6 +79,12 @@ def test_prompt_goes_in_chunks_then_one_token_a_step() -> None:
     assert [outcome.token_ids for _, outcomes in seen[2:] for outcome in outcomes] == [(1,), (1,)]
     assert seen[3][1][0].finish_reason == "length"
     assert_all_free(scheduler)
+
+
+def test_a_prompt_that_is_alone_may_fill_a_step_however_large() -> None:
+    scheduler = make(vocab_size=3000, max_step_tokens=3000, max_model_len=3000, num_pages=1000)
+    scheduler.submit(request("a", prompt=2500))
+    assert chunks(step(scheduler)[0]) == [("a", 0, 2500)]
 
 
 def test_decodes_come_first_and_chunks_share_the_rest_of_the_budget() -> None:
@@ -85,33 +96,34 @@ def test_decodes_come_first_and_chunks_share_the_rest_of_the_budget() -> None:
     plan, _ = step(scheduler)
     assert decodes(plan) == ["a"]
     assert chunks(plan) == [("b", 0, 6), ("c", 0, 3)]
-    assert plan.num_tokens == 10
+    assert plan.num_rows == 10
     plan, _ = step(scheduler)
     assert decodes(plan) == ["a", "b"]
     assert chunks(plan) == [("c", 3, 6)]
 
 
-def test_a_chunk_swaps_slot_and_spare_and_the_last_one_frees_the_spare() -> None:
-    scheduler = make()
+def test_a_scan_leaves_its_state_in_a_spare_and_the_last_one_frees_the_other() -> None:
+    scheduler = make(max_step_tokens=8)
     sequence = scheduler.submit(request("a", prompt=12))
     plan = scheduler.plan()
     assert plan is not None
-    slot, spare = sequence.slot, sequence.spare
-    assert slot != spare
-    scheduler.commit(plan, [])
-    assert (sequence.slot, sequence.spare) == (spare, slot)
-    assert scheduler.slots.num_free == scheduler.config.num_slots - 2
-    step(scheduler)
-    assert sequence.slot == slot
-    assert scheduler.slots.num_free == scheduler.config.num_slots - 1
+    first, second = sequence.holding.spares
+    assert (plan.scans[0].source, plan.scans[0].leaves) == (NOTHING, ((8, first),))
+    scheduler.commit(plan, [[]])
+    assert (sequence.holding.slot, sequence.holding.spares) == (first, [second])
+    assert scheduler.memory.slots.num_free == scheduler.config.num_slots - 2
+    plan, _ = step(scheduler)
+    assert (plan.scans[0].source, plan.scans[0].leaves) == (first, ((12, second),))
+    assert (sequence.holding.slot, sequence.holding.spares) == (second, [])
+    assert scheduler.memory.slots.num_free == scheduler.config.num_slots - 1
     assert sequence.status is Status.DECODE
 
 
 @pytest.mark.parametrize(
-    "limit", [{"max_seqs": 2}, {"num_slots": 4}, {"num_pages": 14}], ids=["rows", "slots", "pages"]
+    "limit", [{"max_seqs": 2}, {"num_slots": 4}, {"num_pages": 14}], ids=["page tables", "slots", "pages"]
 )
 def test_admission_waits_for_what_is_missing_in_order(limit: dict[str, int]) -> None:
-    scheduler = make(**limit)
+    scheduler = make(max_step_tokens=60, **limit)
     sequences = [scheduler.submit(request(name, prompt=17, max_tokens=3)) for name in "abc"]
     small = scheduler.submit(request("small", prompt=1, max_tokens=1))
     step(scheduler)
@@ -136,7 +148,7 @@ def test_the_latest_arrival_gives_way_and_keeps_its_tokens() -> None:
     assert second.tokens[:3] == [10, 11, 12]
     kept = len(second.tokens)
     assert kept > 4
-    assert (second.length, second.pages) == (0, [])
+    assert (second.length, second.admitted) == (0, None)
     assert drain(scheduler) == {"a": "length", "b": "length"}
     assert len(second.tokens) == 15
     assert second.tokens[3:kept] == list(range(20, 20 + kept - 3))
@@ -156,10 +168,38 @@ def test_cancel_frees_at_once_or_with_the_step_under_way() -> None:
     assert plan is not None
     assert scheduler.cancel("b") is None
     assert scheduler.has_work
-    outcomes = scheduler.commit(plan, [1])
+    outcomes = scheduler.commit(plan, chosen(plan))
     assert [(outcome.finish_reason, outcome.token_ids) for outcome in outcomes] == [("cancelled", ())]
     assert scheduler.cancel("b") is None
     assert_all_free(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told", "length", "end"),
+    [
+        ([21, 22, 23], (21, 22, 23), 8, None),
+        ([21, 22], (21, 22), 7, None),
+        ([21, STOP, 23], (21,), None, "stop"),
+        ([21, 22, 23, 24], (21, 22, 23), None, "length"),
+    ],
+)
+def test_a_ring_run_of_several_rows_commits_as_many_as_it_chose_tokens(
+    tokens: list[int], told: tuple[int, ...], length: int | None, end: str | None
+) -> None:
+    scheduler = make()
+    sequence = scheduler.submit(request("a", max_tokens=4 + (end is None), stop_ids=frozenset({STOP})))
+    step(scheduler)
+    plan = scheduler.plan()
+    assert plan is not None
+    wide = replace(plan, rings=(plan.rings[0]._replace(end=sequence.length + 4),), num_rows=4)
+    scheduler.outstanding = wide
+    (outcome,) = scheduler.commit(wide, [tokens])
+    assert (outcome.token_ids, outcome.finish_reason) == (told, end)
+    if length is None:
+        assert_all_free(scheduler)
+    else:
+        assert (sequence.length, sequence.tokens[5:]) == (length, [1, *told])
+        assert len(sequence.tokens) == sequence.length + 1
 
 
 @pytest.mark.parametrize("prompt", [5, 30], ids=["last chunk", "first chunk"])
@@ -169,7 +209,7 @@ def test_cancel_during_a_chunk(prompt: int) -> None:
     plan = scheduler.plan()
     assert plan is not None
     scheduler.cancel("a")
-    outcomes = scheduler.commit(plan, [1] if plan.chunks[0].samples else [])
+    outcomes = scheduler.commit(plan, chosen(plan))
     assert [outcome.finish_reason for outcome in outcomes] == ["cancelled"]
     assert_all_free(scheduler)
 
@@ -194,7 +234,7 @@ def test_no_tokens_wanted_is_a_prefill_that_samples_nothing() -> None:
     scheduler = make()
     scheduler.submit(request("a", max_tokens=0))
     plan, outcomes = step(scheduler)
-    assert not plan.chunks[0].samples
+    assert not plan.scans[0].chooses
     assert [(outcome.token_ids, outcome.finish_reason) for outcome in outcomes] == [((), "length")]
     assert_all_free(scheduler)
 
@@ -209,12 +249,11 @@ def test_prompt_logprobs_bound_the_rows_of_logits_per_step() -> None:
         plan = scheduler.plan()
         assert plan is not None
         seen.append(chunks(plan))
-        for chunk in plan.chunks:
-            if chunk.sequence is sequence:
-                told = len(sequence.prompt_positions(chunk.start, chunk.end))
-                assert told <= 3
-                sequence.prompt_logprobs += [None] * told
-        scheduler.commit(plan, [1] * (len(plan.decodes) + sum(chunk.samples for chunk in plan.chunks)))
+        for run in plan.scans:
+            if run.sequence is sequence:
+                assert len(run.prompt_positions) <= 3
+                sequence.prompt_logprobs += [None] * len(run.prompt_positions)
+        scheduler.commit(plan, chosen(plan))
     assert seen == [[("a", 0, 3), ("b", 0, 7)], [("a", 3, 7)], []]
 
 

@@ -12,7 +12,7 @@ from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.roster import Directive
 from divisi.cluster.gang.watch import Candidate, SeatWatch
-from divisi.cluster.seats import Address, GangShape, Seat
+from divisi.cluster.seats import Address, GangShape, Role, Seat
 
 ADDRESS = Address("127.0.0.1", 1)
 
@@ -89,6 +89,35 @@ def test_an_unexpected_error_does_not_end_the_watch(
 
     _, inbox = start(connect)
     assert next_epoch(inbox) == 1
+
+
+class SlowToJoin(Coordinator):
+    """Gives a seat only after its taker has been stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(GangShape(1, 0), ADDRESS)
+        self.joining, self.given_up = threading.Event(), threading.Event()
+
+    def join(
+        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+    ) -> Seat | None:
+        self.joining.set()
+        assert self.given_up.wait(10)
+        return super().join(holder_id, role, address, index, loading)
+
+    def leave(self, holder_id: str, reason: str) -> None:
+        super().leave(holder_id, reason)
+        self.given_up.set()
+
+
+def test_a_seat_that_is_taken_while_the_watch_is_stopped_is_given_up_again(
+    start: Callable[[Callable[[], Coordinator]], tuple[SeatWatch, EpochInbox]],
+) -> None:
+    coordinator = SlowToJoin()
+    watch, _ = start(lambda: coordinator)
+    assert coordinator.joining.wait(10)
+    watch.stop("the test is over")
+    assert coordinator.join("successor", "attention", ADDRESS) is not None
 
 
 class Mortal(Coordinator):

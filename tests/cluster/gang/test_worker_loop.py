@@ -78,7 +78,7 @@ class Running:
     def __init__(self) -> None:
         self.engine, self.inbox, self.reports = IdleEngine(), EpochInbox(), Reports()
         self.listener = listen("127.0.0.1")
-        network = WorkerNetwork(self.listener, CPU, 5.0, LAYERS)
+        network = WorkerNetwork(self.listener, CPU, 5.0, LAYERS, 1)
         self.loop = WorkerLoop[StepPlan](self.engine, MODE, self.inbox, self.reports, network, lambda events: None)
         self.ended_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
@@ -166,7 +166,7 @@ def test_a_shard_reports_to_have_left_an_epoch_that_was_over_before_it_began() -
             raise AssertionError
 
     inbox, reports = EpochInbox(), Reports()
-    loop = ShardLoop(NoExperts(), MODE, LAYERS, CPU, inbox, reports)
+    loop = ShardLoop(NoExperts(), MODE, LAYERS, CPU, 1, inbox, reports)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:

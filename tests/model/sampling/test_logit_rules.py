@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from divisi.cluster.request import Request, Sampling
-from divisi.model.sampling.logit_rules import RowRules, RuleBatch
-from divisi.model.sampling.sampler import NO_TOKEN, RowSampling, Sampler, SamplingBatch
+from divisi.model.sampling.logit_rules import RuleBatch, SequenceRules
+from divisi.model.sampling.sampler import NO_TOKEN, Sampler, SamplingBatch, SequenceSampling
 from divisi.model.sampling.token_counts import History, TokenCounts
 from tests.support.sampling_oracle import distribution, ruled_logits
 
@@ -67,9 +67,9 @@ def request(name: str) -> Request:
     return Request(name, TOKENS[:PROMPT], 100, sampling, **more)
 
 
-def row_sampling(asked: Request, seed: int, history: History) -> RowSampling:
+def row_sampling(asked: Request, seed: int, history: History) -> SequenceSampling:
     sampling = asked.sampling
-    rules = RowRules(
+    rules = SequenceRules(
         allowed_token_ids=sampling.allowed_token_ids,
         bad_words=sampling.bad_words,
         stop_ids=tuple(asked.stop_ids),
@@ -79,13 +79,13 @@ def row_sampling(asked: Request, seed: int, history: History) -> RowSampling:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
     )
-    return RowSampling(
+    return SequenceSampling(
         sampling.temperature,
         sampling.top_k,
         sampling.top_p,
         seed,
         min_p=sampling.min_p,
-        rules=None if rules == RowRules(min_position=history.prompt) else rules,
+        rules=None if rules == SequenceRules(min_position=history.prompt) else rules,
         history=history,
     )
 
@@ -122,6 +122,30 @@ def test_each_request_of_one_batch_has_the_distribution_of_its_own_parameters() 
         assert_fits(np.bincount(tokens[order == kind], minlength=VOCAB), expected, name)
 
 
+def test_rows_refer_to_the_parameters_of_their_sequences() -> None:
+    """Several rows of a sequence in one batch are sampled as one by one, before and after tokens are added."""
+    names = list(CASES)
+    owners = [index for index in range(len(names)) for _ in range(1 + index % 3)]
+    tokens = {name: list(TOKENS) for name in names}
+
+    def batch(name: str) -> SequenceSampling:
+        return row_sampling(request(name), 5, History(name, tokens[name], PROMPT))
+
+    together = SamplingBatch([batch(name) for name in names], owners=owners)
+    for step in range(3):
+        logits_RV = torch.from_numpy(np.stack([some_logits(step + row) for row in range(len(owners))]))
+        positions_R = len(TOKENS) + step + np.arange(len(owners)) % 4
+        found = Sampler().sample(logits_RV, together, positions_R).token_ids_R
+        for row, owner in enumerate(owners):
+            alone = SamplingBatch([batch(names[owner])])
+            one = Sampler().sample(logits_RV[row : row + 1], alone, positions_R[row : row + 1])
+            assert one.token_ids_R[0] == found[row], (names[owner], step, row)
+        added = [(7 * step + index) % VOCAB for index in range(len(names))]
+        together.add(torch.tensor(added))
+        for name, token in zip(names, added, strict=True):
+            tokens[name].append(token)
+
+
 def test_the_cases_differ_from_one_another() -> None:
     """Else the test above could not see parameters swapped between rows."""
     logits = some_logits(0)
@@ -136,7 +160,7 @@ def test_the_cases_differ_from_one_another() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_rules_change_a_row_as_numpy_does(name: str) -> None:
     asked, logits = request(name), some_logits(3)
-    rules = row_sampling(asked, 0, History("a", TOKENS, PROMPT)).rules or RowRules()
+    rules = row_sampling(asked, 0, History("a", TOKENS, PROMPT)).rules or SequenceRules()
     logits_RV = torch.from_numpy(logits.copy())[None]
     batch = RuleBatch([rules], [History("a", TOKENS, PROMPT)], None, CPU)
     batch.apply_(logits_RV, np.array([len(TOKENS)]), None)
@@ -200,7 +224,7 @@ def test_counts_are_those_of_the_histories_whatever_way_they_came() -> None:
         for key, token in zip(keys, new.tolist(), strict=True):
             tokens[key].append(token)
     for row, key in enumerate(keys):
-        found = dict(zip(counts.ids_PH[row].tolist(), counts.counts_PH[row].tolist(), strict=True))
+        found = dict(zip(counts.ids_QH[row].tolist(), counts.counts_QH[row].tolist(), strict=True))
         assert found == {token: tokens[key][prompts[key] :].count(token) for token in set(tokens[key])}
 
 
@@ -208,11 +232,12 @@ def test_counts_are_those_of_the_histories_whatever_way_they_came() -> None:
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}], ids=str)
 def test_a_row_without_a_token_left_says_so_and_the_others_go_on(temperature: float, filters: dict[str, float]) -> None:
     history = History("a", TOKENS, PROMPT)
-    nothing = RowRules(allowed_token_ids=(4, 5), bad_words=((4,), (11, 5)))
+    nothing = SequenceRules(allowed_token_ids=(4, 5), bad_words=((4,), (11, 5)))
+    free = SequenceSampling(temperature, 0, 1.0, 1)
     rows = [
-        RowSampling(temperature, 0, 1.0, 1),
-        replace(RowSampling(temperature, 0, 1.0, 1, rules=nothing, history=history), **filters),
-        RowSampling(temperature, 0, 1.0, 1, rules=RowRules(allowed_token_ids=(6,)), history=history, logprobs=1),
+        free,
+        replace(free, rules=nothing, history=history, **filters),
+        replace(free, rules=SequenceRules(allowed_token_ids=(6,)), history=history, logprobs=1),
     ]
     logits_RV = torch.from_numpy(np.stack([some_logits(index) for index in range(3)]))
     found = Sampler().sample(logits_RV, SamplingBatch(rows), np.full(3, len(TOKENS)))
@@ -230,9 +255,9 @@ def test_masks_allow_what_their_bits_say(vocab: int) -> None:
     words = np.zeros((2, -(-vocab // 32) * 32), dtype=np.uint8)
     words[:, :vocab] = allowed
     masks = np.packbits(words, axis=1, bitorder="little").view(np.int32)
-    rows = [RowSampling(0.0, 0, 1.0, 0)] * 4
+    rows = [SequenceSampling(0.0, 0, 1.0, 0)] * 4
     for index in (1, 3):
-        rows[index] = replace(rows[index], rules=RowRules(masked=True), history=History(index, TOKENS, PROMPT))
+        rows[index] = replace(rows[index], rules=SequenceRules(masked=True), history=History(index, TOKENS, PROMPT))
     batch = SamplingBatch(rows)
     assert batch.masked_rows == [1, 3]
     logits_RV = torch.from_numpy(generator.normal(size=(4, vocab)).astype(np.float32))
@@ -245,8 +270,8 @@ def test_masks_allow_what_their_bits_say(vocab: int) -> None:
 def test_rules_leave_the_logits_and_their_logprobs_as_they_are() -> None:
     logits_RV = torch.from_numpy(some_logits(1))[None]
     before = logits_RV.clone()
-    rules = RowRules(logit_bias=((2, 100.0),), repetition_penalty=3.0)
-    rows = [RowSampling(0.0, 0, 1.0, 0, logprobs=0, rules=rules, history=History("a", TOKENS, PROMPT))]
+    rules = SequenceRules(logit_bias=((2, 100.0),), repetition_penalty=3.0)
+    rows = [SequenceSampling(0.0, 0, 1.0, 0, logprobs=0, rules=rules, history=History("a", TOKENS, PROMPT))]
     found = Sampler().sample(logits_RV, SamplingBatch(rows), np.array([len(TOKENS)]))
     assert found.token_ids_R.tolist() == [2]
     assert found.logprobs is not None

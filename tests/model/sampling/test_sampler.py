@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from divisi.model.sampling.sampler import RowSampling, Sampler, SamplingBatch, token_logprobs
+from divisi.model.sampling.sampler import Sampler, SamplingBatch, SequenceSampling, token_logprobs
 
-GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
-
-
-def row(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, **more: int) -> RowSampling:
-    return RowSampling(temperature, top_k, top_p, seed, **more)
+GREEDY = SequenceSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
 
-def sample(logits_RV: Tensor, rows: list[RowSampling], positions: list[int]) -> list[int]:
+def row(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, **more: int) -> SequenceSampling:
+    return SequenceSampling(temperature, top_k, top_p, seed, **more)
+
+
+def sample(logits_RV: Tensor, rows: list[SequenceSampling], positions: list[int]) -> list[int]:
     tokens: list[int] = Sampler().sample(logits_RV, SamplingBatch(rows), np.array(positions)).token_ids_R.tolist()
     return tokens
 
 
-def exact_distribution(logits_V: Tensor, rule: RowSampling) -> np.ndarray:
+def exact_distribution(logits_V: Tensor, rule: SequenceSampling) -> np.ndarray:
     """The filtered distribution, one token after the other."""
     scaled = logits_V.double().numpy() / rule.temperature
     order = sorted(range(len(scaled)), key=lambda token: (-scaled[token], token))
@@ -71,7 +71,7 @@ def chi_square_is_plausible(counts: np.ndarray, probabilities: np.ndarray) -> bo
     ids=str,
 )
 @pytest.mark.parametrize("vary", ["position", "seed"])
-def test_distribution_is_exact(rule: RowSampling, vary: str) -> None:
+def test_distribution_is_exact(rule: SequenceSampling, vary: str) -> None:
     count, vocab = 20_000, 50
     logits_V = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 2
     seeds = range(count) if vary == "seed" else [17] * count
@@ -93,7 +93,7 @@ def test_neighbouring_positions_and_seeds_are_independent(seeds: tuple[int, int]
     assert chi_square_is_plausible(joint, np.full(vocab * vocab, 1 / vocab**2))
 
 
-def _mixed_rows(count: int, seed: int) -> list[RowSampling]:
+def _mixed_rows(count: int, seed: int) -> list[SequenceSampling]:
     random = np.random.default_rng(seed)
     kinds = [
         GREEDY,
@@ -150,13 +150,13 @@ def test_filters_that_keep_everything_change_nothing() -> None:
     [GREEDY, row(top_k=1), row(top_p=1e-12), row(top_p=0.0), row(temperature=1e-30), row(temperature=1e-60), row(1e-6)],
     ids=str,
 )
-def test_edges_that_leave_one_token_choose_the_best(rule: RowSampling) -> None:
+def test_edges_that_leave_one_token_choose_the_best(rule: SequenceSampling) -> None:
     logits_RV = torch.randn(50, 5000, generator=torch.Generator().manual_seed(3)) * 5
     assert sample(logits_RV, [rule] * 50, list(range(50))) == logits_RV.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("rule", [GREEDY, row(top_k=1), row(top_p=1e-12)], ids=str)
-def test_among_equals_the_lowest_id_wins(rule: RowSampling) -> None:
+def test_among_equals_the_lowest_id_wins(rule: SequenceSampling) -> None:
     logits_RV = torch.zeros(4, 5000)
     logits_RV[:, [4000, 77, 3000]] = torch.tensor([2.0, 2.0, 2.0])
     logits_RV[3] = -0.0

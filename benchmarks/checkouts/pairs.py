@@ -1,0 +1,196 @@
+"""`python -m divisi.benchmarks pairs BEFORE AFTER`: is the second checkout as fast as the first?
+
+Each checkout has a process that lives as long as the comparison. A pair is one run of the same work in each, cut in
+blocks of a few steps that take turns, one process at work at a time: what disturbs the machine for longer than a block
+disturbs both. The order within a turn changes from pair to pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from divisi.benchmarks import machine
+from divisi.benchmarks.checkouts.checkout import Checkout, Inside, inside
+from divisi.benchmarks.checkouts.ratio import Ratios
+from divisi.model.config import ModelConfig
+from divisi.model.demo import checkpoint_dir
+from divisi.model.random_checkpoint import write_random_checkpoint
+
+_BENCH_S = Path(__file__).parents[1] / "configs" / "bench-s.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row of the table: `runs` times `prompts` prompts of `length` tokens, each with an answer of `count`."""
+
+    title: str
+    prompts: int
+    length: int
+    count: int = 1
+    skip: int = 0
+    """Steps before those that are timed."""
+    block: int = 1
+    """Timed steps of one checkout before it is the other's turn."""
+    runs: int = 1
+    target: float = 0.98
+    """What ratio is wanted."""
+
+
+def _decode(batch: int) -> Cell:
+    return Cell(f"decode {batch}", batch, 16, count=33, skip=1, block=4)
+
+
+DECODE_AND_PREFILL = (
+    *map(_decode, (1, 4, 16, 32)),
+    Cell("prefill 512", 1, 512, runs=4),
+    Cell("prefill 4096", 1, 4096),
+)
+_WIDE = {"num_pages": 1024, "page_size": 16, "max_seqs": 32, "max_step_tokens": 4096, "max_prefill_chunk": 1024}
+_NARROW = _WIDE | {"max_seqs": 16, "max_step_tokens": 1024}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Cells that one engine runs."""
+
+    model: str
+    model_dir: Path
+    limits: dict[str, int]
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How many pairs, and what is checked."""
+
+    pairs: int = 9
+    most_pairs: int = 27
+    threads: int = 2
+    dtype: str = "bfloat16"
+    same_tokens: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `pairs` is told on the command line."""
+    parser.add_argument("before", type=Path, help="root of a checkout")
+    parser.add_argument("after", type=Path, help="root of another, or of the same one")
+    parser.add_argument("--pairs", type=int, default=9, help="pairs of runs of each cell, at least 6 (default 9)")
+    parser.add_argument("--most-pairs", type=int, default=27, help="where the interval is too wide (default 27)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of either checkout (default 2)")
+    parser.add_argument("--demo-target", type=float, default=0.98, help="ratio wanted of the demo model (default 0.98)")
+    parser.add_argument(
+        "--other-tokens", action="store_true", help="for commits that change arithmetic: bf16 tokens may differ"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Check tokens, then time and print; 1 if AFTER is slower or that is undecided. Raises SystemExit."""
+    if options.pairs < 6:
+        raise SystemExit(f"--pairs is {options.pairs}: fewer than 6 cannot say anything with 95 % confidence")
+    checkouts = [Checkout("BEFORE", options.before), Checkout("AFTER", options.after)]
+    effort = Effort(
+        options.pairs, max(options.pairs, options.most_pairs), options.threads, same_tokens=not options.other_tokens
+    )
+    with tempfile.TemporaryDirectory() as scratch, inside(checkouts, effort.threads) as processes:
+        bench_s = Path(scratch) / "bench-s"
+        write_random_checkpoint(bench_s, json.loads(_BENCH_S.read_text()))
+        together = Cell("prefill 16 x 64", 16, 64, runs=2)
+        demo = Cell("prefill 16 x 64", 16, 64, runs=2, target=options.demo_target)
+        parts = [
+            Part("bench-s", bench_s, _WIDE, DECODE_AND_PREFILL),
+            Part("bench-s", bench_s, _NARROW, [together]),
+            Part("divisi-demo", checkpoint_dir(), _NARROW, [demo]),
+        ]
+        print("\n".join([*map(str, checkouts), machine.describe()]))
+        print(f"{effort.dtype}, {effort.threads} threads, local; load average {_load_average()}")
+        return report(processes, parts, effort)
+
+
+def report(processes: Sequence[Inside], parts: Sequence[Part], effort: Effort) -> int:
+    """Compare part after part, each one's tokens before its times; print the table; 1 unless all is fast enough."""
+    print(f"\n{Ratios.HEADER}", flush=True)
+    passed = True
+    for part in parts:
+        message = {"do": "load", "model_dir": str(part.model_dir), "limits": part.limits}
+        for process in processes:
+            process.send(message | {"dtype": effort.dtype, "threads": effort.threads})
+            process.receive()
+        for cell in part.cells:
+            _check_tokens(processes, part, cell, effort.same_tokens)
+        for cell, ratios in zip(part.cells, _measure(processes, part, effort), strict=True):
+            print(f"| {part.model} {cell.title} | {ratios.row(cell.target)} |", flush=True)
+            passed = passed and ratios.verdict(cell.target).passed
+    told = "the same tokens in all cells" if effort.same_tokens else "tokens were not compared"
+    print(f"\n{told}; load average {_load_average()} at the end", flush=True)
+    return 0 if passed else 1
+
+
+def _measure(processes: Sequence[Inside], part: Part, effort: Effort) -> list[Ratios]:
+    """Pairs of every cell in turn; more of them where a verdict wants more."""
+    found = [Ratios() for _ in part.cells]
+    for number in tqdm(range(effort.most_pairs), desc=part.model, unit="pair", leave=False, disable=None):
+        for cell, ratios in zip(part.cells, found, strict=True):
+            if number < effort.pairs or not ratios.verdict(cell.target).final:
+                ratios.add(*_pair(processes, part, cell, number)[0])
+    return found
+
+
+def _check_tokens(processes: Sequence[Inside], part: Part, cell: Cell, same: bool) -> None:
+    """A first pair, which warms both up. Raises SystemExit where the tokens differ."""
+    _, answers = _pair(processes, part, cell, 0)
+    if same and answers[0] != answers[1]:
+        index = next(i for i, pair in enumerate(zip(*answers, strict=True)) if pair[0] != pair[1])
+        raise SystemExit(f"{part.model} {cell.title}: prompt {index} has other tokens; no speed is reported")
+
+
+def _pair(processes: Sequence[Inside], part: Part, cell: Cell, number: int) -> tuple[list[float], list[Any]]:
+    """Seconds of each process for the same work, and its tokens."""
+    vocabulary = ModelConfig.load(part.model_dir).vocab_size
+    seconds = [0.0, 0.0]
+    answers: list[list[Any]] = [[], []]
+    for run in range(cell.runs):
+        rng = random.Random(f"{cell.title} {run}")
+        prompts = [[rng.randrange(10, vocabulary) for _ in range(cell.length)] for _ in range(cell.prompts)]
+        times, tokens = _run(processes, {"prompts": prompts} | _counts(cell), order=number % 2)
+        for index in range(2):
+            seconds[index] += times[index]
+            answers[index] += tokens[index]
+    return seconds, answers
+
+
+def _counts(cell: Cell) -> dict[str, int]:
+    return {"count": cell.count, "skip": cell.skip, "block": cell.block}
+
+
+def _run(processes: Sequence[Inside], work: dict[str, Any], order: int) -> tuple[list[float], list[list[Any]]]:
+    """The same run in both, a block of one and a block of the other; one process at work at a time."""
+    turns = (order, 1 - order)
+    seconds = [0.0, 0.0]
+    tokens: list[list[Any]] = [[], []]
+    running = set(turns)
+    message: dict[str, Any] = {"do": "run"} | work
+    while running:
+        for index in turns:
+            processes[index].send(message)
+            reply = processes[index].receive()
+            if "tokens" in reply:
+                tokens[index] = reply["tokens"]
+                running.discard(index)
+            else:
+                seconds[index] += reply["seconds"]
+        message = {"do": "go on"}
+    return seconds, tokens
+
+
+def _load_average() -> str:
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())

@@ -1,0 +1,102 @@
+"""A rank's threads follow the machine that it runs on, not the one where the gang was described."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from divisi.cluster.gang import threads as threads_module
+from divisi.cluster.gang.inbox import Assignment
+from divisi.cluster.gang.threads import share_cores, usable_cores
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.seats import Address, GangShape, Membership
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+from tests.support.thread_gang import small_spec, thread_gang
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_of(rank: int, hosts: str, cores: int, fixed: int | None, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What a loop's thread computes with once it has entered an epoch of ranks on these hosts."""
+    monkeypatch.setattr(threads_module, "usable_cores", lambda: cores)
+    addresses = tuple(Address(host) for host in hosts)
+    membership = Membership(1, GangShape(1, len(hosts) - 1), tuple(map(str, addresses)), addresses, Address("store"))
+    found: list[int] = []
+
+    def enter() -> None:
+        share_cores(fixed, Assignment(membership, rank))
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join(10)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("rank", "hosts", "cores", "fixed", "threads"),
+    [
+        (0, "a", 6, None, 6),
+        (0, "aaab", 6, None, 2),
+        (3, "aaab", 6, None, 6),
+        (1, "ab", 4, None, 4),
+        (2, "aaa", 2, None, 1),
+        (0, "aaab", 6, 5, 5),
+    ],
+)
+def test_ranks_share_the_cores_of_their_own_machine(
+    monkeypatch: pytest.MonkeyPatch, rank: int, hosts: str, cores: int, fixed: int | None, threads: int
+) -> None:
+    assert threads_of(rank, hosts, cores, fixed, monkeypatch) == threads
+
+
+def test_a_step_is_computed_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, SMALL_CONFIG | {"num_hidden_layers": 4}, seed=3)
+    monkeypatch.setattr(threads_module, "usable_cores", lambda: 3)
+    with thread_gang(small_spec(tmp_path, GangShape(1, 0), threads=None)) as (worker,):
+        experts, seen = worker.experts, set()
+        assert experts is not None
+        partial_sum = experts.partial_sum
+
+        def noted(layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+            seen.add(torch.get_num_threads())
+            return partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
+
+        monkeypatch.setattr(experts, "partial_sum", noted)
+        worker.submit(Request("a", (1, 2, 3), 2, Sampling(temperature=0.0)))
+        worker.finish("a")
+    assert seen == {3}
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "cores"),
+    [
+        ("0::/", {"": "200000 100000"}, 2),  # a container
+        ("0::/", {"": "50000 100000"}, 1),
+        ("0::/", {"": "max 100000"}, 8),
+        ("12:cpu:/x\n0::/service/part", {"service": "300000 100000", "service/part": "max 100000"}, 3),
+        ("0::/service/part", {"service": "900000 100000", "service/part": "400000 100000"}, 4),
+        ("0::/", {"": "1600000 100000"}, 8),
+        ("4:memory:/x", {}, 8),
+    ],
+)
+def test_the_cores_that_a_container_grants(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, limits: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for folder, limit in limits.items():
+        (tmp_path / "cgroup" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / folder / "cpu.max").write_text(f"{limit}\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    assert usable_cores(tmp_path / "cgroup", tmp_path / "own") == cores

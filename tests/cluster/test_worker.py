@@ -1,0 +1,152 @@
+"""Attention workers as their replicas hold them, with a coordinator of this process in place of Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from divisi.cluster.errors import GangNotReady
+from divisi.cluster.gang import watch as watch_module
+from divisi.cluster.gang.coordinator import Coordinator
+from divisi.cluster.ray import worker as worker_module
+from divisi.cluster.ray.worker import AttentionRank, WorkerFailed
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.seats import Address, GangShape
+from divisi.cluster.spec import GangSpec
+from divisi.model.errors import CheckpointError
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+from tests.support.thread_gang import HOST, small_spec
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small"
+    write_random_checkpoint(path, SMALL_CONFIG | {"num_hidden_layers": 4}, seed=3)
+    return path
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
+    """The one that every worker made here finds. Gangs of one worker and no shard need no store."""
+    made = Coordinator(GangShape(1, 0), Address(HOST, 1), lease_s=2.0, grace_s=1.0)
+    monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: made)
+    monkeypatch.setattr(worker_module, "prepare_process", lambda spec: HOST)
+    monkeypatch.setattr(worker_module, "reported", lambda name, who: contextlib.nullcontext())
+    return made
+
+
+@pytest.fixture
+def start(coordinator: Coordinator, model_dir: Path) -> Iterator[Callable[[], AttentionRank]]:
+    ranks: list[AttentionRank] = []
+
+    def start() -> AttentionRank:
+        ranks.append(AttentionRank(small_spec(model_dir, GangShape(1, 0))))
+        return ranks[-1]
+
+    yield start
+    for rank in ranks:
+        rank.close()
+
+
+@pytest.fixture
+def listeners(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
+    """Every control listener that is opened."""
+    opened: list[socket.socket] = []
+
+    def listen(host: str) -> socket.socket:
+        opened.append(listen_for_real(host))
+        return opened[-1]
+
+    listen_for_real = worker_module.listen
+    monkeypatch.setattr(worker_module, "listen", listen)
+    return opened
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError(otherwise)
+
+
+async def answer(rank: AttentionRank, name: str) -> int:
+    """Tokens of an answer; TimeoutError where there is none."""
+    count = 0
+    async with asyncio.timeout(10):
+        async for events in rank.generate(Request(name, (1, 2, 3), 4, Sampling(temperature=0.0))):
+            count += sum(len(event.token_ids) for event in events)
+    return count
+
+
+def test_a_worker_without_a_seat_refuses_at_once_until_it_has_one(
+    start: Callable[[], AttentionRank], coordinator: Coordinator
+) -> None:
+    first = start()
+    wait_until(lambda: coordinator.status().ready, "the first worker got no seat")
+    spare = start()
+    assert asyncio.run(answer(first, "a")) == 4
+    with pytest.raises(GangNotReady, match="no seat"):
+        asyncio.run(answer(spare, "b"))
+    with pytest.raises(GangNotReady, match="no seat"):
+        asyncio.run(spare.stats())
+    spare.check()  # it may go on waiting for a seat
+    first.close()
+    wait_until(lambda: coordinator.status().ready, "the spare did not take the seat")
+    assert asyncio.run(answer(spare, "c")) == 4
+
+
+def test_a_worker_whose_seat_another_has_taken_is_to_be_replaced(
+    start: Callable[[], AttentionRank], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its requests would wait for the seat until they time out."""
+    monkeypatch.setattr(watch_module, "_RETRY_S", 0.02)
+    monkeypatch.setattr(watch_module, "_GIVE_UP_S", 0.3)
+    rank = start()
+    wait_until(lambda: coordinator.status().ready, "it got no seat")
+    (holder,) = coordinator._roster.holders()
+    coordinator.leave(holder.holder_id, "not heard of for too long")
+    assert coordinator.join("another", "attention", Address(HOST, 1), index=0) is not None
+    rank.check()
+
+    def failed() -> bool:
+        coordinator.poll("another", 0.0)
+        with contextlib.suppress(WorkerFailed):
+            rank.check()
+            return False
+        return True
+
+    wait_until(failed, "it does not say that it has lost its seat")
+
+
+def test_a_worker_that_ends_listens_no_more(
+    start: Callable[[], AttentionRank], coordinator: Coordinator, listeners: list[socket.socket]
+) -> None:
+    start().close()
+    assert [listener.fileno() for listener in listeners] == [-1]
+    assert "missing attention:0" in coordinator.status().reason
+
+
+def test_a_colocated_worker_that_cannot_load_gives_its_seat_up(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Path, coordinator: Coordinator, listeners: list[socket.socket]
+) -> None:
+    """Its process may live on for a while, and its successor wants the seat."""
+    spec: GangSpec = small_spec(model_dir, GangShape(1, 1, colocated=True))
+    colocated = Coordinator(spec.shape, Address(HOST, 1), lease_s=60.0)
+    monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: colocated)
+
+    def damaged(*_: Any) -> None:
+        raise CheckpointError("damaged")
+
+    monkeypatch.setattr(worker_module, "build_engine", damaged)
+    with pytest.raises(CheckpointError):
+        AttentionRank(spec)
+    assert [listener.fileno() for listener in listeners] == [-1]
+    assert colocated.join("successor", "attention", Address(HOST, 1)) is not None

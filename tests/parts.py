@@ -1,0 +1,51 @@
+"""The parts of the full tier, and which tests each of them holds: `make verify PART=step`.
+
+A test belongs to the part of its file, or of the nearest folder that the table names, or to the one that it names
+itself by `@pytest.mark.part("faults")`. A folder that the table doesn't know is an error, and so is a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+PARTS = {
+    "clients": "independent clients in each topology",
+    "faults": "start, stop and what fails on the way: processes, sockets, files, grammars",
+    "serve": "the API, the limits and the command line",
+    "step": "what a step computes: kernels, model, engine, gang, the comparison of two checkouts",
+}
+
+TABLE = {
+    "benchmarks": "step",
+    "clients": "clients",
+    "cluster": "step",
+    "contract": "step",
+    "deploy": "serve",
+    "deploy/api/test_structured_output.py": "faults",
+    "distributed": "step",
+    "e2e": "serve",
+    "e2e/test_demo.py": "faults",
+    "e2e/test_shutdown.py": "faults",
+    "kernels": "step",
+    "model": "step",
+    "parity": "step",
+    "sim": "step",
+    "test_architecture.py": "step",
+    "test_parts.py": "step",
+    "test_wheel.py": "faults",
+}
+
+
+def part_of(path: str, named: Sequence[str] = ()) -> str:
+    """The part of a test: `path` is its file's below tests/, `named` what its own marks say, the nearest first.
+
+    Raises ValueError where it has none, or one that doesn't exist.
+    """
+    steps = path.split("/")
+    prefixes = ["/".join(steps[:count]) for count in range(len(steps), 0, -1)]
+    found = [*named[:1], *(TABLE[prefix] for prefix in prefixes if prefix in TABLE)]
+    if not found:
+        raise ValueError(f"tests/{path} belongs to no part: add its folder to TABLE in tests/parts.py")
+    if found[0] not in PARTS:
+        raise ValueError(f"tests/{path} names the part {found[0]!r}; the parts are {', '.join(PARTS)}")
+    return found[0]
