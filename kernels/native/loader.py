@@ -37,7 +37,7 @@ _SIGNATURES = {
     "divisi_gated_delta_prefill": [_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _L],
     "divisi_gated_delta_flush": [_P, _P, _P, _L],
     "divisi_attention_inputs": [_P, _P, _P, _P, _F, _P, _P, _I, _P, _P, _L, _L, _L, _L, _L, _I],
-    "divisi_attention": [_P, _P, _P, _P, _I, _L, _P, _P, _P, _L, _L, _P, _L, _L, _L, _L, _I],
+    "divisi_attention": [_P, _P, _P, _P, _I, _L, _P, _P, _P, _L, _P, _L, _L, _L, _L, _I],
 }
 
 
