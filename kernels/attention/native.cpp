@@ -44,11 +44,9 @@ extern "C" void divisi_attention_inputs(const float* rows, const float* cos_sin,
     inputs(rows, cos_sin, q_scale, k_scale, eps, (float*)keys, (float*)values, kv_rows, q, t, qh, kvh, d, half, threads);
 }
 
-// acc[g] += p[g] . values over n tokens, for G queries that share the reading of the values.
-template <int G, class KV>
-static void add_values(const KV* values, long stride, const float* p, long ldp, long n, long d, float* acc) {
-  constexpr int C = VB == 64 ? 4 : 2;  // vectors of the output that stay in registers
-  long c = 0;
+// acc[g] += p[g] . values over n tokens, for G queries that share the reading of the values; C vectors of width stay in registers.
+template <int G, int C, class KV>
+static inline long add_columns(const KV* values, long stride, const float* p, long ldp, long n, long d, float* acc, long c) {
   for (; c + C * VL <= d; c += C * VL) {
     vf o[G][C];
     for (int g = 0; g < G; g++)
@@ -65,9 +63,16 @@ static void add_values(const KV* values, long stride, const float* p, long ldp, 
     for (int g = 0; g < G; g++)
       for (int j = 0; j < C; j++) store(acc + g * d + c + j * VL, o[g][j]);
   }
+  return c;
+}
+
+template <int G, class KV>
+static void add_values(const KV* values, long stride, const float* p, long ldp, long n, long d, float* acc) {
+  long c = add_columns<G, VB == 64 ? 4 : 2>(values, stride, p, ldp, n, d, acc, 0);
+  c = add_columns<G, 1>(values, stride, p, ldp, n, d, acc, c);
   for (; c < d; c++)
     for (int g = 0; g < G; g++)
-      for (long i = 0; i < n; i++) acc[g * d + c] = __builtin_fmaf(p[g * ldp + i], scalar(values + i * stride + c), acc[g * d + c]);
+      for (long i = 0; i < n; i++) acc[g * d + c] += p[g * ldp + i] * scalar(values + i * stride + c);
 }
 
 struct Block { long run, row, count; };  // rows of one run that are worked on together
@@ -111,7 +116,8 @@ struct Attend {
   // Scores of one query against a page become weights; what it summed before is scaled to the new maximum.
   void soften(long g, long n) {
     float *s = &scores[g * page_size], *o = &acc[g * d], best = top[g];
-    for (long i = 0; i < n; i++) { s[i] *= scale; best = s[i] > best ? s[i] : best; }
+    for (long i = 0; i < n; i++) s[i] *= scale;
+    for (long i = 0; i < n; i++) best = s[i] > best ? s[i] : best;
     float keep = top[g] == -INFINITY ? 0.0f : fast_exp(top[g] - best);
     top[g] = best;
     float sum = total[g] * keep;
@@ -123,13 +129,13 @@ struct Attend {
 
 template <class KV>
 static void attend_runs(const float* q, const float* rows, const KV* keys, const KV* values, long page_size, const int32_t* starts,
-                        const int32_t* lengths, const int32_t* pages, long max_pages, long until, float* out, long runs, long qh,
+                        const int32_t* lengths, const int32_t* pages, long max_pages, float* out, long runs, long qh,
                         long kvh, long d, int threads) {
   constexpr long MOST = 8;
   long group = qh / kvh, width = (2 * qh + 2 * kvh) * d;
   std::vector<Block> blocks;
   for (long s = 0; s < runs; s++) {
-    long near = until - lengths[s], end = near < starts[s + 1] - starts[s] ? starts[s] + near : starts[s + 1];
+    long end = starts[s + 1];
     for (long t = starts[s]; t < end; t += MOST) blocks.push_back({s, t, end - t < MOST ? end - t : MOST});
   }
 #pragma omp parallel num_threads(threads)
@@ -149,14 +155,13 @@ static void attend_runs(const float* q, const float* rows, const KV* keys, const
   }
 }
 
-// Rows at positions from `until` on are left to the caller.
 extern "C" void divisi_attention(const float* q, const float* rows, const void* keys, const void* values, int kv_is_bf16,
                                  long page_size, const int32_t* starts, const int32_t* lengths, const int32_t* pages, long max_pages,
-                                 long until, float* out, long runs, long qh, long kvh, long d, int threads) {
+                                 float* out, long runs, long qh, long kvh, long d, int threads) {
   if (kv_is_bf16)
-    attend_runs(q, rows, (const bf16*)keys, (const bf16*)values, page_size, starts, lengths, pages, max_pages, until, out, runs, qh,
+    attend_runs(q, rows, (const bf16*)keys, (const bf16*)values, page_size, starts, lengths, pages, max_pages, out, runs, qh,
                 kvh, d, threads);
   else
-    attend_runs(q, rows, (const float*)keys, (const float*)values, page_size, starts, lengths, pages, max_pages, until, out, runs, qh,
+    attend_runs(q, rows, (const float*)keys, (const float*)values, page_size, starts, lengths, pages, max_pages, out, runs, qh,
                 kvh, d, threads);
 }

@@ -44,12 +44,11 @@ def attend_runs(
     starts = starts_S1.tolist()
     for run, length in enumerate(lengths_S.tolist()):
         rows = slice(starts[run], starts[run + 1])
-        out_TX[rows] = attend_run(q_TQD[rows], rows_TP[rows], pool, pages_SN[run], length)
+        out_TX[rows] = _attend_run(q_TQD[rows], rows_TP[rows], pool, pages_SN[run], length)
     return out_TX
 
 
-def attend_run(q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, pages_N: Tensor, length: int) -> Tensor:
-    """One run, by torch's fused attention."""
+def _attend_run(q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, pages_N: Tensor, length: int) -> Tensor:
     tokens, heads, dim = q_TQD.shape
     total = length + tokens
     pages = pages_N[: -(-total // pool.page_size)].long()

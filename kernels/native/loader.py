@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -26,19 +27,8 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", *_ROUNDING, "-fopenmp", "-fPIC",
 
 _log = logging.getLogger(__name__)
 
-_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-_SIGNATURES = {
-    "divisi_linear": [_P, _P, _I, _P, _L, _L, _L, _I],
-    "divisi_add_rms_norm": [_P, _P, _P, _P, _L, _L, _F],
-    "divisi_silu_mul": [_P, _P, _L, _L, _I],
-    "divisi_route": [_P, _L, _P, _P, _L, _L, _L, _I, _I],
-    "divisi_experts": [_P, _P, _P, _P, _P, _I, _P, _P, _P, _L, _L, _L, _L, _L, _I],
-    "divisi_gated_delta_decode": [_P, _P, _P, _P, _P, _P, _P, _L],
-    "divisi_gated_delta_prefill": [_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _L],
-    "divisi_gated_delta_flush": [_P, _P, _P, _L],
-    "divisi_attention_inputs": [_P, _P, _P, _P, _F, _P, _P, _I, _P, _P, _L, _L, _L, _L, _L, _I],
-    "divisi_attention": [_P, _P, _P, _P, _I, _L, _P, _P, _P, _L, _L, _P, _L, _L, _L, _L, _I],
-}
+_DECLARATION = re.compile(r'extern "C" void (\w+)\(([^)]*)\)')
+_SCALARS: dict[str, type] = {"int": ctypes.c_int, "long": ctypes.c_long, "float": ctypes.c_float}
 
 
 @cache
@@ -54,14 +44,23 @@ def load_library(cache_dir: Path | None = None) -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the C++ kernels cannot be built (%s): the CPU runs on the slower PyTorch kernels", detail)
         return None
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+    for source in _sources():
+        for name, parameters in _DECLARATION.findall(source.read_text()):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [_argument(text) for text in parameters.split(",")], None
     return library
 
 
+def _sources() -> list[Path]:
+    return sorted(_KERNELS.glob("*/native.cpp"))
+
+
+def _argument(parameter: str) -> type:
+    """The ctypes type of a C++ parameter such as ``const float* x`` or ``long t``."""
+    return ctypes.c_void_p if "*" in parameter else _SCALARS[parameter.split()[0]]
+
+
 def _build(compiler: str, cache_dir: Path) -> Path:
-    sources = sorted(_KERNELS.glob("*/native.cpp"))
     target = cache_dir / f"kernels-{_fingerprint(compiler)}.so"
     if target.exists():
         return target
@@ -71,7 +70,7 @@ def _build(compiler: str, cache_dir: Path) -> Path:
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
                 built = Path(scratch) / "kernels.so"
-                command = [compiler, *_FLAGS, f"-I{_HEADERS}", *map(str, sources), "-o", str(built)]
+                command = [compiler, *_FLAGS, f"-I{_HEADERS}", *map(str, _sources()), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(target)
     return target
@@ -79,7 +78,7 @@ def _build(compiler: str, cache_dir: Path) -> Path:
 
 def _fingerprint(compiler: str) -> str:
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
-    for path in sorted([*_KERNELS.glob("*/native.cpp"), *_HEADERS.glob("*.h")]):
+    for path in sorted([*_sources(), *_HEADERS.glob("*.h")]):
         digest.update(path.read_bytes())
     digest.update(subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout)
     # a home shared between machines holds one build per kind of processor

@@ -6,22 +6,16 @@ Shapes: as in the reference of each operation.
 from __future__ import annotations
 
 import ctypes
-import sys
 
 import torch
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
-from divisi.kernels.attention.reference import attend_run
+from divisi.kernels.attention.reference import attend_runs
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
-
-# Prefilling rows at positions from this on attend with torch's fused attention.
-_FUSED_FROM = 0
-
-_NEVER = sys.maxsize
 
 
 class _Delta(ctypes.Structure):
@@ -46,13 +40,12 @@ class NativeKernels:
 
     def __init__(self, library: ctypes.CDLL, deterministic: bool = False) -> None:
         self._library = library
-        self._gemm_rows = _NEVER if deterministic else _GEMM_ROWS
-        self._fused_from = _NEVER if deterministic else _FUSED_FROM
+        self._deterministic = deterministic
         self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
         tokens, inputs = x_TK.shape
-        if tokens >= self._gemm_rows:
+        if tokens >= _GEMM_ROWS and not self._deterministic:
             return self._gemm(x_TK, weight_NK)
         outputs = weight_NK.shape[0]
         y_TN = torch.empty((tokens, outputs))
@@ -194,40 +187,21 @@ class NativeKernels:
     def attention_decode(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor:
-        return self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, _NEVER)
-
-    def attention_prefill(
-        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
-    ) -> Tensor:
-        out_TX = self._attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, self._fused_from)
-        starts = starts_S1.tolist()
-        for run, length in enumerate(lengths_S.tolist()):
-            near = max(self._fused_from - length, 0)
-            rows = slice(starts[run] + near, starts[run + 1])
-            if rows.start < rows.stop:
-                out_TX[rows] = attend_run(q_TQD[rows], rows_TP[rows], pool, pages_SN[run], length + near)
-        return out_TX
-
-    def _attend(
-        self,
-        q_TQD: Tensor,
-        rows_TP: Tensor,
-        pool: KvPool,
-        starts_S1: Tensor,
-        lengths_S: Tensor,
-        pages_SN: Tensor,
-        until: int,
-    ) -> Tensor:
-        """Rows at positions from ``until`` on are left to the caller."""
         tokens, heads, dim = q_TQD.shape
         out_TX = torch.empty((tokens, heads * dim))
         self._library.divisi_attention(
             _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(),
             pool.key_PJD.dtype is torch.bfloat16, pool.page_size, _pointer(starts_S1), _pointer(lengths_S),
-            pages_SN.data_ptr(), pages_SN.stride(0), until, out_TX.data_ptr(), lengths_S.shape[0], heads,
+            pages_SN.data_ptr(), pages_SN.stride(0), out_TX.data_ptr(), lengths_S.shape[0], heads,
             pool.key_PJD.shape[1], dim, torch.get_num_threads(),
         )  # fmt: skip
         return out_TX
+
+    def attention_prefill(
+        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
+    ) -> Tensor:
+        attend = self.attention_decode if self._deterministic else attend_runs
+        return attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN)
 
 
 def _pointer(tensor: Tensor) -> int:

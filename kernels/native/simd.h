@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -15,9 +16,11 @@ constexpr int VB = 32;
 constexpr int VB = 16;
 #endif
 constexpr int VL = VB / 4;  // floats per vector
+constexpr long MANY = 16;  // from so many rows on, tiles of a product hold more of them
 constexpr long PREFETCH = 8192;  // bytes ahead; 16 to 29 GB/s on a 33 MB matrix, two Zen 3 cores
 typedef float vf __attribute__((vector_size(VB)));
 typedef uint32_t vu __attribute__((vector_size(VB)));
+typedef int32_t vi __attribute__((vector_size(VB)));
 typedef uint16_t vh __attribute__((vector_size(VB / 2)));
 typedef uint16_t bf16;
 
@@ -39,13 +42,26 @@ static inline vf fma(vf a, vf b, vf c) {
   return a * b + c;
 #endif
 }
-static inline float sum(vf v) {  // by halves
-  float s[VL];
-  store(s, v);
-  for (int half = VL / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) s[i] += s[i + half];
-  return s[0];
+
+// Adds the upper half of each group of 2 * HALF lanes to its lower half: a's groups, then b's, now HALF lanes wide.
+template <int HALF, int... I>
+static inline vf fold(vf a, vf b, std::integer_sequence<int, I...>) {
+  constexpr vi lower{I / HALF * 2 * HALF + I % HALF...};
+  return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, lower + HALF);
 }
+// The sums of N vectors, by halves, several vectors at a time.
+template <int N, int HALF = VL / 2>
+static inline void sums(const vf* v, float* out) {
+  constexpr int M = (N + 1) / 2;
+  vf folded[M];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+    folded[i] = fold<HALF>(v[2 * i], v[2 * i + 1 < N ? 2 * i + 1 : 2 * i], std::make_integer_sequence<int, VL>());
+  if constexpr (HALF > 1) sums<M, HALF / 2>(folded, out);
+  else
+    for (int i = 0; i < M; i++) store(out + i * VL, folded[i]);
+}
+static inline float sum(vf v) { float s[VL]; sums<1>(&v, s); return s[0]; }
 
 static inline void put(float* p, float x) { *p = x; }
 static inline void put(bf16* p, float x) {  // round to nearest even, NaN stays NaN
@@ -77,8 +93,9 @@ static inline float silu(float x) { return x * sigmoid(x); }
 // asks for those that lie PREFETCH bytes on: short rows defeat the hardware's prefetcher.
 template <int TM, int NR, bool FIRST, class W>
 static inline void dot_tile(const float* const* x, const W* w, long ldw, long k, float* out, long ldo) {
-  vf acc[TM][NR];
-  for (int m = 0; m < TM; m++) for (int n = 0; n < NR; n++) acc[m][n] = vf{};
+  vf acc[TM * NR];
+#pragma GCC unroll 16
+  for (int a = 0; a < TM * NR; a++) acc[a] = vf{};
   long i = 0;
   for (; i + VL <= k; i += VL) {
     if (FIRST && i % (64 / (long)sizeof(W)) == 0)
@@ -87,19 +104,20 @@ static inline void dot_tile(const float* const* x, const W* w, long ldw, long k,
     vf b[NR];
 #pragma GCC unroll 8
     for (int n = 0; n < NR; n++) b[n] = load(w + n * ldw + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < TM; m++) {
       vf a = load(x[m] + i);
 #pragma GCC unroll 8
-      for (int n = 0; n < NR; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
+      for (int n = 0; n < NR; n++) acc[m * NR + n] = fma(a, b[n], acc[m * NR + n]);
     }
   }
+  float s[(TM * NR + VL - 1) / VL * VL];
+  sums<TM * NR>(acc, s);
+  for (; i < k; i++)
+    for (int m = 0; m < TM; m++)
+      for (int n = 0; n < NR; n++) s[m * NR + n] = __builtin_fmaf(x[m][i], scalar(w + n * ldw + i), s[m * NR + n]);
   for (int m = 0; m < TM; m++)
-    for (int n = 0; n < NR; n++) {
-      float s = sum(acc[m][n]);
-      for (long j = i; j < k; j++) s = __builtin_fmaf(x[m][j], scalar(w + n * ldw + j), s);
-      out[m * ldo + n] = s;
-    }
+    for (int n = 0; n < NR; n++) out[m * ldo + n] = s[m * NR + n];
 }
 
 // NR rows of w against m rows of x, in tiles of four and a rest of one to three.
@@ -115,10 +133,17 @@ static inline void dot_rows(const float* const* x, long m, const W* w, long ldw,
   if (m - i == 1) dot_tile<1, NR, true, W>(x + i, w, ldw, k, out + i * ldo, ldo);
 }
 
-// m rows of x (pointers) with n rows of w. Tile sizes keep about eight accumulators in flight. Every tile sums a dot product
+// m rows of x (pointers) with n rows of w. Tile sizes keep eight accumulators or more in flight. Every tile sums a dot product
 // in the same order, so a row's result does not depend on the rows beside it.
 template <class W>
 static inline void dot_block(const float* const* x, long m, const W* w, long ldw, long n, long k, float* out, long ldo) {
+  constexpr int WIDE = VB == 64 ? 8 : 4;  // rows of x that stay in cache, with their accumulators in registers
+  for (bool first = true; m >= MANY; m -= WIDE, x += WIDE, out += WIDE * ldo, first = false) {
+    long j = 0;
+    if (first) for (; j + 2 <= n; j += 2) dot_tile<WIDE, 2, true, W>(x, w + j * ldw, ldw, k, out + j, ldo);
+    else for (; j + 2 <= n; j += 2) dot_tile<WIDE, 2, false, W>(x, w + j * ldw, ldw, k, out + j, ldo);
+    for (; j < n; j++) dot_tile<WIDE, 1, true, W>(x, w + j * ldw, ldw, k, out + j, ldo);
+  }
   long j = 0;
   if (m == 1)
     for (; j + 8 <= n; j += 8) dot_tile<1, 8, true, W>(x, w + j * ldw, ldw, k, out + j, ldo);
