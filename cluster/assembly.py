@@ -12,7 +12,7 @@ from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.worker_loop import WorkerNetwork
-from divisi.cluster.grammar import Grammars, GrammarVocabulary
+from divisi.cluster.grammar import Grammars
 from divisi.cluster.memory_plan import MemoryPlan
 from divisi.cluster.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.spec import GangSpec
@@ -24,6 +24,7 @@ from divisi.model.runner import ModelRunner
 from divisi.model.sampling import Sampler
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
+from divisi.model.text.grammar_tokens import GrammarVocabulary
 from divisi.model.weights import Progress, load_weights
 
 

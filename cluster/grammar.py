@@ -13,30 +13,15 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
 from numpy.typing import NDArray
 
-from divisi.model.text.codec import TextCodec
+from divisi.model.text.grammar_tokens import GrammarVocabulary
 
 log = logging.getLogger(__name__)
-
-
-class GrammarVocabulary(NamedTuple):
-    """The tokens that masks are about; `eos_ids` end an answer whose grammar is complete."""
-
-    tokenizer: LLTokenizer
-    eos_ids: frozenset[int]
-
-    @staticmethod
-    def load(model_dir: str | Path, vocab_size: int) -> GrammarVocabulary:
-        """Read a model's tokenizer; takes about 6 us per token. Raises TextError."""
-        eos_ids = TextCodec.load(model_dir).eos_ids
-        path = str(Path(model_dir) / "tokenizer.json")
-        return GrammarVocabulary(LLTokenizer(path, n_vocab=vocab_size, eos_token=sorted(eos_ids)), eos_ids)
 
 
 @dataclass(slots=True)
@@ -139,7 +124,18 @@ class Grammars:
             guide.check()
             if guide.error:
                 masks_GB[row] = 0  # llguidance lets an answer end where it fails
+            else:
+                _keep_open(guide, masks_GB[row])
         return masks_GB
+
+
+def _keep_open(guide: Guide, mask_B: NDArray[np.int32]) -> None:
+    """Take the end of the answer from a mask while the grammar is incomplete; it may name such a token inside."""
+    words_B = mask_B.view(np.uint32)
+    for token_id in guide.eos_ids:
+        word, bit = token_id // 32, np.uint32(1 << token_id % 32)
+        if words_B[word] & bit and not guide.is_complete:
+            words_B[word] &= ~bit
 
 
 def _first_line(text: str) -> str:

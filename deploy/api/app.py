@@ -58,7 +58,7 @@ class Api:
         self._tokenizer = text.tokenizer
         self._settings = settings
         self._metrics = metrics
-        self._compiler = Compiler(text, settings, GrammarCompiler(settings.model_dir, settings.grammar_limits))
+        self._compiler = Compiler(text, settings, GrammarCompiler(text, settings.model_dir, settings.grammar_limits))
         self._created = int(time.time())
 
     async def chat(self, http: HttpRequest) -> Response:

@@ -17,7 +17,9 @@ from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
+from divisi.model.text.codec import TextCodec
 from divisi.model.text.errors import TextError
+from divisi.model.text.grammar_tokens import GrammarVocabulary, refer_by_id
 from divisi.model.text.regex_size import written_out_size
 
 log = logging.getLogger(__name__)
@@ -90,12 +92,15 @@ def validate_grammar(grammar: str) -> None:
 class GrammarCompiler:
     """Turns schemas, expressions and choices into grammars. Safe to call from several threads."""
 
-    def __init__(self, model_dir: Path | str | None = None, limits: GrammarLimits | None = None) -> None:
+    def __init__(
+        self, text: TextCodec, model_dir: Path | str | None = None, limits: GrammarLimits | None = None
+    ) -> None:
         """With `model_dir`, a grammar is also compiled as workers do. Its tokenizer is read now, not while others wait
         for their answers: llguidance keeps the interpreter lock meanwhile.
         """
+        self._added, self._eos_ids = text.tokenizer.added_ids, text.eos_ids
         self._limits = limits or GrammarLimits()
-        self._tokenizer = None if model_dir is None else _read_tokenizer(Path(model_dir) / "tokenizer.json")
+        self._tokenizer = None if model_dir is None else _read_tokenizer(model_dir)
 
     def json_object(self) -> str:
         """Any JSON object."""
@@ -121,14 +126,15 @@ class GrammarCompiler:
         return self.checked(grammar_from("lark", "start: " + " | ".join(map(_lark_string, choices))))
 
     def text(self, grammar: str) -> str:
-        """A grammar in Lark's or GBNF's notation."""
+        """A grammar in Lark's or GBNF's notation. In Lark, `<think>` outside of quotes is the token of that name."""
         self.check_size(grammar, "the grammar")
         for expression in _EXPRESSIONS.findall(grammar):
             self._limits.check_expression(expression)
         try:
-            return self.checked(grammar_from("grammar", grammar))
+            lark = refer_by_id(grammar_from("grammar", grammar), self._added, self._eos_ids)
         except ValueError as error:
             raise GrammarError(f"the grammar cannot be read: {error}") from error
+        return self.checked(lark)
 
     def check_size(self, text: str, what: str) -> None:
         """Raise GrammarError for a text that is larger than the limit."""
@@ -148,11 +154,11 @@ class GrammarCompiler:
         return grammar
 
 
-def _read_tokenizer(path: Path) -> LLTokenizer | None:
+def _read_tokenizer(model_dir: Path | str) -> LLTokenizer | None:
     try:
-        return LLTokenizer(str(path))
-    except ValueError as error:  # the worker says so to whoever sends a grammar
-        log.warning("%s cannot be used for grammars: %s", path, error)
+        return GrammarVocabulary.load(model_dir).tokenizer
+    except TextError as error:  # the worker says so to whoever sends a grammar
+        log.warning("%s", error)
         return None
 
 
