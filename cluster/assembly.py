@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import torch
 
@@ -85,11 +86,15 @@ def shard_loop(
 
 
 def build_engine(
-    spec: GangSpec, config: ModelConfig, index: int = 0, progress: Progress | None = None
+    spec: GangSpec,
+    config: ModelConfig,
+    index: int = 0,
+    progress: Progress | None = None,
+    wake: Callable[[], None] = lambda: None,
 ) -> tuple[Engine, ExpertBank | None]:
     """The engine of `attention:index`, and the experts that it holds itself: all, a shard of a colocated gang, or none.
 
-    `progress` is called with the bytes read so far. Raises CheckpointError.
+    `progress` is called with the bytes read so far; `wake` is the engine's. Raises CheckpointError.
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
     checkpoint, kernels = Checkpoint.open(spec.model_dir), select_kernels(device)
@@ -110,7 +115,7 @@ def build_engine(
         max_seqs=spec.max_seqs,
         max_step_tokens=spec.worker_step_tokens,
     )
-    engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress)
+    engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress, wake)
     experts = None
     if spec.shape.colocated:
         experts = load_shard(spec, config, checkpoint, index, progress)
@@ -128,6 +133,7 @@ def assemble_engine(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    wake: Callable[[], None] = lambda: None,
 ) -> Engine:
     """An engine with the attention side's weights and memory for `limits`. Raises CheckpointError."""
     stopwatch = Stopwatch()
@@ -147,4 +153,6 @@ def assemble_engine(
         device=device,
     )
     runner = ModelRunner(config, weights, store, kernels, stopwatch)
-    return Engine(runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch, grammars=grammars)
+    return Engine(
+        runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch, grammars=grammars, wake=wake
+    )

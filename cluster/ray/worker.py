@@ -65,7 +65,7 @@ class AttentionRank:
             seat = self._watch.wait_for_seat()
             who, index = str(seat), seat.index
         with reported(spec.name, who) as report:
-            self._engine, experts = build_engine(spec, config, index, report)
+            self._engine, experts = build_engine(spec, config, index, report, self._inbox.wake.set)
         network = worker_network(spec, config, listener)
         self._loop = WorkerLoop[StepPlan](self._engine, experts, self._inbox, self._watch, network, self._deliver)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)

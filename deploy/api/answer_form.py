@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from divisi.deploy.api.errors import ApiError
 from divisi.deploy.api.parsing import ParseRule
@@ -18,11 +20,12 @@ from divisi.model.text.tags import CALL, CALL_END, THINK, THINK_END, last_tag, t
 
 
 class AnswerForms:
-    """Finds the form of each answer. Grammars are compiled in a thread: a large one takes tens of milliseconds."""
+    """Finds the form of each answer. Grammars have a thread of their own, so that a slow one holds up nothing else."""
 
     def __init__(self, text: TextCodec, grammars: GrammarCompiler) -> None:
         self._text = text
         self._grammars = grammars
+        self._thread = ThreadPoolExecutor(1, "grammars")
         self._ids = tag_ids(text.tokenizer)
         self._tags = {token_id: name for name, token_id in self._ids.items()}
 
@@ -54,7 +57,8 @@ class AnswerForms:
         """The grammar of an answer's content; None for free text. Raises ApiError for one that cannot be kept."""
         if body.response_format is None and body.structured_outputs is None:
             return None
-        return await asyncio.to_thread(content_grammar, self._grammars, body.response_format, body.structured_outputs)
+        work = partial(content_grammar, self._grammars, body.response_format, body.structured_outputs)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def answer_grammar(
         self, body: ChatBody, prompt: Sequence[int], parse: ParseRule | None, thinking: Thinking, tools: Sequence[Tool]
@@ -63,7 +67,8 @@ class AnswerForms:
         content = await self.content_grammar(body)
         if parse is None:
             return content
-        return await asyncio.to_thread(self._whole_grammar, body, prompt, parse, thinking, tools, content)
+        work = partial(self._whole_grammar, body, prompt, parse, thinking, tools, content)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _whole_grammar(
         self,

@@ -56,10 +56,23 @@ def unspeakable(description: str) -> str:
     return json.dumps({**content, "post_processor": None}, ensure_ascii=False)
 
 
+# Whatever begins also matches, up to the line's end if need be: to look for an end in vain at every quote costs a time
+# that grows with the square of the text.
 _LARK = re.compile(
-    r"""(?://|\#)[^\n]* | "(?:[^"\\\n]|\\.)*" | /(?:[^/\\\n]|\\.)+/ | <(?P<name>[^<>\s\["][^<>\s"]*)>""", re.VERBOSE
+    r"""
+    (?://|\#)[^\n]*
+    | "(?:[^"\\\n]|\\.)*"?
+    | /(?P<expression>(?:[^/\\\n]|\\.)+)/?
+    | <(?P<name>[^<>\s\["][^<>\s"]*)>
+    """,
+    re.VERBOSE,
 )
-"""What a token's name could be mistaken in: comments, strings and regular expressions; else the name."""
+"""Comments, strings, regular expressions, and names of tokens outside of these."""
+
+
+def expressions(lark: str) -> list[str]:
+    """The regular expressions in a Lark grammar."""
+    return [found["expression"] for found in _LARK.finditer(lark) if found["expression"]]
 
 
 def refer_by_id(lark: str, added: Mapping[str, int], eos_ids: frozenset[int]) -> str:

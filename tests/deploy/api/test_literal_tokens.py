@@ -129,7 +129,7 @@ def test_200_schemas_with_tokens_in_their_strings(served: httpx.Client) -> None:
     ("form", "answers"),
     [
         ({"regex": "A <think>(b)</think> (yes|no)"}, ["A <think>b</think> yes", "A <think>b</think> no"]),
-        ({"grammar": 'start: ("b" | "c") "<tool_call><|im_end|>"'}, ["b<tool_call><|im_end|>", "c<tool_call><|im_end|>"]),
+        ({"grammar": 'start: ("b" | "c") "<think><|im_end|>"'}, ["b<think><|im_end|>", "c<think><|im_end|>"]),
         ({"grammar": 'root ::= "A </think>" [bc]'}, ["A </think>b", "A </think>c"]),
         ({"choice": ["<think>", "</tool_call>"]}, ["<think>", "</tool_call>"]),
     ],

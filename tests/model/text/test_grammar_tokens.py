@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from llguidance import LLMatcher
 
 from divisi.model.text import TextCodec
-from divisi.model.text.grammar import GrammarCompiler, GrammarError
-from divisi.model.text.grammar_tokens import GrammarVocabulary, refer_by_id, unspeakable
+from divisi.model.text.grammar import GrammarCompiler
+from divisi.model.text.grammar_reader import GrammarError, GrammarReader
+from divisi.model.text.grammar_tokens import GrammarVocabulary, expressions, refer_by_id, unspeakable
 from divisi.model.text.tags import CALL, THINK, THINK_END
 
 IM_END = "<|im_end|>"
@@ -28,7 +30,7 @@ def codec(model_dir: Path) -> TextCodec:
 
 @pytest.fixture(scope="module")
 def compiler(codec: TextCodec, model_dir: Path) -> GrammarCompiler:
-    return GrammarCompiler(codec, model_dir)
+    return GrammarCompiler(GrammarReader.of(codec, model_dir))
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,20 @@ def test_tokens_that_no_grammar_may_name(compiler: GrammarCompiler, token: str, 
 def test_references_leave_the_rest_alone() -> None:
     lark = 'start: a "<t>" %json {"const": "<t>"} /<t>\\/<t>/ <[3-5]> <[*]> // <t>\n# <t>\na: "\\"<t>" <t>'
     assert refer_by_id(lark, {"<t>": 7}, frozenset()) == lark[:-3] + "<[7]>"
+
+
+def test_expressions_are_found_outside_of_strings_and_comments() -> None:
+    lark = 'start: "/no/" A // /nor this/\nA: /a\\/{2,3}/ | /b\"c/ # /d/\nB: /e/i'
+    assert expressions(lark) == ["a\\/{2,3}", 'b"c', "e"]
+
+
+@pytest.mark.parametrize("text", ["/" + "\\/" * 32_000, '"' + '\\"' * 32_000, "<a" * 32_000, "/" * 65_000])
+def test_a_grammar_is_scanned_in_one_pass(text: str) -> None:
+    """Looking for an end in vain from each of 32,000 places took minutes, with the interpreter lock held."""
+    begin = process_time()
+    refer_by_id(text, {}, frozenset())
+    expressions(text)
+    assert process_time() - begin < 1.0
 
 
 def test_an_added_token_that_the_vocabulary_has_too(model_dir: Path) -> None:
