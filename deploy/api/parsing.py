@@ -61,6 +61,8 @@ class ChatParser:
 
     def push(self, text: str) -> list[ChatPart]:
         """What a piece of text adds; `see` has had its tokens."""
+        if not text:
+            return []
         return self._parts(self._marks.cut(text))
 
     def finish(self) -> list[ChatPart]:
@@ -69,7 +71,7 @@ class ChatParser:
         parts = self._parts([rest] if rest else [])
         if self._splitter is not None:
             reasoning, content = self._splitter.finish()
-            parts += [*_reasoning(reasoning), *self._content(content)]
+            parts += [*([ReasoningPart(reasoning)] if reasoning else []), *self._content(content)]
         return parts if self._calls is None else [*parts, *self._calls.finish()]
 
     def see(self, token_id: int, text: str) -> int:
@@ -77,15 +79,16 @@ class ChatParser:
 
         Returns how many tokens are found to be of the thinking part, its tags included.
         """
-        segments: tuple[Segment, ...] = (text,)
-        if (name := self._tags.get(token_id)) is not None:
-            shown = name if text.endswith(name) else ""
-            segments = (text.removesuffix(shown), Tag(name, shown))  # the token may end a broken character, too
-        for segment in segments:
-            self._marks.see(segment)
-        return 0 if self._counter is None else self._count(self._counter, segments)
+        if (name := self._tags.get(token_id)) is None:
+            self._marks.see(text)
+            return 0 if self._counter is None else self._count(self._counter, text)
+        shown = name if text.endswith(name) else ""
+        before, tag = text.removesuffix(shown), Tag(name, shown)  # the token may end a broken character, too
+        self._marks.see(before)
+        self._marks.see(tag)
+        return 0 if self._counter is None else self._count(self._counter, before, tag)
 
-    def _count(self, counter: ReasoningSplitter, segments: Iterable[Segment]) -> int:
+    def _count(self, counter: ReasoningSplitter, *segments: Segment) -> int:
         for segment in segments:
             counter.push(segment)
         self._uncounted += 1
@@ -103,20 +106,22 @@ class ChatParser:
         return "tool_calls" if called and finish_reason == "stop" else finish_reason
 
     def _parts(self, segments: Iterable[Segment]) -> list[ChatPart]:
-        if self._splitter is None:
+        if self._splitter is None or self._splitter.passes:
             return self._content(segments)
         parts: list[ChatPart] = []
         for segment in segments:
             reasoning, content = self._splitter.push(segment)
-            parts += [*_reasoning(reasoning), *self._content(content)]
+            if reasoning:
+                parts.append(ReasoningPart(reasoning))
+            if content:
+                parts += self._content(content)
         return parts
 
     def _content(self, segments: Iterable[Segment]) -> list[ChatPart]:
         if self._calls is not None:
-            return [part for segment in segments for part in self._calls.push(segment)]
+            parts: list[ChatPart] = []
+            for segment in segments:
+                parts += self._calls.push(segment)
+            return parts
         texts = [segment.text if isinstance(segment, Tag) else segment for segment in segments]
         return [TextPart(text) for text in texts if text]
-
-
-def _reasoning(text: str) -> list[ChatPart]:
-    return [ReasoningPart(text)] if text else []

@@ -69,7 +69,7 @@ class GrammarProcess:
                     raise GrammarError(complaint)
                 return str(read)
             if self._restart() == -signal.SIGPROF:
-                raise GrammarError(f"it takes more than {self._cpu_s:g} s to compile; simplify it")
+                raise GrammarError(f"it takes more than {self._cpu_s:g} s of processor time; simplify it")
         raise GrammarError(_FAILS)
 
     def _exchange(self, question: bytes) -> bytes:

@@ -36,6 +36,11 @@ class ReasoningSplitter:
         self.answering = False
         """Whether the text stands past the thinking part, or has none."""
 
+    @property
+    def passes(self) -> bool:
+        """Whether all that follows is content, as it is."""
+        return self.answering and not self._at_start
+
     def push(self, segment: Segment) -> Split:
         """What a segment adds."""
         return self._step(segment)

@@ -52,11 +52,11 @@ class TagMarks:
 
     def see(self, segment: Segment) -> None:
         """Take note of what was generated."""
-        if isinstance(segment, Tag):
-            self._marks.append((self._seen, segment))
-            self._seen += len(segment.text)
-        else:
+        if isinstance(segment, str):
             self._seen += len(segment)
+            return
+        self._marks.append((self._seen, segment))
+        self._seen += len(segment.text)
 
     def cut(self, text: str) -> list[Segment]:
         """The next piece of the text that was seen, with its tags; one whose letters are cut waits for the others."""
