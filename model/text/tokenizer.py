@@ -24,6 +24,8 @@ class Tokenizer:
         _require_byte_level(description.get("decoder"))
         self._backend = backend
         self._bytes, self.special_ids = _token_bytes(backend)
+        self.added_ids = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+        """Ids of the added tokens, which the letters of their content become wherever they stand in a text."""
         self.has_normalizer = description.get("normalizer") is not None
         self.longest_token = max((len(raw) for raw in self._bytes), default=1)
         """Bytes of the longest token: a bound on how many tokens a text has at least."""

@@ -65,7 +65,7 @@ class Worker:
             self.watch.start()
             index = self.watch.wait_for_seat().index
         self.engine: Engine
-        self.engine, self.experts = build_engine(spec, config, index)
+        self.engine, self.experts = build_engine(spec, config, index, wake=self._inbox.wake.set)
         network = worker_network(spec, config, self._listener)
         self.loop = WorkerLoop[StepPlan](self.engine, self.experts, self._inbox, self.watch, network, self._collect)
         self._thread = threading.Thread(target=self.loop.run)

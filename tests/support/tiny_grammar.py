@@ -8,7 +8,8 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from divisi.cluster.grammar import Grammars, GrammarVocabulary
+from divisi.cluster.grammar import Grammars
+from divisi.model.text.grammar_tokens import GrammarVocabulary
 from tests.support.fake_runner import VOCAB
 
 EOS = 0
