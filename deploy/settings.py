@@ -283,7 +283,7 @@ def child_environment(**extra: str) -> dict[str, str]:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Parse a TOML, YAML or JSON file by its suffix into a plain mapping. Raises SettingsError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of some systems put a byte order mark first
         match path.suffix:
             case ".toml":
                 data: object = tomllib.loads(text)

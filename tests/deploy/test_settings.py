@@ -41,6 +41,14 @@ def test_other_formats(suffix: str, tmp_path: Path) -> None:
     assert Settings.load(path).http.port == 1
 
 
+@pytest.mark.parametrize("suffix", [".toml", ".yaml", ".json"])
+def test_a_file_may_begin_with_a_byte_order_mark(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"settings{suffix}"
+    text = {".toml": "[http]\nport = 9", ".yaml": "http: {port: 9}", ".json": '{"http": {"port": 9}}'}[suffix]
+    path.write_text(text, encoding="utf-8-sig")
+    assert Settings.load(path, {"model": {"model_dir": "/m"}}).http.port == 9
+
+
 def test_json_round_trip() -> None:
     settings = Settings.load(None, {"model": {"model_dir": "/m"}, "gang": {"topology": "split", "expert_shards": 3}})
     assert Settings.from_args(json.loads(json.dumps(settings.to_args()))) == settings
