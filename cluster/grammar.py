@@ -35,8 +35,9 @@ class GrammarVocabulary(NamedTuple):
     def load(model_dir: str | Path, vocab_size: int) -> GrammarVocabulary:
         """Read a model's tokenizer; takes about 6 us per token. Raises TextError."""
         eos_ids = TextCodec.load(model_dir).eos_ids
-        path = str(Path(model_dir) / "tokenizer.json")
-        return GrammarVocabulary(LLTokenizer(path, n_vocab=vocab_size, eos_token=sorted(eos_ids)), eos_ids)
+        # The content, since a file with a byte order mark is nothing that the library reads.
+        content = (Path(model_dir) / "tokenizer.json").read_text(encoding="utf-8-sig")
+        return GrammarVocabulary(LLTokenizer(content, n_vocab=vocab_size, eos_token=sorted(eos_ids)), eos_ids)
 
 
 @dataclass(slots=True)

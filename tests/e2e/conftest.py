@@ -69,7 +69,7 @@ def running_cluster(model_dir: Path, log: Path, *arguments: str, ready_within_s:
         port = free.getsockname()[1]
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "divisi.deploy.cli", "serve", str(model_dir), "--port", str(port), *arguments]
-    environment = os.environ | {_MARK: mark, "RAY_ADDRESS": ""}
+    environment = os.environ | {_MARK: mark, "RAY_ADDRESS": "", "XDG_STATE_HOME": str(log.parent)}
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     cluster = Cluster(f"http://127.0.0.1:{port}", process, mark, log)
