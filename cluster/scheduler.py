@@ -80,11 +80,6 @@ class Scheduler:
         self._growths: list[PageGrowth] = []
         self._arrivals = 0
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._sequences)
-
     def submit(self, request: Request, guide: Guide | None = None) -> Sequence:
         """Queue a request; `guide` belongs to its grammar. Raises RequestRejected, see `check`."""
         max_tokens = self.check(request)

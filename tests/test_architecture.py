@@ -22,7 +22,9 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # deploy sees of the model: configuration, text side, the path of the demo checkpoint and, in the CLI only, the files.
 DEPLOY_MAY_IMPORT = ("divisi.model.config", "divisi.model.text", "divisi.model.errors", "divisi.model.demo")
 CLI_MAY_IMPORT = ("divisi.model.checkpoint", "divisi.model.random_checkpoint")
-MAY_IMPORT_RAY = re.compile(r"cluster/ray/|deploy/(serve_app|serve_client|serve_router|local_run)\.py")
+MAY_IMPORT_RAY = re.compile(
+    r"cluster/ray/|deploy/(serve_app|serve_client|serve_router|local_run|ray_instance|shared_cluster)\.py"
+)
 MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",
 }

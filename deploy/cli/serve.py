@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from divisi.deploy.cli.check import check_deployment
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
 
 EXAMPLES = """\
@@ -15,6 +16,7 @@ examples:
   divisi serve /models/next --attention-workers 2 --expert-shards 4 --device cuda --kv-memory 16GiB
   divisi serve /models/next --topology colocated --attention-workers 4    four ranks, each with a quarter of the experts
   divisi serve --config divisi.toml --port 9000                  flags win over the file
+  RAY_ADDRESS=10.0.0.1:6379 divisi serve --replace               in place of the one on that Ray cluster
 
 then:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
@@ -46,31 +48,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     http.add_argument(
         "--api-keys-file", metavar="FILE", help="who may call; make keys with `divisi keys new` (default: everybody)"
     )
-    http.add_argument("--log-file", metavar="FILE", help="append a JSON line for every request (default: Ray's logs)")
+    http.add_argument(
+        "--log-file", metavar="FILE",
+        help="append a JSON line for every request (default: serve-PORT.log in ~/.local/state/divisi)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replace", action="store_true",
+        help="on a Ray cluster where Divisi already runs: take its place (default: refuse)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted.
-
-    Raises SettingsError, KeyFileError, ConfigError, TextError and CheckpointError before anything is started.
-    """
-    # Late: `divisi --help` should not take the seconds that importing torch and Ray takes.
-    from divisi.deploy.fit import fit
-    from divisi.deploy.limits import KeyFile
-    from divisi.model.config import ModelConfig
-    from divisi.model.text import TextCodec
-
+    """Serve until interrupted. Raises what `check_deployment` and `serve_until_stopped` raise."""
     settings = load_settings(args)
-    config = ModelConfig.load(settings.model.model_dir)
-    fit(settings, config, num_gpus=math.inf)
-    from divisi.model.checkpoint import Checkpoint
+    check_deployment(settings, num_gpus=math.inf)
+    from divisi.deploy.local_run import serve_until_stopped  # late: `divisi --help` should not pay for Ray
 
-    Checkpoint.open(settings.model.model_dir).check_all(config)
-    TextCodec.load(settings.model.model_dir)
-    if (keys := settings.auth.api_keys_file) is not None:
-        KeyFile(keys)
-    from divisi.deploy.serve_app import run as serve_until_stopped
-
-    serve_until_stopped(settings)
+    serve_until_stopped(settings, replace=args.replace)
     return 0

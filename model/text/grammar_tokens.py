@@ -35,7 +35,7 @@ class GrammarVocabulary(NamedTuple):
         eos_ids = TextCodec.load(folder).eos_ids
         if not eos_ids:
             raise TokenizerError(f"{folder}: no file names a token that ends an answer; set eos_token_id")
-        description = unspeakable((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        description = unspeakable((folder / "tokenizer.json").read_text(encoding="utf-8-sig"))
         try:
             tokenizer = LLTokenizer(description, n_vocab=vocab_size, eos_token=sorted(eos_ids))
         except ValueError as error:

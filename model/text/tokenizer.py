@@ -37,7 +37,7 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"{path} is missing: save the tokenizer in its fast form beside the weights")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the Rust library raises bare Exception
             raise TokenizerError(f"{path} cannot be read: {error}") from error
         return cls(backend)

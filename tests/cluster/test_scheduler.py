@@ -42,7 +42,7 @@ def decodes(plan: StepPlan) -> list[str]:
 def drain(scheduler: Scheduler) -> dict[str, str]:
     ends: dict[str, str] = {}
     for _ in range(1000):
-        if not scheduler.has_work:
+        if not (scheduler.running or scheduler.waiting):
             return ends
         for outcome in step(scheduler)[1]:
             if outcome.finish_reason:
@@ -52,7 +52,6 @@ def drain(scheduler: Scheduler) -> dict[str, str]:
 
 
 def assert_all_free(scheduler: Scheduler) -> None:
-    assert not scheduler.has_work
     assert not scheduler.running
     assert not scheduler.waiting
     assert scheduler.pages.num_free == scheduler.config.num_pages
@@ -161,7 +160,7 @@ def test_cancel_frees_at_once_or_with_the_step_under_way() -> None:
     plan = scheduler.plan()
     assert plan is not None
     assert scheduler.cancel("b") is None
-    assert scheduler.has_work
+    assert scheduler.running
     outcomes = scheduler.commit(plan, [1])
     assert [(outcome.finish_reason, outcome.token_ids) for outcome in outcomes] == [("cancelled", ())]
     assert scheduler.cancel("b") is None

@@ -78,7 +78,7 @@ def running_cluster(
         port = free.getsockname()[1]
     mark = uuid.uuid4().hex
     command = [sys.executable, *program, "serve", str(model_dir), "--port", str(port), *arguments]
-    environment = os.environ | {_MARK: mark, "RAY_ADDRESS": ""}
+    environment = os.environ | {_MARK: mark, "RAY_ADDRESS": "", "XDG_STATE_HOME": str(log.parent)}
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     cluster = Cluster(f"http://127.0.0.1:{port}", process, mark, log)
