@@ -8,11 +8,9 @@ import json
 import logging
 import os
 import shlex
-import signal
-import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -28,6 +26,7 @@ from divisi.cluster.ray.draining import drain_gang
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.serve_app import build_from, gang_spec
 from divisi.deploy.settings import Settings
+from divisi.deploy.supervision import Orders, say
 
 APP = "divisi"
 _LOOK_EVERY_S = 0.25
@@ -37,16 +36,16 @@ class StartFailed(DivisiError):
     """The gang could not be started; the text says which rank failed and why."""
 
 
-def serve_until_stopped(settings: Settings) -> None:
-    """Run the application until SIGINT or SIGTERM. Raises StartFailed and SettingsError."""
+def serve_until_stopped(settings: Settings, orders: Orders) -> None:
+    """Run the application until it is ordered to stop. Raises StartFailed and SettingsError."""
     ranks = settings.gang.shape.size
-    # Ray installs a handler for SIGTERM of its own, so that ours must come after it.
-    with contextlib.ExitStack() as stopping, _ray(ranks) as own, _stop_signals() as (stop, at_once):
+    with contextlib.ExitStack() as stopping, _ray(ranks) as own:
+        _report_cluster(own, orders)
         gpus = ray.cluster_resources().get("GPU", 0)
         spec = gang_spec(settings, gpus)
         if own and spec.device == "cuda" and gpus < ranks:
             raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
-        _say(f"Starting {_describe(spec)}")
+        say(f"Starting {_describe(spec)}")
         try:
             _start_http(settings)
             serve.run_many(
@@ -54,11 +53,13 @@ def serve_until_stopped(settings: Settings) -> None:
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
-            if _wait_until_ready(spec, settings, stop):
-                _say(_ready_text(settings))
-            stop.wait()
-            _stop_taking(spec, settings.limits.shutdown_grace_s, at_once)
+            if _wait_until_ready(spec, settings, orders.stop):
+                orders.report(answers_open=True)
+                say(_ready_text(settings))
+            orders.stop.wait()
+            _stop_taking(spec, settings.limits.shutdown_grace_s, orders)
         finally:
+            orders.report(taking_down=True)
             # Ray would print that it goes on trying to reach the actors which are ended here.
             stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
             _take_down()
@@ -74,10 +75,11 @@ def _start_http(settings: Settings) -> None:
         raise StartFailed(f"cannot listen on {http.host}:{http.port}; is another server there? ({cause})") from None
 
 
-def _stop_taking(spec: GangSpec, grace_s: float, at_once: threading.Event) -> None:
+def _stop_taking(spec: GangSpec, grace_s: float, orders: Orders) -> None:
     """Let open answers go on for the grace. Proxy, ingress, workers and shards must all outlive them."""
-    _say(f"Stopping; open answers have {grace_s:g} s, a second signal ends them now")
-    drain_gang(spec.name, grace_s, at_once)
+    orders.report(answers_open=True)  # the first may have come before the driver saw that the gang is ready
+    say(f"Stopping; open answers have {grace_s:g} s, a second signal ends them now")
+    drain_gang(spec.name, grace_s, orders.at_once)
 
 
 def _take_down() -> None:
@@ -92,20 +94,19 @@ def _take_down() -> None:
         serve.shutdown()
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Two events: the first SIGINT or SIGTERM sets one, the second the other, too."""
-    stop, at_once = threading.Event(), threading.Event()
+def remove_application(address: str) -> None:
+    """Remove the application from a cluster, for a driver that died before it could."""
+    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _take_down()
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        (at_once if stop.is_set() else stop).set()
 
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop, at_once
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+def _report_cluster(own: bool, orders: Orders) -> None:
+    orders.heed_signals()  # Ray has installed a handler of its own
+    if own:
+        orders.report(sockets=str(Path(ray.nodes()[0]["ObjectStoreSocketName"]).parent))
+    else:
+        orders.report(joined=ray.get_runtime_context().gcs_address)
 
 
 @contextlib.contextmanager
@@ -116,7 +117,7 @@ def _ray(ranks: int) -> Iterator[bool]:
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    _say("Starting Ray, or joining this machine's cluster")
+    say("Starting Ray, or joining this machine's cluster")
     try:
         own = _init_ray(ranks)
     except ConnectionError as error:
@@ -154,12 +155,12 @@ def _wait_until_ready(spec: GangSpec, settings: Settings, stop: threading.Event)
             for who, text in status.progress.items():
                 if shown.get(who) != text:
                     shown[who] = text
-                    _say(f"  {who}: {text}")
+                    say(f"  {who}: {text}")
             if status.failures:
                 raise StartFailed("; ".join(f"{who}: {text}" for who, text in sorted(status.failures.items())))
             if status.reason != reason:
                 reason = status.reason
-                _say(f"  gang: {reason}")
+                say(f"  gang: {reason}")
         app = serve.status().applications.get(APP)
         if app is not None and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise StartFailed(app.message)
@@ -200,7 +201,3 @@ def _ready_text(settings: Settings) -> str:
         {"model": settings.served_model_name, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False
     )
     return f"Ready. Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
+from typing import TYPE_CHECKING
 
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
+from divisi.deploy.cli.status import exit_status
+
+if TYPE_CHECKING:
+    from divisi.deploy.settings import Settings
+    from divisi.deploy.supervision import Orders
 
 EXAMPLES = """\
 examples:
@@ -51,17 +58,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted.
-
-    Raises SettingsError, KeyFileError, ConfigError, TextError and CheckpointError before anything is started.
-    """
+    """Serve until interrupted, in a process of its own that the caller's watches over. Raises SettingsError."""
     # Late: `divisi --help` should not take the seconds that importing torch and Ray takes.
+    from divisi.deploy.supervision import supervised
+
+    settings = load_settings(args)
+    return supervised(partial(_drive, settings), _undo, settings.limits.shutdown_grace_s)
+
+
+def _drive(settings: Settings, orders: Orders) -> int:
+    return exit_status(partial(_serve, settings, orders))
+
+
+def _serve(settings: Settings, orders: Orders) -> int:
+    """Raises KeyFileError, ConfigError, TextError and CheckpointError before anything is started."""
     from divisi.deploy.fit import fit
     from divisi.deploy.limits import KeyFile
     from divisi.model.config import ModelConfig
     from divisi.model.text import TextCodec
 
-    settings = load_settings(args)
     config = ModelConfig.load(settings.model.model_dir)
     fit(settings, config, num_gpus=math.inf)
     from divisi.model.checkpoint import Checkpoint
@@ -70,7 +85,13 @@ def run(args: argparse.Namespace) -> int:
     TextCodec.load(settings.model.model_dir)
     if (keys := settings.auth.api_keys_file) is not None:
         KeyFile(keys)
-    from divisi.deploy.serve_app import run as serve_until_stopped
+    from divisi.deploy.local_run import serve_until_stopped
 
-    serve_until_stopped(settings)
+    serve_until_stopped(settings, orders)
     return 0
+
+
+def _undo(address: str) -> None:
+    from divisi.deploy.local_run import remove_application
+
+    remove_application(address)
