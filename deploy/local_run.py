@@ -10,7 +10,6 @@ import os
 import shlex
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -103,10 +102,7 @@ def remove_application(address: str) -> None:
 
 def _report_cluster(own: bool, orders: Orders) -> None:
     orders.heed_signals()  # Ray has installed a handler of its own
-    if own:
-        orders.report(sockets=str(Path(ray.nodes()[0]["ObjectStoreSocketName"]).parent))
-    else:
-        orders.report(joined=ray.get_runtime_context().gcs_address)
+    orders.report(own=own, joined="" if own else ray.get_runtime_context().gcs_address)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ class Deadlines:
     """What has been ordered and when, and what the driver has said about itself."""
 
     grace_s: float
+    has_ray: bool = False
+    """Whether there may be an application; before that, there is nothing to take down."""
     answers_open: bool = False
     """Whether answers may be open; before the gang is ready there is nothing that needs the grace."""
     joined: bool = False
@@ -47,7 +49,8 @@ class Deadlines:
         """When the driver has to be gone; None while it may go on."""
         ends = []
         if self.stop_at is not None:
-            ends.append(self.stop_at + (self.grace_s if self.answers_open else 0.0) + TAKE_DOWN_S)
+            grace_s = self.grace_s if self.answers_open else 0.0
+            ends.append(self.stop_at + (grace_s + TAKE_DOWN_S if self.has_ray else 0.0))
         if self.hurry_at is not None:
             ends.append(self.hurry_at + (TAKE_DOWN_S if self.answers_open or self.joined else 0.0))
         if self.abandoned_at is not None:

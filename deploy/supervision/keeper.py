@@ -18,7 +18,15 @@ import psutil
 from divisi.deploy.supervision.deadlines import KEEPER_S, TAKE_DOWN_S, Deadlines
 from divisi.deploy.supervision.forked import fork
 from divisi.deploy.supervision.orders import AT_ONCE, STOP, Orders, Report
-from divisi.deploy.supervision.orphans import adopt_orphans, end_descendants, reap, runs
+from divisi.deploy.supervision.orphans import (
+    adopt_orphans,
+    descendants,
+    end_descendants,
+    name_of,
+    reap,
+    runs,
+    socket_files,
+)
 from divisi.deploy.supervision.signals import STOP_SIGNALS, SignalInbox
 
 _LOOK_EVERY_S = 1.0
@@ -49,10 +57,12 @@ def keep(work: Callable[[Orders], int], undo: Callable[[str], object], orders: i
     os.close(driver_reports)
     keeper = Keeper(driver, Deadlines(grace_s), inbox, orders, to_driver, from_driver)
     status = keeper.wait()
+    keeper.look_for_ray()
     left = end_descendants(KEEPER_S)
     if keeper.undo_at:
         _run_undo(undo, keeper.undo_at)
-    _remove_sockets(keeper.report.sockets)
+    for path in keeper.socket_files:  # which Ray leaves behind even if it is shut down
+        path.unlink(missing_ok=True)
     if left:
         say(f"divisi: failed: cannot end {', '.join(left)}")
         return 1
@@ -68,6 +78,7 @@ class Keeper:
         self.report = Report()
         self.undo_at = ""
         """Where the application is left on a cluster whose driver died without removing it."""
+        self.socket_files: set[Path] = set()
         self._driver = driver
         self._deadlines = deadlines
         self._inbox, self._orders, self._to_driver, self._from_driver = inbox, orders, to_driver, from_driver
@@ -121,14 +132,19 @@ class Keeper:
         *lines, self._heard = (self._heard + heard).split(b"\n")
         for line in lines:
             self.report = Report(**json.loads(line))
+        self._deadlines.has_ray = self.report.own or bool(self.report.joined)
         self._deadlines.answers_open = self.report.answers_open
         self._deadlines.joined = bool(self.report.joined)
         if self.report.taking_down:
             self._deadlines.take_down(time.monotonic())
-        if self.report.sockets and not self._vital:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children = {child.name(): child for child in psutil.Process(self._driver).children()}
-                self._vital = {name: child for name, child in children.items() if name in _VITAL}
+        if self.report.own and not self._vital:
+            self.look_for_ray()
+
+    def look_for_ray(self) -> None:
+        """Note Ray's own processes and their socket files, while there are any."""
+        named = {name_of(process): process for process in descendants()}
+        self._vital = {name: process for name, process in named.items() if name in _VITAL}
+        self.socket_files |= socket_files(self._vital.values())
 
     def _lost(self) -> str | None:
         """Why the driver would wait in vain for Ray, or None."""
@@ -187,11 +203,3 @@ def _run_undo(undo: Callable[[str], object], address: str) -> None:
     while child not in reap() and time.monotonic() < until:
         time.sleep(0.1)
     end_descendants(KEEPER_S)
-
-
-def _remove_sockets(folder: str) -> None:
-    if folder:
-        with contextlib.suppress(OSError):
-            for path in Path(folder).iterdir():
-                if path.is_socket():
-                    path.unlink()

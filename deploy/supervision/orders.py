@@ -22,10 +22,10 @@ class Report:
 
     answers_open: bool = False
     """Whether answers may be open."""
+    own: bool = False
+    """Whether it runs a Ray instance of its own, as its children."""
     joined: str = ""
-    """Address of the cluster that the driver has joined; empty while it has none or one of its own."""
-    sockets: str = ""
-    """Folder of the socket files of its own Ray instance, which leaves them behind; empty while there is none."""
+    """Address of the cluster that it has joined instead."""
     taking_down: bool = False
     """Whether it ends everything itself: nothing is open any more, and Ray's processes may go."""
 

@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import psutil
 
@@ -48,12 +49,21 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
+def socket_files(processes: Iterable[psutil.Process]) -> set[Path]:
+    """The files of Unix sockets that these listen on."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {Path(socket.laddr) for socket in process.net_connections("unix") if socket.laddr.startswith("/")}
+    return found
+
+
 def end_descendants(within_s: float, spared: Collection[psutil.Process] = ()) -> list[str]:
     """Kill them all, those too that they start meanwhile. Returns the names of what is still there after `within_s`."""
     until = time.monotonic() + within_s
     while alive := descendants(spared):
         if time.monotonic() > until:
-            return [f"{_name(process)} ({process.pid})" for process in alive]
+            return [f"{name_of(process)} ({process.pid})" for process in alive]
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -62,7 +72,8 @@ def end_descendants(within_s: float, spared: Collection[psutil.Process] = ()) ->
     return []
 
 
-def _name(process: psutil.Process) -> str:
+def name_of(process: psutil.Process) -> str:
+    """Its program's name."""
     try:
         return str(process.name())
     except psutil.NoSuchProcess:

@@ -14,22 +14,28 @@ def test_nothing_ordered_no_deadline() -> None:
     assert Deadlines(GRACE_S, answers_open=True, joined=True).end is None
 
 
+def test_before_there_is_a_cluster_nothing_is_worth_time() -> None:
+    deadlines = Deadlines(GRACE_S)
+    deadlines.stop(100.0)
+    assert deadlines.end == 100.0
+
+
 @pytest.mark.parametrize(("answers_open", "grace"), [(True, GRACE_S), (False, 0.0)])
 def test_only_open_answers_are_worth_the_grace(answers_open: bool, grace: float) -> None:
-    deadlines = Deadlines(GRACE_S, answers_open=answers_open)
+    deadlines = Deadlines(GRACE_S, has_ray=True, answers_open=answers_open)
     deadlines.stop(100.0)
     assert deadlines.end == 100.0 + grace + TAKE_DOWN_S
 
 
 def test_answers_that_are_found_open_after_the_order_still_have_the_grace() -> None:
-    deadlines = Deadlines(GRACE_S)
+    deadlines = Deadlines(GRACE_S, has_ray=True)
     deadlines.stop(100.0)
     deadlines.answers_open = True
     assert deadlines.end == 100.0 + GRACE_S + TAKE_DOWN_S
 
 
 def test_more_orders_to_stop_win_no_time() -> None:
-    deadlines = Deadlines(GRACE_S, answers_open=True)
+    deadlines = Deadlines(GRACE_S, has_ray=True, answers_open=True)
     deadlines.stop(100.0)
     deadlines.stop(110.0)
     assert deadlines.end == 100.0 + GRACE_S + TAKE_DOWN_S
@@ -38,7 +44,7 @@ def test_more_orders_to_stop_win_no_time() -> None:
 @pytest.mark.parametrize("answers_open", [True, False])
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_second_signal_leaves_time_for_last_words_only(answers_open: bool, joined: bool) -> None:
-    deadlines = Deadlines(GRACE_S, answers_open, joined)
+    deadlines = Deadlines(GRACE_S, True, answers_open, joined)
     deadlines.stop(100.0)
     deadlines.hurry(101.0)
     first = 100.0 + (GRACE_S if answers_open else 0.0) + TAKE_DOWN_S
@@ -47,7 +53,7 @@ def test_a_second_signal_leaves_time_for_last_words_only(answers_open: bool, joi
 
 @pytest.mark.parametrize("joined", [True, False])
 def test_without_its_front_process_only_a_joined_cluster_is_worth_time(joined: bool) -> None:
-    deadlines = Deadlines(GRACE_S, answers_open=True, joined=joined)
+    deadlines = Deadlines(GRACE_S, has_ray=True, answers_open=True, joined=joined)
     deadlines.abandon(100.0)
     assert deadlines.end == 100.0 + (TAKE_DOWN_S if joined else 0.0)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+from pathlib import Path
+
+import psutil
+
+from divisi.deploy.supervision.orphans import socket_files
 
 # A daemon as in the books: its parent is gone, and it leads a session of its own.
 DAEMON = """
@@ -51,6 +57,29 @@ while len(descendants()) < 4:
 assert end_descendants(10.0) == []
 assert descendants() == []
 """
+
+
+LISTENER = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[2])
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_socket_files_are_those_that_a_process_listens_on(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "other"))
+        other.listen()
+        command = [sys.executable, "-c", LISTENER, str(tmp_path / "own"), str(tmp_path / "other")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert socket_files([psutil.Process(process.pid)]) == {tmp_path / "own"}
 
 
 def run(script: str) -> None:

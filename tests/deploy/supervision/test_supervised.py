@@ -30,6 +30,7 @@ def begin():
 """
 OBEDIENT = """
 def work(orders):
+    orders.report(own=True)
     begin()
     orders.stop.wait()
     note("stop")
@@ -40,6 +41,7 @@ def work(orders):
 DEAF = """
 deadlines.TAKE_DOWN_S = 0.5
 def work(orders):
+    orders.report(own=True)
     begin()
     threading.Event().wait()
 """
@@ -51,6 +53,7 @@ def work(orders):
 """
 TALKATIVE = """
 def work(orders):
+    orders.report(own=True)
     begin()
     orders.stop.wait()
     for _ in range(10):
@@ -161,6 +164,13 @@ def test_a_driver_that_does_not_stop_is_killed_in_time(
         assert time.monotonic() - begin < 3.0
         assert run.all_gone()
     assert ("did not stop in time" in capfd.readouterr().err) == answers_open
+
+
+def test_a_driver_without_a_cluster_is_not_waited_for(tmp_path: Path) -> None:
+    with running(tmp_path, DEAF.replace("own=True", "own=False").replace("0.5", "60.0")) as run:
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.process.wait(5) == 0
+        assert run.all_gone()
 
 
 @pytest.mark.parametrize("victim", ["front", "group of the front", "keeper", "driver"])
