@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import shlex
-import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import ray
@@ -29,6 +26,7 @@ from divisi.deploy.ray_instance import RayInstance, Wish, ray_instance
 from divisi.deploy.serve_app import build_from, gang_spec
 from divisi.deploy.settings import Settings, Surroundings
 from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
+from divisi.deploy.supervision import Orders, say
 
 APP = "divisi"
 _LOOK_EVERY_S = 0.25
@@ -37,41 +35,58 @@ _LET_GO_S = 4.0
 _RAY_ERRORS = (RayError, RayServeException, OSError, RuntimeError)
 
 
-def serve_until_stopped(settings: Settings, replace: bool = False) -> None:
-    """Run the application until SIGINT or SIGTERM. Raises StartFailed, SettingsError, and what `ray_instance` raises.
+def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = False) -> None:
+    """Run the application until it is ordered to stop. Raises StartFailed, SettingsError, what `ray_instance` raises.
 
     `replace`: end the application where it runs already on the cluster that is joined.
     """
-    ranks = settings.gang.shape.size
     surroundings = Surroundings.read()
-    wish = Wish(APP, settings.http, ranks, replace)
+    wish = Wish(APP, settings.http, settings.gang.shape.size, replace)
+    interruptibly = Interruptible(orders.stop)
     with (
         contextlib.ExitStack() as stopping,
-        _stop_signals() as (stop, at_once, heed_signals),
         contextlib.suppress(Stopped),
-        ray_instance(wish, surroundings, interruptibly := Interruptible(stop), heed_signals, _say) as instance,
+        ray_instance(wish, surroundings, interruptibly, orders.heed_signals, say) as instance,
     ):
-        settings = _with_log_file(settings, surroundings, instance)
-        gpus = ray.cluster_resources().get("GPU", 0)
-        spec = gang_spec(settings, gpus)
-        if instance.own and spec.device == "cuda" and gpus < ranks:
-            raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
-        _say(f"Starting {_describe(spec)}")
-        try:
-            with in_one_line("Ray Serve failed", f"see {instance.logs}", *_RAY_ERRORS):
-                interruptibly(lambda: _deploy(settings, spec), grace_s=_LET_GO_S)
-                if interruptibly(lambda: _wait_until_ready(spec, stop), grace_s=_LET_GO_S):
-                    _say(_ready_text(settings))
-            stop.wait()
-            if instance.replaced.is_set():
-                _say("Another server has taken this one's place on the cluster; the application is left to it")
-            else:
-                _stop_taking(spec, settings.limits.shutdown_grace_s, at_once)
-        finally:
-            # Ray would print that it goes on trying to reach the actors which are ended here.
-            stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            if not instance.replaced.is_set():
-                _take_down()
+        orders.report(own=instance.own, joined="" if instance.own else ray.get_runtime_context().gcs_address)
+        with contextlib.ExitStack() as ending:
+            ending.callback(orders.report, taking_down=True)  # whatever ends this: now Ray's processes may go
+            settings = _with_log_file(settings, surroundings, instance)
+            spec = _settle(settings, instance)
+            try:
+                _serve(settings, spec, instance, interruptibly, orders)
+            finally:
+                orders.report(taking_down=True)
+                # Ray would print that it goes on trying to reach the actors which are ended here.
+                stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                if not instance.replaced.is_set():
+                    _take_down()
+
+
+def _settle(settings: Settings, instance: RayInstance) -> GangSpec:
+    """What is to be served on this Ray. Raises StartFailed and SettingsError."""
+    ranks, gpus = settings.gang.shape.size, ray.cluster_resources().get("GPU", 0)
+    spec = gang_spec(settings, gpus)
+    if instance.own and spec.device == "cuda" and gpus < ranks:
+        raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
+    return spec
+
+
+def _serve(
+    settings: Settings, spec: GangSpec, instance: RayInstance, interruptibly: Interruptible, orders: Orders
+) -> None:
+    """Deploy, wait for orders, and let open answers end."""
+    say(f"Starting {_describe(spec)}")
+    with in_one_line("Ray Serve failed", f"see {instance.logs}", *_RAY_ERRORS):
+        interruptibly(lambda: _deploy(settings, spec), grace_s=_LET_GO_S)
+        if interruptibly(lambda: _wait_until_ready(spec, orders.stop), grace_s=_LET_GO_S):
+            orders.report(answers_open=True)
+            say(_ready_text(settings))
+    orders.stop.wait()
+    if instance.replaced.is_set():
+        say("Another server has taken this one's place on the cluster; the application is left to it")
+    else:
+        _stop_taking(spec, settings.limits.shutdown_grace_s, orders)
 
 
 def _with_log_file(settings: Settings, surroundings: Surroundings, instance: RayInstance) -> Settings:
@@ -79,10 +94,10 @@ def _with_log_file(settings: Settings, surroundings: Surroundings, instance: Ray
     try:
         log = with_default_file(settings.log, surroundings.state_home, settings.http.port)
     except LogFileError as error:
-        _say(f"Request log: {instance.logs}/worker-*.err ({error})")
+        say(f"Request log: {instance.logs}/worker-*.err ({error})")
         return settings
     nodes = sum(node["Alive"] for node in ray.nodes())
-    _say(f"Request log: {log.file}" + (", on the node of each ingress replica" if nodes > 1 else ""))
+    say(f"Request log: {log.file}" + (", on the node of each ingress replica" if nodes > 1 else ""))
     return settings.model_copy(update={"log": log})
 
 
@@ -107,10 +122,11 @@ def _start_http(settings: Settings) -> None:
         ) from None
 
 
-def _stop_taking(spec: GangSpec, grace_s: float, at_once: threading.Event) -> None:
+def _stop_taking(spec: GangSpec, grace_s: float, orders: Orders) -> None:
     """Let open answers go on for the grace. Proxy, ingress, workers and shards must all outlive them."""
-    _say(f"Stopping; open answers have {grace_s:g} s, a second signal ends them now")
-    drain_gang(spec.name, grace_s, at_once)
+    orders.report(answers_open=True)  # the first may have come before the driver saw that the gang is ready
+    say(f"Stopping; open answers have {grace_s:g} s, a second signal ends them now")
+    drain_gang(spec.name, grace_s, orders.at_once)
 
 
 def _take_down() -> None:
@@ -125,26 +141,11 @@ def _take_down() -> None:
         serve.shutdown()
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[tuple[threading.Event, threading.Event, Callable[[], None]]]:
-    """Two events: the first SIGINT or SIGTERM sets one, the second the other, too. And what makes it so once more,
-    for when Ray has installed handlers of its own."""
-    stop, at_once = threading.Event(), threading.Event()
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        (at_once if stop.is_set() else stop).set()
-
-    def heed_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
-
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    heed_signals()
-    try:
-        yield stop, at_once, heed_signals
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+def remove_application(address: str) -> None:
+    """Remove the application from a cluster, for a driver that died before it could."""
+    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _take_down()
 
 
 def _wait_until_ready(spec: GangSpec, stop: threading.Event) -> bool:
@@ -157,14 +158,14 @@ def _wait_until_ready(spec: GangSpec, stop: threading.Event) -> bool:
             for who, text in status.progress.items():
                 if shown.get(who) != text:
                     shown[who] = text
-                    _say(f"  {who}: {text}")
+                    say(f"  {who}: {text}")
             if status.failures:
                 raise StartFailed(
                     "; ".join(f"{who}: {one_line(text)}" for who, text in sorted(status.failures.items()))
                 )
             if status.reason != reason:
                 reason = status.reason
-                _say(f"  gang: {reason}")
+                say(f"  gang: {reason}")
         app = serve.status().applications.get(APP)
         if app is not None and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise StartFailed(one_line(app.message))
@@ -205,7 +206,3 @@ def _ready_text(settings: Settings) -> str:
         {"model": settings.served_model_name, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False
     )
     return f"Ready. Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
+from typing import TYPE_CHECKING
 
 from divisi.deploy.cli.check import check_deployment
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
+from divisi.deploy.cli.status import exit_status
+
+if TYPE_CHECKING:
+    from divisi.deploy.settings import Settings
+    from divisi.deploy.supervision import Orders
 
 EXAMPLES = """\
 examples:
@@ -60,10 +67,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted. Raises what `check_deployment` and `serve_until_stopped` raise."""
-    settings = load_settings(args)
-    check_deployment(settings, num_gpus=math.inf)
-    from divisi.deploy.local_run import serve_until_stopped  # late: `divisi --help` should not pay for Ray
+    """Serve until interrupted, in a process of its own that the caller's watches over. Raises SettingsError."""
+    from divisi.deploy.supervision import supervised  # late: `divisi --help` should answer at once
 
-    serve_until_stopped(settings, replace=args.replace)
+    settings = load_settings(args)
+    return supervised(partial(_drive, settings, args.replace), _undo, settings.limits.shutdown_grace_s)
+
+
+def _drive(settings: Settings, replace: bool, orders: Orders) -> int:
+    return exit_status(partial(_serve, settings, replace, orders))
+
+
+def _serve(settings: Settings, replace: bool, orders: Orders) -> int:
+    """Raises what `check_deployment` and `serve_until_stopped` raise."""
+    check_deployment(settings, num_gpus=math.inf)
+    from divisi.deploy.local_run import serve_until_stopped  # late: it takes seconds to import Ray
+
+    serve_until_stopped(settings, orders, replace=replace)
     return 0
+
+
+def _undo(address: str) -> None:
+    from divisi.deploy.local_run import remove_application
+
+    remove_application(address)

@@ -24,6 +24,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`divisi serve` runs its driver in a fork, which no test process may become."""
+    monkeypatch.setattr("divisi.deploy.supervision.supervised", lambda work, undo, grace_s: work(None))
+
+
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ([], ["serve"], ["chat"], ["bench"], ["inspect"], ["checkpoint", "random"]):
         with pytest.raises(SystemExit) as caught:
@@ -116,7 +122,7 @@ def test_mistakes(arguments: list[str], part: str, model_dir: Path, capsys: pyte
 
 def test_serve_passes_the_settings_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Settings, bool]] = []
-    fake = SimpleNamespace(serve_until_stopped=lambda settings, *, replace: seen.append((settings, replace)))
+    fake = SimpleNamespace(serve_until_stopped=lambda settings, orders, *, replace: seen.append((settings, replace)))
     monkeypatch.setitem(sys.modules, "divisi.deploy.local_run", fake)
     config = tmp_path / "c.toml"
     config.write_text(f'[model]\nmodel_dir = "{model_dir}"\n[http]\nport = 1\nhost = "0.0.0.0"\n')
