@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +14,7 @@ from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.engine.engine import Engine
-from divisi.cluster.engine.grammar import Grammars, GrammarVocabulary
+from divisi.cluster.engine.grammar import Grammars
 from divisi.cluster.engine.memory_plan import MemoryPlan
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.gang.inbox import EpochInbox
@@ -31,6 +32,7 @@ from divisi.model.runner import ModelRunner
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
+from divisi.model.text.grammar_tokens import GrammarVocabulary
 from divisi.model.weights import Progress, load_weights
 
 
@@ -103,11 +105,15 @@ def shard_loop(
 
 
 def build_engine(
-    spec: GangSpec, config: ModelConfig, index: int = 0, progress: Progress | None = None
+    spec: GangSpec,
+    config: ModelConfig,
+    index: int = 0,
+    progress: Progress | None = None,
+    wake: Callable[[], None] = lambda: None,
 ) -> tuple[Engine, ExpertBank | None]:
     """The engine of `attention:index`, and the experts that it holds itself: all, a shard of a colocated gang, or none.
 
-    `progress` is called with the bytes read so far. Raises CheckpointError.
+    `progress` is called with the bytes read so far; `wake` is the engine's. Raises CheckpointError.
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
     kernels = select_kernels(device, deterministic=spec.deterministic)
@@ -130,7 +136,7 @@ def build_engine(
     )
     experts = None
     with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
-        engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress)
+        engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress, wake)
         if spec.shape.colocated:
             experts = load_shard(spec, config, checkpoint, index, progress)
         elif not spec.shape.expert_shards:
@@ -147,6 +153,7 @@ def assemble_engine(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    wake: Callable[[], None] = lambda: None,
 ) -> Engine:
     """An engine with the attention side's weights and memory for `limits`. Raises CheckpointError."""
     stopwatch = Stopwatch()
@@ -167,4 +174,6 @@ def assemble_engine(
         device=device,
     )
     runner = ModelRunner(config, weights, store, kernels, stopwatch)
-    return Engine(runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch, grammars=grammars)
+    return Engine(
+        runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch, grammars=grammars, wake=wake
+    )

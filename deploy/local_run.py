@@ -6,62 +6,109 @@ import contextlib
 import io
 import json
 import logging
-import os
 import shlex
-import signal
-import sys
 import threading
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from divisi.cluster.errors import DivisiError
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.draining import drain_gang
 from divisi.cluster.spec import GangSpec
+from divisi.deploy.interruptible import Interruptible, Stopped
+from divisi.deploy.logs import LogFileError, with_default_file
+from divisi.deploy.ray_instance import RayInstance, Wish, ray_instance
 from divisi.deploy.serve_app import build_from, gang_spec
-from divisi.deploy.settings import Settings
+from divisi.deploy.settings import Settings, Surroundings
+from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
+from divisi.deploy.supervision import Orders, say
 
 APP = "divisi"
 _LOOK_EVERY_S = 0.25
+_LET_GO_S = 4.0
+"""For a call of Ray that is under way when the stop signal comes: better not to take down what is just being built."""
+_RAY_ERRORS = (RayError, RayServeException, OSError, RuntimeError)
 
 
-class StartFailed(DivisiError):
-    """The gang could not be started; the text says which rank failed and why."""
+def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = False) -> None:
+    """Run the application until it is ordered to stop. Raises StartFailed, SettingsError, what `ray_instance` raises.
+
+    `replace`: end the application where it runs already on the cluster that is joined.
+    """
+    surroundings = Surroundings.read()
+    wish = Wish(APP, settings.http, settings.gang.shape.size, replace)
+    interruptibly = Interruptible(orders.stop)
+    with (
+        contextlib.ExitStack() as stopping,
+        contextlib.suppress(Stopped),
+        ray_instance(wish, surroundings, interruptibly, orders.heed_signals, say) as instance,
+    ):
+        orders.report(own=instance.own, joined="" if instance.own else ray.get_runtime_context().gcs_address)
+        with contextlib.ExitStack() as ending:
+            ending.callback(orders.report, taking_down=True)  # whatever ends this: now Ray's processes may go
+            settings = _with_log_file(settings, surroundings, instance)
+            spec = _settle(settings, instance)
+            try:
+                _serve(settings, spec, instance, interruptibly, orders)
+            finally:
+                orders.report(taking_down=True)
+                # Ray would print that it goes on trying to reach the actors which are ended here.
+                stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                if not instance.replaced.is_set():
+                    _take_down()
 
 
-def serve_until_stopped(settings: Settings) -> None:
-    """Run the application until SIGINT or SIGTERM. Raises StartFailed and SettingsError."""
-    ranks = settings.gang.shape.size
-    # Ray installs a handler for SIGTERM of its own, so that ours must come after it.
-    with contextlib.ExitStack() as stopping, _ray(ranks) as own, _stop_signals() as (stop, at_once):
-        gpus = ray.cluster_resources().get("GPU", 0)
-        spec = gang_spec(settings, gpus)
-        if own and spec.device == "cuda" and gpus < ranks:
-            raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
-        _say(f"Starting {_describe(spec)}")
-        try:
-            _start_http(settings)
-            serve.run_many(
-                [serve.RunTarget(build_from(settings, spec), name=APP)],
-                wait_for_ingress_deployment_creation=False,
-                wait_for_applications_running=False,
-            )
-            if _wait_until_ready(spec, settings, stop):
-                _say(_ready_text(settings))
-            stop.wait()
-            _stop_taking(spec, settings.limits.shutdown_grace_s, at_once)
-        finally:
-            # Ray would print that it goes on trying to reach the actors which are ended here.
-            stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            _take_down()
+def _settle(settings: Settings, instance: RayInstance) -> GangSpec:
+    """What is to be served on this Ray. Raises StartFailed and SettingsError."""
+    ranks, gpus = settings.gang.shape.size, ray.cluster_resources().get("GPU", 0)
+    spec = gang_spec(settings, gpus)
+    if instance.own and spec.device == "cuda" and gpus < ranks:
+        raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
+    return spec
+
+
+def _serve(
+    settings: Settings, spec: GangSpec, instance: RayInstance, interruptibly: Interruptible, orders: Orders
+) -> None:
+    """Deploy, wait for orders, and let open answers end."""
+    say(f"Starting {_describe(spec)}")
+    with in_one_line("Ray Serve failed", f"see {instance.logs}", *_RAY_ERRORS):
+        interruptibly(lambda: _deploy(settings, spec), grace_s=_LET_GO_S)
+        if interruptibly(lambda: _wait_until_ready(spec, orders.stop), grace_s=_LET_GO_S):
+            orders.report(answers_open=True)
+            say(_ready_text(settings))
+    orders.stop.wait()
+    if instance.replaced.is_set():
+        say("Another server has taken this one's place on the cluster; the application is left to it")
+    else:
+        _stop_taking(spec, settings.limits.shutdown_grace_s, orders)
+
+
+def _with_log_file(settings: Settings, surroundings: Surroundings, instance: RayInstance) -> Settings:
+    """The settings with a file for the log, and a line that says which."""
+    try:
+        log = with_default_file(settings.log, surroundings.state_home, settings.http.port)
+    except LogFileError as error:
+        say(f"Request log: {instance.logs}/worker-*.err ({error})")
+        return settings
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    say(f"Request log: {log.file}" + (", on the node of each ingress replica" if nodes > 1 else ""))
+    return settings.model_copy(update={"log": log})
+
+
+def _deploy(settings: Settings, spec: GangSpec) -> None:
+    """Hand the application to Serve. Raises StartFailed."""
+    _start_http(settings)
+    serve.run_many(
+        [serve.RunTarget(build_from(settings, spec), name=APP)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
 
 
 def _start_http(settings: Settings) -> None:
@@ -70,14 +117,16 @@ def _start_http(settings: Settings) -> None:
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
     except (RayError, RayServeException) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        raise StartFailed(f"cannot listen on {http.host}:{http.port}; is another server there? ({cause})") from None
+        raise StartFailed(
+            f"cannot listen on {http.host}:{http.port}; is another server there? ({one_line(error)})"
+        ) from None
 
 
-def _stop_taking(spec: GangSpec, grace_s: float, at_once: threading.Event) -> None:
+def _stop_taking(spec: GangSpec, grace_s: float, orders: Orders) -> None:
     """Let open answers go on for the grace. Proxy, ingress, workers and shards must all outlive them."""
-    _say(f"Stopping; open answers have {grace_s:g} s, a second signal ends them now")
-    drain_gang(spec.name, grace_s, at_once)
+    orders.report(answers_open=True)  # the first may have come before the driver saw that the gang is ready
+    say(f"Stopping; open answers have {grace_s:g} s, a second signal ends them now")
+    drain_gang(spec.name, grace_s, orders.at_once)
 
 
 def _take_down() -> None:
@@ -92,59 +141,14 @@ def _take_down() -> None:
         serve.shutdown()
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Two events: the first SIGINT or SIGTERM sets one, the second the other, too."""
-    stop, at_once = threading.Event(), threading.Event()
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        (at_once if stop.is_set() else stop).set()
-
-    former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop, at_once
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+def remove_application(address: str) -> None:
+    """Remove the application from a cluster, for a driver that died before it could."""
+    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _take_down()
 
 
-@contextlib.contextmanager
-def _ray(ranks: int) -> Iterator[bool]:
-    """Join the cluster that `ray start` or RAY_ADDRESS names, or start a quiet one for as long as the context lasts.
-
-    Yields whether it is its own. Another `divisi serve` on this machine is left alone (`address="auto"` would join it).
-    """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    _say("Starting Ray, or joining this machine's cluster")
-    try:
-        own = _init_ray(ranks)
-    except ConnectionError as error:
-        raise StartFailed(f"cannot reach the Ray cluster that RAY_ADDRESS or `ray start` names: {error}") from None
-    try:
-        yield own
-    finally:
-        ray.shutdown()
-
-
-def _init_ray(ranks: int) -> bool:
-    """Whether a new instance was started. Raises ConnectionError."""
-    try:
-        ray.init(
-            # Logical CPUs only place processes; every rank must find its place on a small machine, too.
-            num_cpus=max(os.cpu_count() or 1, ranks + 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
-    except ValueError:  # there is a cluster, and only a new one takes a number of CPUs
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        return False
-    return True
-
-
-def _wait_until_ready(spec: GangSpec, settings: Settings, stop: threading.Event) -> bool:
+def _wait_until_ready(spec: GangSpec, stop: threading.Event) -> bool:
     """Print what the ranks do until the gang serves; False when stopped before. Raises StartFailed."""
     shown: dict[str, str] = {}
     reason = ""
@@ -154,15 +158,17 @@ def _wait_until_ready(spec: GangSpec, settings: Settings, stop: threading.Event)
             for who, text in status.progress.items():
                 if shown.get(who) != text:
                     shown[who] = text
-                    _say(f"  {who}: {text}")
+                    say(f"  {who}: {text}")
             if status.failures:
-                raise StartFailed("; ".join(f"{who}: {text}" for who, text in sorted(status.failures.items())))
+                raise StartFailed(
+                    "; ".join(f"{who}: {one_line(text)}" for who, text in sorted(status.failures.items()))
+                )
             if status.reason != reason:
                 reason = status.reason
-                _say(f"  gang: {reason}")
+                say(f"  gang: {reason}")
         app = serve.status().applications.get(APP)
         if app is not None and app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            raise StartFailed(app.message)
+            raise StartFailed(one_line(app.message))
         if status is not None and status.ready and app is not None and app.status == ApplicationStatus.RUNNING:
             return True
     return False
@@ -200,7 +206,3 @@ def _ready_text(settings: Settings) -> str:
         {"model": settings.served_model_name, "messages": [{"role": "user", "content": "Hello"}]}, ensure_ascii=False
     )
     return f"Ready. Try:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The Ray Serve application: Ingress (HTTP), AttentionWorker and Gang, and how `divisi serve` runs it.
+"""The Ray Serve application: Ingress (HTTP), AttentionWorker and Gang.
 
 Imports no torch: the ingress replicas load this module, and only the constructors of the others need it.
 """
@@ -251,10 +251,3 @@ def build(args: dict[str, Any]) -> serve.Application:
     """Application builder for a Serve config file; `args` has the shape of `Settings`. Raises SettingsError."""
     settings = Settings.from_args(args)
     return build_from(settings, gang_spec(settings, ray.cluster_resources().get("GPU", 0)))
-
-
-def run(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM, then take everything down. See `divisi.deploy.local_run`."""
-    from divisi.deploy.local_run import serve_until_stopped
-
-    serve_until_stopped(settings)

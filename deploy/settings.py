@@ -19,6 +19,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -201,7 +202,10 @@ class LogSettings(Group):
     """`info` has a line for every request."""
     format: Literal["json", "text"] = "json"
     file: HerePath | None = None
-    """All processes of a machine append to it; None is standard error, which Ray keeps with its session's logs."""
+    """All processes append to it, each on its own node. None is standard error, which Ray keeps with its session's
+    logs; `divisi serve` then takes a file in the user's state folder, see `divisi.deploy.logs.with_default_file`."""
+    max_file_bytes: Bytes | None = Field(default=None, ge=2**12)
+    """A file that has grown to so many bytes becomes FILE.1, in place of a former one; None: never."""
 
 
 class Settings(Group):
@@ -273,6 +277,32 @@ class Settings(Group):
         return cls.from_args(merged)
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the environment says beside the settings: where other programs' files and servers are."""
+
+    ray_address: str | None
+    """RAY_ADDRESS, where it is set and not empty."""
+    temp_dir: Path
+    """Where Ray puts its folder `ray`, unless told otherwise."""
+    temp_dir_variable: str | None
+    """The variable that says so: RAY_TMPDIR or TMPDIR."""
+    state_home: Path
+    """Of the user's files that outlive a program, by the XDG Base Directory Specification."""
+
+    @classmethod
+    def read(cls) -> Surroundings:
+        """The environment as it is now."""
+        variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+        state = Path(os.environ.get("XDG_STATE_HOME", ""))
+        return cls(
+            ray_address=os.environ.get("RAY_ADDRESS") or None,
+            temp_dir=Path(os.environ[variable] if variable else "/tmp"),
+            temp_dir_variable=variable,
+            state_home=state if state.is_absolute() else Path(os.path.expanduser("~/.local/state")),
+        )
+
+
 def child_environment(**extra: str) -> dict[str, str]:
     """This process's environment with some variables set, for a child process."""
     return {**os.environ, **extra}
@@ -281,7 +311,7 @@ def child_environment(**extra: str) -> dict[str, str]:
 def read_config_file(path: Path) -> dict[str, Any]:
     """Parse a TOML, YAML or JSON file by its suffix into a plain mapping. Raises SettingsError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of some systems put a byte order mark first
         match path.suffix:
             case ".toml":
                 data: object = tomllib.loads(text)

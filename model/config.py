@@ -93,7 +93,7 @@ class ModelConfig(BaseModel):
         """Read `config.json` in a model directory. Raises ConfigError."""
         path = Path(model_dir) / "config.json"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_bytes())  # bytes: json sees to byte order marks
         except OSError as error:
             raise ConfigError("file", str(path), f"cannot be read: {error.strerror}; give a model directory") from None
         except ValueError as error:

@@ -13,8 +13,8 @@ Shapes: R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Protocol
 
@@ -64,11 +64,16 @@ class Engine:
         device: torch.device,
         stopwatch: Stopwatch,
         grammars: Grammars | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without `grammars`, requests that have one are rejected."""
+        """Without `grammars`, requests that have one are rejected.
+
+        `wake` is called, in any thread, when a request that waited for its grammar waits no more: plan again.
+        """
         self._runner = runner
         self._scheduler = scheduler
         self._grammars = grammars
+        self._wake = wake
         self._sampler = StepSampler(sampler, grammars, device)
         self._stopwatch = stopwatch
         self._builder = BatchBuilder(scheduler.config, device)
@@ -89,7 +94,9 @@ class Engine:
         if self._grammars is None:
             raise RequestRejected("this worker cannot follow a grammar: send the request without one")
         self._scheduler.check(request)
-        self._compiling[request.request_id] = (request, self._grammars.compile(request.grammar))
+        compiled = self._grammars.compile(request.grammar)
+        self._compiling[request.request_id] = (request, compiled)
+        compiled.add_done_callback(lambda _: self._wake())
 
     def cancel(self, request_id: str) -> None:
         """End a request now or, if the step under way includes it, with that step. Unknown ids are ignored."""
@@ -103,7 +110,7 @@ class Engine:
     def plan(self) -> StepPlan | None:
         """Plan the next step, to be run, again if it aborts; None when there is nothing to do.
 
-        Waits for a grammar only if there is nothing else to do.
+        Returns at once: requests whose grammar is still being compiled have no part in it.
         """
         self._queue_compiled()
         self._stopwatch.start()
@@ -158,6 +165,7 @@ class Engine:
 
     def take_events(self) -> list[TokenEvent]:
         """Return the events that no step caused since the last call: cancellations and failures."""
+        self._queue_compiled()
         events, self._events = self._events, []
         return events
 
@@ -184,16 +192,17 @@ class Engine:
         )
 
     def _queue_compiled(self) -> None:
-        """Queue the requests whose grammar is compiled, in order of arrival."""
-        if not self._scheduler.has_work:
-            # Nothing else would notice when one is ready.
-            wait([compiled for _, compiled in self._compiling.values()], return_when="FIRST_COMPLETED")
+        """Queue the requests whose grammar is compiled, in order of arrival; those without a guide end here."""
         for request_id, (request, compiled) in list(self._compiling.items()):
-            if compiled.done():
-                del self._compiling[request_id]
-                guide = compiled.result()
+            if not compiled.done():
+                continue
+            del self._compiling[request_id]
+            guide = compiled.result()
+            if guide.error is None:
                 # The end of the text ends the answer, even where the request would ignore it.
                 self._scheduler.submit(replace(request, stop_ids=request.stop_ids | guide.eos_ids), guide)
+            else:
+                self._events.append(TokenEvent(request_id, (), None, finish_reason=guide.ends, error=guide.error))
 
     def _commit(
         self, plan: StepPlan, choice: Choice, prompt_told: Mapping[Sequence, list[TokenLogprob]]

@@ -1,5 +1,8 @@
 """Keeps answers inside their grammars (llguidance): compiles grammars and computes token masks, in threads of its own.
 
+llguidance gives up the interpreter lock while it compiles and computes masks. It may take its time, or raise: neither
+reaches beyond the answer whose grammar it is.
+
 A `Guide` follows one answer. What it allows depends on the grammar and the committed tokens alone: it catches up with
 these when a mask is wanted, never with a token that a step merely proposes. So an aborted step leaves nothing to undo,
 and a preempted sequence finds its guide where its tokens are.
@@ -9,34 +12,30 @@ Shapes: G guides, B = ceil(V / 32) words of 32 tokens each, the lowest bit first
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from threading import Lock, Timer
 from typing import NamedTuple
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
 from numpy.typing import NDArray
 
-from divisi.model.text.codec import TextCodec
+from divisi.cluster.request import FinishReason
+from divisi.model.text.errors import TextError
+from divisi.model.text.grammar_tokens import GrammarVocabulary
 
 log = logging.getLogger(__name__)
 
-
-class GrammarVocabulary(NamedTuple):
-    """The tokens that masks are about; `eos_ids` end an answer whose grammar is complete."""
-
-    tokenizer: LLTokenizer
-    eos_ids: frozenset[int]
-
-    @staticmethod
-    def load(model_dir: str | Path, vocab_size: int) -> GrammarVocabulary:
-        """Read a model's tokenizer; takes about 6 us per token. Raises TextError."""
-        eos_ids = TextCodec.load(model_dir).eos_ids
-        path = str(Path(model_dir) / "tokenizer.json")
-        return GrammarVocabulary(LLTokenizer(path, n_vocab=vocab_size, eos_token=sorted(eos_ids)), eos_ids)
+COMPILE_S = 30.0
+"""Longest wait for a guide. The ingress has compiled the grammar before, within a limit on its CPU time."""
+_COMPILERS = 2
+"""Threads, so that a grammar that takes long holds up nobody but another one of its kind."""
+_OURS = "doesn't satisfy the grammar"
+"""What llguidance says of a token that its mask should not have allowed."""
 
 
 @dataclass(slots=True)
@@ -49,6 +48,8 @@ class Guide:
     """Tokens of the answer that the matcher has taken."""
     error: str | None = None
     """Why the grammar can be followed no further."""
+    ends: FinishReason = "error"
+    """With an error, how it ends: "rejected" where the grammar asks for too much, "cancelled" where others do."""
 
     @property
     def is_complete(self) -> bool:
@@ -67,6 +68,16 @@ class Guide:
         """Take note of what went wrong in the matcher, such as a limit that the grammar exceeds."""
         if self.matcher is not None and self.matcher.is_error():
             self.error = _first_line(self.matcher.get_error())
+            self.ends = "error" if _OURS in self.error else "rejected"
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Give up on this guide alone after an exception of the library, whose matcher is in an unknown state."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
+            log.error("the grammar library failed: %r", error)
+            self.matcher, self.error = None, f"the grammar library failed: {_first_line(str(error))}"
 
 
 class Answer(NamedTuple):
@@ -87,15 +98,18 @@ class Grammars:
         *,
         threads: int = 1,
         limits: LLParserLimits | None = None,
+        compile_s: float = COMPILE_S,
     ) -> None:
         """`load` is called once, in another thread. `threads`: for the masks of one step."""
         self._load = load
+        self._compile_s = compile_s
         self._words = -(-vocab_size // 32)
         self._limits = limits or LLParserLimits(verbose_errors=False)
         self._vocabulary: GrammarVocabulary | None = None
+        self._reading = Lock()
         self._executor = LLExecutor(threads)
-        # One thread each, so that neither needs a lock, and no mask waits for a grammar being compiled.
-        self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
+        # No mask waits for a grammar being compiled; one thread for the masks, so that guides need no lock.
+        self._compiler = ThreadPoolExecutor(_COMPILERS, "grammar-compiler")
         self._masker = ThreadPoolExecutor(1, "grammar-masks")
 
     def prepare(self) -> None:
@@ -103,8 +117,27 @@ class Grammars:
         self._compiler.submit(self._compile, "start: /./")
 
     def compile(self, grammar: str) -> Future[Guide]:
-        """A guide at the start of an answer. It has an `error` where the grammar or the tokenizer cannot be used."""
-        return self._compiler.submit(self._compile, grammar)
+        """A guide at the start of an answer, within `compile_s`. It has an `error` where there can be none."""
+        promised: Future[Guide] = Future()
+        work = self._compiler.submit(lambda: _settle(promised, self._compile(grammar)))
+
+        def give_up() -> None:
+            begun = not work.cancel()
+            what = "the grammar takes longer to compile than" if begun else "compiling other grammars took more than"
+            remedy = "simplify it" if begun else "send the request again"
+            ends: FinishReason = "rejected" if begun else "cancelled"
+            _settle(promised, Guide(None, error=f"{what} {self._compile_s:g} s; {remedy}", ends=ends))
+
+        timer = Timer(self._compile_s, give_up)
+        timer.daemon = True
+        timer.start()
+
+        def clean_up(_: Future[Guide]) -> None:
+            timer.cancel()
+            work.cancel()
+
+        promised.add_done_callback(clean_up)
+        return promised
 
     def start(self, answers: Sequence[Answer]) -> Future[NDArray[np.int32]]:
         """Begin to compute the masks, int32 [G, B], of the tokens that may follow each answer.
@@ -115,31 +148,64 @@ class Grammars:
         return self._masker.submit(self._masks, answers)
 
     def _compile(self, grammar: str) -> Guide:
-        try:
+        guide = Guide(None)
+        with guide.guarded():
+            try:
+                vocabulary = self._read_vocabulary()
+            except (TextError, OSError) as error:
+                log.warning("no grammar can be used: %s", error)
+                guide.error = f"the model's tokenizer cannot be used for grammars: {_first_line(str(error))}"
+                return guide
+            # One of its own for each answer: copies share a lexer, and with it the limit that one of them exceeds.
+            guide.matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=self._limits)
+            guide.eos_ids = vocabulary.eos_ids
+            guide.check()
+        return guide
+
+    def _read_vocabulary(self) -> GrammarVocabulary:
+        with self._reading:
             if self._vocabulary is None:
                 self._vocabulary = self._load()
-            # One of its own for each answer: copies share a lexer, and with it the limit that one of them exceeds.
-            matcher = LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0, limits=self._limits)
-        except (ValueError, OSError) as error:  # TextError, or what llguidance says of a tokenizer
-            log.warning("no grammar can be used: %s", error)
-            return Guide(None, error=f"the model's tokenizer cannot be used for grammars: {_first_line(str(error))}")
-        guide = Guide(matcher, self._vocabulary.eos_ids)
-        guide.check()
-        return guide
+            return self._vocabulary
 
     def _masks(self, answers: Sequence[Answer]) -> NDArray[np.int32]:
         masks_GB = np.zeros((len(answers), self._words), dtype=np.int32)
-        for answer in answers:
-            answer.guide.follow(answer.tokens, answer.start)
-        guides = [answer.guide for answer in answers]
-        able = [(guide.matcher, row) for row, guide in enumerate(guides) if guide.matcher and not guide.error]
-        if able:
-            self._executor.unsafe_compute_mask_ptr(able, masks_GB.ctypes.data, self._words * 4, len(answers))
-        for row, guide in enumerate(guides):
-            guide.check()
+        for guide, tokens, start in answers:
+            with guide.guarded():
+                guide.follow(tokens, start)
+        able = [(guide.matcher, row) for row, (guide, _, _) in enumerate(answers) if guide.matcher and not guide.error]
+        try:
+            self._compute(able, masks_GB)
+        except BaseException:  # noqa: BLE001 - whose fault it is shows one by one
+            for matcher, row in able:
+                with answers[row].guide.guarded():
+                    self._compute([(matcher, row)], masks_GB)
+        for (guide, _, _), mask_B in zip(answers, masks_GB, strict=True):
+            with guide.guarded():
+                guide.check()
+                _keep_open(guide, mask_B)
             if guide.error:
-                masks_GB[row] = 0  # llguidance lets an answer end where it fails
+                mask_B[:] = 0  # llguidance lets an answer end where it fails
         return masks_GB
+
+    def _compute(self, able: list[tuple[LLMatcher, int]], masks_GB: NDArray[np.int32]) -> None:
+        if able:
+            self._executor.unsafe_compute_mask_ptr(able, masks_GB.ctypes.data, self._words * 4, len(masks_GB))
+
+
+def _settle(promised: Future[Guide], guide: Guide) -> None:
+    """Keep a promise, unless it was kept or cancelled before."""
+    with contextlib.suppress(InvalidStateError):
+        promised.set_result(guide)
+
+
+def _keep_open(guide: Guide, mask_B: NDArray[np.int32]) -> None:
+    """Take the end of the answer from a mask while the grammar is incomplete; it may name such a token inside."""
+    words_B = mask_B.view(np.uint32)
+    for token_id in guide.eos_ids:
+        word, bit = token_id // 32, np.uint32(1 << token_id % 32)
+        if words_B[word] & bit and not guide.is_complete:
+            words_B[word] &= ~bit
 
 
 def _first_line(text: str) -> str:

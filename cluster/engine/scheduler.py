@@ -82,11 +82,6 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return bool(self._sequences)
-
     def submit(self, request: Request, guide: Guide | None = None) -> Sequence:
         """Queue a request; `guide` belongs to its grammar. Raises RequestRejected, see `check`."""
         max_length = self.check(request)

@@ -151,7 +151,7 @@ def _how_stuck(sequence: Sequence) -> FinishReason:
     guide = sequence.guide
     if guide is None:
         return "rejected"
-    return "stop" if guide.is_complete else "rejected" if guide.error is None else "error"
+    return "stop" if guide.is_complete else "rejected" if guide.error is None else guide.ends
 
 
 def _why_stuck(sequence: Sequence) -> str:

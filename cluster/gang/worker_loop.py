@@ -194,6 +194,7 @@ class WorkerLoop(Generic[PlanT]):
         self._carry_out_commands()
         if self._plan is None:
             self._plan = self._engine.plan()
+            self._deliver_events()
         mesh.announce(self._plan.counts if self._plan is not None else NOTHING)
         header = mesh.next_step(self._network.step_deadline_s)
         if header is None:
@@ -231,5 +232,8 @@ class WorkerLoop(Generic[PlanT]):
     def _carry_out_commands(self) -> None:
         while self._commands:
             self._commands.popleft().carry_out()
+        self._deliver_events()
+
+    def _deliver_events(self) -> None:
         if events := self._engine.take_events():
             self._deliver(events)

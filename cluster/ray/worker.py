@@ -70,7 +70,7 @@ class AttentionRank:
                 seat = self._watch.wait_for_seat()
                 who, index = str(seat), seat.index
             with reported(spec.name, who) as report:
-                self._engine, experts = build_engine(spec, config, index, report)
+                self._engine, experts = build_engine(spec, config, index, report, self._inbox.wake.set)
             stack.pop_all()
         self._listener = listener
         mode, network = dispatch_mode(spec, config, experts), worker_network(spec, config, listener)

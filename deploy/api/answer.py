@@ -81,7 +81,7 @@ class Answer:
             pieces.append(self._release(raw))
             stopped = self._stopped(delta, pieces)
             if self._parser is not None:
-                delta.reasoning_tokens += self._parser.count(raw)
+                delta.reasoning_tokens += self._parser.see(token_id, raw)
                 self._parse(delta, pieces[begun:])
             if stopped or delta.finish_reason is not None:
                 break
@@ -124,7 +124,10 @@ class Answer:
     def _end(self, event: TokenEvent, delta: Delta, pieces: list[str]) -> None:
         """The engine's end: let out what was held back, which may complete a stop string."""
         if event.stop_id is not None and self._call.include_stop:
-            pieces.append(self._release(self._detokenizer.push(event.stop_id)))
+            raw = self._detokenizer.push(event.stop_id)
+            if self._parser is not None:
+                self._parser.see(event.stop_id, raw)
+            pieces.append(self._release(raw))
         pieces.append(self._release(self._detokenizer.flush()))
         if self._stopped(delta, pieces):
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from divisi.deploy.api.errors import ApiError
 from divisi.deploy.api.parsing import ParseRule
@@ -14,36 +16,49 @@ from divisi.deploy.api.tools import NamedChoice, Tool, call_rule
 from divisi.model.text import TextCodec
 from divisi.model.text.answer_grammar import CallRule, OfferedTool, ThinkingRule, answer_grammar
 from divisi.model.text.grammar import GrammarCompiler
-from divisi.model.text.reasoning import CLOSE, leaves_open
-
-_PROMPT_END = 8
-"""Last tokens of a prompt that tell whether it ends inside a thinking part."""
+from divisi.model.text.tags import CALL, CALL_END, THINK, THINK_END, last_tag, tag_ids
 
 
 class AnswerForms:
-    """Finds the form of each answer. Grammars are compiled in a thread: a large one takes tens of milliseconds."""
+    """Finds the form of each answer. Grammars have a thread of their own, so that a slow one holds up nothing else."""
 
     def __init__(self, text: TextCodec, grammars: GrammarCompiler) -> None:
         self._text = text
         self._grammars = grammars
+        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._ids = tag_ids(text.tokenizer)
+        self._tags = {token_id: name for name, token_id in self._ids.items()}
 
-    def parse_rule(
-        self, body: ChatBody, prompt: Sequence[int], tools: Sequence[Tool], *, thinks: bool
-    ) -> ParseRule | None:
-        """What to look for in a chat answer; None where it can only be text."""
+    @property
+    def thinks(self) -> bool:
+        """Whether answers may think: the template knows that part, and the tokenizer its tags.
+
+        Raises TemplateError for a model without a template.
+        """
+        return self._text.chat_template().thinks and THINK in self._ids and THINK_END in self._ids
+
+    def parse_rule(self, body: ChatBody, prompt: Sequence[int], tools: Sequence[Tool]) -> ParseRule | None:
+        """What to look for in a chat answer; None where it can only be text.
+
+        Raises ApiError where there are tools, but no tokens that tell calls from text.
+        """
+        thinks = self.thinks
+        if tools:
+            self._check_tags((CALL, CALL_END), "tools")
         if not thinks and not tools:
             return None
         names = frozenset(tool.function.name for tool in tools)
         if isinstance(body.tool_choice, NamedChoice):
             names = frozenset([body.tool_choice.function.name])
-        opened = thinks and leaves_open(self._end_of(prompt))
-        return ParseRule(thinks, opened, names, single=body.parallel_tool_calls is False)
+        opened = thinks and self._last_tag(prompt) == THINK
+        return ParseRule(self._tags, thinks, opened, names, single=body.parallel_tool_calls is False)
 
     async def content_grammar(self, body: GenerationBody) -> str | None:
         """The grammar of an answer's content; None for free text. Raises ApiError for one that cannot be kept."""
         if body.response_format is None and body.structured_outputs is None:
             return None
-        return await asyncio.to_thread(content_grammar, self._grammars, body.response_format, body.structured_outputs)
+        work = partial(content_grammar, self._grammars, body.response_format, body.structured_outputs)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def answer_grammar(
         self, body: ChatBody, prompt: Sequence[int], parse: ParseRule | None, thinking: Thinking, tools: Sequence[Tool]
@@ -52,12 +67,13 @@ class AnswerForms:
         content = await self.content_grammar(body)
         if parse is None:
             return content
-        return await asyncio.to_thread(self._whole_grammar, body, self._end_of(prompt), parse, thinking, tools, content)
+        work = partial(self._whole_grammar, body, prompt, parse, thinking, tools, content)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _whole_grammar(
         self,
         body: ChatBody,
-        prompt_end: str,
+        prompt: Sequence[int],
         parse: ParseRule,
         thinking: Thinking,
         tools: Sequence[Tool],
@@ -65,7 +81,7 @@ class AnswerForms:
     ) -> str | None:
         parallel = body.parallel_tool_calls is not False
         calls = call_rule(self._grammars, tools, body.tool_choice, parallel=parallel)
-        closed = prompt_end.rstrip().endswith(CLOSE)
+        closed = self._last_tag(prompt) == THINK_END
         rule = ThinkingRule(parse.opened, thinking.budget) if parse.thinks and not closed else None
         limited = rule is not None and rule.budget is not None
         if content is None and calls is None and not limited:
@@ -74,18 +90,16 @@ class AnswerForms:
             calls = CallRule(tuple(OfferedTool(tool.function.name) for tool in tools), False, single=not parallel)
         if rule is None and calls is None:
             return content
-        self._check_tags(thinking=rule is not None, calls=calls is not None)
-        return self._grammars.checked(answer_grammar(thinking=rule, calls=calls, content=content))
+        return self._grammars.checked(answer_grammar(self._ids, thinking=rule, calls=calls, content=content))
 
-    def _check_tags(self, *, thinking: bool, calls: bool) -> None:
-        tags = [("<think>", thinking), ("</think>", thinking), ("<tool_call>", calls), ("</tool_call>", calls)]
-        for tag, needed in tags:
-            if needed and self._text.tokenizer.id_of(tag) is None:
+    def _check_tags(self, names: Sequence[str], param: str) -> None:
+        for name in names:
+            if name not in self._ids:
                 raise ApiError(
-                    f"this model's tokenizer has no token {tag}, so no grammar can hold its answer to it; leave out "
-                    "strict, a forced tool_choice, response_format and thinking budgets",
-                    param="tools" if calls else "thinking_token_budget",
+                    f"{param}: this model's tokenizer has no token {name}, so calls cannot be told from text; "
+                    f"leave {param} out",
+                    param=param,
                 )
 
-    def _end_of(self, prompt: Sequence[int]) -> str:
-        return self._text.tokenizer.decode(prompt[-_PROMPT_END:], skip_special=False)
+    def _last_tag(self, prompt: Sequence[int]) -> str | None:
+        return last_tag(prompt, self._text.tokenizer, self._tags)

@@ -41,6 +41,8 @@ from divisi.deploy.api.streaming import GenerationResponse
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.model.text import TextCodec, TextError
 from divisi.model.text.grammar import GrammarCompiler
+from divisi.model.text.grammar_process import GrammarProcess
+from divisi.model.text.grammar_reader import GrammarReader
 
 VERSION = version("divisi")
 
@@ -58,7 +60,8 @@ class Api:
         self._tokenizer = text.tokenizer
         self._settings = settings
         self._metrics = metrics
-        self._compiler = Compiler(text, settings, GrammarCompiler(settings.model_dir, settings.grammar_limits))
+        reader = GrammarReader.of(text) if settings.model_dir is None else GrammarProcess(settings.model_dir)
+        self._compiler = Compiler(text, settings, GrammarCompiler(reader, settings.grammar_limits))
         self._created = int(time.time())
 
     async def chat(self, http: HttpRequest) -> Response:

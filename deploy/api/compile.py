@@ -63,7 +63,7 @@ class Compiler:
         self._check_model(body)
         asked = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted: int | None = getattr(body, asked)
-        thinks = self._text.chat_template().thinks
+        thinks = self._forms.thinks
         arguments = body.chat_template_kwargs or {}
         thinking = thinking_of(body.reasoning_effort, body.thinking_token_budget, arguments, thinks=thinks)
         tools = offered(body.tools, body.tool_choice)
@@ -73,7 +73,7 @@ class Compiler:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self._check_logprobs("top_logprobs", logprobs)
         self._check_choices("n", body.n or 1)
-        parse = self._forms.parse_rule(body, prompt, tools, thinks=thinks)
+        parse = self._forms.parse_rule(body, prompt, tools)
         grammar = await self._forms.answer_grammar(body, prompt, parse, thinking, tools)
         answer_id = f"chatcmpl-{uuid4().hex}"
         sampling = await self._sampling(body)

@@ -8,7 +8,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from divisi.deploy.api.base import Body
 from divisi.deploy.api.errors import ApiError
-from divisi.model.text.grammar import GrammarCompiler, GrammarError
+from divisi.model.text.grammar import GrammarCompiler
+from divisi.model.text.grammar_reader import GrammarError
 
 MAX_CHOICES = 2**16
 """Bound of the schema; the grammar limits are the ones that people meet."""
@@ -87,7 +88,7 @@ def content_grammar(
 ) -> str | None:
     """The grammar that an answer must follow, None where it is free.
 
-    Takes up to some hundred milliseconds for large ones. Raises ApiError naming the field that asks for too much.
+    Takes milliseconds, and seconds at the worst. Raises ApiError naming the field that asks for too much.
     """
     if structured is not None and not isinstance(response_format, (PlainText, type(None))):
         raise ApiError(

@@ -11,7 +11,8 @@ from pydantic import Discriminator, Field, Tag
 from divisi.deploy.api.base import Body
 from divisi.deploy.api.errors import ApiError
 from divisi.model.text.answer_grammar import CallRule, OfferedTool
-from divisi.model.text.grammar import GrammarCompiler, GrammarError
+from divisi.model.text.grammar import GrammarCompiler
+from divisi.model.text.grammar_reader import GrammarError
 from divisi.model.text.json_scan import MAX_DEPTH
 
 MAX_TOOLS = 128

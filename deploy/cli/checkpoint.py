@@ -62,7 +62,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     path = path / "config.json" if path.is_dir() else path
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes())
     except OSError as error:
         raise SettingsError(f"--like: {path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

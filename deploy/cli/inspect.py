@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from divisi.deploy.cli.check import check_deployment
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
 
 if TYPE_CHECKING:
@@ -42,21 +43,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report. Raises SettingsError, ConfigError and CheckpointError."""
-    # late: `--help` should not pay for them; torch alone takes seconds
-    from divisi.deploy.fit import fit
-    from divisi.model.config import ModelConfig
-
+    """Print the report. Raises what `check_deployment` raises, which is all that `divisi serve` refuses in files."""
     settings = load_settings(args)
-    config = ModelConfig.load(settings.model.model_dir)
-    import torch
+    import torch  # late: `--help` should not pay for it
 
-    from divisi.model.checkpoint import Checkpoint
-
-    fitted = fit(settings, config, torch.cuda.device_count())
-    checkpoint = Checkpoint.open(settings.model.model_dir)
-    checkpoint.check_all(config)
-    report = build_report(settings, fitted, config, checkpoint)
+    checked = check_deployment(settings, torch.cuda.device_count())
+    report = build_report(settings, checked.fitted, checked.config, checked.checkpoint)
     print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
     return 0
 

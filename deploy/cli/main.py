@@ -1,16 +1,15 @@
-"""Entry point: picks the subcommand and turns a user's mistake into one line and exit status 2."""
+"""Entry point: picks the subcommand; `status.py` says how it ends."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 # Each of these adds flags with little more than argparse and imports the rest when it runs: `divisi --help` and the
 # shell's completion answer at once.
 from divisi.deploy.cli import bench, chat, checkpoint, completion, inspect, keys, serve
+from divisi.deploy.cli.status import exit_status
 
 EXAMPLES = """\
 examples:
@@ -54,25 +53,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit status: 0, 1 when it failed, 2 for a user's mistake, 130 when interrupted."""
-    return _carry_out(build_parser().parse_args(argv))
-
-
-def _carry_out(args: argparse.Namespace) -> int:
-    from divisi.cluster.errors import DivisiError
-    from divisi.deploy.settings import SettingsError
-
-    try:
-        status: int = args.run(args)
-        sys.stdout.flush()
-    except (SettingsError, DivisiError) as error:
-        # A user's mistakes are ValueErrors too, in all layers: settings, model directory, text.
-        mistake = isinstance(error, ValueError)
-        print(f"divisi: {'error' if mistake else 'failed'}: {error}", file=sys.stderr)
-        return 2 if mistake else 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read the output has left, as `| head` does. Python's own flush at exit must not fail on it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
+    args = build_parser().parse_args(argv)
+    return exit_status(lambda: args.run(args))

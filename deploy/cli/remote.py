@@ -51,7 +51,7 @@ def read_key(value: str | None) -> str | None:
     key = value
     if value is not None and value.startswith("@"):
         try:
-            key = Path(value[1:]).read_text(encoding="utf-8", errors="replace").strip()
+            key = Path(value[1:]).read_text(encoding="utf-8-sig", errors="replace").strip()
         except OSError as error:
             raise SettingsError(f"--api-key: {value[1:]}: cannot be read: {error.strerror}") from None
     if key is not None and not (key.isascii() and key.isprintable()):

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
+from typing import TYPE_CHECKING
 
+from divisi.deploy.cli.check import check_deployment
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
+from divisi.deploy.cli.status import exit_status
+
+if TYPE_CHECKING:
+    from divisi.deploy.settings import Settings
+    from divisi.deploy.supervision import Orders
 
 EXAMPLES = """\
 examples:
@@ -15,6 +23,7 @@ examples:
   divisi serve /models/next --attention-workers 2 --expert-shards 4 --device cuda --kv-memory 16GiB
   divisi serve /models/next --topology colocated --attention-workers 4    four ranks, each with a quarter of the experts
   divisi serve --config divisi.toml --port 9000                  flags win over the file
+  RAY_ADDRESS=10.0.0.1:6379 divisi serve --replace               in place of the one on that Ray cluster
 
 then:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
@@ -46,31 +55,39 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     http.add_argument(
         "--api-keys-file", metavar="FILE", help="who may call; make keys with `divisi keys new` (default: everybody)"
     )
-    http.add_argument("--log-file", metavar="FILE", help="append a JSON line for every request (default: Ray's logs)")
+    http.add_argument(
+        "--log-file", metavar="FILE",
+        help="append a JSON line for every request (default: serve-PORT.log in ~/.local/state/divisi)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replace", action="store_true",
+        help="on a Ray cluster where Divisi already runs: take its place (default: refuse)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted.
-
-    Raises SettingsError, KeyFileError, ConfigError, TextError and CheckpointError before anything is started.
-    """
-    # Late: `divisi --help` should not take the seconds that importing torch and Ray takes.
-    from divisi.deploy.fit import fit
-    from divisi.deploy.limits import KeyFile
-    from divisi.model.config import ModelConfig
-    from divisi.model.text import TextCodec
+    """Serve until interrupted, in a process of its own that the caller's watches over. Raises SettingsError."""
+    from divisi.deploy.supervision import supervised  # late: `divisi --help` should answer at once
 
     settings = load_settings(args)
-    config = ModelConfig.load(settings.model.model_dir)
-    fit(settings, config, num_gpus=math.inf)
-    from divisi.model.checkpoint import Checkpoint
+    return supervised(partial(_drive, settings, args.replace), _undo, settings.limits.shutdown_grace_s)
 
-    Checkpoint.open(settings.model.model_dir).check_all(config)
-    TextCodec.load(settings.model.model_dir)
-    if (keys := settings.auth.api_keys_file) is not None:
-        KeyFile(keys)
-    from divisi.deploy.serve_app import run as serve_until_stopped
 
-    serve_until_stopped(settings)
+def _drive(settings: Settings, replace: bool, orders: Orders) -> int:
+    return exit_status(partial(_serve, settings, replace, orders))
+
+
+def _serve(settings: Settings, replace: bool, orders: Orders) -> int:
+    """Raises what `check_deployment` and `serve_until_stopped` raise."""
+    check_deployment(settings, num_gpus=math.inf)
+    from divisi.deploy.local_run import serve_until_stopped  # late: it takes seconds to import Ray
+
+    serve_until_stopped(settings, orders, replace=replace)
     return 0
+
+
+def _undo(address: str) -> None:
+    from divisi.deploy.local_run import remove_application
+
+    remove_application(address)

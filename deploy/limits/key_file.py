@@ -93,7 +93,7 @@ class KeyFile:
 def read_keys(path: Path) -> KeyRing:
     """Parse a key file. Raises KeyFileError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first key
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise KeyFileError(f"{path}: cannot read the API keys: {reason}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from divisi.model.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -33,13 +35,19 @@ class TensorInfo:
 
 
 def read_index(model_dir: Path) -> dict[str, TensorInfo]:
-    """Return every tensor of a model directory: one file, or several with an index. Raises CheckpointError."""
+    """Return every tensor of a model directory: one file, or several with or without an index.
+
+    Without an index, shards are known by their names (`model-00001-of-00002.safetensors`), all of which must be there;
+    a file that is the only one may have any name. Raises CheckpointError.
+    """
     single = model_dir / SINGLE_FILE
     if single.is_file():
         return read_header(single)
     index = model_dir / INDEX_FILE
     if index.is_file():
         return _read_sharded(model_dir, _weight_map(index))
+    if files := _shards_by_name(model_dir):
+        return _read_unindexed(files)
     raise CheckpointError(_nothing_found(model_dir))
 
 
@@ -87,7 +95,7 @@ def _info(path: Path, name: str, entry: Any, data_size: int) -> TensorInfo:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_bytes())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index.name}: bad index, expected an object with a weight_map: {error!r}") from None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -114,6 +122,37 @@ def _read_sharded(model_dir: Path, weight_map: dict[str, str]) -> dict[str, Tens
     return {name: found[name] for name in weight_map}
 
 
+def _shards_by_name(model_dir: Path) -> list[Path]:
+    """Files of a checkpoint without an index, in order; none where the names do not tell. Raises CheckpointError."""
+    files = sorted(model_dir.glob("*.safetensors"))
+    parts = [found for file in files if (found := _SHARD.fullmatch(file.name))]
+    sets = {(part["stem"], int(part["count"])) for part in parts}
+    if len(sets) != 1 or len(parts) != len(files):
+        return files if len(files) == 1 and not parts else []
+    ((stem, count),) = sets
+    names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    present = {file.name for file in files}
+    if missing := [name for name in names if name not in present]:
+        raise CheckpointError(
+            f"{model_dir}: expected {count} files by their names, found {len(present)}; download {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    return [model_dir / name for name in names]
+
+
+def _read_unindexed(files: list[Path]) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name in found:
+                raise CheckpointError(
+                    f"{name}: found in both {found[name].file.name} and {file.name}, and no {INDEX_FILE} "
+                    f"says which counts; download the index, or remove one of the files"
+                )
+            found[name] = info
+    return found
+
+
 def _nothing_found(model_dir: Path) -> str:
     if not model_dir.is_dir():
         return f"{model_dir}: no such model directory"
@@ -125,5 +164,7 @@ def _nothing_found(model_dir: Path) -> str:
             f"which can run code when loaded and is not read; convert the checkpoint to safetensors"
         )
     loose = [name for name in present if name.endswith(".safetensors")]
-    found = f"found {loose[0]} without an index" if loose else f"found {', '.join(present[:5]) or 'an empty directory'}"
+    found = f"found {', '.join((loose or present)[:5]) or 'an empty directory'}"
+    if loose:
+        found += " without an index, which the names do not tell apart; download the index"
     return f"{model_dir}: expected {SINGLE_FILE} or {INDEX_FILE}, {found}"

@@ -1,6 +1,6 @@
 """One grammar for a whole answer: the thinking part, then tool calls or content, each held to its own form.
 
-The tags must be tokens of their own, as in this model family: free text then cannot contain one by accident.
+Tags go by token id. No other part of an answer can hold such a token: there the letters of a tag are spelled out.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from divisi.model.text import reasoning, tool_calls
+from divisi.model.text.tags import CALL, CALL_END, THINK, THINK_END
 
-_TEXT = "TEXT: /(.|\\n)*/ & ~/(.|\\n)*<\\/?(think|tool_call)>(.|\\n)*/"  # no tag spelled out by ordinary tokens
+_TEXT = "TEXT: /(.|\\n)*/"
 _CONTENT = "content"
 # JSON as json.dumps writes it: what templates show and models were trained on, and no room for endless whitespace
 _AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -46,38 +46,44 @@ class CallRule:
 
 
 def answer_grammar(
-    *, thinking: ThinkingRule | None = None, calls: CallRule | None = None, content: str | None = None
+    tags: Mapping[str, int],
+    *,
+    thinking: ThinkingRule | None = None,
+    calls: CallRule | None = None,
+    content: str | None = None,
 ) -> str:
-    """An llguidance grammar. `content`: the grammar, of any kind, of an answer without calls; None for free text."""
+    """An llguidance grammar. `tags`: their token ids by name, of as many as the rules need.
+
+    `content`: the grammar, of any kind, of an answer without calls; None for free text.
+    """
     rules = ["%llguidance {}", _TEXT, "GAP: /\\n{0,2}/"]
     start = "answer"
     if thinking is not None:
-        rules += _thinking_rules(thinking)
+        rules += _thinking_rules(tags, thinking)
         start = "thinking answer"
     free = "TEXT" if content is None else f"@{_CONTENT}"
     if calls is None:
         rules.append(f"answer: {free}")
     else:
-        rules += _call_rules(calls, free, formed=content is not None)
+        rules += _call_rules(tags, calls, free, formed=content is not None)
     lark = "\n".join([rules[0], f"start: {start}", *rules[1:]]) + "\n"
     uses_content = content is not None and not (calls is not None and calls.forced)
     inner = _named(content, _CONTENT) if content is not None and uses_content else []
     return json.dumps({"grammars": [{"lark_grammar": lark}, *inner]})
 
 
-def _thinking_rules(rule: ThinkingRule) -> list[str]:
+def _thinking_rules(tags: Mapping[str, int], rule: ThinkingRule) -> list[str]:
     part = "" if rule.budget == 0 else "thought "
     limit = "" if rule.budget is None else f"[max_tokens={rule.budget}]"
     rules = [] if rule.budget == 0 else [f"thought{limit}: TEXT"]
-    if rule.opened:
-        return [*rules, f"thinking: {part}{reasoning.CLOSE} GAP"]
-    return [*rules, f"thinking: ({reasoning.OPEN} {part}{reasoning.CLOSE} GAP)?"]
+    body = f"{part}<[{tags[THINK_END]}]> GAP"
+    return [*rules, f"thinking: {body}" if rule.opened else f"thinking: (<[{tags[THINK]}]> {body})?"]
 
 
-def _call_rules(rule: CallRule, free: str, *, formed: bool) -> list[str]:
+def _call_rules(tags: Mapping[str, int], rule: CallRule, free: str, *, formed: bool) -> list[str]:
     names = [f"tool_{index}" for index in range(len(rule.tools))]
     bodies = [f"{name}: {_body(tool)}" for name, tool in zip(names, rule.tools, strict=True)]
-    call = f'call: {tool_calls.OPEN} "\\n" ({" | ".join(names)}) "\\n" {tool_calls.CLOSE}'
+    call = f'call: <[{tags[CALL]}]> "\\n" ({" | ".join(names)}) "\\n" <[{tags[CALL_END]}]>'
     several = "" if rule.single else ' ("\\n" call)*'
     if rule.forced:
         answer = f"answer: call{several}"

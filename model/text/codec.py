@@ -62,7 +62,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # bytes: json sees to byte order marks
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise TextError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -84,7 +86,12 @@ def _template_source(folder: Path, tokenizer_config: dict[str, Any]) -> str | No
     """The file wins over the field, as in transformers; of several named templates, `default`."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8-sig")  # a byte order mark would begin every prompt
+        except OSError as error:
+            raise TemplateError(f"{path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise TemplateError(f"{path} is not UTF-8: {error}; save it in that encoding") from error
     source = _read_json(folder / "chat_template.json").get("chat_template", tokenizer_config.get("chat_template"))
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}

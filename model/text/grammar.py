@@ -2,25 +2,22 @@
 
 Imports no torch. A grammar that passes here is followed by the worker token by token (`cluster.grammar`). What is too
 large is refused by counting: bytes, nesting, nodes and repetitions first, then the fuel that llguidance's compiler
-burns, so that the verdict depends on the grammar alone and never on a clock.
+burns. What takes too long all the same is `grammar_process`'s business.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import grammar_from
 
-from divisi.model.text.errors import TextError
+from divisi.model.text.grammar_reader import GrammarError, Reader, json_grammar
+from divisi.model.text.grammar_tokens import expressions
 from divisi.model.text.regex_size import written_out_size
-
-log = logging.getLogger(__name__)
 
 # One line of JSON with at most one blank after a comma or colon: a model that has lost its way could otherwise write
 # white space until its tokens run out.
@@ -40,17 +37,7 @@ _ANNOTATIONS = frozenset(
 )
 _KNOWN = _SCHEMA_MAPS | _SCHEMA_LISTS | _SCHEMAS | _COUNTS | _VALUES | _ANNOTATIONS
 
-
-_EXPRESSIONS = re.compile(r"/((?:[^/\\\n]|\\.)+)/")
-"""Regular expressions in a Lark grammar."""
 _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
-
-
-class GrammarError(TextError):
-    """A grammar that is broken, unsupported or too large. `place` is where in a schema: `$.properties.a`."""
-
-    def __init__(self, message: str, place: str = "") -> None:
-        super().__init__(f"{place}: {message}" if place else message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +67,12 @@ class GrammarLimits:
             )
 
 
-def validate_grammar(grammar: str) -> None:
-    """Raise GrammarError where llguidance cannot read a grammar, or cannot keep to it. Needs no tokenizer."""
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    if failed:
-        raise GrammarError(_complaint(messages[0]))
-
-
 class GrammarCompiler:
     """Turns schemas, expressions and choices into grammars. Safe to call from several threads."""
 
-    def __init__(self, model_dir: Path | str | None = None, limits: GrammarLimits | None = None) -> None:
-        """With `model_dir`, a grammar is also compiled as workers do. Its tokenizer is read now, not while others wait
-        for their answers: llguidance keeps the interpreter lock meanwhile.
-        """
+    def __init__(self, reader: Reader, limits: GrammarLimits | None = None) -> None:
+        self._reader = reader
         self._limits = limits or GrammarLimits()
-        self._tokenizer = None if model_dir is None else _read_tokenizer(Path(model_dir) / "tokenizer.json")
 
     def json_object(self) -> str:
         """Any JSON object."""
@@ -121,14 +98,11 @@ class GrammarCompiler:
         return self.checked(grammar_from("lark", "start: " + " | ".join(map(_lark_string, choices))))
 
     def text(self, grammar: str) -> str:
-        """A grammar in Lark's or GBNF's notation."""
+        """A grammar in Lark's or GBNF's notation. In Lark, `<think>` outside of quotes is the token of that name."""
         self.check_size(grammar, "the grammar")
-        for expression in _EXPRESSIONS.findall(grammar):
+        for expression in expressions(grammar):
             self._limits.check_expression(expression)
-        try:
-            return self.checked(grammar_from("grammar", grammar))
-        except ValueError as error:
-            raise GrammarError(f"the grammar cannot be read: {error}") from error
+        return self._reader.read(grammar, "grammar")
 
     def check_size(self, text: str, what: str) -> None:
         """Raise GrammarError for a text that is larger than the limit."""
@@ -138,22 +112,7 @@ class GrammarCompiler:
 
     def checked(self, grammar: str) -> str:
         """`grammar` itself, if it can be followed. Raises GrammarError with the compiler's complaint."""
-        validate_grammar(grammar)
-        if self._tokenizer is not None:
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-            if not matcher.is_error():
-                matcher.compute_bitmask()
-            if matcher.is_error():
-                raise GrammarError(_complaint(matcher.get_error()))
-        return grammar
-
-
-def _read_tokenizer(path: Path) -> LLTokenizer | None:
-    try:
-        return LLTokenizer(str(path))
-    except ValueError as error:  # the worker says so to whoever sends a grammar
-        log.warning("%s cannot be used for grammars: %s", path, error)
-        return None
+        return self._reader.read(grammar)
 
 
 class _SchemaWalk:
@@ -210,20 +169,8 @@ class _SchemaWalk:
 def _json_grammar(schema: object) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_STYLE)
-    except ValueError as error:  # values in enum and const may be nested deeper than the compiler reads
-        raise GrammarError(_complaint(str(error))) from None
+    return json_grammar(json.dumps(schema), _JSON_STYLE)
 
 
 def _lark_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _complaint(message: str) -> str:
-    """What the compiler says, without its drawing of the place."""
-    lines = [line.strip() for line in message.strip().splitlines()] or ["it cannot be compiled"]
-    if lines[0] == "NoExtensionBias":
-        return "it refers to itself without ever ending"
-    reasons = [line for line in lines[1:] if line.startswith("error: ")]
-    return " ".join([lines[0].replace("Unimplemented keys:", "not supported:"), *reasons])[:400]

@@ -5,36 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from divisi.model.text.tool_calls import tag_prefix
-
-OPEN = "<think>"
-CLOSE = "</think>"
+from divisi.model.text.tags import THINK, THINK_END, Segment, Tag
 
 
 class Split(NamedTuple):
-    """What a piece of text adds to either part."""
+    """What a segment adds to either part."""
 
-    reasoning: str
-    content: str
-
-
-def leaves_open(prompt: str) -> bool:
-    """Whether a prompt ends inside the thinking part, as templates of thinking models leave it."""
-    return prompt.rstrip().endswith(OPEN)
+    reasoning: str = ""
+    content: tuple[Segment, ...] = ()
 
 
 class ReasoningSplitter:
     """Splits a growing answer. The parts, joined, don't depend on how the text is cut into pieces.
 
-    Only what the answer begins with can be its thinking; a tag further on is text. Line ends next to the tags belong
+    Only what the answer begins with can be its thinking; a tag further on is content. Line ends next to the tags belong
     to the form and are dropped, as templates do when they show the turn again. A thinking part that never ends is all.
     """
 
     def __init__(self, *, opened: bool) -> None:
         """`opened`: the prompt ends with `<think>`, so that the answer may hold the closing tag only."""
         self._opened = opened
-        self._step: Callable[[str], Split] = self._begin
-        self._held = ""  # what may become a tag
+        self._step: Callable[[Segment], Split] = self._begin
+        self._blank = ""  # at the beginning, before it is clear of which part it is
         self._newlines = 0  # line ends of the thinking that go out only if text follows them
         self._at_start = True  # of the thinking, or of what follows it
         self.thinking = opened
@@ -44,47 +36,47 @@ class ReasoningSplitter:
         self.answering = False
         """Whether the text stands past the thinking part, or has none."""
 
-    def push(self, text: str) -> Split:
-        """What a piece of text adds."""
-        return self._step(text)
+    @property
+    def passes(self) -> bool:
+        """Whether all that follows is content, as it is."""
+        return self.answering and not self._at_start
+
+    def push(self, segment: Segment) -> Split:
+        """What a segment adds."""
+        return self._step(segment)
 
     def finish(self) -> Split:
-        """At the end of the text: what was held back is no tag after all."""
-        held, self._held = self._held, ""
-        if self._step == self._begin and not self._opened:
-            return Split("", held)
-        if self._step == self._answer:
-            return Split("", "")
-        return Split(self._release(held), "")
+        """At the end of the text: blanks alone are thinking only where it was open."""
+        blank, self._blank = self._blank, ""
+        if self._opened:
+            return Split(self._release(blank))
+        return Split(content=(blank,) if blank else ())
 
-    def _begin(self, text: str) -> Split:
-        """Leading whitespace and an opening tag, or neither."""
-        text = self._held + text
-        bare = text.lstrip()
-        if OPEN.startswith(bare) and bare != OPEN:  # not said yet; an empty text is the beginning of everything
-            self._held = text
-            return Split("", "")
-        self._held = ""
-        if bare.startswith(OPEN):
-            self.thinking, self._step = True, self._think
-            return self._think(bare[len(OPEN) :])
+    def _begin(self, segment: Segment) -> Split:
+        """Leading blanks and an opening tag, or neither."""
+        if isinstance(segment, Tag) and segment.name == THINK:
+            self._blank, self.thinking, self._step = "", True, self._think
+            return Split()
+        if isinstance(segment, str) and not segment.strip():
+            self._blank += segment
+            return Split()
+        blank, self._blank = self._blank, ""
         if self._opened:
             self._step = self._think
-            return self._think(text)
+            before = self._release(blank)
+            reasoning, content = self._think(segment)
+            return Split(before + reasoning, content)
         self._at_start, self._step, self.answering = False, self._answer, True
-        return Split("", text)
+        return Split(content=(blank, segment) if blank else (segment,))
 
-    def _think(self, text: str) -> Split:
-        text = self._held + text
-        at = text.find(CLOSE)
-        end = at if at >= 0 else len(text) - tag_prefix(text, CLOSE)
-        reasoning = self._release(text[:end])
-        if at < 0:
-            self._held = text[end:]
-            return Split(reasoning, "")
-        self._held, self.thinking, self.closed = "", False, True
-        self._at_start, self._step, self.answering = True, self._answer, True
-        return Split(reasoning, self._answer(text[at + len(CLOSE) :]).content)
+    def _think(self, segment: Segment) -> Split:
+        if isinstance(segment, str):
+            return Split(self._release(segment))
+        if segment.name != THINK_END:
+            return Split(self._release(segment.text))
+        self.thinking, self.closed, self.answering = False, True, True
+        self._at_start, self._step = True, self._answer
+        return Split()
 
     def _release(self, text: str) -> str:
         if self._at_start:
@@ -97,8 +89,8 @@ class ReasoningSplitter:
         self._newlines, self._at_start = after, False
         return "\n" * before + body
 
-    def _answer(self, text: str) -> Split:
-        if self._at_start:
-            text = text.lstrip("\n")
-            self._at_start = not text
-        return Split("", text)
+    def _answer(self, segment: Segment) -> Split:
+        if self._at_start and isinstance(segment, str):
+            segment = segment.lstrip("\n")
+        self._at_start = self._at_start and not segment
+        return Split(content=(segment,) if segment else ())

@@ -68,6 +68,20 @@ class ChatTemplate:
             raise TemplateError("the chat template recurses without end on the conversation") from error
         return "".join(pieces)
 
+    def check(self) -> None:
+        """Raise TemplateError where the template refuses the plainest conversations: with and without a system message.
+
+        A template that compiles may still name what no engine gives it; then every conversation would fail.
+        """
+        user = {"role": "user", "content": "Hello"}
+        try:
+            self.render([user])
+        except TemplateError as refusal:
+            try:
+                self.render([{"role": "system", "content": "Be brief."}, user])  # some ask for one
+            except TemplateError:
+                raise refusal from None
+
     def render_continued(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         """The prompt of a conversation up to the end of its last message, for an answer that goes on with it.
 

@@ -24,6 +24,8 @@ class Tokenizer:
         _require_byte_level(description.get("decoder"))
         self._backend = backend
         self._bytes, self.special_ids = _token_bytes(backend)
+        self.added_ids = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+        """Ids of the added tokens, which the letters of their content become wherever they stand in a text."""
         self.has_normalizer = description.get("normalizer") is not None
         self.longest_token = max((len(raw) for raw in self._bytes), default=1)
         """Bytes of the longest token: a bound on how many tokens a text has at least."""
@@ -35,7 +37,7 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"{path} is missing: save the tokenizer in its fast form beside the weights")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the Rust library raises bare Exception
             raise TokenizerError(f"{path} cannot be read: {error}") from error
         return cls(backend)

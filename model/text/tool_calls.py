@@ -5,6 +5,7 @@
     </tool_call>
 
 A block that isn't exactly this (JSON that breaks, a function that wasn't offered, an end before its time) is text.
+Inside of JSON that isn't whole yet a tag is a part of it, as in a string.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from divisi.model.text.json_scan import JsonError, JsonScanner
-
-OPEN = "<tool_call>"
-CLOSE = "</tool_call>"
+from divisi.model.text.tags import CALL, CALL_END, Segment, Tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +55,25 @@ class ToolCallParser:
         """`names`: the functions on offer. `single`: the text is over after the first whole call."""
         self._names = frozenset(names)
         self._single = single
-        self._step: Callable[[str], str] = self._outside
+        self._step: Callable[[Segment], None] = self._outside
         self._parts: list[Part] = []
         self._newlines = 0  # line ends that go out only if text follows them
-        self._tag = ""  # what may become OPEN
         self._after_call = False
+        self._opening = ""  # the opening tag's text
         self._block = _Block(self._names)
         self._index = 0
         self._started = False
-        self._seen = ""  # in a broken block: the last characters, which may begin CLOSE
         self.calls = 0
         """Whole calls so far."""
         self.broken = False
         """Whether a block was none."""
         self.done = False
-        """With `single`: the first call is whole, and further text is nothing."""
+        """With `single`: the first call is whole, and what follows is nothing."""
 
-    def push(self, text: str) -> list[Part]:
-        """What a piece of text adds."""
-        while text and not self.done:
-            text = self._step(text)
+    def push(self, segment: Segment) -> list[Part]:
+        """What a segment adds."""
+        if not self.done:
+            self._step(segment)
         return self._take_parts()
 
     def finish(self) -> list[Part]:
@@ -86,8 +84,6 @@ class ToolCallParser:
             else:
                 self._break()
         elif self._step == self._outside and not self.done:
-            tag, self._tag = self._tag, ""
-            self._release(tag)
             self._text("\n" * self._newlines)
             self._newlines = 0
         return self._take_parts()
@@ -104,17 +100,14 @@ class ToolCallParser:
         else:
             self._parts.append(TextPart(text))
 
-    def _outside(self, text: str) -> str:
-        text = self._tag + text
-        at = text.find(OPEN)
-        end = at if at >= 0 else len(text) - tag_prefix(text, OPEN)
-        self._release(text[:end])
-        if at < 0:
-            self._tag = text[end:]
-            return ""
-        self._tag = ""
-        self._block, self._started, self._step = _Block(self._names), False, self._inside
-        return text[at + len(OPEN) :]
+    def _outside(self, segment: Segment) -> None:
+        if isinstance(segment, str):
+            self._release(segment)
+        elif segment.name == CALL:
+            self._opening = segment.text
+            self._block, self._started, self._step = _Block(self._names), False, self._inside
+        else:
+            self._release(segment.text)
 
     def _release(self, text: str) -> None:
         """Text outside of blocks: out with it, but for the line ends at its end."""
@@ -127,7 +120,11 @@ class ToolCallParser:
         if not self._after_call:
             self._newlines += len(text) - len(body)
 
-    def _inside(self, text: str) -> str:
+    def _inside(self, segment: Segment) -> None:
+        if isinstance(segment, Tag) and segment.name == CALL_END and self._block.whole:
+            self._end_call()
+            return
+        text = segment.name if isinstance(segment, Tag) else segment
         for position, char in enumerate(text):
             try:
                 self._block.push(char)
@@ -135,13 +132,10 @@ class ToolCallParser:
                 self._block.raw.append(text[:position])
                 self._take_arguments()  # as they would be out, had the text come character by character
                 self._break()
-                return text[position:]
-            if self._block.closed:
-                self._end_call()
-                return text[position + 1 :]
+                self._skipping(segment if isinstance(segment, Tag) else text[position:])  # a tag breaks it as a whole
+                return
         self._block.raw.append(text)
         self._take_arguments()
-        return ""
 
     def _take_arguments(self) -> None:
         if arguments := self._block.take_arguments():
@@ -161,21 +155,17 @@ class ToolCallParser:
         if self._started:
             self._parts.append(RevokedPart(self._index))
             self._index += 1
-        self._text("\n" * self._newlines + OPEN + "".join(self._block.raw))
+        self._text("\n" * self._newlines + self._opening + "".join(self._block.raw))
         self._newlines, self._after_call = 0, False
-        self._seen, self._step = "", self._skipping
+        self._step = self._skipping
 
-    def _skipping(self, text: str) -> str:
-        joined = self._seen + text
-        at = joined.find(CLOSE)
-        if at < 0:
-            self._text(text)
-            self._seen = joined[1 - len(CLOSE) :]
-            return ""
-        end = at + len(CLOSE) - len(self._seen)
-        self._text(text[:end])
-        self._step = self._outside
-        return text[end:]
+    def _skipping(self, segment: Segment) -> None:
+        if isinstance(segment, str):
+            self._text(segment)
+            return
+        self._text(segment.text)
+        if segment.name == CALL_END:
+            self._step = self._outside
 
 
 class _Block:
@@ -189,14 +179,11 @@ class _Block:
         self._key = ""
         self._left = {"name", "arguments"}
         self._arguments: list[str] = []
-        self._matched = 0  # characters of CLOSE
         self.name: str | None = None
         self.raw: list[str] = []
         """The text so far, kept by the parser."""
         self.whole = False
         """The object has ended."""
-        self.closed = False
-        """The closing tag has ended."""
 
     def push(self, char: str) -> None:
         """Take one character; JsonError where this is no call."""
@@ -273,19 +260,10 @@ class _Block:
         if char == "," and self._left:
             self._state = self._before_key
         elif char == "}" and not self._left:
-            self.whole, self._state = True, self._in_close
+            self.whole, self._state = True, self._after_object
         elif not char.isspace():
             raise JsonError(f"the call cannot go on with {char!r}")
 
-    def _in_close(self, char: str) -> None:
-        if char == CLOSE[self._matched]:
-            self._matched += 1
-            self.closed = self._matched == len(CLOSE)
-        elif self._matched or not char.isspace():
-            raise JsonError(f"{CLOSE} is missing before {char!r}")
-
-
-def tag_prefix(text: str, tag: str) -> int:
-    """Characters at the end of `text` that may be the beginning of `tag`, whose only "<" is its first character."""
-    at = text.rfind("<")
-    return len(text) - at if at >= 0 and tag.startswith(text[at:]) else 0
+    def _after_object(self, char: str) -> None:
+        if not char.isspace():
+            raise JsonError(f"{CALL_END} is missing before {char!r}")

@@ -97,7 +97,7 @@ def test_float16_is_for_gpus() -> None:
 def test_inspect_and_serve_agree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_random_checkpoint(tmp_path, SMALL_CONFIG | {"torch_dtype": "float16"}, seed=1, tokenizer=False)
+    write_random_checkpoint(tmp_path, SMALL_CONFIG | {"torch_dtype": "float16"}, seed=1)
     flags = ["--kv-memory", str(9 * PAGE), "--device", "cpu"]
     assert main(["inspect", str(tmp_path), *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

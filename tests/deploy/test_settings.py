@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from divisi.cluster.seats import GangShape
-from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, parse_bytes, read_config_file
+from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, Surroundings, parse_bytes, read_config_file
 
 TOML = '[model]\nmodel_dir = "/m/tiny"\n[gang]\nexpert_shards = 2\n[cache]\nkv_memory = "64MiB"\n'
 
@@ -39,6 +39,14 @@ def test_other_formats(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"c{suffix}"
     path.write_text(json.dumps({"model": {"model_dir": "/m"}, "http": {"port": 1}}))  # JSON is YAML too
     assert Settings.load(path).http.port == 1
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".yaml", ".json"])
+def test_a_file_may_begin_with_a_byte_order_mark(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"settings{suffix}"
+    text = {".toml": "[http]\nport = 9", ".yaml": "http: {port: 9}", ".json": '{"http": {"port": 9}}'}[suffix]
+    path.write_text(text, encoding="utf-8-sig")
+    assert Settings.load(path, {"model": {"model_dir": "/m"}}).http.port == 9
 
 
 def test_json_round_trip() -> None:
@@ -151,3 +159,22 @@ def test_every_ingress_replica_gets_a_request() -> None:
     http, limits = {"ingress_replicas": 5}, {"max_queued_requests": 4}
     with pytest.raises(SettingsError, match=r"max_queued_requests=4 .*raise it to 5"):
         Settings.load(None, {"model": {"model_dir": "/m"}, "http": http, "limits": limits})
+
+
+@pytest.mark.parametrize(
+    ("variables", "temp_dir", "state"),
+    [
+        ({}, "/tmp", "/home/me/.local/state"),
+        ({"TMPDIR": "/t", "XDG_STATE_HOME": "/s"}, "/t", "/s"),
+        ({"TMPDIR": "/t", "RAY_TMPDIR": "/r", "XDG_STATE_HOME": "not/absolute"}, "/r", "/home/me/.local/state"),
+        ({"RAY_ADDRESS": "", "XDG_STATE_HOME": ""}, "/tmp", "/home/me/.local/state"),
+    ],
+)
+def test_surroundings(variables: dict[str, str], temp_dir: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "TMPDIR", "RAY_TMPDIR", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/me", **variables}.items():
+        monkeypatch.setenv(name, value)
+    found = Surroundings.read()
+    assert (found.temp_dir, found.state_home, found.ray_address) == (Path(temp_dir), Path(state), None)
+    assert (found.temp_dir_variable is None) == (temp_dir == "/tmp")

@@ -20,6 +20,7 @@ import pytest
 
 from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.dispatch.wire import Transport
+from divisi.cluster.engine.grammar import Grammars, Guide
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape, Seat
@@ -74,6 +75,34 @@ def test_a_mode_from_outside_gives_the_same_tokens(
             gang[number % 2].submit(request)
         for number, request in enumerate(requests):
             assert gang[number % 2].finish(request.request_id) == local_answers[request.request_id]
+
+
+def test_a_slow_grammar_stalls_no_step_of_the_gang(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its request begins as soon as it is compiled, though the gang is parked by then; a broken one is told."""
+    begun, let_go = threading.Event(), threading.Event()
+    compile_now = Grammars._compile
+
+    def compile_late(grammars: Grammars, grammar: str) -> Guide:
+        if "slow" in grammar:
+            begun.set()
+            assert let_go.wait(60)
+        return compile_now(grammars, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", compile_late)
+    slow, broken = "start: /[a-b]{5}/ // slow", "start: /(/ // slow"
+    with thread_gang(small_spec(small_model, GangShape(2, 1), step_deadline_s=2.0)) as workers:
+        for name, grammar in (("slow", slow), ("broken", broken)):
+            workers[0].submit(Request(name, (1, 2, 3), 40, Sampling(temperature=0.0), grammar=grammar))
+        assert begun.wait(60)
+        for worker in reversed(workers):
+            worker.submit(Request("free", (1, 2, 3), 8, Sampling(temperature=0.0)))
+            assert len(worker.finish("free")) == 8
+            assert worker.loop.ask(worker.engine.stats).result(10).aborted_steps == 0
+        let_go.set()
+        assert workers[0].finish("slow")
+        assert workers[0].events["slow"][-1].finish_reason == "stop"
+        assert workers[0].finish("broken") == []
+        assert workers[0].events["broken"][-1].finish_reason == "rejected"
 
 
 def test_cancelling_frees_everything(small_model: Path) -> None:

@@ -1,18 +1,24 @@
-"""One `divisi serve` per module, as a user starts it: a child process on a free port, which must leave nothing."""
+"""One `divisi serve` per module, as a user starts it: a child process on a free port, which must leave nothing.
+
+It leads a process group, as under a shell or `timeout`, so that tests can signal the group.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -34,6 +40,8 @@ class Cluster:
     ready_after_s: float = 0.0
     health: list[tuple[int, int]] = field(default_factory=list)
     """(live, ready) status codes before the first 200 of ready."""
+    shared_memory: frozenset[str] = frozenset(os.listdir("/dev/shm"))
+    """What others had there before."""
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """The server's processes whose title contains `title`."""
@@ -61,39 +69,66 @@ class Cluster:
         raise AssertionError(f"not ready within {timeout_s} s:\n{self.log.read_text()}")
 
 
-@contextmanager
-def running_cluster(
-    model_dir: Path,
-    log: Path,
-    *arguments: str,
-    ready_within_s: float = 90.0,
-    program: Sequence[str] = ("-m", "divisi.deploy.cli"),
-) -> Iterator[Cluster]:
-    """Start a server, wait until it is ready, stop it by SIGTERM, and fail if a process of it is left.
-
-    `program` is what Python runs in place of the command line of `divisi`.
-    """
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running_cluster(
+    model_dir: Path, log: Path, *arguments: str, ready_within_s: float = 90.0, terminal: int | None = None,
+    status: int = 0, ray_address: str = "", program: Sequence[str] = ("-m", "divisi.deploy.cli"),
+) -> Iterator[Cluster]:  # fmt: skip
+    """Start a server, wait until it is ready, stop it by SIGTERM, and fail if anything of it is left.
+
+    `ready_within_s` of 0 does not wait. `terminal` becomes its controlling terminal. `status` is how it has to end.
+    `ray_address` names a cluster to join. `program` is what Python runs in place of the command line of `divisi`.
+    """
+    port = free_port()
     mark = uuid.uuid4().hex
     command = [sys.executable, *program, "serve", str(model_dir), "--port", str(port), *arguments]
-    environment = os.environ | {_MARK: mark, "RAY_ADDRESS": ""}
+    environment = os.environ | {_MARK: mark, "RAY_ADDRESS": ray_address, "XDG_STATE_HOME": str(log.parent)}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdin=terminal, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
     cluster = Cluster(f"http://127.0.0.1:{port}", process, mark, log)
     try:
-        cluster.ready_after_s = cluster.wait_until_ready(ready_within_s)
+        if ready_within_s:
+            cluster.ready_after_s = cluster.wait_until_ready(ready_within_s)
         yield cluster
+        pids = {running.pid for running in cluster.processes()}
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(60) == status, log.read_text()
         _, left = psutil.wait_procs(cluster.processes(), timeout=10)
         assert not left, f"left behind: {left}"
+        assert_nothing_left(cluster, pids)
     finally:
         for survivor in (process, *cluster.processes()):
             if survivor.pid and psutil.pid_exists(survivor.pid):
                 survivor.kill()
         process.wait(20)
+
+
+def assert_nothing_left(cluster: Cluster, pids: set[int]) -> None:
+    """No listener, no socket file of its Ray session (named for a pid), no shared memory that nobody holds."""
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", httpx.URL(cluster.url).port or 0)) != 0, "somebody still listens"
+    sockets = [path for pid in pids for path in Path("/tmp/ray").glob(f"session_*_{pid}/sockets/*")]
+    assert not sockets, f"left behind: {sockets}"
+    new = set(os.listdir("/dev/shm")) - cluster.shared_memory
+    held = {file.path for process in psutil.process_iter() for file in _open_files(process)}
+    assert not {name for name in new if f"/dev/shm/{name}" not in held}
+
+
+def _open_files(process: psutil.Process) -> list[Any]:
+    try:
+        return [*process.open_files(), *process.memory_maps()]
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,15 @@ def test_live_before_ready(cluster: Cluster, record_result: Callable[[str, objec
     wait_for(lambda: "curl http://" in cluster.log.read_text(), 10, "no ready line")
 
 
+def test_the_request_log_lies_where_the_start_has_said(cluster: Cluster) -> None:
+    named = re.search(r"^Request log: (.*)$", cluster.log.read_text(), re.MULTILINE)
+    assert named is not None
+    file = Path(named[1])
+    assert file.parent == cluster.log.parent / "divisi"  # XDG_STATE_HOME
+    httpx.get(f"{cluster.url}/v1/models", headers={"x-request-id": "look-for-me"}, timeout=10)
+    wait_for(lambda: "look-for-me" in file.read_text(), 10, "the request is not in the log")
+
+
 def test_one_request_id_comes_back(cluster: Cluster) -> None:
     """Serve's proxy adds it, so that the ingress must not."""
     reply = httpx.get(f"{cluster.url}/v1/models", headers={"X-Request-Id": "mine"}, timeout=10)

@@ -22,9 +22,9 @@ from divisi.model.dispatcher import Dispatcher
 class LocalClient:
     """Implements `divisi.deploy.api.engine_client.EngineClient`. All calls of the engine are under one lock."""
 
-    def __init__(self, engine: Engine, dispatcher: Dispatcher) -> None:
+    def __init__(self, engine: Engine, dispatcher: Dispatcher, changed: threading.Condition) -> None:
         self._engine, self._dispatcher = engine, dispatcher
-        self._changed = threading.Condition()
+        self._changed = changed
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent]]] = {}
         self._closing = False
 
@@ -52,20 +52,21 @@ class LocalClient:
         """Steps until closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._has_work)
+                while not self._closing and not self._step():
+                    self._changed.wait()
                 if self._closing:
                     return
-                plan = self._engine.plan()
-                events = [] if plan is None else self._engine.run(plan, self._dispatcher)
-                for event in [*events, *self._engine.take_events()]:
-                    if (stream := self._streams.get(event.request_id)) is not None:
-                        loop, queue = stream
-                        loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    @property
-    def _has_work(self) -> bool:
-        stats = self._engine.stats()
-        return stats.running + stats.waiting > 0
+    def _step(self) -> bool:
+        """Whether there was anything to do."""
+        plan = self._engine.plan()
+        events = [] if plan is None else self._engine.run(plan, self._dispatcher)
+        events += self._engine.take_events()
+        for event in events:
+            if (stream := self._streams.get(event.request_id)) is not None:
+                loop, queue = stream
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+        return plan is not None
 
     def close(self) -> None:
         with self._changed:
@@ -91,9 +92,15 @@ def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 
         max_step_tokens=512,
         step_deadline_s=30.0,
     )
-    engine, experts = build_engine(spec, ModelConfig.load(model_dir))
+    changed = threading.Condition()
+
+    def wake() -> None:
+        with changed:
+            changed.notify()
+
+    engine, experts = build_engine(spec, ModelConfig.load(model_dir), wake=wake)
     assert experts is not None
-    client = LocalClient(engine, LocalEnd(experts))
+    client = LocalClient(engine, LocalEnd(experts), changed)
     thread = threading.Thread(target=client.run, name="engine")
     thread.start()
     try:

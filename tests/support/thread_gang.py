@@ -70,7 +70,7 @@ class Worker:
             self.watch.start()
             index = self.watch.wait_for_seat().index
         self.engine: Engine
-        self.engine, self.experts = build_engine(spec, config, index)
+        self.engine, self.experts = build_engine(spec, config, index, wake=self._inbox.wake.set)
         network = worker_network(spec, config, self._listener)
         mode = new_mode(transport(spec, config)) if new_mode else dispatch_mode(spec, config, self.experts)
         self.loop = WorkerLoop[StepPlan](self.engine, mode, self._inbox, self.watch, network, self._collect)

@@ -89,7 +89,7 @@ def random_prompts(seed: int, words: int) -> Iterator[Prompt]:
 def read_prompts(path: Path, endpoint: str) -> list[Prompt]:
     """One prompt a line: text, or JSON with `prompt` or (for chat) `messages`. Raises SettingsError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--prompts: {path}: cannot be read: {error}") from None
     prompts = [_prompt(line, f"--prompts: {path}, line {number}", endpoint)

@@ -100,7 +100,7 @@ def _tools(path: Path) -> list[dict[str, Any]]:
     from divisi.deploy.settings import SettingsError
 
     try:
-        tools = json.loads(path.read_text(encoding="utf-8"))
+        tools = json.loads(path.read_bytes())
         if not isinstance(tools, list):
             raise TypeError
         _ = [tool["function"]["name"] for tool in tools]

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import random
 import re
+from collections import defaultdict
 from dataclasses import replace
 from itertools import count
+from threading import Event
 from typing import Any
 
 import jsonschema
 import pytest
 import torch
-from llguidance import LLParserLimits
+from llguidance import LLExecutor, LLParserLimits
 
+from divisi.cluster.engine import grammar as grammar_module
 from divisi.cluster.engine.engine import Engine
-from divisi.cluster.engine.grammar import Grammars
+from divisi.cluster.engine.grammar import Grammars, Guide
+from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.stopwatch import Stopwatch
 from tests.support.fake_runner import VOCAB, FailingDispatcher, FakeRunner, PlainDispatcher, solo_answer
-from tests.support.tiny_grammar import EOS, TOKENS, grammars, regex, schema, spell
+from tests.support.tiny_grammar import EOS, TOKENS, grammars, regex, schema, spell, vocabulary
 
 MAX_LEN = 300
 
@@ -63,13 +68,28 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-def make(source: Grammars | None, **changes: Any) -> Engine:
+class WaitingEngine(Engine):
+    """An engine and what the loop around it does while grammars are compiled and nothing else is to do: wait."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.woken = Event()
+        super().__init__(*arguments, wake=self.woken.set, **options)
+
+    def next_plan(self) -> StepPlan | None:
+        while (plan := self.plan()) is None and self.stats().waiting:
+            assert self.woken.wait(30)
+            self.woken.clear()
+        return plan
+
+
+def make(source: Grammars | None, **changes: Any) -> WaitingEngine:
     sizes = {"vocab_size": VOCAB, "max_model_len": MAX_LEN, "num_pages": 400, "page_size": 4, "num_slots": 11}
     limits = {"max_seqs": 8, "max_step_tokens": 24}
     config = SchedulerConfig(**{**sizes, **limits, **changes})
     runner = FakeRunner(num_pages=config.num_pages, page_size=config.page_size, num_slots=config.num_slots)
     scheduler = Scheduler(config)
-    return Engine(runner, Sampler(), scheduler, device=torch.device("cpu"), stopwatch=Stopwatch(), grammars=source)
+    device = torch.device("cpu")
+    return WaitingEngine(runner, Sampler(), scheduler, device=device, stopwatch=Stopwatch(), grammars=source)
 
 
 def request(name: str, grammar: str | None = None, **changes: Any) -> Request:
@@ -80,18 +100,20 @@ def request(name: str, grammar: str | None = None, **changes: Any) -> Request:
 
 
 def serve(
-    engine: Engine, requests: list[Request], failures: random.Random | None = None
+    engine: WaitingEngine, requests: list[Request], failures: random.Random | None = None
 ) -> dict[str, list[TokenEvent]]:
     """The events of each request; steps fail at random, more than once."""
-    events: dict[str, list[TokenEvent]] = {each.request_id: [] for each in requests}
+    events: dict[str, list[TokenEvent]] = defaultdict(list)
     for each in requests:
         engine.submit(each)
-    while (plan := engine.plan()) is not None:
+    while (plan := engine.next_plan()) is not None:
         while failures is not None and failures.random() < 0.3:
             with pytest.raises(StepAborted):
                 engine.run(plan, FailingDispatcher(failures.randint(0, 1)))
         for event in engine.run(plan, PlainDispatcher()):
             events[event.request_id].append(event)
+    for event in engine.take_events():
+        events[event.request_id].append(event)
     for name, found in events.items():
         assert [event.finish_reason is not None for event in found] == [False] * (len(found) - 1) + [True], name
     return events
@@ -194,12 +216,125 @@ def test_a_grammar_that_fails_ends_its_request_and_no_other() -> None:
     engine = make(source)
     events = serve(engine, requests, random.Random(3))
     for name in ("ambiguous", "unreadable"):
-        last = events[name][-1]
-        assert last.finish_reason == "error"
-        assert "grammar cannot be followed" in str(last.error)
+        assert events[name][-1].finish_reason == "rejected"
+    assert "grammar cannot be followed" in str(events["ambiguous"][-1].error)
+    assert len(events["unreadable"]) == 1
     assert set(answer(events["ambiguous"])) == {TOKENS.index("a")}
     assert answer(events["plain"]) == solo_answer(requests[2], MAX_LEN)
     assert re.fullmatch("[ab]{12}", spell(answer(events["guided"])))
+    assert engine.stats().free_pages == engine.stats().total_pages
+
+
+class HeldGrammars(Grammars):
+    """Compiles `held` grammars only when they are let go."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(vocabulary, VOCAB, **options)
+        self.begun, self.let_go = Event(), Event()
+
+    def _compile(self, grammar: str) -> Guide:
+        if "held" in grammar:
+            self.begun.set()
+            assert self.let_go.wait(30)
+            grammar = regex("a{3}")
+        return super()._compile(grammar)
+
+
+def test_nobody_waits_for_a_grammar_that_compiles_slowly() -> None:
+    source = HeldGrammars()
+    engine = make(source)
+    engine.submit(request("slow", "held"))
+    assert source.begun.wait(30)
+    assert engine.plan() is None, "and it returns at once"
+    requests = [request("free"), request("guided", regex("[ab]{5}"))]
+    for each in requests:
+        engine.submit(each)
+    ended = []
+    while len(ended) < 2:
+        plan = engine.plan()
+        if plan is None:
+            assert engine.woken.wait(30)
+            engine.woken.clear()
+            continue
+        ended += [event.request_id for event in engine.run(plan, PlainDispatcher()) if event.finish_reason]
+    assert sorted(ended) == ["free", "guided"]
+    source.let_go.set()
+    assert spell(answer(serve(engine, [])["slow"])) == "aaa"
+
+
+def test_a_grammar_that_compiles_for_too_long_ends_its_request_only() -> None:
+    source = HeldGrammars(compile_s=0.05)
+    engine = make(source)
+    events = serve(engine, [request("slow", "held"), request("free")])
+    last = events["slow"][-1]
+    assert (last.finish_reason, len(events["slow"])) == ("rejected", 1)
+    assert "longer to compile than 0.05 s" in str(last.error)
+    assert answer(events["free"]) == solo_answer(request("free"), MAX_LEN)
+    source.let_go.set()
+
+
+def test_requests_behind_slow_grammars_are_told_to_come_again() -> None:
+    source = HeldGrammars(compile_s=0.2)
+    requests = [request(f"{index}", "held") for index in range(3)]
+    events = serve(make(source), requests)
+    assert [events[each.request_id][-1].finish_reason for each in requests] == ["rejected", "rejected", "cancelled"]
+    source.let_go.set()
+
+
+class Panic(BaseException):
+    """As a panic of Rust code arrives: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Panic("explicit panic"), RuntimeError("Already borrowed"), MemoryError()])
+@pytest.mark.parametrize("place", ["compile", "compute", "consume", "is_accepting"])
+def test_an_exception_of_the_library_ends_its_request_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
+) -> None:
+    class Failing:
+        """Stands for the library's matcher of one grammar."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            if place == "compile":
+                raise error
+
+        def is_error(self) -> bool:
+            return False
+
+        def is_accepting(self) -> bool:
+            raise error
+
+        def consume_tokens(self, tokens: list[int]) -> bool:
+            raise error
+
+    real = grammar_module.LLMatcher
+    compute = LLExecutor.unsafe_compute_mask_ptr
+
+    def make_matcher(tokenizer: Any, grammar: str, **options: Any) -> Any:
+        return Failing() if "failing" in grammar else real(tokenizer, grammar, **options)
+
+    class Executor:
+        def __init__(self, threads: int) -> None:
+            self._real = LLExecutor(threads)
+
+        def unsafe_compute_mask_ptr(self, able: list[Any], pointer: int, size: int, count: int) -> None:
+            if any(isinstance(matcher, Failing) for matcher, _ in able):
+                if place == "compute":
+                    raise error
+                for _, row in able:  # every token
+                    ctypes.memset(pointer + row * size, 0xFF, size)
+                able = [pair for pair in able if not isinstance(pair[0], Failing)]
+            if able:
+                compute(self._real, able, pointer, size, count)
+
+    monkeypatch.setattr(grammar_module, "LLMatcher", make_matcher)
+    monkeypatch.setattr(grammar_module, "LLExecutor", Executor)
+    requests = [request("bad", "failing"), request("guided", regex("[ab]{12}")), request("free")]
+    engine = make(grammars())
+    events = serve(engine, requests)
+    assert events["bad"][-1].finish_reason == "error"
+    assert "the grammar library failed" in str(events["bad"][-1].error)
+    assert re.fullmatch("[ab]{12}", spell(answer(events["guided"])))
+    assert answer(events["free"]) == solo_answer(requests[2], MAX_LEN)
     assert engine.stats().free_pages == engine.stats().total_pages
 
 

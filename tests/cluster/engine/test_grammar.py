@@ -9,8 +9,9 @@ import pytest
 from llguidance import LLParserLimits
 from numpy.typing import NDArray
 
-from divisi.cluster.engine.grammar import Answer, Grammars, GrammarVocabulary, Guide
+from divisi.cluster.engine.grammar import Answer, Grammars, Guide
 from divisi.model.text.errors import TextError
+from divisi.model.text.grammar_tokens import GrammarVocabulary
 from tests.support.fake_runner import VOCAB
 from tests.support.tiny_grammar import EOS, TOKENS, grammars, regex, vocabulary
 
@@ -165,3 +166,13 @@ def test_only_the_end_of_the_text_follows_a_complete_answer() -> None:
     masks = source.start([Answer(guide, tokens("ab"), 0)])
     assert allowed(masks) == [TOKENS[EOS]]
     assert guide.is_complete
+
+
+@pytest.mark.parametrize("inside", [f"<[{EOS}]>", "<[*]>"])
+def test_no_answer_ends_before_its_grammar_does(inside: str) -> None:
+    """Even where the grammar itself names the token that ends answers."""
+    source = grammars()
+    guide = compiled(source, f'start: "a" {inside} "b"')
+    assert allowed(source.start([Answer(guide, [], 0)])) == ["a"]
+    assert TOKENS[EOS] not in allowed(source.start([Answer(guide, tokens("a"), 0)]))
+    assert guide.error is None

@@ -47,7 +47,7 @@ def decodes(plan: StepPlan) -> list[str]:
 def drain(scheduler: Scheduler) -> dict[str, str]:
     ends: dict[str, str] = {}
     for _ in range(1000):
-        if not scheduler.has_work:
+        if not (scheduler.running or scheduler.waiting):
             return ends
         for outcome in step(scheduler)[1]:
             if outcome.finish_reason:
@@ -57,7 +57,6 @@ def drain(scheduler: Scheduler) -> dict[str, str]:
 
 
 def assert_all_free(scheduler: Scheduler) -> None:
-    assert not scheduler.has_work
     assert not scheduler.running
     assert not scheduler.waiting
     memory = scheduler.memory
@@ -167,7 +166,7 @@ def test_cancel_frees_at_once_or_with_the_step_under_way() -> None:
     plan = scheduler.plan()
     assert plan is not None
     assert scheduler.cancel("b") is None
-    assert scheduler.has_work
+    assert scheduler.running
     outcomes = scheduler.commit(plan, chosen(plan))
     assert [(outcome.finish_reason, outcome.token_ids) for outcome in outcomes] == [("cancelled", ())]
     assert scheduler.cancel("b") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,8 +15,12 @@ from divisi.deploy.api.answer import Answer, Delta
 from divisi.deploy.api.chat import ChatWriter
 from divisi.deploy.api.compile import Call
 from divisi.deploy.api.completions import CompletionWriter
+from divisi.deploy.api.parsing import ParseRule, ReasoningPart
 from divisi.deploy.api.protocol import ChatBody, CompletionBody
-from divisi.model.text import TextCodec
+from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.text import TextCodec, Tokenizer
+from divisi.model.text.tags import CALL, CALL_END, TAGS, THINK, THINK_END, tag_ids
+from divisi.model.text.tool_calls import CallPart, RevokedPart, TextPart
 from tests.deploy.api.fake_engine import FakeEngine, events_of
 
 IDS = st.lists(st.integers(0, 599), max_size=40)
@@ -26,8 +31,9 @@ def run(text: TextCodec, ids: list[int], stops: list[str], group: int, **options
 
     logprobs = options.pop("logprobs", None)
     echo = options.pop("echo", False)
+    parse = options.pop("parse", None)
     request = Request("r", tuple(ids[:7]) or (5,), 1000, Sampling(), frozenset(), logprobs, logprobs if echo else None)
-    call = Call(request, tuple(stops), echo=echo)
+    call = Call(request, tuple(stops), echo=echo, parse=parse, **options)
     answer = Answer(call, text.tokenizer)
     deltas: list[Delta] = []
     for event in events_of(request, ids, group=group):
@@ -66,6 +72,106 @@ def test_text_is_the_whole_decoding_cut_at_the_stop(
     else:
         assert (answer.text, answer.stop_reason) == (whole, None)
         assert answer.token_ids == ids
+
+
+def rule(text: TextCodec, *, thinks: bool = True, opened: bool = False, names: tuple[str, ...] = ("f",)) -> ParseRule:
+    tags = {token_id: name for name, token_id in tag_ids(text.tokenizer).items()}
+    return ParseRule(tags, thinks, opened, frozenset(names), single=False)
+
+
+def parts_of(deltas: list[Delta]) -> tuple[str, str, dict[int, str]]:
+    """Reasoning, content and the calls that stand."""
+    reasoning = content = ""
+    calls: dict[int, str] = {}
+    for part in [part for delta in deltas for part in delta.parts]:
+        match part:
+            case ReasoningPart(more):
+                reasoning += more
+            case TextPart(more):
+                content += more
+            case CallPart(index, name, arguments):
+                calls[index] = calls.get(index, "") + (name or "") + arguments
+            case RevokedPart(index):
+                del calls[index]
+    return reasoning, content, calls
+
+
+def spelled(text: TextCodec, letters: str) -> list[int]:
+    """A text in tokens that are no tags."""
+    return [token for letter in letters for token in text.tokenizer.encode(letter)]
+
+
+WORDS = ["\n", " ", "a", '{"name": "f", "arguments": {"x": "', '"}}', "{}"]
+SAID = st.lists(st.tuples(st.sampled_from([*TAGS, *TAGS, *WORDS]), st.booleans()), max_size=14)
+
+
+@given(
+    said=SAID,
+    stops=st.lists(st.sampled_from(["call>", "<think>", "k>\n", "</tool_call>"]), max_size=2),
+    group=st.integers(2, 9),
+    opened=st.booleans(),
+    include=st.booleans(),
+)
+def test_parts_do_not_depend_on_the_events(
+    text: TextCodec, said: list[tuple[str, bool]], stops: list[str], group: int, opened: bool, include: bool
+) -> None:
+    """Tags in their own tokens or letter by letter, and stop strings that hold back or cut a tag."""
+    ids = [token for word, own in said for token in (text.tokenizer.encode(word) if own else spelled(text, word))]
+    options = {"parse": rule(text, opened=opened), "include_stop": include}
+    one = run(text, ids, stops, 1, **options)[0]
+    many = run(text, ids, stops, group, **options)[0]
+    assert parts_of(one) == parts_of(many)
+    assert sum(delta.reasoning_tokens for delta in one) == sum(delta.reasoning_tokens for delta in many)
+    assert (joined(one).text, joined(one).finish_reason) == (joined(many).text, joined(many).finish_reason)
+
+
+def test_tags_spelled_out_are_text(text: TextCodec) -> None:
+    said = f'{THINK}a{THINK_END}{CALL}\n{{"name": "f", "arguments": {{}}}}\n{CALL_END}'
+    deltas, _ = run(text, spelled(text, said), [], 3, parse=rule(text))
+    assert parts_of(deltas) == ("", said, {})
+    deltas, _ = run(text, text.tokenizer.encode(said), [], 3, parse=rule(text))
+    assert parts_of(deltas) == ("a", "", {0: "f{}"})
+
+
+def test_the_thinking_goes_on_past_a_tag_spelled_out(text: TextCodec) -> None:
+    ids = [*spelled(text, f"a{THINK_END}b"), *text.tokenizer.encode(f"{THINK_END}c")]
+    deltas, _ = run(text, ids, [], 2, parse=rule(text, opened=True))
+    assert parts_of(deltas) == (f"a{THINK_END}b", "c", {})
+    assert sum(delta.reasoning_tokens for delta in deltas) == len(ids) - 1
+
+
+def test_a_stop_string_inside_of_a_tag_leaves_its_beginning_as_text(text: TextCodec) -> None:
+    ids = text.tokenizer.encode(f"b{CALL}")
+    deltas, _ = run(text, ids, ["call>"], 1, parse=rule(text, thinks=False))
+    assert parts_of(deltas) == ("", "b<tool_", {})
+
+
+def test_a_tag_that_is_the_stop_token_closes_its_part(text: TextCodec) -> None:
+    end = tag_ids(text.tokenizer)[CALL_END]
+    ids = text.tokenizer.encode(f'{CALL}\n{{"name": "f", "arguments": {{}}}}\n')
+    events = events_of(Request("r", (5,), 1000, Sampling(), frozenset({end})), ids)
+    call = Call(Request("r", (5,), 1000, Sampling()), include_stop=True, parse=rule(text))
+    answer = Answer(call, text.tokenizer)
+    deltas = [answer.push(event) for event in events]
+    assert parts_of(deltas) == ("", "", {0: "f{}"})
+    assert deltas[-1].finish_reason == "tool_calls"
+
+
+def test_special_tags_work_without_being_shown(text: TextCodec, tmp_path: Path) -> None:
+    """In some models the tags are special tokens, which are no part of the text unless it is asked for."""
+    write_random_tokenizer(tmp_path, 600, 512)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["special"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    special = Tokenizer.load(tmp_path)
+    ids = special.encode(f'{THINK}a{THINK_END}b{CALL}{{"name": "f", "arguments": {{}}}}{CALL_END}')
+    for shown in (False, True):
+        call = Call(Request("r", (5,), 1000, Sampling()), skip_special=not shown, parse=rule(text))
+        answer = Answer(call, special)
+        deltas = [answer.push(event) for event in events_of(call.request, ids)]
+        assert parts_of(deltas) == ("a", "b", {0: "f{}"})
+        assert (THINK in joined(deltas).text) == shown
 
 
 def parse(events: bytes) -> list[dict[str, Any]]:

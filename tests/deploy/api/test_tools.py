@@ -10,10 +10,11 @@ from typing import Any
 
 import openai
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
 from divisi.model.random_tokenizer import write_random_tokenizer
 from divisi.model.text import ChatTemplate, TextCodec
+from divisi.model.text.grammar_tokens import GrammarVocabulary
 from tests.deploy.api.conftest import MODEL, SETTINGS
 from tests.deploy.api.fake_engine import FakeEngine, serve
 
@@ -147,7 +148,7 @@ def test_results_in_the_next_turn(client: openai.OpenAI, engine: FakeEngine) -> 
 def matcher_for(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("grammar-tokenizer")
     write_random_tokenizer(folder, 600, 512)
-    tokenizer, reader = TextCodec.load(folder).tokenizer, LLTokenizer(str(folder / "tokenizer.json"))
+    tokenizer, reader = TextCodec.load(folder).tokenizer, GrammarVocabulary.load(folder).tokenizer
 
     def accepts(grammar: str, text: str) -> bool:
         matcher, ids = LLMatcher(reader, grammar), tokenizer.encode(text)

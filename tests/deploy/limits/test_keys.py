@@ -46,6 +46,11 @@ def test_lines(tmp_path: Path) -> None:
     assert (found.name, found.hash, other.name) == ("team a", hash_key(KEY), "key-4")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    ring = read_keys(write(tmp_path, f"\ufeff{KEY} team-a\n"))
+    assert ring.find(KEY) is not None
+
+
 def test_yaml(tmp_path: Path) -> None:
     text = f"keys:\n- name: a\n  hash: {hash_key(KEY)}\n  max_concurrent: 2\n- {{name: b, hash: '{hash_key(OTHER)}'}}\n"
     ring = read_keys(write(tmp_path, text, "keys.yaml"))

@@ -222,7 +222,7 @@ def test_damaged_header(header: str, part: str, tmp_path: Path) -> None:
         (None, ["empty directory"]),
         ("pytorch_model.bin", ["pickle", "pytorch_model.bin", "convert"]),
         ("weights.pt", ["pickle", "weights.pt"]),
-        ("model-00001-of-00002.safetensors", ["without an index"]),
+        ("model-00001-of-00002.safetensors", ["expected 2 files", "download model-00002-of-00002.safetensors"]),
         ("config.json", ["config.json"]),
     ],
 )
@@ -231,7 +231,7 @@ def test_directories_without_weights(file: str | None, parts: list[str], tmp_pat
         (tmp_path / file).write_bytes(b"x")
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(tmp_path)
-    assert all(part in str(caught.value) for part in [*parts, "expected model.safetensors"]), str(caught.value)
+    assert all(part in str(caught.value) for part in [*parts, "expected"]), str(caught.value)
 
 
 def test_no_directory(tmp_path: Path) -> None:
@@ -265,3 +265,47 @@ def test_index_that_points_to_the_wrong_file(damaged_shards: Path) -> None:
     path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight: expected in .* found"):
         Checkpoint.open(damaged_shards)
+
+
+@pytest.mark.parametrize("stem", ["model", "qwen3-next.fp16"])
+def test_shards_without_an_index_are_known_by_their_names(damaged_shards: Path, sharded: Path, stem: str) -> None:
+    (damaged_shards / "model.safetensors.index.json").unlink()
+    for file in damaged_shards.glob("model-*.safetensors"):
+        file.rename(file.with_name(file.name.replace("model", stem)))
+    checkpoint = Checkpoint.open(damaged_shards)
+    assert checkpoint.names == Checkpoint.open(sharded).names
+    checkpoint.check_all(ModelConfig.load(damaged_shards))
+
+
+def test_a_shard_that_is_missing_without_an_index_is_named(damaged_shards: Path) -> None:
+    (damaged_shards / "model.safetensors.index.json").unlink()
+    files = sorted(damaged_shards.glob("model-*.safetensors"))
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match=f"download {files[1].name}"):
+        Checkpoint.open(damaged_shards)
+
+
+def test_a_tensor_in_two_files_without_an_index_is_refused(damaged_shards: Path) -> None:
+    (damaged_shards / "model.safetensors.index.json").unlink()
+    first, second, *_ = sorted(damaged_shards.glob("model-*.safetensors"))
+    save_file(load_file(first), second)
+    with pytest.raises(CheckpointError, match=f"found in both {first.name} and {second.name}"):
+        Checkpoint.open(damaged_shards)
+
+
+def test_the_only_file_may_have_any_name(damaged: Path, published: Path) -> None:
+    (damaged / "model.safetensors").rename(damaged / "weights.safetensors")
+    assert Checkpoint.open(damaged).names == Checkpoint.open(published).names
+
+
+def test_files_whose_names_do_not_say_what_belongs_together_are_refused(damaged: Path) -> None:
+    (damaged / "model.safetensors").rename(damaged / "a.safetensors")
+    shutil.copy(damaged / "a.safetensors", damaged / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"found a\.safetensors, b\.safetensors without an index"):
+        Checkpoint.open(damaged)
+
+
+def test_an_index_may_begin_with_a_byte_order_mark(damaged_shards: Path, sharded: Path) -> None:
+    path = damaged_shards / "model.safetensors.index.json"
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert Checkpoint.open(damaged_shards).names == Checkpoint.open(sharded).names

@@ -24,7 +24,8 @@ from divisi.model.demo.corpus.words import CROWDS, NOUNS, PARAMETERS, VERBS, Spl
 from divisi.model.demo.evaluation.cases import SKILLS, make_cases
 from divisi.model.text.reasoning import ReasoningSplitter
 from divisi.model.text.template import ChatTemplate
-from divisi.model.text.tool_calls import CallPart, TextPart, ToolCallParser
+from divisi.model.text.tool_calls import CallPart, Part, TextPart, ToolCallParser
+from tests.support.tagged import tagged
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 TEMPLATE = ChatTemplate((Path(lists.__file__).parent.parent / "chat_template.jinja").read_text(encoding="utf-8"))
@@ -131,10 +132,15 @@ def test_what_is_trained_is_what_the_parsers_read() -> None:
         prompt = TEMPLATE.render(talk.messages[:-1], tools=talk.tools, enable_thinking=True)
         assert text.startswith(prompt)
         splitter = ReasoningSplitter(opened=True)
-        answer = splitter.push(text[len(prompt) :].removesuffix("<|im_end|>\n"))
-        assert answer.reasoning == talk.thoughts[len(talk.messages) - 1]
         parser = ToolCallParser([tool["function"]["name"] for tool in talk.tools])
-        parts = parser.push(answer.content) + parser.finish()
+        parts: list[Part] = []
+        reasoning = ""
+        for segment in tagged(text[len(prompt) :].removesuffix("<|im_end|>\n")):
+            thought, content = splitter.push(segment)
+            reasoning += thought
+            parts += [part for piece in content for part in parser.push(piece)]
+        parts += parser.finish()
+        assert reasoning == talk.thoughts[len(talk.messages) - 1]
         assert not parser.broken
         assert not [part for part in parts if isinstance(part, TextPart) and part.text]
         calls: dict[int, list[str]] = {}

@@ -6,15 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divisi.model.text.reasoning import ReasoningSplitter, leaves_open
-from tests.model.text.test_tool_calls import cut
+from divisi.model.text.reasoning import ReasoningSplitter
+from divisi.model.text.tags import CALL, THINK, THINK_END, Segment, Tag
+from tests.model.text.test_tool_calls import cut, letters
+from tests.support.tagged import tagged
 
 
-def split(pieces: Iterable[str], *, opened: bool) -> tuple[str, str]:
+def split(segments: Iterable[Segment], *, opened: bool) -> tuple[str, str]:
     splitter = ReasoningSplitter(opened=opened)
-    parts = [splitter.push(piece) for piece in pieces]
+    parts = [splitter.push(segment) for segment in segments]
     parts.append(splitter.finish())
-    return "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
+    content = [segment.text if isinstance(segment, Tag) else segment for part in parts for segment in part.content]
+    return "".join(part.reasoning for part in parts), "".join(content)
 
 
 @pytest.mark.parametrize(
@@ -36,29 +39,28 @@ def split(pieces: Iterable[str], *, opened: bool) -> tuple[str, str]:
     ],
 )
 def test_split(opened: bool, text: str, reasoning: str, content: str) -> None:
-    assert split([text], opened=opened) == (reasoning, content)
+    assert split(tagged(text), opened=opened) == (reasoning, content)
 
 
-tagged = st.lists(
+tagged_texts = st.lists(
     st.sampled_from(["<think>", "</think>", "\n", " ", "<", "<thi", "</th", "think>", "a", "é你"]), max_size=14
 ).map("".join)
 
 
-@given(tagged, st.booleans(), st.data())
+@given(tagged_texts, st.booleans(), st.data())
 def test_any_cut_gives_the_same(text: str, opened: bool, data: st.DataObject) -> None:
-    whole = split([text], opened=opened)
-    assert split(cut(text, data), opened=opened) == whole
-    assert split(list(text), opened=opened) == whole
+    whole = split(tagged(text), opened=opened)
+    assert split(cut(tagged(text), data), opened=opened) == whole
+    assert split(letters(tagged(text)), opened=opened) == whole
 
 
-@given(st.text(), st.text(), st.booleans())
+@given(st.text() | st.just(f"a {THINK_END}"), st.text() | st.just(f"{THINK}b{THINK_END}"), st.booleans())
 def test_parts_come_back(reasoning: str, content: str, opened: bool) -> None:
-    reasoning, content = reasoning.replace("think>", "").strip("\n"), content.lstrip("\n")
-    text = ("" if opened else "<think>\n") + reasoning + "\n</think>\n\n" + content
-    assert split(list(text), opened=opened) == (reasoning, content)
+    reasoning, content = reasoning.strip("\n"), content.lstrip("\n")
+    opening: list[Segment] = [] if opened else [Tag(THINK, THINK), "\n"]
+    said = [*opening, *reasoning, "\n", Tag(THINK_END, THINK_END), "\n\n", *content]
+    assert split(said, opened=opened) == (reasoning, content)
 
 
-def test_prompts_that_leave_the_tag_open() -> None:
-    assert leaves_open("<|im_start|>assistant\n<think>\n")
-    assert not leaves_open("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not leaves_open("<|im_start|>assistant\n")
+def test_another_tag_in_the_thinking_is_text() -> None:
+    assert split(tagged(f"{THINK}a{CALL}b{THINK_END}c"), opened=False) == (f"a{CALL}b", "c")

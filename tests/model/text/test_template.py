@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,25 @@ def test_codec_errors(
 ) -> None:
     with pytest.raises(error, match=words):
         TextCodec.load(_copy(model_dir, tmp_path, **{file: content}))
+
+
+def test_byte_order_marks_are_no_text(model_dir: Path, tmp_path: Path) -> None:
+    files = {
+        "tokenizer_config__json": {"eos_token": "<|im_end|>"},
+        "generation_config__json": {"temperature": 0.5},
+        "chat_template__jinja": "{{ messages[0].content }}",
+    }
+    folder = _copy(model_dir, tmp_path, **files)
+    for path in folder.iterdir():
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    codec = TextCodec.load(folder)
+    assert codec.eos_ids == {codec.tokenizer.id_of("<|im_end|>")}
+    assert codec.sampling.temperature == 0.5
+    assert codec.chat_template().render(CONVERSATIONS[0]) == "hi"
+
+
+def test_a_template_file_in_another_encoding_is_named(model_dir: Path, tmp_path: Path) -> None:
+    folder = _copy(model_dir, tmp_path)
+    (folder / "chat_template.jinja").write_text("é", encoding="latin-1")
+    with pytest.raises(TemplateError, match=r"chat_template\.jinja is not UTF-8"):
+        TextCodec.load(folder)

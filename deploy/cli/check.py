@@ -1,0 +1,54 @@
+"""What `divisi serve` and `divisi inspect` refuse before anything is started: one check for both, in about a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from divisi.deploy.fit import Fit
+    from divisi.deploy.settings import Settings
+    from divisi.model.checkpoint import Checkpoint
+    from divisi.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A deployment whose settings and files fit each other."""
+
+    config: ModelConfig
+    fitted: Fit
+    checkpoint: Checkpoint
+    """Its headers are read, its weights are not."""
+
+
+def check_deployment(settings: Settings, num_gpus: float) -> Checked:
+    """Check every file that the settings name, against them and against each other. `num_gpus`: see `fit`.
+
+    What is not the files' matter is not checked: whether the machine has the GPUs and the port is free.
+
+    Raises SettingsError, ConfigError, CheckpointError, TextError, KeyFileError and LogFileError.
+    """
+    # Late: `divisi --help` should not take the seconds that importing torch takes.
+    from divisi.deploy.fit import fit
+    from divisi.deploy.limits import KeyFile
+    from divisi.deploy.logs import check_log_file
+    from divisi.model.config import ModelConfig
+    from divisi.model.text import TextCodec
+
+    model_dir = settings.model.model_dir
+    config = ModelConfig.load(model_dir)
+    fitted = fit(settings, config, num_gpus)
+    codec = TextCodec.load(model_dir)
+    if codec.template is not None:
+        codec.template.check()
+    if settings.auth.api_keys_file is not None:
+        KeyFile(settings.auth.api_keys_file)
+    if settings.log.file is not None:
+        check_log_file(settings.log.file)
+
+    from divisi.model.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model_dir)
+    checkpoint.check_all(config)
+    return Checked(config, fitted, checkpoint)

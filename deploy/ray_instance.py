@@ -1,0 +1,144 @@
+"""The Ray that a server runs in: the cluster that it is told to join, or one of its own; and the right to be there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import serve
+
+from divisi.deploy.interruptible import Interruptible
+from divisi.deploy.port_lock import hold_port
+from divisi.deploy.ray_address import ClusterAddress, find_cluster, short_temp_dir
+from divisi.deploy.settings import HttpSettings, Surroundings
+from divisi.deploy.shared_cluster import Claim, check_address, check_application, head_is_here, serve_address
+from divisi.deploy.start_errors import in_one_line
+
+_JOIN_S = 30.0
+"""Longest time for joining a cluster at whose address somebody listens; an idle machine needs one second."""
+_LET_BEGIN_S = 5.0
+"""For a Ray that is being started when the stop signal comes: what has begun whole can be ended whole."""
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to run, and where it is to listen."""
+
+    application: str
+    http: HttpSettings
+    ranks: int
+    replace: bool = False
+    """Whether to end the application where it runs on the cluster already."""
+
+
+@dataclass(frozen=True)
+class RayInstance:
+    """A Ray in which the application may run."""
+
+    own: bool
+    """Whether it was started for this server, and ends with it."""
+    logs: str
+    """Folder of Ray's own logs on this machine."""
+    replaced: threading.Event = field(default_factory=threading.Event)
+    """Set, with the stop event, when another server has taken this one's place: the application is no longer its."""
+
+
+@contextlib.contextmanager
+def ray_instance(
+    wish: Wish, surroundings: Surroundings, interruptibly: Interruptible, heed_signals: Callable[[], None], say: Say
+) -> Iterator[RayInstance]:
+    """Join the cluster that `ray start` or RAY_ADDRESS names, or start a quiet one for as long as the context lasts.
+
+    The Ray of another server on this machine is left alone. The address to listen on is locked where it is this
+    machine's, and so is the application on a cluster that others may use. `heed_signals` is called once Ray has
+    installed its own signal handlers.
+
+    Raises StartFailed, SettingsError, PortTaken, ClusterOccupied, and Stopped.
+    """
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    cluster = find_cluster(surroundings)
+    with contextlib.ExitStack() as held:
+        if cluster is None:
+            held.enter_context(hold_port(wish.http.host, wish.http.port))
+            held.callback(ray.shutdown)
+            instance = RayInstance(True, _start(wish.ranks, surroundings, interruptibly, say))
+            heed_signals()
+            yield instance
+            return
+        held.callback(ray.shutdown)
+        instance = RayInstance(False, _join(cluster, interruptibly, say))
+        heed_signals()
+        with in_one_line(f"Ray Serve on the cluster at {cluster.address} does not answer", f"see {instance.logs}"):
+            running = interruptibly(serve_address, timeout_s=_JOIN_S)
+            if running is None and interruptibly(head_is_here, timeout_s=_JOIN_S):
+                held.enter_context(hold_port(wish.http.host, wish.http.port))
+            elif running is not None:
+                check_address(wish.http, running)
+
+            def lose() -> None:
+                instance.replaced.set()
+                interruptibly.stop.set()
+
+            claim = interruptibly(lambda: Claim.take(wish.application, wish.replace, lose))
+            held.callback(claim.release)
+            interruptibly(lambda: _make_room(wish, say))
+        yield instance
+
+
+def _make_room(wish: Wish, say: Say) -> None:
+    """Raises ClusterOccupied where the application is there already and is not to be replaced."""
+    if not wish.replace:
+        check_application(wish.application)
+    elif wish.application in serve.status().applications:
+        say(f"Ending the application {wish.application!r} that runs there; its open answers have their grace")
+        serve.delete(wish.application)
+
+
+def _start(ranks: int, surroundings: Surroundings, interruptibly: Interruptible, say: Say) -> str:
+    """Returns the folder of the logs. Raises StartFailed and Stopped."""
+    say("Starting a Ray of its own")
+    short = short_temp_dir(surroundings)
+    if short is not None:
+        say(f"{surroundings.temp_dir_variable} is too long for the paths of sockets: the files of Ray are in {short}")
+
+    def start() -> Any:
+        return ray.init(
+            address="local",
+            # Logical CPUs only place processes; every rank must find its place on a small machine, too.
+            num_cpus=max(os.cpu_count() or 1, ranks + 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=None if short is None else str(short),
+        )
+
+    folder = short or surroundings.temp_dir / "ray"
+    with in_one_line("Ray cannot be started", f"see {folder}/session_latest/logs"):
+        context = interruptibly(start, grace_s=_LET_BEGIN_S)
+    return _logs(context)
+
+
+def _join(cluster: ClusterAddress, interruptibly: Interruptible, say: Say) -> str:
+    """Returns the folder of the logs. Raises StartFailed, SettingsError and Stopped."""
+    say(f"Joining the Ray cluster at {cluster.address}, which {cluster.source} names")
+    interruptibly(cluster.check)
+    address = None if cluster.found else cluster.address
+    with in_one_line(f"cannot join the Ray cluster at {cluster.address}, which {cluster.source} names", cluster.remedy):
+        context = interruptibly(
+            lambda: ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR), timeout_s=_JOIN_S
+        )
+    return _logs(context)
+
+
+def _logs(context: Any) -> str:
+    return f"{context.address_info['session_dir']}/logs"
