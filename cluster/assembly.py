@@ -15,7 +15,7 @@ from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars
-from divisi.cluster.engine.memory_plan import MemoryPlan
+from divisi.cluster.engine.memory_budget import MemoryBudget
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.reports import EpochReports
@@ -117,7 +117,7 @@ def build_engine(
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
     kernels = select_kernels(device, deterministic=spec.deterministic)
-    memory = MemoryPlan.of(
+    memory = MemoryBudget.of(
         config,
         kv_memory=spec.kv_memory,
         page_size=spec.page_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "rejected", "error"]
+EndReason = Literal["stop", "length", "cancelled", "rejected", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,6 @@ class TokenEvent:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
     error: str | None = None
     stop_id: int | None = None

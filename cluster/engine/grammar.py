@@ -24,7 +24,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits
 from numpy.typing import NDArray
 
-from divisi.cluster.request import FinishReason
+from divisi.cluster.request import EndReason
 from divisi.model.text.errors import TextError
 from divisi.model.text.grammar_tokens import GrammarVocabulary
 
@@ -48,7 +48,7 @@ class Guide:
     """Tokens of the answer that the matcher has taken."""
     error: str | None = None
     """Why the grammar can be followed no further."""
-    ends: FinishReason = "error"
+    ends: EndReason = "error"
     """With an error, how it ends: "rejected" where the grammar asks for too much, "cancelled" where others do."""
 
     @property
@@ -80,7 +80,7 @@ class Guide:
             self.matcher, self.error = None, f"the grammar library failed: {_first_line(str(error))}"
 
 
-class Answer(NamedTuple):
+class Guided(NamedTuple):
     """An answer and its guide: the committed `tokens` from `start` on, before which the prompt stands."""
 
     guide: Guide
@@ -125,7 +125,7 @@ class Grammars:
             begun = not work.cancel()
             what = "the grammar takes longer to compile than" if begun else "compiling other grammars took more than"
             remedy = "simplify it" if begun else "send the request again"
-            ends: FinishReason = "rejected" if begun else "cancelled"
+            ends: EndReason = "rejected" if begun else "cancelled"
             _settle(promised, Guide(None, error=f"{what} {self._compile_s:g} s; {remedy}", ends=ends))
 
         timer = Timer(self._compile_s, give_up)
@@ -139,7 +139,7 @@ class Grammars:
         promised.add_done_callback(clean_up)
         return promised
 
-    def start(self, answers: Sequence[Answer]) -> Future[NDArray[np.int32]]:
+    def start(self, answers: Sequence[Guided]) -> Future[NDArray[np.int32]]:
         """Begin to compute the masks, int32 [G, B], of the tokens that may follow each answer.
 
         A guide that has an `error`, now or before, gets a mask that allows nothing. The answers must stay as they are
@@ -168,7 +168,7 @@ class Grammars:
                 self._vocabulary = self._load()
             return self._vocabulary
 
-    def _masks(self, answers: Sequence[Answer]) -> NDArray[np.int32]:
+    def _masks(self, answers: Sequence[Guided]) -> NDArray[np.int32]:
         masks_GB = np.zeros((len(answers), self._words), dtype=np.int32)
         for guide, tokens, start in answers:
             with guide.guarded():

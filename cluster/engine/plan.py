@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from divisi.cluster.engine.memory import NOTHING, PageGrowth
 from divisi.cluster.engine.sequence import Sequence
-from divisi.cluster.request import FinishReason
+from divisi.cluster.request import EndReason
 
 
 class RunKind(Enum):
@@ -101,11 +101,6 @@ class StepPlan:
         return self.rings + self.scans
 
     @property
-    def num_tokens(self) -> int:
-        """As `num_rows`, for a loop that knows of one pass."""
-        return self.num_rows
-
-    @property
     def counts(self) -> tuple[int, ...]:
         """Rows by pass. There is one, over all layers."""
         return (self.num_rows,)
@@ -178,5 +173,5 @@ class Outcome(NamedTuple):
 
     sequence: Sequence
     token_ids: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
     stop_id: int | None = None

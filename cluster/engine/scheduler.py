@@ -28,7 +28,7 @@ from divisi.cluster.engine.plan import MemoryOps, Outcome, PlanLayout, Run, RunK
 from divisi.cluster.engine.request_check import check_request
 from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.request import FinishReason, Request
+from divisi.cluster.request import EndReason, Request
 
 
 class SchedulerConfig(BaseModel):
@@ -124,7 +124,7 @@ class Scheduler:
         return self.outstanding
 
     def commit(
-        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, EndReason] | None = None
     ) -> list[Outcome]:
         """Make a step final. `tokens` holds what each of `plan.runs` chose: nothing, one, or several of a ring run.
 
@@ -147,7 +147,7 @@ class Scheduler:
         self._forget_finished(outcomes)
         return outcomes
 
-    def end_all(self, reason: FinishReason) -> list[Outcome]:
+    def end_all(self, reason: EndReason) -> list[Outcome]:
         """Drop the plan under way and end every request, in order of arrival."""
         self.outstanding = None
         outcomes = [self._finish(sequence, reason) for sequence in [*self.running, *self.waiting]]
@@ -244,7 +244,7 @@ class Scheduler:
             self.memory.end_prefill(sequence.holding)
             sequence.status = Status.DECODE
 
-    def _advance(self, sequence: Sequence, tokens: Seq[int], end: FinishReason | None, chooses: bool) -> Outcome:
+    def _advance(self, sequence: Sequence, tokens: Seq[int], end: EndReason | None, chooses: bool) -> Outcome:
         """Append the tokens that a committed run chose, and end the sequence where a rule says so."""
         if sequence.cancelled:
             return self._finish(sequence, "cancelled")
@@ -261,7 +261,7 @@ class Scheduler:
         return Outcome(sequence, tuple(told))
 
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, token_ids: Seq[int] = (), stop_id: int | None = None
+        self, sequence: Sequence, reason: EndReason, token_ids: Seq[int] = (), stop_id: int | None = None
     ) -> Outcome:
         if sequence.status is not Status.WAITING:
             self._release(sequence)

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from divisi.cluster.engine.grammar import Answer, Grammars
+from divisi.cluster.engine.grammar import Grammars, Guided
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.sequence import Sequence
-from divisi.cluster.request import FinishReason, TokenLogprob
+from divisi.cluster.request import EndReason, TokenLogprob
 from divisi.model.sampling.logit_rules import SequenceRules
 from divisi.model.sampling.sampler import NO_TOKEN, Logprobs, Sampler, SamplingBatch, SequenceSampling, token_logprobs
 from divisi.model.sampling.token_counts import History
@@ -35,7 +35,7 @@ class Choice:
     tokens: list[list[int]] = field(default_factory=list)
     """By run, in the order of the plan's."""
     logprobs: dict[Sequence, TokenLogprob] = field(default_factory=dict)
-    ends: dict[Sequence, FinishReason] = field(default_factory=dict)
+    ends: dict[Sequence, EndReason] = field(default_factory=dict)
     failed: dict[Sequence, str] = field(default_factory=dict)
 
 
@@ -65,7 +65,7 @@ class StepSampler:
         for sequence in self._guided:
             guide = sequence.guide
             assert guide is not None, "a request with a grammar has a guide"
-            answers.append(Answer(guide, sequence.tokens, len(sequence.request.prompt)))
+            answers.append(Guided(guide, sequence.tokens, len(sequence.request.prompt)))
         return self._grammars.start(answers)
 
     def choose(self, plan: StepPlan, logits_RV: Tensor, masks: Masks | None) -> Choice:
@@ -146,7 +146,7 @@ def _sequence_rules(sequence: Sequence) -> SequenceRules:
     )
 
 
-def _how_stuck(sequence: Sequence) -> FinishReason:
+def _how_stuck(sequence: Sequence) -> EndReason:
     """How an answer ends that has no next token: complete, for a failure, or by what its request asks for."""
     guide = sequence.guide
     if guide is None:

@@ -11,7 +11,8 @@ from divisi.cluster.request import TokenEvent, TokenLogprob
 from divisi.deploy.api.compile import Call
 from divisi.deploy.api.engine_client import EngineClient
 from divisi.deploy.api.errors import AnswerError
-from divisi.deploy.api.parsing import ChatParser, ChatPart, FinishReason
+from divisi.deploy.api.parsing import ChatParser, ChatPart
+from divisi.deploy.api.replies import FinishReason
 from divisi.model.text import Detokenizer, StopMatcher, Tokenizer
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from divisi.deploy.api.replies import FinishReason
 from divisi.model.text.reasoning import ReasoningSplitter
 from divisi.model.text.tags import Segment, Tag, TagMarks
 from divisi.model.text.tool_calls import Part, TextPart, ToolCallParser
-
-FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "inspect",
         help="show what each rank would load",
-        description="Check a checkpoint and show what each rank would load: tensors, bytes and the memory plan.",
+        description="Check a checkpoint and show what each rank would load: tensors, bytes and how memory divides.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -80,19 +80,19 @@ def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoin
 
 
 def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    from divisi.model.checkpoint import plan_rank
+    from divisi.model.checkpoint import rank_tensors
     from divisi.model.config import DTYPE_BYTES
 
-    plan = plan_rank(config, checkpoint.tensors, role)
+    share = rank_tensors(config, checkpoint.tensors, role)
     weights = 0
-    for label, num_bytes in plan.items():
+    for label, num_bytes in share.items():
         disk = checkpoint.tensors[label.partition("[")[0]]
         weights += num_bytes * DTYPE_BYTES[fitted.dtype] // (2 if disk.dtype in ("BF16", "F16") else 4)
     rank: dict[str, Any] = {
         "seat": role.name,
         "experts": [role.experts.start, role.experts.stop] if role.experts else None,
-        "tensors": len(plan),
-        "bytes_on_disk": sum(plan.values()),
+        "tensors": len(share),
+        "bytes_on_disk": sum(share.values()),
         "weight_bytes": weights,
         "memory_bytes": weights,
     }
@@ -105,10 +105,10 @@ def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, chec
 def _sequence_memory(settings: Settings, fitted: Fit, config: ModelConfig) -> dict[str, int]:
     import torch
 
-    from divisi.cluster.engine.memory_plan import MemoryPlan
+    from divisi.cluster.engine.memory_budget import MemoryBudget
 
     cache = settings.cache
-    plan = MemoryPlan.of(
+    budget = MemoryBudget.of(
         config,
         kv_memory=cache.kv_memory,
         page_size=cache.page_size,
@@ -117,12 +117,12 @@ def _sequence_memory(settings: Settings, fitted: Fit, config: ModelConfig) -> di
         dtype=getattr(torch, fitted.dtype),
     )
     return {
-        "pages": plan.num_pages,
-        "page_size": plan.page_size,
-        "tokens": plan.num_tokens,
-        "kv_bytes": plan.kv_bytes,
-        "state_slots": plan.num_slots,
-        "state_bytes": plan.state_bytes,
+        "pages": budget.num_pages,
+        "page_size": budget.page_size,
+        "tokens": budget.num_tokens,
+        "kv_bytes": budget.kv_bytes,
+        "state_slots": budget.num_slots,
+        "state_bytes": budget.state_bytes,
     }
 
 

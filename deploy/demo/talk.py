@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from divisi.deploy.cli.chat.conversation import Answer, Conversation
+from divisi.deploy.cli.chat.conversation import Conversation, Reply
 from divisi.deploy.cli.chat.screen import Screen
 from divisi.deploy.cli.chat.session import receive_answer
 from divisi.deploy.cli.remote import RemoteError
@@ -78,8 +78,8 @@ class Talk:
         conversation.ask(text)
         return conversation
 
-    def _answer(self, conversation: Conversation) -> Answer:
-        answer = Answer()
+    def _answer(self, conversation: Conversation) -> Reply:
+        answer = Reply()
         self._screen.begin()
         try:
             receive_answer(self._client, conversation, answer, self._screen.show)

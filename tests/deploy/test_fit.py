@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from divisi.cluster.engine.memory_plan import MemoryPlan
+from divisi.cluster.engine.memory_budget import MemoryBudget
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, Sampling
@@ -55,7 +55,7 @@ def test_a_request_that_leaves_max_tokens_open_is_taken(page_size: int) -> None:
     chosen = settings(kv_memory=3 * PAGE + 2**16, page_size=page_size, max_seqs=4)
     length = fit(chosen, CONFIG, 0).max_model_len
     sizes = {"page_size": page_size, "max_seqs": 4, "max_model_len": length}
-    plan = MemoryPlan.of(CONFIG, kv_memory=chosen.cache.kv_memory, dtype=torch.bfloat16, **sizes)
+    plan = MemoryBudget.of(CONFIG, kv_memory=chosen.cache.kv_memory, dtype=torch.bfloat16, **sizes)
     assert length == plan.num_tokens, "the torch-free arithmetic is that of the store"
     limits = SchedulerConfig(
         vocab_size=CONFIG.vocab_size, num_pages=plan.num_pages, num_slots=plan.num_slots, max_step_tokens=8, **sizes

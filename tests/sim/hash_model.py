@@ -13,7 +13,7 @@ from divisi.cluster.engine.memory import PageGrowth
 from divisi.cluster.engine.plan import Run, RunKind, StepPlan
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence
-from divisi.cluster.request import FinishReason, Request
+from divisi.cluster.request import EndReason, Request
 
 VOCAB = 61
 _EMPTY = 17
@@ -35,7 +35,7 @@ def is_complete(request: Request, generated: int) -> bool:
     return request.grammar is not None and generated >= int(request.grammar)
 
 
-def expected_answer(request: Request, max_model_len: int) -> tuple[list[int], FinishReason, int | None]:
+def expected_answer(request: Request, max_model_len: int) -> tuple[list[int], EndReason, int | None]:
     """Tokens, finish reason and stop id of a request, from nothing but itself."""
     history = _EMPTY
     for token in request.prompt:

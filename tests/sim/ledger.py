@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from divisi.cluster.engine.plan import Outcome
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence
-from divisi.cluster.request import FinishReason, Request, TokenLogprob
+from divisi.cluster.request import EndReason, Request, TokenLogprob
 from tests.sim.hash_model import expected_answer
 from tests.sim.invariants import Fault, Violation
 
@@ -38,7 +38,7 @@ class Record:
 
     sequence: Sequence
     tokens: list[int]
-    reason: FinishReason
+    reason: EndReason
     stop_id: int | None
     own_steps: int
     """The bound on the steps that are charged to it."""

@@ -11,7 +11,7 @@ from divisi.cluster.engine.plan import Leave, Outcome, PlanLayout, Run, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.request import FinishReason, Request
+from divisi.cluster.request import EndReason, Request
 from tests.sim.invariants import Fault
 from tests.sim.simulation import Simulation
 
@@ -34,7 +34,7 @@ class ForgetsToDequeueTheCancelled(Scheduler):
 
 class EndsTwice(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, EndReason] | None = None
     ) -> list[Outcome]:
         outcomes = super().commit(plan, tokens, ends)
         return [*outcomes, *(outcome for outcome in outcomes if outcome.finish_reason)]
@@ -53,7 +53,7 @@ class EndsTheCancelledBeforeTheStepDoes(Scheduler):
 
 class EndsWithoutAWord(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, EndReason] | None = None
     ) -> list[Outcome]:
         return [outcome for outcome in super().commit(plan, tokens, ends) if outcome.finish_reason != "stop"]
 
@@ -65,7 +65,7 @@ class CancelsTheQueuedWithoutAWord(Scheduler):
 
 
 class FailsOnlyTheRunning(Scheduler):
-    def end_all(self, reason: FinishReason) -> list[Outcome]:
+    def end_all(self, reason: EndReason) -> list[Outcome]:
         running = list(self.running)
         return [outcome for outcome in super().end_all(reason) if outcome.sequence in running]
 
@@ -122,7 +122,7 @@ class LeaksAPage(Scheduler):
 
 class LeaksThePagesOfTheCancelled(Scheduler):
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, token_ids: Seq[int] = (), stop_id: int | None = None
+        self, sequence: Sequence, reason: EndReason, token_ids: Seq[int] = (), stop_id: int | None = None
     ) -> Outcome:
         if reason == "cancelled" and sequence.admitted is not None:
             sequence.admitted.pages = []
@@ -196,14 +196,14 @@ class SendsAgainAfterPreemption(Scheduler):
 
 
 class IgnoresStopIds(Scheduler):
-    def _advance(self, sequence: Sequence, tokens: Seq[int], end: FinishReason | None, chooses: bool) -> Outcome:
+    def _advance(self, sequence: Sequence, tokens: Seq[int], end: EndReason | None, chooses: bool) -> Outcome:
         outcome = super()._advance(sequence, tokens, end, chooses)
         return outcome if outcome.stop_id is None else outcome._replace(token_ids=(outcome.stop_id,))
 
 
 class GoesOnAfterTheGrammarsEnd(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, EndReason] | None = None
     ) -> list[Outcome]:
         goes_on = [chosen or [0] * run.chooses for run, chosen in zip(plan.runs, tokens, strict=True)]
         return super().commit(plan, goes_on)
@@ -218,7 +218,7 @@ class AnswersOneTokenTooMany(Scheduler):
 
 class SwapsTheTokensOfTwo(Scheduler):
     def commit(
-        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, FinishReason] | None = None
+        self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, EndReason] | None = None
     ) -> list[Outcome]:
         chosen = [each for each in tokens if each]
         return super().commit(plan, [chosen.pop() if each else each for each in tokens], ends)

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from divisi.deploy.cli.bench.load import Load, Plan
+from divisi.deploy.cli.bench.load import Load, Schedule
 from divisi.deploy.cli.bench.outcome import Outcome
 from divisi.deploy.cli.bench.view import table, watch
 from divisi.deploy.cli.bench.workload import (
@@ -96,15 +96,15 @@ async def _measure(
     """The finished run, and whether Ctrl-C ended it."""
     requests = args.requests if args.requests is not None or args.duration is not None else DEFAULT_REQUESTS
     concurrency = None if args.rate is not None else args.concurrency or DEFAULT_CONCURRENCY
-    plan = Plan(request.path, requests, args.duration, concurrency, args.rate, args.seed)
+    schedule = Schedule(request.path, requests, args.duration, concurrency, args.rate, args.seed)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(**options, limits=limits) as client:
 
         def source() -> dict[str, Any]:
             return request.body(next(prompts))
 
-        warmup = Plan(request.path, max(0, args.warmup), None, concurrency=max(1, args.warmup))
-        load = Load(client, source, plan, time.perf_counter)
+        warmup = Schedule(request.path, max(0, args.warmup), None, concurrency=max(1, args.warmup))
+        load = Load(client, source, schedule, time.perf_counter)
         viewer = None
         try:
             await Load(client, source, warmup, time.perf_counter).run()

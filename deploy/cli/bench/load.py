@@ -18,7 +18,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How many requests, and when. Either `rate` (Poisson arrivals a second) or `concurrency` is set."""
 
     path: str
@@ -33,10 +33,10 @@ class Plan:
 class Load:
     """One run. Outcomes can be read while it goes on."""
 
-    def __init__(self, client: httpx.AsyncClient, source: Source, plan: Plan, clock: Clock) -> None:
+    def __init__(self, client: httpx.AsyncClient, source: Source, schedule: Schedule, clock: Clock) -> None:
         self._client = client
         self._source = source
-        self._plan = plan
+        self._plan = schedule
         self._clock = clock
         self._begin = 0.0
         self._end: float | None = None

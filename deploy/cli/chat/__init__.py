@@ -117,7 +117,7 @@ def _answer_once(client: httpx.Client, conversation: Conversation, question: str
     """The answer on standard output, nothing else there; reasoning and tool calls on standard error."""
     from rich.console import Console
 
-    from divisi.deploy.cli.chat.conversation import Answer
+    from divisi.deploy.cli.chat.conversation import Reply
     from divisi.deploy.cli.chat.screen import Screen, harmless
     from divisi.deploy.cli.chat.session import receive_answer
 
@@ -132,7 +132,7 @@ def _answer_once(client: httpx.Client, conversation: Conversation, question: str
             aside.show(part, text)
 
     conversation.ask(question)
-    answer = Answer()
+    answer = Reply()
     receive_answer(client, conversation, answer, show)
     if answer.reasoning and reasoning and not to_terminal:
         aside.note("")

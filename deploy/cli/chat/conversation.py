@@ -34,7 +34,7 @@ class ToolCall:
 
 
 @dataclass
-class Answer:
+class Reply:
     """An answer so far."""
 
     content: str = ""

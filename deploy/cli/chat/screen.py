@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
-from divisi.deploy.cli.chat.conversation import Answer, Conversation, ToolCall
+from divisi.deploy.cli.chat.conversation import Conversation, Reply, ToolCall
 
 # A model can write any character; on a terminal, control characters would be obeyed.
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -44,7 +44,7 @@ class Screen:
         self._part = part
         self._write(text, "dim italic" if part == "reasoning" else "")
 
-    def end(self, answer: Answer, *, stopped: bool = False) -> None:
+    def end(self, answer: Reply, *, stopped: bool = False) -> None:
         """Finish an answer: its tool calls, then a line of numbers."""
         if self._part:
             self._console.print()
@@ -87,7 +87,7 @@ class Screen:
     def _write(self, text: str, style: str) -> None:
         self._console.print(Text(harmless(text), style=style), end="", soft_wrap=True)
 
-    def _numbers(self, answer: Answer, stopped: bool) -> str:
+    def _numbers(self, answer: Reply, stopped: bool) -> str:
         reason = "stopped" if stopped else answer.finish_reason or "no finish reason"
         parts = [{"length": "cut at the token limit"}.get(reason, reason)]
         tokens = answer.usage.get("completion_tokens")

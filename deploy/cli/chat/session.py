@@ -7,7 +7,7 @@ from contextlib import closing
 
 import httpx
 
-from divisi.deploy.cli.chat.conversation import Answer, Conversation, ParameterError
+from divisi.deploy.cli.chat.conversation import Conversation, ParameterError, Reply
 from divisi.deploy.cli.chat.screen import Screen
 from divisi.deploy.cli.remote import RemoteError, served_models, stream_events
 
@@ -64,9 +64,9 @@ class Session:
             self._screen.note("[stopped; this turn is forgotten]")
             del self._conversation.messages[kept:]
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> Reply:
         """Stream one answer. Stopped by Ctrl-C, what was shown is kept; with nothing shown the turn is void."""
-        answer, stopped = Answer(), False
+        answer, stopped = Reply(), False
         self._screen.begin()
         try:
             receive_answer(self._client, self._conversation, answer, self._screen.show)
@@ -79,7 +79,7 @@ class Session:
         self._conversation.messages.append(answer.message())
         return answer
 
-    def _results(self, answer: Answer) -> bool:
+    def _results(self, answer: Reply) -> bool:
         """Ask the person, who plays the tools, for the results."""
         for call in answer.calls:
             self._conversation.give(call, self._read(f"result of {call.name}> "))
@@ -131,7 +131,7 @@ class Session:
 
 
 def receive_answer(
-    client: httpx.Client, conversation: Conversation, answer: Answer, show: Callable[[str, str], None]
+    client: httpx.Client, conversation: Conversation, answer: Reply, show: Callable[[str, str], None]
 ) -> None:
     """Stream one answer into `answer`, showing each piece. Raises RemoteError."""
     with closing(stream_events(client, PATH, conversation.body())) as events:

@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLParserLimits
 from numpy.typing import NDArray
 
-from divisi.cluster.engine.grammar import Answer, Grammars, Guide
+from divisi.cluster.engine.grammar import Grammars, Guide, Guided
 from divisi.model.text.errors import TextError
 from divisi.model.text.grammar_tokens import GrammarVocabulary
 from tests.support.fake_runner import VOCAB
@@ -39,7 +39,7 @@ def test_masks_follow_the_committed_tokens() -> None:
     seen = []
     for text in ("", "a", "d", "x"):
         answer += tokens(text)
-        seen.append((allowed(source.start([Answer(guide, answer, 2)])), guide.is_complete))
+        seen.append((allowed(source.start([Guided(guide, answer, 2)])), guide.is_complete))
     assert seen == [(["a", "ab"], False), (["b", "d"], False), (["<eos>", "x"], True), (["<eos>"], True)]
 
 
@@ -48,7 +48,7 @@ def test_asking_again_without_a_new_token_changes_nothing() -> None:
     source = grammars()
     guide = compiled(source, regex("ab{3}c"))
     answer = [*PROMPT, *tokens("abb")]
-    pending = [source.start([Answer(guide, answer, 2)]) for _ in range(20)]
+    pending = [source.start([Guided(guide, answer, 2)]) for _ in range(20)]
     assert [allowed(masks) for masks in pending] == [["b"]] * 20
     assert guide.error is None
 
@@ -56,7 +56,7 @@ def test_asking_again_without_a_new_token_changes_nothing() -> None:
 def test_guides_of_one_grammar_go_their_own_ways() -> None:
     source = grammars()
     first, second = compiled(source, regex("[ab]c|d")), compiled(source, regex("[ab]c|d"))
-    masks = source.start([Answer(first, tokens("a"), 0), Answer(second, [], 0)])
+    masks = source.start([Guided(first, tokens("a"), 0), Guided(second, [], 0)])
     assert allowed(masks, 0) == ["c"]
     assert allowed(masks, 1) == ["a", "b", "d"]
 
@@ -79,7 +79,7 @@ def test_many_grammars_do_not_pile_up() -> None:
     source = grammars()
     for count in range(1, 200):
         guide = compiled(source, regex(f"a{{{count}}}"))
-        assert allowed(source.start([Answer(guide, tokens("a" * (count - 1)), 0)])) == ["a"]
+        assert allowed(source.start([Guided(guide, tokens("a" * (count - 1)), 0)])) == ["a"]
 
 
 @pytest.mark.parametrize("grammar", [regex("(a"), "start: missing", "{", ""], ids=["regex", "lark", "json", "empty"])
@@ -87,7 +87,7 @@ def test_a_grammar_that_cannot_be_compiled_is_an_error_of_its_guide(grammar: str
     source = grammars()
     bad, good = compiled(source, grammar), compiled(source, regex("a"))
     assert bad.error
-    masks = source.start([Answer(bad, [], 0), Answer(good, [], 0)])
+    masks = source.start([Guided(bad, [], 0), Guided(good, [], 0)])
     assert allowed(masks, 0) == []
     assert allowed(masks, 1) == ["a"]
     assert not bad.is_complete
@@ -101,7 +101,7 @@ def test_a_limit_that_a_grammar_exceeds_on_the_way_stops_its_guide_only() -> Non
     good = compiled(source, regex("a+"))
     answer: list[int] = []
     for _ in range(60):
-        masks = source.start([Answer(bad, answer, 0), Answer(good, answer, 0)])
+        masks = source.start([Guided(bad, answer, 0), Guided(good, answer, 0)])
         assert "a" in allowed(masks, 1)
         if bad.error:
             break
@@ -122,10 +122,10 @@ def test_an_answer_that_exhausts_its_lexer_leaves_others_of_its_grammar_alone() 
     while not bad.error:
         assert len(answer) < 5000
         answer += tokens("".join(random.choices(string.ascii_lowercase, k=50)))
-        source.start([Answer(bad, answer, 0)]).result(WAIT_S)
+        source.start([Guided(bad, answer, 0)]).result(WAIT_S)
     after = compiled(source, pattern)
     for guide in (before, after):
-        assert "a" in allowed(source.start([Answer(guide, tokens("bcd"), 0)]))
+        assert "a" in allowed(source.start([Guided(guide, tokens("bcd"), 0)]))
         assert guide.error is None
 
 
@@ -145,7 +145,7 @@ def test_reading_the_tokenizer_can_begin_early() -> None:
 def test_a_token_outside_the_grammar_is_an_error() -> None:
     source = grammars()
     guide = compiled(source, regex("ab"))
-    assert allowed(source.start([Answer(guide, tokens("b"), 0)])) == []
+    assert allowed(source.start([Guided(guide, tokens("b"), 0)])) == []
     assert guide.error is not None
     assert "\n" not in guide.error
 
@@ -163,7 +163,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told_to_each_request(error: Exceptio
 def test_only_the_end_of_the_text_follows_a_complete_answer() -> None:
     source = grammars()
     guide = compiled(source, regex("ab"))
-    masks = source.start([Answer(guide, tokens("ab"), 0)])
+    masks = source.start([Guided(guide, tokens("ab"), 0)])
     assert allowed(masks) == [TOKENS[EOS]]
     assert guide.is_complete
 
@@ -173,6 +173,6 @@ def test_no_answer_ends_before_its_grammar_does(inside: str) -> None:
     """Even where the grammar itself names the token that ends answers."""
     source = grammars()
     guide = compiled(source, f'start: "a" {inside} "b"')
-    assert allowed(source.start([Answer(guide, [], 0)])) == ["a"]
-    assert TOKENS[EOS] not in allowed(source.start([Answer(guide, tokens("a"), 0)]))
+    assert allowed(source.start([Guided(guide, [], 0)])) == ["a"]
+    assert TOKENS[EOS] not in allowed(source.start([Guided(guide, tokens("a"), 0)]))
     assert guide.error is None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from divisi.cluster.request import FinishReason, Request, TokenEvent, TokenLogprob
+from divisi.cluster.request import EndReason, Request, TokenEvent, TokenLogprob
 from divisi.deploy.api import ApiSettings, GangStatus, StatRow, build_app
 from divisi.deploy.limits import Gate, KeyFile
 from divisi.model.text import TextCodec, Tokenizer
@@ -25,9 +25,9 @@ def logprob_of(token_id: int, top: int) -> TokenLogprob:
     return TokenLogprob(token_id, -0.5, tuple(best))
 
 
-def events_of(request: Request, ids: Sequence[int], *, group: int = 1, end: FinishReason = "stop") -> list[TokenEvent]:
+def events_of(request: Request, ids: Sequence[int], *, group: int = 1, end: EndReason = "stop") -> list[TokenEvent]:
     """`ids` as events of `group` tokens, cut at the request's limit, as an engine would send them."""
-    reason: FinishReason = "length" if len(ids) >= request.max_tokens else end
+    reason: EndReason = "length" if len(ids) >= request.max_tokens else end
     ids = ids[: request.max_tokens]
     events = []
     for start in range(0, max(len(ids), 1), group):
@@ -64,7 +64,7 @@ class FakeEngine:
         self.closed = threading.Event()
         self.gang = GangStatus(True, "", (StatRow("step_seconds", 1.5, (("part", "mixer"),), "counter"),))
 
-    def say(self, text: str, *, group: int = 1, end: FinishReason = "stop") -> Script:
+    def say(self, text: str, *, group: int = 1, end: EndReason = "stop") -> Script:
         ids = self.tokenizer.encode(text)
         return lambda request: events_of(request, ids, group=group, end=end)
 

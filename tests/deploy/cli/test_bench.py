@@ -18,7 +18,7 @@ import pytest
 
 from divisi.cluster.errors import Overloaded
 from divisi.deploy.cli import main
-from divisi.deploy.cli.bench.load import Load, Plan
+from divisi.deploy.cli.bench.load import Load, Schedule
 from divisi.deploy.cli.bench.outcome import Distribution, Outcome, Summary, percentile
 from divisi.deploy.cli.bench.workload import WORDS, Length
 from tests.deploy.api.fake_engine import FakeEngine
@@ -164,9 +164,9 @@ class Clock:
 Handler = Callable[[httpx.Request], Awaitable[httpx.Response]]
 
 
-async def load(handler: Handler, plan: Plan, clock: Callable[[], float]) -> Load:
+async def load(handler: Handler, schedule: Schedule, clock: Callable[[], float]) -> Load:
     async with httpx.AsyncClient(base_url="http://x/v1", transport=httpx.MockTransport(handler)) as client:
-        run = Load(client, lambda: {"prompt": "x"}, plan, clock)
+        run = Load(client, lambda: {"prompt": "x"}, schedule, clock)
         await run.run()
     return run
 
@@ -194,7 +194,7 @@ async def test_times_are_per_token_not_per_chunk() -> None:
             (0.75, delta(tool_calls=[{"index": 0}])), (2.0, end("stop", 11)),
         )  # fmt: skip
 
-    run = await load(handler, Plan("/chat/completions", 1, None, concurrency=1), clock)
+    run = await load(handler, Schedule("/chat/completions", 1, None, concurrency=1), clock)
     (outcome,) = run.outcomes
     assert outcome.ttft == 2.0
     assert outcome.itl == pytest.approx(0.1)
@@ -210,7 +210,7 @@ async def test_without_usage_no_tokens_are_claimed() -> None:
     async def handler(_: httpx.Request) -> httpx.Response:
         return sse([delta(content="a"), delta(content="b")])
 
-    summary = (await load(handler, Plan("/chat/completions", 3, None, concurrency=1), Clock())).summary()
+    summary = (await load(handler, Schedule("/chat/completions", 3, None, concurrency=1), Clock())).summary()
     assert (summary.counts["ok"], summary.output_tokens, summary.without_usage) == (3, 0, 3)
     assert summary.itl.count == 0
 
@@ -223,7 +223,7 @@ async def test_a_strange_stream_is_an_error(content: bytes) -> None:
     async def handler(_: httpx.Request) -> httpx.Response:
         return httpx.Response(200, content=content)
 
-    run = await load(handler, Plan("/chat/completions", 2, None, concurrency=1), Clock())
+    run = await load(handler, Schedule("/chat/completions", 2, None, concurrency=1), Clock())
     assert [outcome.status for outcome in run.outcomes] == ["error", "error"]
 
 
@@ -239,7 +239,7 @@ async def test_arrivals_at_a_rate_do_not_wait_for_answers() -> None:
         return sse([delta(content="a"), end()])
 
     loop = asyncio.get_running_loop()
-    run = await load(handler, Plan("/chat/completions", 5, None, rate=200.0, seed=3), loop.time)
+    run = await load(handler, Schedule("/chat/completions", 5, None, rate=200.0, seed=3), loop.time)
     assert run.summary().counts["ok"] == 5
     due = [outcome.due for outcome in run.outcomes]
     rng = random.Random(3)
@@ -258,7 +258,7 @@ async def test_concurrency_is_a_bound() -> None:
         now -= 1
         return sse([delta(content="a"), end()])
 
-    run = await load(handler, Plan("/chat/completions", 20, None, concurrency=3), asyncio.get_running_loop().time)
+    run = await load(handler, Schedule("/chat/completions", 20, None, concurrency=3), asyncio.get_running_loop().time)
     assert (most, run.summary().counts["ok"]) == (3, 20)
 
 
@@ -268,7 +268,7 @@ async def test_a_duration_stops_sending_and_waits_for_the_rest() -> None:
     async def handler(_: httpx.Request) -> httpx.Response:
         return timed(clock, (4.0, delta(content="a")), (0.0, end()))
 
-    run = await load(handler, Plan("/chat/completions", None, 10.0, concurrency=1), clock)
+    run = await load(handler, Schedule("/chat/completions", None, 10.0, concurrency=1), clock)
     assert [outcome.sent - 100 for outcome in run.outcomes] == [0, 4, 8]
     assert run.summary().seconds == 12.0
     assert run.summary().counts["ok"] == 3
@@ -284,7 +284,7 @@ async def test_given_up_requests_are_counted_as_aborted() -> None:
 
     transport = httpx.MockTransport(handler)
     async with httpx.AsyncClient(base_url="http://x/v1", transport=transport) as client:
-        run = Load(client, dict, Plan("/chat/completions", 9, None, concurrency=2), Clock())
+        run = Load(client, dict, Schedule("/chat/completions", 9, None, concurrency=2), Clock())
         task = asyncio.create_task(run.run())
         await begun.wait()
         task.cancel()

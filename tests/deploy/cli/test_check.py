@@ -57,7 +57,7 @@ def pickled(folder: Path) -> None:
     ],
 )
 def test_both_refuse(
-    damage: Callable[[Path], object], words: str, model_dir: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[Path], object], words: str, model_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = model_dir.parent / "divisi.toml"
     config.touch()
@@ -65,7 +65,7 @@ def test_both_refuse(
     said = []
     for command in ("inspect", "serve"):
         assert main([command, str(model_dir), "--config", str(config)]) == 2
-        said.append(capsys.readouterr().err)
+        said.append(capfd.readouterr().err)
     assert words in said[0]
     assert said[0] == said[1]
     assert said[0].count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from divisi.model.checkpoint import Checkpoint, plan_rank
+from divisi.model.checkpoint import Checkpoint, rank_tensors
 from divisi.model.checkpoint.index import read_header
 from divisi.model.config import ModelConfig
 from divisi.model.errors import CheckpointError
@@ -107,11 +107,11 @@ def test_a_role_reads_its_share_only(form: str, shards: int, request: pytest.Fix
     for role in Role.all_of(config, 1, shards):
         checkpoint = Checkpoint.open(path)
         if role.attention:
-            for name in plan_rank(config, checkpoint.tensors, role):
+            for name in rank_tensors(config, checkpoint.tensors, role):
                 checkpoint.read(name, checkpoint.shape(name))
         for layer in config.moe_layers if role.experts else ():
             checkpoint.read_experts(layer, role.experts, config, torch.float32)
-        plan = plan_rank(config, checkpoint.tensors, role)
+        plan = rank_tensors(config, checkpoint.tensors, role)
         assert checkpoint.bytes_read == sum(plan.values()) > 0
         total += checkpoint.bytes_read
     assert total == sum(info.num_bytes for info in Checkpoint.open(path).tensors.values())
@@ -121,7 +121,7 @@ def test_plan_without_a_checkpoint_is_that_of_the_published_form(published: Path
     config = ModelConfig.load(published)
     tensors = Checkpoint.open(published).tensors
     for role in Role.all_of(config, 1, 3):
-        assert plan_rank(config, None, role) == plan_rank(config, tensors, role)
+        assert rank_tensors(config, None, role) == rank_tensors(config, tensors, role)
 
 
 @pytest.mark.parametrize("form", ["published", "packed", "sharded"])
@@ -140,7 +140,7 @@ def test_mtp_tensors_and_foreign_ones_are_left_alone(damaged: Path) -> None:
     checkpoint = Checkpoint.open(damaged)
     checkpoint.check_all(ModelConfig.load(damaged))
     assert "mtp.fc.weight" in checkpoint.names
-    assert "mtp.fc.weight" not in plan_rank(ModelConfig.load(damaged), checkpoint.tensors, Role("x", True, range(7)))
+    assert "mtp.fc.weight" not in rank_tensors(ModelConfig.load(damaged), checkpoint.tensors, Role("x", True, range(7)))
 
 
 @pytest.mark.parametrize(

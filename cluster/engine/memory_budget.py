@@ -13,7 +13,7 @@ from divisi.model.state import StateStore
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
+class MemoryBudget:
     """Counts and bytes of the two pools, which are sized independently."""
 
     num_pages: int

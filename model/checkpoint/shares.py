@@ -11,18 +11,18 @@ from divisi.model.config import DTYPE_BYTES, ModelConfig
 from divisi.model.placement import Role
 
 
-def plan_rank(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, role: Role) -> dict[str, int]:
+def rank_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, role: Role) -> dict[str, int]:
     """Return {tensor: bytes on disk} that a rank reads.
 
-    `tensors` is a checkpoint's index; None plans for the published layout in the config's dtype. The share of
+    `tensors` is a checkpoint's index; None stands for the published layout in the config's dtype. The share of
     a packed tensor is named with the expert ids, as in `...experts.down_proj[0:128]`.
     """
-    plan: dict[str, int] = {}
+    share: dict[str, int] = {}
     element = DTYPE_BYTES[config.dtype]
 
     def add(name: str, shape: tuple[int, ...]) -> None:
         known = tensors.get(name) if tensors is not None else None
-        plan[name] = known.num_bytes if known is not None else math.prod(shape) * element
+        share[name] = known.num_bytes if known is not None else math.prod(shape) * element
 
     if role.attention:
         for name, shape in main_shapes(config).items():
@@ -32,9 +32,9 @@ def plan_rank(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, rol
             if tensors is not None and packed_name(layer, "down_proj") in tensors:
                 for name in packed_shapes(config, layer):
                     label = f"{name}[{role.experts.start}:{role.experts.stop}]"
-                    plan[label] = tensors[name].num_bytes * len(role.experts) // config.num_experts
+                    share[label] = tensors[name].num_bytes * len(role.experts) // config.num_experts
             else:
                 for expert in role.experts:
                     for name, shape in expert_shapes(config, layer, expert).items():
                         add(name, shape)
-    return plan
+    return share
