@@ -85,7 +85,7 @@ def _take(host: str, port: int, begin: Barrier, end: Event, outcomes: multiproce
 @pytest.mark.parametrize("hosts", [("127.0.0.1",) * 6, ("127.0.0.1", "0.0.0.0") * 3], ids=["same", "one and all"])
 def test_of_those_that_start_together_exactly_one_gets_it(port: int, hosts: tuple[str, ...]) -> None:
     context = multiprocessing.get_context("fork")
-    for _ in range(10):
+    for _ in range(5):
         begin, end, outcomes = context.Barrier(len(hosts)), context.Event(), context.Queue()
         processes = [context.Process(target=_take, args=(host, port, begin, end, outcomes)) for host in hosts]
         for process in processes:
