@@ -1,10 +1,11 @@
-"""Inputs for every operation: ragged, with poisoned memory around what is read. Drawn on the CPU, so equal everywhere.
+"""Inputs for every operation: ragged, with poisoned memory around what is read.
 
 Floats that are activations, weights or KV take the dtype asked for; recurrent state, rings and norm scales are fp32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
 from divisi.kernels.select import Kernels
+
+_MANY = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +82,12 @@ class Draw:
         self.dtype, self.device = dtype, device
 
     def normal(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers in the dtype of activations and weights, or another."""
-        drawn = torch.randn(size, generator=self._generator) * scale
-        return drawn.to(dtype or self.dtype).to(self.device)
-
-    def large(self, *size: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers drawn on the device: for weights too large to draw here."""
-        if self.device.type == "cpu":
-            return self.normal(*size, scale=scale)
+        """Normal numbers in the dtype of activations and weights, or another. Many are drawn on the device itself."""
+        dtype = dtype or self.dtype
+        if self.device.type == "cpu" or math.prod(size) < _MANY:
+            return (torch.randn(size, generator=self._generator) * scale).to(dtype).to(self.device)
         generator = torch.Generator(self.device).manual_seed(self.below(2**31))
-        out = torch.empty(size, dtype=self.dtype, device=self.device)
-        return out.normal_(0.0, scale, generator=generator)
+        return torch.empty(size, dtype=dtype, device=self.device).normal_(0.0, scale, generator=generator)
 
     def uniform(self, *size: int) -> Tensor:
         """Numbers in [0, 1), fp32."""
@@ -142,8 +140,8 @@ def routed_experts(
     ids = torch.stack([draw.order(experts + elsewhere)[:chosen] for _ in range(tokens)]) if tokens else None
     ids = torch.empty((0, chosen)) if ids is None else ids
     ids = torch.where(ids >= experts, -1, ids).to(torch.int32)
-    gate_up = draw.large(experts, 2 * inner, width, scale=width**-0.5)
-    down = draw.large(experts, width, inner, scale=inner**-0.5)
+    gate_up = draw.normal(experts, 2 * inner, width, scale=width**-0.5)
+    down = draw.normal(experts, width, inner, scale=inner**-0.5)
     if only is not None:
         ids = torch.full_like(ids, -1)
         ids[:, 0] = only
@@ -205,7 +203,7 @@ def attention(
         at = torch.arange(length + n)
         kv_rows = (tables[run, at // heads.page].long() * heads.page + at % heads.page).to(draw.device)
         for tensor in (pool.key_PJD, pool.value_PJD):
-            tensor[kv_rows] = draw.large(length + n, heads.key, heads.dim)
+            tensor[kv_rows] = draw.normal(length + n, heads.key, heads.dim)
     q, gate = draw.normal(total, heads.query, heads.dim), draw.normal(total, 2 * (heads.query + heads.key) * heads.dim)
     starts = draw.ints([sum(rows[:i]) for i in range(len(rows) + 1)])
     seen = [n * length + n * (n + 1) // 2 for length, n in zip(lengths, rows, strict=True)]
@@ -286,9 +284,12 @@ def gated_delta_decode(
 
 def gated_delta_prefill(
     draw: Draw, name: str, shape: DeltaShape, lengths: Sequence[int], rows: Sequence[int],
-    middles: Sequence[Sequence[int]] | None = None,
+    middles: Sequence[Sequence[int]] | None = None, *, repeated: bool = False,
 ) -> Case:  # fmt: skip
-    """Runs from a source each (none at 0), each leaving a state after ``middles`` rows and at its end."""
+    """Runs from a source each (none at 0), each leaving a state after ``middles`` rows and at its end.
+
+    ``repeated`` makes all rows one and the same, hardly decayed and strongly written: the hardest chunk to invert.
+    """
     runs = len(rows)
     after = [[*m, n] if n else [] for m, n in zip(middles or [()] * runs, rows, strict=True)]
     weights, state = _delta_memory(draw, shape, runs + sum(map(len, after)) + 1, 1)
@@ -305,6 +306,10 @@ def gated_delta_prefill(
     leaves = Leaves(draw.ints(ends), draw.ints(positions), draw.ints([slots.pop() for _ in positions]))
     starts = draw.ints([sum(rows[:i]) for i in range(runs + 1)])
     projected = draw.normal(sum(rows), shape.row)
+    if repeated:
+        projected[:] = projected[0].clone()
+        projected[:, -2 * shape.heads : -shape.heads] = 6.0
+        projected[:, -shape.heads :] = -6.0
     out = 2 * sum(rows) * shape.heads * shape.value_dim
     per_row = 2.0 * shape.heads * (64 * (2 * shape.key_dim + 2 * shape.value_dim) + 3 * shape.key_dim * shape.value_dim)
     return Case(

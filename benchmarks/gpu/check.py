@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from divisi.benchmarks.gpu.cases import DeltaShape, Draw, copied, gated_delta_decode
+from divisi.kernels.select import Kernels
+
 _BF16 = 2**-7  # two units in the last place of a result, relative; and for sums that cancel, of the largest terms
 TOLERANCE: Mapping[tuple[str, torch.dtype], float] = {
     ("rms_norm", torch.float32): 2e-6,
@@ -62,3 +65,29 @@ def expect_close(
             if deviation > 1:
                 raise WrongResult(f"{operation}: {name} deviates by {deviation:.2f} x its tolerance of {tolerance:.1e}")
     return worst
+
+
+def expect_replay_in_bits(kernels: Kernels, draw: Draw, shape: DeltaShape) -> None:
+    """Rows decoded four at a time, one at a time, and replayed must leave the same bits. Raises WrongResult."""
+    runs, rows = 3, 4
+    case = gated_delta_decode(draw, "replay", shape, [rows] * runs, [0] * runs, rows)
+    projected, weights, state, _, lengths_S, slots_S = case.arguments
+    each = torch.arange(runs + 1, dtype=torch.int32, device=projected.device)
+    last = draw.normal(runs, shape.row)
+    states = []
+    for at_once in (rows, 1):
+        own = copied(state)
+        for i in range(0, rows, at_once):
+            part = projected.unflatten(0, (runs, rows))[:, i : i + at_once].flatten(0, 1).contiguous()
+            kernels.gated_delta_decode(part, weights, own, each * at_once, lengths_S + i, slots_S)
+        kernels.gated_delta_decode(last, weights, own, each, lengths_S + rows, slots_S)
+        states.append({"state": own.state_SHKV, "delta": own.delta_SRHV, "key": own.key_SRGK})
+    bit_equal("gated_delta_decode, 4 rows beside 4 steps", *states)
+
+
+def bit_equal(operation: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """Raises WrongResult where two runs differ in a bit, which is a race."""
+    for name, one in first.items():
+        same = one.view(torch.uint8) == second[name].view(torch.uint8)
+        if not same.all():
+            raise WrongResult(f"{operation}: two runs differ in {int((~same).sum())} bytes of {name}")

@@ -10,6 +10,16 @@ import triton.language as tl
 
 
 @triton.jit
+def rounded_product(b_x, b_y):
+    """``x * y`` for a sum to which each lane may bring a single product.
+
+    Lanes exchange what they add. A plain product is contracted into the addition on the lane that made it and rounded
+    on the others, so that each lane gets another sum, and rows decoded at once get other bits than one by one.
+    """
+    return tl.fma(b_x, b_y, tl.zeros_like(b_x))
+
+
+@triton.jit
 def causal_conv(
     p_rows, p_ring, p_taps, i_row, first, length, i_c, mask,
     row_stride, RING: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -29,7 +39,7 @@ def causal_conv(
     p_old = p_ring + ((position + RING) % RING) * C + i_c[None, :]
     b_old = tl.load(p_old, mask=valid & (i_from < 0) & (position >= 0), other=0.0)
     b_tap = tl.load(p_taps + i_w * C + i_c[None, :], mask=valid, other=0.0)
-    b_mixed = tl.sum(b_tap * (b_new + b_old), 0)
+    b_mixed = tl.sum(rounded_product(b_tap, b_new + b_old), 0)
     return b_mixed * tl.sigmoid(b_mixed)
 
 

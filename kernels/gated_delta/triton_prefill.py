@@ -1,9 +1,9 @@
 """Gated delta rule over the scan runs of a step, chunk by chunk as in chunked.py.
 
-Five launches: conv and norms of all rows; what each chunk can compute before it knows its state; the scan over each
-run's chunks, which is all that has to wait for another chunk, and leaves states; the outputs of each chunk; the conv
-inputs and positions of the states left. A chunk is 64 rows from its run's first on; a state may be left in the middle
-of one, since a row's delta depends on the rows before it only.
+Six launches: conv and norms of all rows; what each chunk can compute before it knows its state; the scan over each
+run's chunks, which is all that has to wait for another chunk; the outputs of each chunk; the states left, each from the
+chunk it lies in, since a row's delta depends on the rows before it only; their conv inputs and positions. A chunk is 64
+rows from its run's first on.
 Shapes: as in layout.py and chunked.py; B chunks.
 """
 
@@ -25,6 +25,7 @@ from divisi.kernels.gpu.runs import block_of_run, run_of_row
 _CHUNK = 64
 _CONV_ROWS = 32
 _COPY_CHANNELS = 1024
+_LEAF_BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +35,28 @@ class _Tiles:
     stages: int
 
 
-# the scan: 32 columns make 128 programs of a run's 32 heads; a chunk's inputs are 72 KB, so an H100 loads one ahead.
+# the scan: 16 columns make 256 programs of a run's 32 heads; a chunk's inputs are 68 KB, so an H100 loads two ahead.
 # One stage on sm_100: with more, state that is carried through products in a loop has been seen to race there (triton
 # issue 10590)
-_SCAN = {Chip.A100: _Tiles(32, 4, 2), Chip.H100: _Tiles(32, 4, 2), Chip.B200: _Tiles(32, 4, 1)}
+_SCAN = {Chip.A100: _Tiles(16, 8, 2), Chip.H100: _Tiles(16, 4, 3), Chip.B200: _Tiles(32, 4, 1)}
+# chunks and outputs: 4 warps leave room for two programs a multiprocessor; elsewhere they would spill
+_CHUNK_WARPS = {Chip.A100: 8, Chip.H100: 4, Chip.B200: 8}
+_OUTPUT_WARPS = {Chip.A100: 8, Chip.H100: 4, Chip.B200: 8}
+
+
+@triton.jit
+def operand(b_x, PRECISION: tl.constexpr):
+    """Round to tf32's 10 bits where products take these: left alone, the matrix units cut the rest off."""
+    if PRECISION == "tf32":
+        b_x = ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return b_x
 
 
 @triton.jit
 def gated_delta_conv_fwd_kernel(
     p_rows, p_taps, p_conv, p_starts, p_lengths, p_sources, p_qk, p_v, num_runs, row_stride,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, RING: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal conv, SiLU, and unit length for queries and keys, of one head of any kind; queries scaled by K^-1/2."""
     i_head = tl.program_id(0)
@@ -76,7 +88,7 @@ def gated_delta_conv_fwd_kernel(
             tl.store(p_v + (i_row * H + i_head - 2 * G) * V + i_d[None, :], b_x, mask=mask)
         else:
             b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)[:, None] * tl.where(i_head < G, K**-0.5, 1.0)
-            tl.store(p_qk + (i_row * 2 * G + i_head) * K + i_d[None, :], b_x, mask=mask)
+            tl.store(p_qk + (i_row * 2 * G + i_head) * K + i_d[None, :], operand(b_x, PRECISION), mask=mask)
 
 
 @triton.jit
@@ -91,19 +103,21 @@ def unit_lower_inverse(b_lower, i_t, SIZE: tl.constexpr, PRECISION: tl.constexpr
     size = 2
     while size < SIZE:
         below = (i_r // (2 * size) == i_c // (2 * size)) & (i_r // size != i_c // size)
-        b_part = tl.dot(tl.where(below, b_lower, 0.0), b_inverse, input_precision=PRECISION)
-        b_inverse = b_inverse - tl.dot(b_inverse, b_part, input_precision=PRECISION)
+        b_rounded = operand(b_inverse, PRECISION)
+        b_part = tl.dot(operand(tl.where(below, b_lower, 0.0), PRECISION), b_rounded, input_precision=PRECISION)
+        b_inverse = b_inverse - tl.dot(b_rounded, operand(b_part, PRECISION), input_precision=PRECISION)
         size *= 2
     return b_inverse
 
 
 @triton.jit
 def gated_delta_chunk_fwd_kernel(
-    p_rows, p_rate, p_dt_bias, p_qk, p_v, p_starts, p_w, p_u, p_within, p_log, p_turned, num_runs, row_stride,
+    p_rows, p_rate, p_dt_bias, p_qk, p_v, p_starts, p_w, p_u, p_log, p_turned, num_runs, row_stride,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: u and w with delta = u - w S, the decayed q k^T, the sums of log decay, and k^T.
+    """Of one chunk and head: u and w with delta = u - w S, the sums of log decay, and k^T.
 
     What chunks hand on is stored chunk by chunk, without gaps and with dims rounded up to powers of two.
     """
@@ -124,85 +138,67 @@ def gated_delta_chunk_fwd_kernel(
         b_log = tl.cumsum(b_log, 0)
         tl.store(p_log + i_own + i_t, b_log)
         mask_k = held[:, None] & (i_k < K)[None, :]
-        p_query = p_qk + (i_row * 2 * G + i_h // (H // G)) * K + (i_t[:, None] * 2 * G * K + i_k[None, :])
-        b_k = tl.load(p_query + G * K, mask=mask_k, other=0.0)
-        b_q = tl.load(p_query, mask=mask_k, other=0.0)
+        p_key = p_qk + (i_row * 2 * G + G + i_h // (H // G)) * K + (i_t[:, None] * 2 * G * K + i_k[None, :])
+        b_k = tl.load(p_key, mask=mask_k, other=0.0)
         if i_h % (H // G) == 0:  # a tf32 operand must be contiguous along the summed axis
             i_group = tl.program_id(1).to(tl.int64) * G + i_h // (H // G)
             tl.store(p_turned + i_group * BLOCK_K * BLOCK_T + (i_k[None, :] * BLOCK_T + i_t[:, None]), b_k)
         # masked before the exponential: above the diagonal it would overflow
-        lower = i_t[:, None] >= i_t[None, :]
-        b_ratio = tl.where(lower, tl.exp(tl.where(lower, b_log[:, None] - b_log[None, :], 0.0)), 0.0)
-        b_within = b_ratio * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        tl.store(p_within + i_own * BLOCK_T + (i_t[:, None] * BLOCK_T + i_t[None, :]), b_within)
+        strict = i_t[:, None] > i_t[None, :]
+        b_ratio = tl.exp(tl.where(strict, b_log[:, None] - b_log[None, :], 0.0))
         b_lower = b_beta[:, None] * b_ratio * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-        b_lower = tl.where(i_t[:, None] > i_t[None, :], b_lower, 0.0)
-        b_inverse = unit_lower_inverse(b_lower, i_t, BLOCK_T, "tf32x3")
-        b_k = tl.load(p_query + G * K, mask=mask_k, other=0.0)  # again: held so long it would spill
-        b_w = tl.dot(b_inverse, b_k * (b_beta * tl.exp(b_log))[:, None], input_precision=PRECISION)
+        b_inverse = unit_lower_inverse(tl.where(strict, b_lower, 0.0), i_t, BLOCK_T, INVERSE)
+        b_inverse = operand(b_inverse, PRECISION)
+        b_k = tl.load(p_key, mask=mask_k, other=0.0)  # again: held so long it would spill
+        b_k = operand(b_k * (b_beta * tl.exp(b_log))[:, None], PRECISION)
+        b_w = operand(tl.dot(b_inverse, b_k, input_precision=PRECISION), PRECISION)
         tl.store(p_w + i_own * BLOCK_K + (i_t[:, None] * BLOCK_K + i_k[None, :]), b_w)
         p_value = p_v + (i_row * H + i_h) * V + (i_t[:, None] * H * V + i_v[None, :])
         b_v = tl.load(p_value, mask=held[:, None] & (i_v < V)[None, :], other=0.0)
-        b_u = tl.dot(b_inverse, b_v * b_beta[:, None], input_precision=PRECISION)
+        b_u = tl.dot(b_inverse, operand(b_v * b_beta[:, None], PRECISION), input_precision=PRECISION)
         tl.store(p_u + i_own * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :]), b_u)
 
 
 @triton.jit
 def gated_delta_scan_fwd_kernel(
-    d_turned, d_w, d_u, p_delta, p_log, p_before, p_state, p_starts, p_lengths, p_sources,
-    p_leaf_starts, p_leaf_positions, p_leaf_slots,
+    d_turned, d_w, d_u, p_delta, p_log, p_before, p_state, p_starts, p_sources,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One run and head, some value columns, from leaf to leaf: deltas, and the state before each chunk.
+    """One run and head, some value columns: the state before each chunk, and its rows' deltas.
 
-    Tiles come through descriptors, since per-thread addresses of three tiles would spill. Rows past a run's end hold
-    anything.
+    Tiles come through descriptors, since per-thread addresses of three tiles would spill. Rows past a run's end are
+    zero in u and w.
     """
     i_column, i_h, i_s = tl.program_id(0) * COLUMNS, tl.program_id(1), tl.program_id(2)
     i_block = 0
     for i in range(i_s):
         i_block += tl.cdiv(tl.load(p_starts + i + 1) - tl.load(p_starts + i), BLOCK_T)
-    has_rows = tl.load(p_starts + i_s + 1) > tl.load(p_starts + i_s)
-    length = tl.load(p_lengths + i_s)
+    chunks = tl.cdiv(tl.load(p_starts + i_s + 1) - tl.load(p_starts + i_s), BLOCK_T)
     source = tl.load(p_sources + i_s).to(tl.int64)
     i_t, i_k, i_v = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), i_column + tl.arange(0, COLUMNS)
-    mask = (i_k < K)[:, None] & (i_v < V)[None, :]
-    i_own = i_h * K * V + (i_k[:, None] * V + i_v[None, :])
-    b_s = tl.load(p_state + source * H * K * V + i_own, mask=mask & (source >= 0), other=0.0)
-    done = 0
-    if has_rows:
-        for i_leaf in range(tl.load(p_leaf_starts + i_s), tl.load(p_leaf_starts + i_s + 1)):
-            rows = tl.load(p_leaf_positions + i_leaf) - length
-            b_last = b_s
-            for i in tl.range(done, tl.cdiv(rows, BLOCK_T), num_stages=STAGES):
-                b_last = b_s
-                limit = tl.minimum(rows - i * BLOCK_T, BLOCK_T)
-                i_tile = (i_block + i) * H + i_h
-                b_w = d_w.load([i_tile * BLOCK_T, 0])
-                b_u = d_u.load([i_tile * BLOCK_T, i_column])
-                b_key = d_turned.load([((i_block + i) * G + i_h // (H // G)) * BLOCK_K, 0])
-                b_log = tl.load(p_log + i_tile.to(tl.int64) * BLOCK_T + i_t)
-                last = tl.load(p_log + i_tile.to(tl.int64) * BLOCK_T + limit - 1)
-                tl.store(
-                    p_before + i_tile.to(tl.int64) * BLOCK_K * BLOCK_V + (i_v[None, :] * BLOCK_K + i_k[:, None]), b_s
-                )
-                b_d = b_u - tl.dot(b_w, b_s, input_precision=PRECISION)
-                tl.store(
-                    p_delta + i_tile.to(tl.int64) * BLOCK_T * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :]), b_d
-                )
-                b_left = tl.where((i_t < limit)[:, None], b_d * tl.exp(tl.minimum(last - b_log, 0.0))[:, None], 0.0)
-                b_s = b_s * tl.exp(last) + tl.dot(b_key, b_left, input_precision=PRECISION)
-            slot = tl.load(p_leaf_slots + i_leaf).to(tl.int64)
-            tl.store(p_state + slot * H * K * V + i_own, b_s, mask=mask & (slot >= 0))
-            done = rows // BLOCK_T  # a chunk that the leaf cuts is done again, whole
-            if rows % BLOCK_T != 0:
-                b_s = b_last
+    mask = (i_k < K)[:, None] & (i_v < V)[None, :] & (source >= 0)
+    b_s = tl.load(p_state + (source * H + i_h) * K * V + (i_k[:, None] * V + i_v[None, :]), mask=mask, other=0.0)
+    for i in tl.range(i_block, i_block + chunks, num_stages=STAGES):
+        i_tile = i * H + i_h
+        b_w = d_w.load([i_tile * BLOCK_T, 0])
+        b_u = d_u.load([i_tile * BLOCK_T, i_column])
+        b_key = d_turned.load([(i * G + i_h // (H // G)) * BLOCK_K, 0])
+        i_own = i_tile.to(tl.int64) * BLOCK_T
+        b_log = tl.load(p_log + i_own + i_t)
+        last = tl.load(p_log + i_own + BLOCK_T - 1)
+        p_kept = p_before + i_tile.to(tl.int64) * BLOCK_K * BLOCK_V
+        b_rounded = operand(b_s, PRECISION)
+        tl.store(p_kept + (i_v[None, :] * BLOCK_K + i_k[:, None]), b_rounded)
+        b_d = b_u - tl.dot(b_w, b_rounded, input_precision=PRECISION)
+        tl.store(p_delta + i_own * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :]), b_d)
+        b_left = operand(b_d * tl.exp(last - b_log)[:, None], PRECISION)
+        b_s = b_s * tl.exp(last) + tl.dot(b_key, b_left, input_precision=PRECISION)
 
 
 @triton.jit
 def gated_delta_output_fwd_kernel(
-    p_rows, p_norm, p_qk, p_delta, p_within, p_log, p_before, p_starts, p_out, num_runs, row_stride, eps,
+    p_rows, p_norm, p_qk, p_delta, p_log, p_before, p_starts, p_out, num_runs, row_stride, eps,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -222,10 +218,13 @@ def gated_delta_output_fwd_kernel(
         b_kept = tl.load(p_kept + (i_v[:, None] * BLOCK_K + i_k[None, :]))
         b_log = tl.load(p_log + i_own + i_t)
         b_o = tl.exp(b_log)[:, None] * tl.dot(b_q, tl.trans(b_kept), input_precision=PRECISION)
-        b_within = tl.load(p_within + i_own * BLOCK_T + (i_t[:, None] * BLOCK_T + i_t[None, :]))
+        b_k = tl.load(p_query + G * K, mask=held[:, None] & (i_k < K)[None, :], other=0.0)
+        lower = i_t[:, None] >= i_t[None, :]  # masked before the exponential: above the diagonal it would overflow
+        b_ratio = tl.where(lower, tl.exp(tl.where(lower, b_log[:, None] - b_log[None, :], 0.0)), 0.0)
+        b_within = b_ratio * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         p_own_delta = p_delta + i_own * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :])
         b_d = tl.load(p_own_delta, mask=held[:, None], other=0.0)
-        b_o += tl.dot(b_within, b_d, input_precision=PRECISION)
+        b_o += tl.dot(operand(b_within, PRECISION), operand(b_d, PRECISION), input_precision=PRECISION)
         C: tl.constexpr = 2 * G * K + H * V
         p_z = p_rows + i_row * row_stride + C + i_h * V + (i_t.to(tl.int64)[:, None] * row_stride + i_v[None, :])
         b_z = tl.load(p_z, mask=mask_v, other=0.0).to(tl.float32)
@@ -236,6 +235,40 @@ def gated_delta_output_fwd_kernel(
 
 @triton.jit
 def gated_delta_leaf_fwd_kernel(
+    p_turned, p_delta, p_log, p_before, p_state, p_starts, p_lengths, p_leaf_starts, p_leaf_positions, p_leaf_slots,
+    num_runs,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state left at a position: that before its chunk, and the deltas of the chunk's rows up to it."""
+    i_v = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    i_h, i_leaf = tl.program_id(1), tl.program_id(2)
+    i_s = run_of_row(p_leaf_starts, num_runs, i_leaf, BLOCK_S)
+    slot = tl.load(p_leaf_slots + i_leaf).to(tl.int64)
+    if (i_s < num_runs) & (slot >= 0):
+        i_block = 0
+        for i in range(i_s):
+            i_block += tl.cdiv(tl.load(p_starts + i + 1) - tl.load(p_starts + i), BLOCK_T)
+        rows = tl.load(p_leaf_positions + i_leaf) - tl.load(p_lengths + i_s)
+        chunk = (rows - 1) // BLOCK_T
+        limit = rows - chunk * BLOCK_T
+        i_t, i_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+        i_tile = ((i_block + chunk) * H + i_h).to(tl.int64)
+        b_log = tl.load(p_log + i_tile * BLOCK_T + i_t)
+        last = tl.load(p_log + i_tile * BLOCK_T + limit - 1)
+        b_d = tl.load(p_delta + i_tile * BLOCK_T * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :]))
+        # rows after it are masked before the exponential: their decay would be a growth
+        b_left = tl.where(i_t < limit, tl.exp(tl.minimum(last - b_log, 0.0)), 0.0)[:, None] * b_d
+        p_key = p_turned + ((i_block + chunk).to(tl.int64) * G + i_h // (H // G)) * BLOCK_K * BLOCK_T
+        b_key = tl.load(p_key + (i_k[:, None] * BLOCK_T + i_t[None, :]))
+        b_s = tl.load(p_before + i_tile * BLOCK_K * BLOCK_V + (i_v[None, :] * BLOCK_K + i_k[:, None]))
+        b_s = b_s * tl.exp(last) + tl.dot(b_key, operand(b_left, PRECISION), input_precision=PRECISION)
+        p_own = p_state + (slot * H + i_h) * K * V + (i_k[:, None] * V + i_v[None, :])
+        tl.store(p_own, b_s, mask=(i_k < K)[:, None] & (i_v < V)[None, :])
+
+
+@triton.jit
+def gated_delta_history_fwd_kernel(
     p_rows, p_conv, p_position, p_starts, p_lengths, p_sources, p_leaf_starts, p_leaf_positions, p_leaf_slots,
     num_runs, row_stride, C: tl.constexpr, W: tl.constexpr, RING: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -244,23 +277,21 @@ def gated_delta_leaf_fwd_kernel(
     i_leaf = tl.program_id(0)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_s = run_of_row(p_leaf_starts, num_runs, i_leaf, BLOCK_S)
-    if i_s < num_runs:
+    slot = tl.load(p_leaf_slots + i_leaf).to(tl.int64)
+    if (i_s < num_runs) & (slot >= 0):
         first = tl.load(p_starts + i_s)
-        has_rows = tl.load(p_starts + i_s + 1) > first
         length = tl.load(p_lengths + i_s)
         source = tl.load(p_sources + i_s).to(tl.int64)
         position = tl.load(p_leaf_positions + i_leaf)
-        slot = tl.load(p_leaf_slots + i_leaf).to(tl.int64)
-        wanted = has_rows & (slot >= 0)
         for back in tl.static_range(1, W):
             at = position - back
-            mask = wanted & (at >= 0) & (i_c < C)
+            mask = (at >= 0) & (i_c < C)
             p_new = p_rows + (first + at - length).to(tl.int64) * row_stride + i_c
             b_in = tl.load(p_new, mask=mask & (at >= length), other=0.0).to(tl.float32)
             i_entry = (at + RING) % RING
             b_in += tl.load(p_conv + (source * RING + i_entry) * C + i_c, mask=mask & (at < length), other=0.0)
             tl.store(p_conv + (slot * RING + i_entry) * C + i_c, b_in, mask=mask)
-        tl.store(p_position + slot, position, mask=wanted & (tl.program_id(1) == 0))
+        tl.store(p_position + slot, position, mask=tl.program_id(1) == 0)
 
 
 def gated_delta_prefill(
@@ -289,19 +320,19 @@ def gated_delta_prefill(
     chunks = tokens // _CHUNK + runs
     qk, v = buffer(tokens, 2 * groups, key_dim), buffer(tokens, heads, value_dim)
     w, (u, delta) = buffer(chunks * heads * _CHUNK, block_k), buffer(2, chunks * heads * _CHUNK, block_v)
-    within, log = buffer(chunks * heads * _CHUNK, _CHUNK), buffer(chunks * heads * _CHUNK)
-    turned, before = buffer(chunks * groups * block_k, _CHUNK), buffer(chunks * heads * block_v, block_k)
+    log, turned = buffer(chunks * heads * _CHUNK), buffer(chunks * groups * block_k, _CHUNK)
+    before = buffer(chunks * heads * block_v, block_k)
     out_TX = torch.empty((tokens, heads * value_dim), dtype=rows_TP.dtype, device=rows_TP.device)
     runs_at = (starts_S1, lengths_S, sources_S)
     left_at = (leaves.starts_S1, leaves.positions_L, leaves.slots_L)
     chunk = {"BLOCK_T": _CHUNK, "BLOCK_K": block_k, "PRECISION": precision}
     gated_delta_conv_fwd_kernel[(2 * groups + heads, tokens // _CONV_ROWS + runs)](
         rows_TP, weights.conv_WC, state.conv_SRC, *runs_at, qk, v, runs, rows_TP.stride(0),
-        **shape, **ring, BLOCK_T=_CONV_ROWS, BLOCK_C=max(block_k, block_v),
+        **shape, **ring, BLOCK_T=_CONV_ROWS, BLOCK_C=max(block_k, block_v), PRECISION=precision,
     )  # fmt: skip
     gated_delta_chunk_fwd_kernel[(heads, chunks)](
-        rows_TP, weights.rate_H, weights.dt_bias_H, qk, v, starts_S1, w, u, within, log, turned,
-        runs, rows_TP.stride(0), **shape, **chunk, BLOCK_V=block_v, num_warps=8,
+        rows_TP, weights.rate_H, weights.dt_bias_H, qk, v, starts_S1, w, u, log, turned, runs, rows_TP.stride(0),
+        **shape, **chunk, BLOCK_V=block_v, INVERSE=precision, num_warps=_CHUNK_WARPS[chip],
     )  # fmt: skip
     columns = min(tiles.block_v, block_v)
     described = (
@@ -310,16 +341,20 @@ def gated_delta_prefill(
         TensorDescriptor.from_tensor(u, [_CHUNK, columns]),
     )
     gated_delta_scan_fwd_kernel[(block_v // columns, heads, runs)](
-        *described, delta, log, before, state.state_SHKV, *runs_at, *left_at,
+        *described, delta, log, before, state.state_SHKV, starts_S1, sources_S,
         **shape, **chunk, BLOCK_V=block_v, COLUMNS=columns, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     gated_delta_output_fwd_kernel[(heads, chunks)](
-        rows_TP, weights.norm_V, qk, delta, within, log, before, starts_S1, out_TX,
-        runs, rows_TP.stride(0), weights.eps, **shape, **chunk, BLOCK_V=block_v, num_warps=8,
+        rows_TP, weights.norm_V, qk, delta, log, before, starts_S1, out_TX, runs, rows_TP.stride(0), weights.eps,
+        **shape, **chunk, BLOCK_V=block_v, num_warps=_OUTPUT_WARPS[chip] if block_v >= 128 else 4,
     )  # fmt: skip
-    channels = dims.conv_channels
-    gated_delta_leaf_fwd_kernel[(leaves.slots_L.shape[0], triton.cdiv(channels, _COPY_CHANNELS))](
+    num_leaves, channels = leaves.slots_L.shape[0], dims.conv_channels
+    gated_delta_leaf_fwd_kernel[(block_v // columns, heads, num_leaves)](
+        turned, delta, log, before, state.state_SHKV, starts_S1, lengths_S, *left_at, runs,
+        **shape, **chunk, BLOCK_V=block_v, COLUMNS=columns, BLOCK_S=_LEAF_BLOCK,
+    )  # fmt: skip
+    gated_delta_history_fwd_kernel[(num_leaves, triton.cdiv(channels, _COPY_CHANNELS))](
         rows_TP, state.conv_SRC, state.position_S, *runs_at, *left_at, runs, rows_TP.stride(0),
-        C=channels, **ring, BLOCK_C=_COPY_CHANNELS, BLOCK_S=32,
+        C=channels, **ring, BLOCK_C=_COPY_CHANNELS, BLOCK_S=_LEAF_BLOCK,
     )  # fmt: skip
     return out_TX

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 _TORCH = {
@@ -45,7 +46,10 @@ def _values(handle: Any) -> np.ndarray:
 
 
 def _dot(self: Any, a: Any, b: Any, total: Any, precision: Any, most_imprecise: Any) -> Any:
-    product = np.matmul(_values(a), _values(b), dtype=total.data.dtype)
+    left, right = _values(a), _values(b)
+    if precision == ir.INPUT_PRECISION.TF32 and left.dtype == np.float32:  # the matrix units cut 13 bits off
+        left, right = ((x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for x in (left, right))
+    product = np.matmul(left, right, dtype=total.data.dtype)
     return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
 
 
