@@ -37,7 +37,8 @@ class Case:
         """Call on copies of what is written; return every result by name."""
         arguments = [copied(a) if i in self.written else a for i, a in enumerate(self.arguments)]
         result = getattr(kernels, self.operation)(*arguments)
-        results = {f"result{i}": x for i, x in enumerate(result if isinstance(result, tuple) else (result,))}
+        returned = result if isinstance(result, tuple) else () if result is None else (result,)
+        results = {f"result{i}": x for i, x in enumerate(returned)}
         for i in self.written:
             for name, tensor in _tensors(arguments[i]):
                 results[f"argument{i}{name}"] = tensor
@@ -280,6 +281,13 @@ def gated_delta_decode(
         written=(2,), bytes=moved + projected.nbytes + 2 * total * shape.heads * shape.value_dim,
         flops=sum((7 * n + 3 * lag) * per_state / 4 for n, lag in zip(rows, lags, strict=True)),
     )  # fmt: skip
+
+
+def gated_delta_flush(draw: Draw, name: str, shape: DeltaShape, lags: Sequence[int], max_rows: int) -> Case:
+    """Slots that lag behind by ``lags`` tokens."""
+    decode = gated_delta_decode(draw, name, shape, [1] * len(lags), lags, max_rows)
+    _, _, state, _, lengths_S, slots_S = decode.arguments
+    return Case("gated_delta_flush", name, (state, slots_S, lengths_S), written=(0,))
 
 
 def gated_delta_prefill(

@@ -40,6 +40,7 @@ CHECKED: Mapping[str, Make] = {
     "delta verify": partial(
         cases.gated_delta_decode, shape=ODD_DELTA, rows=[3, 1, 4, 0], lags=[4, 0, 2, 0], max_rows=4
     ),
+    "flush": partial(cases.gated_delta_flush, shape=ODD_DELTA, lags=[4, 0, 2], max_rows=4),
     "delta prefill": partial(
         cases.gated_delta_prefill, shape=SMALL_DELTA, lengths=[0, 7, 2], rows=[131, 5, 64],
         middles=[[3, 64, 100], [], [1]],

@@ -1,4 +1,4 @@
-"""The kernels of the chunked gated delta rule. triton_prefill.py says how they follow each other, chunked.py the algebra.
+"""The kernels of the chunked gated delta rule; triton_prefill.py says how they follow each other, chunked.py the math.
 
 Shapes: as in layout.py and chunked.py.
 """

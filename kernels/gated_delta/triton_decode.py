@@ -33,6 +33,39 @@ _LEAST_K = 16  # several keys a lane, so that the sums over them need no rounded
 
 
 @triton.jit
+def replay(
+    b_s, p_key, p_delta, p_decay, slot, position, upto, i_h, i_k, i_v,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """Have a head's state absorb the ring's entries from ``position`` to ``upto``."""
+    for i in range(position, upto):
+        i_entry = slot * RING + i % RING
+        b_k = tl.load(p_key + (i_entry * G + i_h // (H // G)) * K + i_k, mask=i_k < K, other=0.0)
+        b_d = tl.load(p_delta + (i_entry * H + i_h) * V + i_v, mask=i_v < V, other=0.0)
+        g = tl.load(p_decay + i_entry * H + i_h)
+        b_s = tl.fma(b_k[:, None], b_d[None, :], b_s * g)
+    return b_s
+
+
+@triton.jit
+def gated_delta_flush_fwd_kernel(
+    p_state, p_key, p_delta, p_decay, p_position, p_slots, p_upto,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, RING: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    i_block, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(p_slots + i_n).to(tl.int64)
+    position, upto = tl.load(p_position + slot), tl.load(p_upto + i_n)
+    if position < upto:
+        i_k, i_v = tl.arange(0, BLOCK_K), i_block * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask = (i_k < K)[:, None] & (i_v < V)[None, :]
+        p_own = p_state + (slot * H + i_h) * K * V + i_k[:, None] * V + i_v[None, :]
+        b_s = tl.load(p_own, mask=mask, other=0.0)
+        b_s = replay(b_s, p_key, p_delta, p_decay, slot, position, upto, i_h, i_k, i_v, G, H, K, V, RING)
+        tl.store(p_own, b_s, mask=mask)
+
+
+@triton.jit
 def gated_delta_decode_fwd_kernel(
     p_rows, p_taps, p_rate, p_dt_bias, p_state, p_conv, p_key, p_delta, p_decay, p_position,
     p_starts, p_lengths, p_slots, p_o, row_stride,
@@ -54,13 +87,8 @@ def gated_delta_decode_fwd_kernel(
         position = tl.load(p_position + slot)
         p_own = p_state + (slot * H + i_h) * K * V + i_k[:, None] * V + i_v[None, :]
         b_s = tl.load(p_own, mask=mask, other=0.0)
-        for i in range(position, length):
-            i_entry = slot * RING + i % RING
-            b_k = tl.load(p_key + (i_entry * G + i_g) * K + i_k, mask=mask_k, other=0.0)
-            b_d = tl.load(p_delta + (i_entry * H + i_h) * V + i_v, mask=mask_v, other=0.0)
-            g = tl.load(p_decay + i_entry * H + i_h)
-            b_s = tl.fma(b_k[:, None], b_d[None, :], b_s * g)
         if position < length:
+            b_s = replay(b_s, p_key, p_delta, p_decay, slot, position, length, i_h, i_k, i_v, G, H, K, V, RING)
             tl.store(p_own, b_s, mask=mask)
         rate, dt_bias = tl.load(p_rate + i_h), tl.load(p_dt_bias + i_h)
         p_ring = p_conv + slot * RING * C
@@ -126,3 +154,16 @@ def gated_delta_decode(
         BLOCK_H=block_h, BLOCK_V=triton.next_power_of_2(value_dim), num_warps=2,
     )  # fmt: skip
     return out_TX
+
+
+def gated_delta_flush(state: DeltaState, slots_N: Tensor, upto_N: Tensor, *, chip: Chip) -> None:
+    """See reference.py; the bits of a replay before decoding rows."""
+    dims, tiles = DeltaDims.of(state), _DECODE[chip]
+    block_v = min(tiles.block_v, triton.next_power_of_2(dims.value_dim))
+    gated_delta_flush_fwd_kernel[(triton.cdiv(dims.value_dim, block_v), dims.value_heads, slots_N.shape[0])](
+        state.state_SHKV, state.key_SRGK, state.delta_SRHV, state.decay_SRH, state.position_S, slots_N, upto_N,
+        G=dims.key_heads, H=dims.value_heads, K=dims.key_dim, V=dims.value_dim, RING=state.ring,
+        BLOCK_K=max(triton.next_power_of_2(dims.key_dim), _LEAST_K), BLOCK_V=block_v, num_warps=tiles.warps,
+    )  # fmt: skip
+    # apart from the kernel, whose programs read the positions
+    state.position_S[slots_N] = torch.maximum(state.position_S[slots_N], upto_N)

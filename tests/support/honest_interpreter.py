@@ -7,10 +7,15 @@ always finds it written, or never.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -96,3 +101,17 @@ def grid_order(order: str, seed: int = 0) -> Iterator[None]:
     finally:
         builder.set_grid_idx = told
 
+
+def planted(module: ModuleType, kernel: str, right: str, wrong: str) -> Any:
+    """A kernel of the module with ``right`` in the module's source replaced by ``wrong``, from a copy of the module."""
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
+    assert source.count(right) == 1, f"the module has {right!r} {source.count(right)} times"
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:  # kernels are read from their files
+        file.write(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(f"planted_{kernel}", file.name)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = copy
+    spec.loader.exec_module(copy)
+    return getattr(copy, kernel)

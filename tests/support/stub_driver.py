@@ -107,6 +107,8 @@ class Resources:
     shared: int
     instructions: dict[str, int]
     warps: int
+    contracted_exchanges: int
+    """Products contracted into the addition of what another lane sent: each lane then gets another sum."""
 
 
 def resources(kernel: Any, arch: int) -> Resources:
@@ -126,7 +128,14 @@ def resources(kernel: Any, arch: int) -> Resources:
     return Resources(
         int(found[1]), int(found[2]), sum(spills), kernel.metadata.shared,
         {name: count for name, count in counts.items() if count}, kernel.metadata.num_warps,
+        _contracted_exchanges(kernel.asm["ptx"]),
     )  # fmt: skip
+
+
+def _contracted_exchanges(ptx: str) -> int:
+    received = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    products = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx)
+    return sum(addend in received for addend in products)
 
 
 def _output(command: list[Any]) -> str:
