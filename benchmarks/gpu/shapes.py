@@ -32,6 +32,7 @@ CHECKED: Mapping[str, Make] = {
     "decode": partial(_small_decode, heads=SMALL_HEADS, lengths=[9, 0, 37], rows=[1, 1, 1]),
     "verify": partial(_small_decode, heads=ODD_HEADS, lengths=[5, 70, 0, 8], rows=[3, 4, 1, 0]),
     "decode of splits": partial(_small_decode, heads=Heads(2, 1, 16, 8, 64), lengths=[1300, 3], rows=[2, 1]),
+    "prefill of wide heads": partial(_small_prefill, heads=Heads(1, 1, 264, 8, 4), lengths=[3], rows=[2]),
     "prefill": partial(_small_prefill, heads=SMALL_HEADS, lengths=[0, 13, 4], rows=[5, 0, 40]),
     "experts": partial(cases.routed_experts, tokens=7, chosen=3, experts=5, width=40, inner=24, elsewhere=2),
     "no tokens": partial(cases.routed_experts, tokens=0, chosen=2, experts=3, width=16, inner=16),

@@ -6,7 +6,10 @@ keys and values that any of its rows sees once. Shapes: as in reference.py; M qu
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -14,12 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool
+from divisi.kernels.attention.reference import attend_runs
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.runs import block_of_run, run_of_row
 
 _SPLIT = 512  # keys of a decode program: 2 x 256 KB of bf16 at head dim 256, some 10 us of one SM's share of bandwidth
 _MOST_SPLITS = 64  # beyond it splits grow, so that partial results stay below 1 MB a row
 _ROW_BLOCK = 128
+_MOST_DIM = 256  # a tile of wider heads does not fit in shared memory
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +192,8 @@ def attention_decode(
     q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor, *, chip: Chip
 ) -> Tensor:
     """See ``attend_runs`` in reference.py. Rows past the last run's are padding: their output is zero."""
+    if q_TQD.shape[2] > _MOST_DIM:
+        return _by_reference(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN)
     (tokens, heads, dim), kv_heads, runs = q_TQD.shape, pool.key_PJD.shape[1], lengths_S.shape[0]
     most_keys = pages_SN.shape[1] * pool.page_size
     split = max(_SPLIT, triton.next_power_of_2(triton.cdiv(most_keys, _MOST_SPLITS)))
@@ -219,6 +227,8 @@ def attention_prefill(
     q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor, *, chip: Chip
 ) -> Tensor:
     """See ``attend_runs`` in reference.py."""
+    if q_TQD.shape[2] > _MOST_DIM:
+        return _by_reference(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN)
     (tokens, heads, dim), runs = q_TQD.shape, lengths_S.shape[0]
     tiles = _EXACT if pool.key_PJD.dtype is torch.float32 else _PREFILL[chip]
     out_TX = torch.empty((tokens, heads * dim), dtype=q_TQD.dtype, device=q_TQD.device)
@@ -231,6 +241,16 @@ def attention_prefill(
         num_warps=tiles.warps,
     )  # fmt: skip
     return out_TX
+
+
+def _by_reference(q_TQD: Tensor, *arguments: Any) -> Tensor:
+    _tell_once(q_TQD.shape[2])
+    return attend_runs(q_TQD, *arguments)
+
+
+@cache
+def _tell_once(dim: int) -> None:
+    _log.warning("heads of %d dims have no Triton attention (at most %d): the reference runs", dim, _MOST_DIM)
 
 
 def _scale(dim: int) -> float:
