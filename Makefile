@@ -9,10 +9,10 @@ PART ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
-.PHONY: help install demo serve test verify check bench lock clean
+.PHONY: help install demo serve test verify check bench gpu-test gpu-bench lock clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # pip from 26.2 on is not yet tested with this lock file.
 $(STAMP): pyproject.toml setup.py requirements.lock
@@ -49,6 +49,12 @@ build/typecheck:
 bench: $(STAMP) ## the speed table of benchmarks/README.md
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,bench]'
 	$(BIN)/python -m divisi.benchmarks
+
+gpu-test: $(STAMP) ## on a GPU: every kernel against its reference, twice; the model; memcheck and racecheck
+	$(BIN)/python -m divisi.benchmarks.gpu test
+
+gpu-bench: $(STAMP) ## on a GPU: gpu-test, then times and shares of the card's peak, to benchmarks/results/
+	$(BIN)/python -m divisi.benchmarks.gpu bench --out benchmarks/results
 
 lock: $(STAMP) ## rewrite requirements.lock from .venv
 	$(BIN)/python .ci/lock.py > requirements.lock.new

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -62,43 +64,90 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-class ReferenceKernels:
-    """Plain PyTorch, on any device."""
-
-    linear = staticmethod(linear)
-    rms_norm = staticmethod(rms_norm)
-    add_rms_norm = staticmethod(add_rms_norm)
-    silu_mul = staticmethod(silu_mul)
-    route = staticmethod(route)
-    routed_experts = staticmethod(routed_experts)
-    gated_delta_decode = staticmethod(gated_delta.gated_delta_decode)
-    gated_delta_prefill = staticmethod(gated_delta.gated_delta_prefill)
-    gated_delta_flush = staticmethod(gated_delta.gated_delta_flush)
-    attention_inputs = staticmethod(attention.attention_inputs)
-    attention_decode = staticmethod(attention.attend_runs)
-    attention_prefill = staticmethod(attention.attend_runs)
-
-
-Implementation = Literal["auto", "reference", "native"]
+_REFERENCE: Mapping[str, Callable[..., Any]] = {
+    "linear": linear,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "silu_mul": silu_mul,
+    "route": route,
+    "routed_experts": routed_experts,
+    "gated_delta_decode": gated_delta.gated_delta_decode,
+    "gated_delta_prefill": gated_delta.gated_delta_prefill,
+    "gated_delta_flush": gated_delta.gated_delta_flush,
+    "attention_inputs": attention.attention_inputs,
+    "attention_decode": attention.attend_runs,
+    "attention_prefill": attention.attend_runs,
+}
+OPERATIONS = tuple(_REFERENCE)
 
 
-def select_kernels(
-    device: torch.device, implementation: Implementation = "auto", *, deterministic: bool = False
-) -> Kernels:
-    """Kernels for ``device``: C++ on a CPU that can build it, else the references. Uses torch's number of threads.
+def select_kernels(device: torch.device, choice: str = "auto", *, deterministic: bool = False) -> Kernels:
+    """Kernels for ``device``, chosen operation by operation. Uses torch's number of threads.
 
-    ``deterministic``: a row's result depends on its sequence alone, see NativeKernels. Raises ValueError when this, or
-    ``native``, is asked for and cannot be had.
+    ``choice`` is ``auto``, ``reference``, ``native`` (C++, CPU) or ``triton`` (GPU), and after it, or alone, exceptions
+    by operation, separated by commas: ``auto,route=reference``. An operation that an implementation leaves out is done
+    by its reference. ``deterministic``: a row's result depends on its sequence alone, see NativeKernels. Raises
+    ValueError for unknown names and for what the device cannot have.
     """
-    if implementation != "reference" and device.type == "cpu":
-        library = load_library()
-        if library is not None:
-            return NativeKernels(library, deterministic)
-    if deterministic:
+    general, exceptions = _parse(choice)
+    if deterministic and (exceptions or general not in ("auto", "native") or not _has_native(device)):
         raise ValueError(
-            f"deterministic is on, but kernels {implementation!r} on device {device.type!r} are not: it needs the C++ "
+            f"deterministic is on, but kernels {choice!r} on device {device.type!r} are not: it needs the C++ "
             "kernels, which g++ builds for a CPU; install g++ and use device 'cpu', or turn deterministic off"
         )
-    if implementation == "native":
-        raise ValueError("kernels 'native' need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
-    return ReferenceKernels()
+    tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
+    for name in {general, *exceptions.values()}:
+        tables[name] = _table(name, device, deterministic)
+    for op, name in exceptions.items():
+        if name != "auto" and op not in tables[name]:
+            raise ValueError(f"kernels '{op}={name}': there is no such implementation; use '{op}=reference'")
+    chosen = {op: tables[exceptions.get(op, general)].get(op, _REFERENCE[op]) for op in OPERATIONS}
+    return cast(Kernels, SimpleNamespace(**chosen))
+
+
+def _parse(choice: str) -> tuple[str, dict[str, str]]:
+    general, exceptions = "auto", {}
+    for part in filter(None, (part.strip() for part in choice.split(","))):
+        op, equals, name = part.rpartition("=")
+        if name not in ("auto", "reference", "native", "triton"):
+            raise ValueError(f"kernels {name!r} are unknown; use 'auto', 'reference', 'native' or 'triton'")
+        if not equals:
+            general = name
+        elif op in OPERATIONS:
+            exceptions[op] = name
+        else:
+            raise ValueError(f"kernels {part!r}: operation {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
+    return general, exceptions
+
+
+def _has_native(device: torch.device) -> bool:
+    return device.type == "cpu" and load_library() is not None
+
+
+def _table(name: str, device: torch.device, deterministic: bool) -> Mapping[str, Callable[..., Any]]:
+    """What an implementation offers on the device."""
+    if name == "native" or (name == "auto" and device.type == "cpu"):
+        library = load_library() if device.type == "cpu" else None
+        if library is not None:
+            kernels = NativeKernels(library, deterministic)
+            return {op: getattr(kernels, op) for op in OPERATIONS}
+        if name == "native":
+            raise ValueError("kernels 'native' need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        table = _triton_table(device)
+        if table is not None:
+            return table
+        if name == "triton":
+            raise ValueError("kernels 'triton' need an NVIDIA A100, H100, B200 or alike; use 'auto' or 'reference'")
+    return _REFERENCE
+
+
+def _triton_table(device: torch.device) -> Mapping[str, Callable[..., Any]] | None:
+    if device.type != "cuda":
+        return None
+    # imported here alone: compiling for a GPU is no business of a machine without one
+    from divisi.kernels.gpu.chip import Chip
+    from divisi.kernels.gpu.ops import triton_operations
+
+    chip = Chip.of(device)
+    return None if chip is None else triton_operations(chip)

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import silu, softplus
 
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
-from divisi.kernels.select import Kernels, NativeKernels
+from divisi.kernels.gated_delta.reference import gated_delta_decode
+from divisi.kernels.select import Kernels
 from tests.kernels.conftest import expect_close
 
 SHAPES = [(1, 1, 4, 4, 4), (2, 4, 8, 16, 4), (2, 2, 5, 7, 2), (1, 4, 24, 12, 3)]  # G, H, K, V, conv taps
@@ -269,7 +270,7 @@ def test_flush_brings_each_slot_to_its_position(kernels: Kernels) -> None:
 
 
 def is_native(kernels: Kernels) -> bool:
-    return isinstance(kernels, NativeKernels)
+    return kernels.gated_delta_decode is not gated_delta_decode
 
 
 def expect_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:

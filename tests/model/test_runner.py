@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from divisi.kernels.select import Implementation, select_kernels
+from divisi.kernels.select import select_kernels
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from tests.support.model_steps import CPU, ModelSteps
 
@@ -43,7 +43,7 @@ def alone(model: ModelSteps, tokens: list[list[int]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("implementation", ["reference", "native"])
-def test_one_row_scans_beside_ring_runs(checkpoint: Path, implementation: Implementation) -> None:
+def test_one_row_scans_beside_ring_runs(checkpoint: Path, implementation: str) -> None:
     """Chunks of one row scan beside ring runs of 1, 2 and 6 rows, of which the last may be rejected."""
     kernels = select_kernels(CPU, implementation)
     model = ModelSteps.load(checkpoint, kernels, torch.float32, sequences=4, most_tokens=48, max_rows=6)

@@ -13,7 +13,7 @@ from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.request import Request, Sampling, TokenEvent
-from divisi.kernels.select import Implementation, select_kernels
+from divisi.kernels.select import select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
@@ -49,7 +49,7 @@ def local_engine(
     path: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    implementation: Implementation = "auto",
+    implementation: str = "auto",
     num_pages: int = 256,
     page_size: int = 8,
     max_seqs: int = 16,

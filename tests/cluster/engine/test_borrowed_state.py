@@ -18,7 +18,7 @@ from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
-from divisi.kernels.select import Implementation, select_kernels
+from divisi.kernels.select import select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Pending
@@ -51,7 +51,7 @@ class Lender(Scheduler):
 class Rig:
     """A small model on one worker, with its parts at hand."""
 
-    def __init__(self, path: Path, implementation: Implementation) -> None:
+    def __init__(self, path: Path, implementation: str) -> None:
         config, checkpoint, kernels = ModelConfig.load(path), Checkpoint.open(path), select_kernels(CPU, implementation)
         limits = SchedulerConfig(
             vocab_size=config.vocab_size, max_model_len=256, num_pages=64, page_size=PAGE, num_slots=8, max_seqs=4,

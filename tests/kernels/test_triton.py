@@ -1,0 +1,92 @@
+"""The Triton kernels without a GPU: in the interpreter, and compiled for each chip. Both need processes of their own.
+
+What they cannot show (speed, races within a program, the bits of a real machine) `make gpu-test` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.stub_driver import SHARED_MEMORY
+
+ROOT = Path(__file__).parent.parent.parent
+MAY_SPILL = {
+    (90, "attention_prefill_fwd_kernel"): 104,  # measured: a quarter faster than the tiles that do not
+    (100, "experts_up_fwd_kernel"): 16,
+    (80, "gated_delta_output_fwd_kernel"): 1060,  # wants another tile; no A100 was at hand to choose it
+}
+MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+MUST_USE_MATRIX_UNITS = ("attention_prefill", "experts_up", "experts_down", "delta_chunk", "delta_scan", "delta_output")
+
+
+def test_in_the_interpreter(full_tier: bool) -> None:
+    select = [] if full_tier else ["-m", "not verify"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=300", *select]
+    run(*command, str(Path(__file__).parent / "interpreted"), TRITON_INTERPRET="1")
+
+
+@pytest.mark.verify
+def test_a_32_bit_address_is_caught() -> None:
+    code = """
+import sys
+from tests.support import honest_interpreter
+honest_interpreter.install()
+from divisi.kernels.attention import triton
+triton.attention_prefill_fwd_kernel = honest_interpreter.planted(
+    triton, "attention_prefill_fwd_kernel", "other=0).to(tl.int64)", "other=0)")
+from tests.kernels.interpreted.test_addresses import test_kv_pages
+test_kv_pages()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(TRITON_INTERPRET="1"), cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(80, marks=pytest.mark.verify), 90, pytest.param(100, marks=pytest.mark.verify)]
+)
+def test_compiled(arch: int, full_tier: bool, record_result: Callable[[str, object], None]) -> None:
+    wanted = [] if full_tier else ["gated_delta_decode"]
+    out = run(sys.executable, "-m", "tests.support.compile_kernels", str(arch), *wanted)
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert found
+    problems = [problem for kernel in found for problem in wrong(arch, kernel)]
+    assert not problems, "\n".join(problems)
+    for kernel in found:
+        record_result(f"sm_{arch} {kernel['kernel']} {kernel['shared']}", f"{kernel['registers']} registers")
+
+
+def wrong(arch: int, kernel: dict[str, Any]) -> list[str]:
+    """What a compiled kernel should not be."""
+    name, problems = kernel["kernel"], []
+    if kernel["spill_bytes"] > MAY_SPILL.get((arch, name), 0):
+        problems.append(f"{name} spills {kernel['spill_bytes']} bytes")
+    if kernel["shared"] > SHARED_MEMORY[arch]:
+        problems.append(f"{name} wants {kernel['shared']} bytes of shared memory")
+    if any(part in name for part in MUST_USE_MATRIX_UNITS) and MATRIX[arch] not in kernel["instructions"]:
+        problems.append(f"{name} uses {kernel['instructions']}, no {MATRIX[arch]}")
+    if name == "gated_delta_decode_fwd_kernel" and kernel["contracted_exchanges"]:
+        problems.append(f"{name} contracts {kernel['contracted_exchanges']} products that lanes exchange")
+    return problems
+
+
+def run(*command: str, **variables: str) -> str:
+    done = subprocess.run(
+        command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": str(ROOT)} | variables

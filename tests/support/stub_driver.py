@@ -1,0 +1,143 @@
+"""A driver without a GPU: each launch is specialised and compiled for a chip as in production, then recorded, not run.
+
+For a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Bytes a block may have, by capability."""
+_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+_INSTRUCTIONS = {"mma": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
+
+
+class _Utils:
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def load_binary(self, *_: object) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024
+
+    def get_device_properties(self, _: object) -> dict[str, int]:
+        shared = SHARED_MEMORY[self._arch]
+        return {"max_shared_mem": shared, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+
+
+@dataclass
+class StubDriver(DriverBase):
+    """Compiles for ``arch`` and keeps what was launched."""
+
+    arch: int
+    launches: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
+    kernels: dict[str, Any] = field(default_factory=dict)
+    """Compiled kernels by hash."""
+
+    def __post_init__(self) -> None:
+        self.utils = _Utils(self.arch)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise AssertionError("a kernel is tuned at run time")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(self.arch, 10)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            self.launches.append((metadata.name, (x, y, z)))
+
+        return launch
+
+
+def install(arch: int) -> StubDriver:
+    """Make the driver this process's, and keep every kernel that Triton compiles."""
+    stub = StubDriver(arch)
+    driver.set_active(stub)
+
+    def keep(*, key: Any, repr: Any, fn: Any, compile: Any, is_manual_warmup: Any, already_compiled: Any) -> None:
+        kernel = fn.jit_function.device_caches[0][0].get(key)
+        if kernel is not None:
+            stub.kernels[kernel.hash] = kernel
+
+    triton.knobs.runtime.jit_post_compile_hook = keep
+    return stub
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas made of a kernel."""
+
+    registers: int
+    stack: int
+    spill_bytes: int
+    shared: int
+    instructions: dict[str, int]
+    warps: int
+    contracted_exchanges: int
+    """Products contracted into the addition of what another lane sent: each lane then gets another sum."""
+
+
+def resources(kernel: Any, arch: int) -> Resources:
+    """Registers and stack from the machine code; spills as ptxas counts them."""
+    suffix = "a" if arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
+        cubin.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        usage = _output([_BIN / "cuobjdump", "--dump-resource-usage", cubin])
+        ptxas = _BIN / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+        verbose = _output([ptxas, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", "/dev/null"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", verbose)]
+    counts = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in _INSTRUCTIONS.items()}
+    return Resources(
+        int(found[1]), int(found[2]), sum(spills), kernel.metadata.shared,
+        {name: count for name, count in counts.items() if count}, kernel.metadata.num_warps,
+        _contracted_exchanges(kernel.asm["ptx"]),
+    )  # fmt: skip
+
+
+def _contracted_exchanges(ptx: str) -> int:
+    received = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    products = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx)
+    return sum(addend in received for addend in products)
+
+
+def _output(command: list[Any]) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
