@@ -1,8 +1,9 @@
 """`python -m divisi.benchmarks pairs BEFORE AFTER`: is the second checkout as fast as the first?
 
-Each checkout has a process that lives as long as the comparison. A pair is one run of the same work in each, cut in
-blocks of a few steps that take turns, one process at work at a time: what disturbs the machine for longer than a block
-disturbs both. The order within a turn changes from pair to pair.
+A pair is one run of the same work in a process of each checkout, cut in blocks of a few steps that take turns, one
+process at work at a time: what disturbs the machine for longer than a block disturbs both. The order within a turn
+changes from pair to pair. After a few pairs both processes are started anew, in the other order, since where a
+process happens to have its memory can make it faster or slower for as long as it lives.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from divisi.model.config import ModelConfig
 from divisi.model.demo import checkpoint_dir
 from divisi.model.random_checkpoint import write_random_checkpoint
 
+_PAIRS_OF_A_PROCESS = 3
 _BENCH_S = Path(__file__).parents[1] / "configs" / "bench-s.json"
 
 
@@ -75,6 +78,7 @@ class Effort:
 
     pairs: int = 9
     most_pairs: int = 27
+    """Both are rounded up to whole lives of a process."""
     threads: int = 2
     dtype: str = "bfloat16"
     same_tokens: bool = True
@@ -101,7 +105,7 @@ def main(options: argparse.Namespace) -> int:
     effort = Effort(
         options.pairs, max(options.pairs, options.most_pairs), options.threads, same_tokens=not options.other_tokens
     )
-    with tempfile.TemporaryDirectory() as scratch, inside(checkouts, effort.threads) as processes:
+    with tempfile.TemporaryDirectory() as scratch:
         bench_s = Path(scratch) / "bench-s"
         write_random_checkpoint(bench_s, json.loads(_BENCH_S.read_text()))
         together = Cell("prefill 16 x 64", 16, 64, runs=2)
@@ -113,21 +117,15 @@ def main(options: argparse.Namespace) -> int:
         ]
         print("\n".join([*map(str, checkouts), machine.describe()]))
         print(f"{effort.dtype}, {effort.threads} threads, local; load average {_load_average()}")
-        return report(processes, parts, effort)
+        return report(checkouts, parts, effort)
 
 
-def report(processes: Sequence[Inside], parts: Sequence[Part], effort: Effort) -> int:
+def report(checkouts: Sequence[Checkout], parts: Sequence[Part], effort: Effort) -> int:
     """Compare part after part, each one's tokens before its times; print the table; 1 unless all is fast enough."""
     print(f"\n{Ratios.HEADER}", flush=True)
     passed = True
     for part in parts:
-        message = {"do": "load", "model_dir": str(part.model_dir), "limits": part.limits}
-        for process in processes:
-            process.send(message | {"dtype": effort.dtype, "threads": effort.threads})
-            process.receive()
-        for cell in part.cells:
-            _check_tokens(processes, part, cell, effort.same_tokens)
-        for cell, ratios in zip(part.cells, _measure(processes, part, effort), strict=True):
+        for cell, ratios in zip(part.cells, _measure(checkouts, part, effort), strict=True):
             print(f"| {part.model} {cell.title} | {ratios.row(cell.target)} |", flush=True)
             passed = passed and ratios.verdict(cell.target).passed
     told = "the same tokens in all cells" if effort.same_tokens else "tokens were not compared"
@@ -135,14 +133,37 @@ def report(processes: Sequence[Inside], parts: Sequence[Part], effort: Effort) -
     return 0 if passed else 1
 
 
-def _measure(processes: Sequence[Inside], part: Part, effort: Effort) -> list[Ratios]:
-    """Pairs of every cell in turn; more of them where a verdict wants more."""
+def _measure(checkouts: Sequence[Checkout], part: Part, effort: Effort) -> list[Ratios]:
+    """Pairs of every cell in turn, in new processes every few pairs; more of them where a verdict wants more."""
     found = [Ratios() for _ in part.cells]
-    for number in tqdm(range(effort.most_pairs), desc=part.model, unit="pair", leave=False, disable=None):
-        for cell, ratios in zip(part.cells, found, strict=True):
-            if number < effort.pairs or not ratios.verdict(cell.target).final:
-                ratios.add(*_pair(processes, part, cell, number)[0])
+    progress = tqdm(range(0, effort.most_pairs, _PAIRS_OF_A_PROCESS), part.model, leave=False, disable=None)
+    for generation, first in enumerate(progress):
+        wanted = [
+            (cell, ratios)
+            for cell, ratios in zip(part.cells, found, strict=True)
+            if first < effort.pairs or not ratios.verdict(cell.target).final
+        ]
+        if not wanted:
+            break
+        with _loaded(checkouts, part, effort, swapped=generation % 2 == 1) as processes:
+            for cell, _ in wanted:
+                _check_tokens(processes, part, cell, effort.same_tokens)
+            for number in range(first, first + _PAIRS_OF_A_PROCESS):
+                for cell, ratios in wanted:
+                    ratios.add(*_pair(processes, part, cell, number)[0])
     return found
+
+
+@contextmanager
+def _loaded(checkouts: Sequence[Checkout], part: Part, effort: Effort, *, swapped: bool) -> Iterator[list[Inside]]:
+    """A process of each checkout with the part's engine, in the checkouts' order whichever was started first."""
+    order = -1 if swapped else 1
+    message = {"do": "load", "model_dir": str(part.model_dir), "limits": part.limits}
+    with inside(checkouts[::order], effort.threads) as processes:
+        for process in processes:
+            process.send(message | {"dtype": effort.dtype, "threads": effort.threads})
+            process.receive()
+        yield processes[::order]
 
 
 def _check_tokens(processes: Sequence[Inside], part: Part, cell: Cell, same: bool) -> None:

@@ -154,7 +154,7 @@ Sampling.__init__ = functools.partialmethod(Sampling.__init__, frequency_penalty
 LATE = """
 import time
 _plan = Engine.plan
-Engine.plan = lambda engine: (time.sleep(0.02), _plan(engine))[1]
+Engine.plan = lambda engine: (time.sleep(0.1), _plan(engine))[1]
 """
 
 
@@ -209,8 +209,8 @@ def test_a_planted_delay_is_found(model_dir: Path, tmp_path: Path, capsys: pytes
     after = copy_of(tmp_path, "cluster/engine/engine.py", LATE)
     limits = {"num_pages": 64, "max_seqs": 4}
     part = pairs.Part("small", model_dir, limits, [pairs.Cell("decode 2", 2, 16, count=9, skip=1, block=4)])
-    with processes(after) as found:
-        status = pairs.report(found, [part], pairs.Effort(pairs=6, most_pairs=6, threads=1))
+    both = [Checkout("BEFORE", ROOT), Checkout("AFTER", after)]
+    status = pairs.report(both, [part], pairs.Effort(pairs=6, most_pairs=6, threads=1))
     assert status == 1
     assert "MISSED, wanted 0.98" in capsys.readouterr().out
 
@@ -219,8 +219,9 @@ def test_a_planted_delay_is_found(model_dir: Path, tmp_path: Path, capsys: pytes
 def test_no_speed_is_reported_of_wrong_tokens(model_dir: Path, tmp_path: Path) -> None:
     after = copy_of(tmp_path, "cluster/request.py", OTHER_TOKENS)
     part = pairs.Part("small", model_dir, {}, [pairs.Cell("decode 2", 2, 16, count=33, skip=1, block=4)])
-    with processes(after) as found, pytest.raises(SystemExit, match="has other tokens; no speed is reported"):
-        pairs.report(found, [part], pairs.Effort(pairs=6, most_pairs=6, threads=1))
+    both = [Checkout("BEFORE", ROOT), Checkout("AFTER", after)]
+    with pytest.raises(SystemExit, match="has other tokens; no speed is reported"):
+        pairs.report(both, [part], pairs.Effort(pairs=6, most_pairs=6, threads=1))
 
 
 def test_too_few_pairs_are_refused() -> None:
