@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -56,6 +57,13 @@ class Leaves:
     """int32 [L]: tokens that the state has absorbed; ascending within a run, the last at the run's end."""
     slots_L: Tensor
     """int32 [L]: slot that receives the state."""
+
+
+def check_sources(state: DeltaState, lengths_S: Tensor, sources_S: Tensor, leaves: Leaves) -> None:
+    """Assert that scan runs find the states that they count on, and that none is written. Waits for the device."""
+    at_S = torch.where(sources_S < 0, 0, state.position_S[sources_S.clamp(min=0)])
+    assert torch.equal(at_S, lengths_S), f"sources stand at {at_S.tolist()}, runs begin at {lengths_S.tolist()}"
+    assert not torch.isin(leaves.slots_L, sources_S).any(), "a source would be written"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from divisi.kernels.gated_delta.chunked import chunked_scan
-from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
+from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves, check_sources
 
 
 def gated_delta_decode(
@@ -62,12 +62,11 @@ def gated_delta_prefill(
     Run s owns rows ``starts[s]:starts[s+1]`` at positions from ``lengths[s]`` on. Its source stands at ``lengths[s]``,
     or is -1 where that is 0, and is only read: several runs may share one. A run without rows leaves nothing.
     """
+    check_sources(state, lengths_S, sources_S, leaves)
     out_TX = rows_TP.new_empty((rows_TP.shape[0], state.delta_SRHV.shape[2] * state.delta_SRHV.shape[3]))
     starts, firsts = starts_S1.tolist(), leaves.starts_S1.tolist()
     left = list(zip(leaves.positions_L.tolist(), leaves.slots_L.tolist(), strict=True))
-    sources = sources_S.tolist()
-    assert {slot for _, slot in left}.isdisjoint(sources), "a source may not be written"
-    for run, (length, source) in enumerate(zip(lengths_S.tolist(), sources, strict=True)):
+    for run, (length, source) in enumerate(zip(lengths_S.tolist(), sources_S.tolist(), strict=True)):
         rows, own = slice(starts[run], starts[run + 1]), left[firsts[run] : firsts[run + 1]]
         if own:
             _scan(rows_TP[rows], weights, state, length, source, own, out_TX[rows])

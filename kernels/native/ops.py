@@ -12,7 +12,7 @@ from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.attention.reference import attend_runs
-from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves
+from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves, check_sources
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
@@ -139,7 +139,7 @@ class NativeKernels:
         sources_S: Tensor,
         leaves: Leaves,
     ) -> Tensor:
-        assert set(leaves.slots_L.tolist()).isdisjoint(sources_S.tolist()), "a source may not be written"
+        check_sources(state, lengths_S, sources_S, leaves)
         mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
         self._library.divisi_gated_delta_prefill(
             ctypes.byref(self._delta(state, weights)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),

@@ -208,11 +208,17 @@ def test_lent_slot_is_only_read(kernels: Kernels) -> None:
     expect_bits(state.state_SHKV[[0, 1, 2, 4]], left)
 
 
-def test_source_that_would_be_written_is_refused(kernels: Kernels) -> None:
+def test_sources_that_stand_elsewhere_or_would_be_written_are_refused(kernels: Kernels) -> None:
     weights, state, width = make_layer(SHAPES[0])
-    rows = torch.zeros(2, width)
-    with pytest.raises(AssertionError, match="source"):
-        scan(kernels, rows, weights, state, (1, 0, -1, {1: 2}), (1, 4, 2, {5: 0}))
+    rows = torch.zeros(4, width)
+    scan(kernels, rows, weights, state, (4, 0, -1, {4: 2}))
+    with pytest.raises(AssertionError, match="a source would be written"):
+        scan(kernels, rows[:2], weights, state, (1, 0, -1, {1: 2}), (1, 4, 2, {5: 0}))
+    decode(kernels, rows[:1], weights, state, 4, 2)  # now it lags: its ring has a token more
+    with pytest.raises(AssertionError, match=r"stand at \[4\], runs begin at \[5\]"):
+        scan(kernels, rows[:1], weights, state, (1, 5, 2, {6: 0}))
+    with pytest.raises(AssertionError, match=r"stand at \[0\], runs begin at \[1\]"):
+        scan(kernels, rows[:1], weights, state, (1, 1, -1, {2: 0}))
 
 
 def test_runs_without_rows_touch_nothing(kernels: Kernels) -> None:
