@@ -72,8 +72,12 @@ def test_route(native: Kernels, reference: Kernels, normalise: bool, tokens: int
     expect_close("router", gates, expected_gates)
 
 
-def test_route_breaks_ties_by_the_lowest_id(native: Kernels) -> None:
-    ids, gates = native.route(torch.zeros(1, 8), 3, True)
+def test_route_breaks_ties_by_the_lowest_id(kernels: Kernels) -> None:
+    torch.manual_seed(5)
+    logits = torch.randn(30, 512).round()
+    ids, _ = kernels.route(logits, 10, True)
+    assert ids.tolist() == [sorted(range(512), key=lambda e: (-row[e], e))[:10] for row in logits.tolist()]
+    ids, gates = kernels.route(torch.zeros(1, 8), 3, True)
     assert ids.tolist() == [[0, 1, 2]]
     assert torch.allclose(gates, torch.full((1, 3), 1 / 3))
 
