@@ -281,8 +281,10 @@ def test_without_ray_it_ends_by_itself(small_model: Path, tmp_path: Path, proces
 
 
 @pytest.fixture
-def ray_address(tmp_path: Path) -> Iterator[str]:
+def ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A cluster that was there before; it must outlive every server that joins it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "7" * 64)
     ports = [free_port() for _ in range(3)]
     names = ("port", "ray-client-server-port", "dashboard-agent-listen-port")
     flags = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
