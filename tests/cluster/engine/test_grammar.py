@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import string
 from concurrent.futures import Future
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -10,6 +11,7 @@ from llguidance import LLParserLimits
 from numpy.typing import NDArray
 
 from divisi.cluster.engine.grammar import Grammars, Guide, Guided
+from divisi.model.random_tokenizer import write_random_tokenizer
 from divisi.model.text.errors import TextError
 from divisi.model.text.grammar_tokens import GrammarVocabulary
 from tests.support.fake_runner import VOCAB
@@ -176,3 +178,12 @@ def test_no_answer_ends_before_its_grammar_does(inside: str) -> None:
     assert allowed(source.start([Guided(guide, [], 0)])) == ["a"]
     assert TOKENS[EOS] not in allowed(source.start([Guided(guide, tokens("a"), 0)]))
     assert guide.error is None
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_tokenizer_file_may_begin_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    write_random_tokenizer(tmp_path, 700, 4096)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8"), encoding=encoding)
+    source = Grammars(lambda: GrammarVocabulary.load(tmp_path, 4096), 4096)
+    assert compiled(source, regex("a")).error is None
