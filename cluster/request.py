@@ -8,6 +8,20 @@ from typing import Literal
 EndReason = Literal["stop", "length", "cancelled", "rejected", "error"]
 
 
+_HUGE = 1e9
+"""No logit in fp32 becomes infinite by it."""
+SAMPLING_LIMITS = {
+    "temperature": (0.0, _HUGE),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, _HUGE),  # logits are divided by it
+    "presence_penalty": (-_HUGE, _HUGE),
+    "frequency_penalty": (-_HUGE, _HUGE),
+    "logit_bias": (-_HUGE, _HUGE),
+}
+"""Least and most of the numbers in `Sampling` that a worker can compute with; the API's own are narrower."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen. `temperature` 0 is greedy; the defaults of all else are off.

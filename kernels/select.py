@@ -98,6 +98,8 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
     for name in {general, *exceptions.values()}:
         tables[name] = _table(name, device, deterministic)
+    if deterministic and (missing := [op for op in OPERATIONS if op not in tables[general]]):
+        raise ValueError(f"deterministic is on, and {', '.join(missing)} has no such kernel; turn deterministic off")
     for op, name in exceptions.items():
         if name != "auto" and op not in tables[name]:
             raise ValueError(f"kernels '{op}={name}': there is no such implementation; use '{op}=reference'")
@@ -130,7 +132,7 @@ def _table(name: str, device: torch.device, deterministic: bool) -> Mapping[str,
         library = load_library() if device.type == "cpu" else None
         if library is not None:
             kernels = NativeKernels(library, deterministic)
-            return {op: getattr(kernels, op) for op in OPERATIONS}
+            return {op: getattr(kernels, op) for op in OPERATIONS if hasattr(kernels, op)}
         if name == "native":
             raise ValueError("kernels 'native' need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
     if name == "triton" or (name == "auto" and device.type == "cuda"):

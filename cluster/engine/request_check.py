@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from divisi.cluster.errors import RequestRejected
-from divisi.cluster.request import Request
-
-_HUGE = 1e9
-"""No logit in fp32 becomes infinite by it."""
+from divisi.cluster.request import SAMPLING_LIMITS, Request, Sampling
 
 
 def check_request(request: Request, vocab_size: int) -> None:
@@ -29,17 +26,15 @@ def check_request(request: Request, vocab_size: int) -> None:
     for name, count in (("top_k", sampling.top_k), ("min_tokens", request.min_tokens)):
         if not 0 <= count < 2**31:
             raise RequestRejected(f"{name} is {count}: it must be a whole number from 0 to {2**31 - 1}")
-    for name, value, least, most in (
-        ("temperature", sampling.temperature, 0.0, _HUGE),
-        ("top_p", sampling.top_p, 0.0, 1.0),
-        ("min_p", sampling.min_p, 0.0, 1.0),
-        ("repetition_penalty", sampling.repetition_penalty, 0.01, _HUGE),  # logits are divided by it
-        ("presence_penalty", sampling.presence_penalty, -_HUGE, _HUGE),
-        ("frequency_penalty", sampling.frequency_penalty, -_HUGE, _HUGE),
-        *((f"logit_bias of {token}", bias, -_HUGE, _HUGE) for token, bias in sampling.logit_bias),
-    ):
+    for name, value in _numbers(sampling):
+        least, most = SAMPLING_LIMITS[name.partition(" ")[0]]
         if not least <= value <= most:
             raise RequestRejected(f"{name} is {value}: it must be a finite number from {least:g} to {most:g}")
+
+
+def _numbers(sampling: Sampling) -> Iterator[tuple[str, float]]:
+    yield from ((name, getattr(sampling, name)) for name in SAMPLING_LIMITS if name != "logit_bias")
+    yield from ((f"logit_bias of {token}", bias) for token, bias in sampling.logit_bias)
 
 
 def _token_ids(request: Request) -> Iterator[tuple[str, Iterable[int]]]:

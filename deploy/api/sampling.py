@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from divisi.cluster.request import Sampling
 from divisi.deploy.api.errors import ApiError
@@ -13,6 +13,9 @@ from divisi.model.text import TextCodec, Tokenizer
 
 _SEED_STEP = 0x9E37_79B9_7F4A_7C15
 """Odd, so that the seeds of 2**64 choices differ; the noise hashes them (model/sampling/noise.py)."""
+
+_CONVERTED = {"temperature", "top_k", "top_p", "seed", "logit_bias", "allowed_token_ids", "bad_words"}
+_AS_THEY_ARE = tuple(field.name for field in fields(Sampling) if field.name not in _CONVERTED)
 
 
 def compile_sampling(body: SamplingFields, text: TextCodec, vocab_size: int) -> Sampling:
@@ -23,14 +26,11 @@ def compile_sampling(body: SamplingFields, text: TextCodec, vocab_size: int) -> 
     check_ids("logit_bias", biases, vocab_size)
     check_ids("allowed_token_ids", allowed or (), vocab_size)
     return Sampling(
+        **{name: value for name in _AS_THEY_ARE if (value := getattr(body, name)) is not None},
         temperature=defaults.temperature if body.temperature is None else body.temperature,
         top_k=defaults.top_k if body.top_k is None else max(body.top_k, 0),
         top_p=defaults.top_p if body.top_p is None else body.top_p,
         seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=tuple(sorted(biases.items())),
         allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
         bad_words=_bad_words(body.bad_words or (), text.tokenizer),
