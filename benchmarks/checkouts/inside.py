@@ -9,6 +9,7 @@ happens between two steps is hooked in before `Engine.plan`: the one call that e
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -262,7 +263,9 @@ def _load(message: Message) -> Any:
     torch = _module("torch")
     torch.set_num_threads(message["threads"])
     engines = _module("tests.parity.engines")
-    return engines.local_engine(Path(message["model_dir"]), dtype=getattr(torch, message["dtype"]), **message["limits"])
+    known = inspect.signature(engines.local_engine).parameters
+    limits = {name: value for name, value in message["limits"].items() if name in known}
+    return engines.local_engine(Path(message["model_dir"]), dtype=getattr(torch, message["dtype"]), **limits)
 
 
 def _timed_run(local: Any, message: Message, pause: Callable[[float], None]) -> Message:
