@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import threading
+from functools import partial
 from typing import Any
 
 import ray
@@ -22,9 +23,11 @@ from divisi.cluster.ray.draining import drain_gang
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.interruptible import Interruptible, Stopped
 from divisi.deploy.logs import LogFileError, with_default_file
+from divisi.deploy.ray_address import find_cluster
 from divisi.deploy.ray_instance import RayInstance, Wish, ray_instance
 from divisi.deploy.serve_app import build_from, gang_spec
 from divisi.deploy.settings import Settings, Surroundings
+from divisi.deploy.shared_cluster import Claim, ClusterOccupied
 from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
 from divisi.deploy.supervision import Orders, say
 
@@ -46,13 +49,14 @@ def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = F
     with (
         contextlib.ExitStack() as stopping,
         contextlib.suppress(Stopped),
-        ray_instance(wish, surroundings, interruptibly, orders.heed_signals, say) as instance,
+        ray_instance(wish, surroundings, interruptibly, partial(_tell, orders), say) as instance,
     ):
-        orders.report(own=instance.own, joined="" if instance.own else ray.get_runtime_context().gcs_address)
+        orders.report(serve_was_there=instance.serve_was_there)
         with contextlib.ExitStack() as ending:
             ending.callback(orders.report, taking_down=True)  # whatever ends this: now Ray's processes may go
-            settings = _with_log_file(settings, surroundings, instance)
-            spec = _settle(settings, instance)
+            with in_one_line("Ray failed", f"see {instance.logs}", *_RAY_ERRORS):
+                settings = _with_log_file(settings, surroundings, instance)
+                spec = _settle(settings, instance)
             try:
                 _serve(settings, spec, instance, interruptibly, orders)
             finally:
@@ -60,7 +64,13 @@ def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = F
                 # Ray would print that it goes on trying to reach the actors which are ended here.
                 stopping.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 if not instance.replaced.is_set():
-                    _take_down()
+                    _take_down(instance.serve_was_there)
+
+
+def _tell(orders: Orders, joined: str) -> None:
+    """Ray runs: its own, or that of a cluster which was joined."""
+    orders.heed_signals()
+    orders.report(own=not joined, joined=joined)
 
 
 def _settle(settings: Settings, instance: RayInstance) -> GangSpec:
@@ -129,23 +139,27 @@ def _stop_taking(spec: GangSpec, grace_s: float, orders: Orders) -> None:
     drain_gang(spec.name, grace_s, orders.at_once)
 
 
-def _take_down() -> None:
+def _take_down(keep_serve: bool) -> None:
     """End the application, and Serve with it unless it has others to serve on a cluster that was there before."""
     try:
         others = set(serve.status().applications) - {APP}
     except RayServeException:  # nothing was started
         return
-    if others:
+    if others or keep_serve:
         serve.delete(APP)
     else:
         serve.shutdown()
 
 
-def remove_application(address: str) -> None:
-    """Remove the application from a cluster, for a driver that died before it could."""
-    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
-    with contextlib.redirect_stdout(io.StringIO()):
-        _take_down()
+def remove_application(address: str, keep_serve: bool) -> None:
+    """Remove the application from a cluster, for a driver that died before it could; not one that others have taken."""
+    cluster = find_cluster(Surroundings.read())
+    found = cluster is not None and cluster.found  # only then, and without an address, does Ray look for its token
+    ray.init(address=None if found else address, log_to_driver=False, logging_level=logging.CRITICAL)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ClusterOccupied):
+        claim = Claim.take(APP, False, lambda: None)
+        _take_down(keep_serve)
+        claim.release()
 
 
 def _wait_until_ready(spec: GangSpec, stop: threading.Event) -> bool:

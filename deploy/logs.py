@@ -35,12 +35,12 @@ def with_default_file(settings: LogSettings, state_home: Path, port: int) -> Log
 
 def check_log_file(file: Path) -> None:
     """Raise LogFileError unless lines can be appended to the file; it is neither made nor changed."""
-    nearest = next(path for path in (file, *file.parents) if path.exists())
-    if file.is_dir():
+    nearest = next(path for path in (file, *file.parents) if os.path.exists(path))
+    if os.path.isdir(file):
         reason = "it is a directory"
-    elif nearest != file and not nearest.is_dir():
+    elif nearest != file and not os.path.isdir(nearest):
         reason = f"{nearest} is no directory"
-    elif not os.access(nearest, os.W_OK):
+    elif not os.access(nearest, os.W_OK if nearest == file else os.W_OK | os.X_OK):
         reason = f"{nearest} cannot be written by this user"
     else:
         return

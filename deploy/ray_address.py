@@ -96,9 +96,9 @@ def short_temp_dir(surroundings: Surroundings) -> Path | None:
     Raises SettingsError where the usual one cannot be a folder: Ray's processes would fail there one after the other.
     """
     folder = surroundings.temp_dir.absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        reason = "cannot be written by this user" if nearest.is_dir() else "is no folder"
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "cannot be written by this user" if os.path.isdir(nearest) else "is no folder"
         raise SettingsError(
             f"{surroundings.temp_dir_variable or 'temporary files'}: {nearest} {reason}; "
             "name another folder in the environment variable RAY_TMPDIR"

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,6 @@ from divisi.deploy.start_errors import in_one_line
 
 _JOIN_S = 30.0
 """Longest time for joining a cluster at whose address somebody listens; an idle machine needs one second."""
-_LET_BEGIN_S = 5.0
-"""For a Ray that is being started when the stop signal comes: what has begun whole can be ended whole."""
 
 Say = Callable[[str], object]
 
@@ -47,19 +46,21 @@ class RayInstance:
     """Whether it was started for this server, and ends with it."""
     logs: str
     """Folder of Ray's own logs on this machine."""
+    serve_was_there: bool = False
+    """Whether Ray Serve ran on it already, and so must outlive the application."""
     replaced: threading.Event = field(default_factory=threading.Event)
     """Set, with the stop event, when another server has taken this one's place: the application is no longer its."""
 
 
 @contextlib.contextmanager
 def ray_instance(
-    wish: Wish, surroundings: Surroundings, interruptibly: Interruptible, heed_signals: Callable[[], None], say: Say
+    wish: Wish, surroundings: Surroundings, interruptibly: Interruptible, entered: Callable[[str], None], say: Say
 ) -> Iterator[RayInstance]:
     """Join the cluster that `ray start` or RAY_ADDRESS names, or start a quiet one for as long as the context lasts.
 
     The Ray of another server on this machine is left alone. The address to listen on is locked where it is this
-    machine's, and so is the application on a cluster that others may use. `heed_signals` is called once Ray has
-    installed its own signal handlers.
+    machine's, and so is the application on a cluster that others may use. `entered` is called as soon as Ray runs (it
+    has installed signal handlers of its own by then), with the address of the cluster that was joined, else "".
 
     Raises StartFailed, SettingsError, PortTaken, ClusterOccupied, and Stopped.
     """
@@ -71,14 +72,15 @@ def ray_instance(
             held.enter_context(hold_port(wish.http.host, wish.http.port))
             held.callback(ray.shutdown)
             instance = RayInstance(True, _start(wish.ranks, surroundings, interruptibly, say))
-            heed_signals()
+            entered("")
             yield instance
             return
         held.callback(ray.shutdown)
-        instance = RayInstance(False, _join(cluster, interruptibly, say))
-        heed_signals()
-        with in_one_line(f"Ray Serve on the cluster at {cluster.address} does not answer", f"see {instance.logs}"):
+        logs = _join(cluster, interruptibly, say)
+        entered(ray.get_runtime_context().gcs_address)
+        with in_one_line(f"Ray Serve on the cluster at {cluster.address} does not answer", f"see {logs}"):
             running = interruptibly(serve_address, timeout_s=_JOIN_S)
+            instance = RayInstance(False, logs, serve_was_there=running is not None)
             if running is None and interruptibly(head_is_here, timeout_s=_JOIN_S):
                 held.enter_context(hold_port(wish.http.host, wish.http.port))
             elif running is not None:
@@ -100,7 +102,9 @@ def _make_room(wish: Wish, say: Say) -> None:
         check_application(wish.application)
     elif wish.application in serve.status().applications:
         say(f"Ending the application {wish.application!r} that runs there; its open answers have their grace")
-        serve.delete(wish.application)
+        serve.delete(wish.application, _blocking=False)  # it would wait for a minute, whatever their grace is
+        while wish.application in serve.status().applications:
+            time.sleep(0.2)
 
 
 def _start(ranks: int, surroundings: Surroundings, interruptibly: Interruptible, say: Say) -> str:
@@ -124,7 +128,7 @@ def _start(ranks: int, surroundings: Surroundings, interruptibly: Interruptible,
 
     folder = short or surroundings.temp_dir / "ray"
     with in_one_line("Ray cannot be started", f"see {folder}/session_latest/logs"):
-        context = interruptibly(start, grace_s=_LET_BEGIN_S)
+        context = interruptibly(start)
     return _logs(context)
 
 

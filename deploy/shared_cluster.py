@@ -60,7 +60,7 @@ def check_application(name: str) -> None:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.last_deployed_time_s))
         raise ClusterOccupied(
             f"the application {name!r} is on this cluster already ({found.status.value}, deployed {since}); "
-            f"end it with `serve delete {name}`, or give --replace"
+            f"end it with `python -c 'from ray import serve; serve.delete(\"{name}\")'`, or give --replace"
         )
 
 

@@ -87,7 +87,7 @@ def _serve(settings: Settings, replace: bool, orders: Orders) -> int:
     return 0
 
 
-def _undo(address: str) -> None:
+def _undo(address: str, keep_serve: bool) -> None:
     from divisi.deploy.local_run import remove_application
 
-    remove_application(address)
+    remove_application(address, keep_serve)

@@ -25,11 +25,11 @@ SIGHUP from the kernel and from the shell."""
 _MARGIN_S = 0.5
 
 
-def supervised(work: Callable[[Orders], int], undo: Callable[[str], object], grace_s: float) -> int:
+def supervised(work: Callable[[Orders], int], undo: Callable[[str, bool], object], grace_s: float) -> int:
     """Run `work` in a process of its own and return its exit status; whatever it starts has ended by then.
 
     SIGINT, SIGTERM and SIGHUP set `orders.stop`, a second one `orders.at_once`. Work that has not ended 7 s after the
-    grace is killed. `undo(address)` runs in another process if the driver dies on a cluster it has joined.
+    grace is killed. `undo(address, keep_serve)` runs in another process if the driver dies on a cluster it has joined.
     Call it while this process has one thread.
     """
     adopt_orphans()

@@ -32,11 +32,13 @@ from divisi.deploy.supervision.signals import STOP_SIGNALS, SignalInbox
 _LOOK_EVERY_S = 1.0
 _VITAL = ("gcs_server", "raylet")
 """Without either of these a Ray instance is lost, and calls of its driver may never return."""
+DELETE = "python -c 'from ray import serve; serve.delete(\"divisi\")'"
+"""Ends the application on a cluster that a shell can reach; Ray's own command line has nothing for one application."""
 _UNREACHABLE_S = 3.0
 """Once it is to stop, the driver is not left waiting for a joined cluster that nobody can reach for so long."""
 
 
-def keep(work: Callable[[Orders], int], undo: Callable[[str], object], orders: int, grace_s: float) -> int:
+def keep(work: Callable[[Orders], int], undo: Callable[[str, bool], object], orders: int, grace_s: float) -> int:
     """Run `work` as the driver until it ends or must end. Returns its exit status, 1 where it had to be killed."""
     os.setsid()
     adopt_orphans()
@@ -60,7 +62,7 @@ def keep(work: Callable[[Orders], int], undo: Callable[[str], object], orders: i
     keeper.look_for_ray()
     left = end_descendants(KEEPER_S)
     if keeper.undo_at:
-        _run_undo(undo, keeper.undo_at)
+        _run_undo(undo, keeper.undo_at, keeper.report.serve_was_there)
     for path in keeper.socket_files:  # which Ray leaves behind even if it is shut down
         path.unlink(missing_ok=True)
     if left:
@@ -159,8 +161,10 @@ class Keeper:
         return None
 
     def _ended(self, status: int) -> int:
-        if status >= 0 or self._stopping:
-            return max(status, 0)
+        if status >= 0:
+            return status
+        if self._stopping and not self.report.joined:
+            return 0  # what it has not taken down itself is ended here
         say(f"divisi: failed: the server's driver was ended by {signal.Signals(-status).name}")
         self.undo_at = self.report.joined
         return 1
@@ -170,7 +174,7 @@ class Keeper:
         if self._stopping and nothing_open and not self.report.joined:
             return 0  # what is left of a Ray instance of its own can be killed as well as taken down
         address = self.report.joined
-        where = f"; what it left on the cluster at {address} goes with `serve shutdown`" if address else ""
+        where = f"; what it left on the cluster at {address} goes with `{DELETE}`" if address else ""
         say(f"divisi: failed: the server did not stop in time and was killed{where}")
         return 1
 
@@ -191,15 +195,18 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _run_undo(undo: Callable[[str], object], address: str) -> None:
+def _run_undo(undo: Callable[[str, bool], object], address: str, keep_serve: bool) -> None:
     """Have another process remove what the driver has left on its cluster, and give it the time of a take-down."""
 
     def remove() -> int:
-        undo(address)
+        undo(address, keep_serve)
         return 0
 
     child = fork(remove)
     until = time.monotonic() + TAKE_DOWN_S
-    while child not in reap() and time.monotonic() < until:
+    status = None
+    while (status := reap().get(child, status)) is None and time.monotonic() < until:
         time.sleep(0.1)
     end_descendants(KEEPER_S)
+    if status != 0:
+        say(f"divisi: failed: the application is left on the cluster at {address}; end it with `{DELETE}`")

@@ -27,7 +27,7 @@ CPU_S = 5.0
 _WALL_S = 60.0
 """For a process that is not getting any: time to start, read the tokenizer and answer."""
 _KEPT = 128
-"""Grammars that need not be read again."""
+"""Grammars that need not be read again, refused ones too: else one that takes its time takes it each time."""
 _FAILS = "the grammar library fails on it; simplify it"
 
 
@@ -36,20 +36,24 @@ class GrammarProcess:
 
     def __init__(self, model_dir: str, cpu_s: float = CPU_S) -> None:
         """Returns at once; the process reads the model's tokenizer in the meantime."""
-        self._command = [sys.executable, "-m", __name__, model_dir, str(cpu_s)]
+        self._command = [sys.executable, "-P", "-m", __name__, model_dir, str(cpu_s)]
         self._cpu_s = cpu_s
         self._turn = Lock()
-        self._kept: dict[tuple[str, Notation], str] = {}
+        self._kept: dict[tuple[str, Notation], str | GrammarError] = {}
         self._start()
 
     def read(self, grammar: str, notation: Notation = "llguidance") -> str:
         """See `Reader`; also raises GrammarError for a grammar that takes more than its time, or ends the process."""
         with self._turn:
             if (grammar, notation) not in self._kept:
+                found = self._try(grammar, notation)
                 if len(self._kept) == _KEPT:
                     del self._kept[next(iter(self._kept))]
-                self._kept[grammar, notation] = self._ask(grammar, notation)
-            return self._kept[grammar, notation]
+                self._kept[grammar, notation] = found
+            kept = self._kept[grammar, notation]
+        if isinstance(kept, GrammarError):
+            raise GrammarError(str(kept))
+        return kept
 
     def close(self) -> None:
         """End the process."""
@@ -58,6 +62,15 @@ class GrammarProcess:
     def _start(self) -> None:
         self._child = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._ended = weakref.finalize(self, _end, self._child)
+
+    def _try(self, grammar: str, notation: Notation) -> str | GrammarError:
+        """What to keep of a grammar. Raises GrammarError where it may not be the grammar's fault."""
+        try:
+            return self._ask(grammar, notation)
+        except GrammarError as error:
+            if str(error) == _FAILS:
+                raise
+            return error
 
     def _ask(self, grammar: str, notation: Notation) -> str:
         question = json.dumps([grammar, notation]).encode() + b"\n"

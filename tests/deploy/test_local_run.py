@@ -14,10 +14,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from divisi.deploy import local_run
 from divisi.deploy.local_run import _ready_text
 from divisi.deploy.settings import Settings
 from divisi.model.random_checkpoint import write_random_checkpoint
@@ -191,3 +193,22 @@ def test_a_long_folder_for_temporary_files_is_left_aside(model_dir: Path, port: 
         assert f"Request log: {model_dir.parent}/divisi/serve-{port}.log\n" in said
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("applications", "keep_serve", "ended"),
+    [(["divisi"], False, "all of it"), (["divisi"], True, "divisi"), (["divisi", "theirs"], False, "divisi")],
+    ids=["ours alone", "a serve that was there", "with others"],
+)
+def test_what_others_have_on_a_cluster_stays(
+    applications: list[str], keep_serve: bool, ended: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fake = SimpleNamespace(
+        status=lambda: SimpleNamespace(applications=dict.fromkeys(applications)),
+        delete=calls.append,
+        shutdown=lambda: calls.append("all of it"),
+    )
+    monkeypatch.setattr(local_run, "serve", fake)
+    local_run._take_down(keep_serve)
+    assert calls == [ended]

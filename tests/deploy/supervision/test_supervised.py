@@ -63,7 +63,7 @@ def work(orders):
     return 0
 """
 END = """
-sys.exit(front.supervised(work, lambda address: note(f"undone {address}"), grace_s=0.5))
+sys.exit(front.supervised(work, lambda address, keep_serve: note(f"undone {address} {keep_serve}"), grace_s=0.5))
 """
 
 
@@ -200,8 +200,32 @@ def test_what_a_dead_driver_left_on_another_cluster_is_undone(tmp_path: Path) ->
     with running(tmp_path, JOINED) as run:
         os.kill(run.driver, signal.SIGKILL)
         assert run.process.wait(10) == 1
-        assert run.notes[1:] == ["undone 127.0.0.1:9"]
+        assert run.notes[1:] == ["undone 127.0.0.1:9 False"]
         assert run.all_gone()
+
+
+def test_a_serve_that_was_there_is_kept_also_where_the_driver_dies(tmp_path: Path) -> None:
+    was_there = JOINED.replace("begin()", "orders.report(serve_was_there=True); begin()")
+    with running(tmp_path, was_there) as run:
+        os.kill(run.driver, signal.SIGKILL)
+        assert run.process.wait(10) == 1
+        assert run.notes[1:] == ["undone 127.0.0.1:9 True"]
+
+
+def test_a_driver_that_dies_while_it_stops_has_not_removed_what_is_on_another_cluster(tmp_path: Path) -> None:
+    with running(tmp_path, JOINED.replace("begin()", "orders.report(answers_open=True); begin()")) as run:
+        os.kill(run.process.pid, signal.SIGTERM)
+        os.kill(run.driver, signal.SIGKILL)
+        assert run.process.wait(10) == 1
+        assert run.notes[1:] == ["undone 127.0.0.1:9 False"]
+
+
+def test_what_cannot_be_undone_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    failing = "\nnote_undone, note = note, lambda text: note_undone(text) if 'undone' not in text else 1 / 0\n"
+    with running(tmp_path, failing + JOINED) as run:
+        os.kill(run.driver, signal.SIGKILL)
+        assert run.process.wait(10) == 1
+    assert "the application is left on the cluster at 127.0.0.1:9; end it with `python -c" in capfd.readouterr().err
 
 
 def test_a_cluster_that_nobody_can_reach_is_not_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,17 @@ def test_what_was_read_is_not_read_again(process: GrammarProcess, monkeypatch: p
     assert process.read("start: /e/") == "start: /e/"
 
 
+def test_what_was_refused_is_refused_at_once_the_next_time(
+    process: GrammarProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(GrammarError) as first:
+        process.read("start: /(/")
+    monkeypatch.setattr(process, "_ask", lambda *_: pytest.fail("it is read again"))
+    with pytest.raises(GrammarError) as second:
+        process.read("start: /(/")
+    assert str(first.value) == str(second.value)
+
+
 def test_the_process_ends_with_its_parent(model_dir: Path) -> None:
     made = GrammarProcess(str(model_dir))
     child = made._child
