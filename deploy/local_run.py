@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -87,6 +88,7 @@ def _serve(
 ) -> None:
     """Deploy, wait for orders, and let open answers end."""
     say(f"Starting {_describe(spec)}")
+    orders.report(deployed=True)
     with in_one_line("Ray Serve failed", f"see {instance.logs}", *_RAY_ERRORS):
         interruptibly(lambda: _deploy(settings, spec), grace_s=_LET_GO_S)
         if interruptibly(lambda: _wait_until_ready(spec, orders.stop), grace_s=_LET_GO_S):
@@ -156,10 +158,20 @@ def remove_application(address: str, keep_serve: bool) -> None:
     cluster = find_cluster(Surroundings.read())
     found = cluster is not None and cluster.found  # only then, and without an address, does Ray look for its token
     ray.init(address=None if found else address, log_to_driver=False, logging_level=logging.CRITICAL)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ClusterOccupied):
-        claim = Claim.take(APP, False, lambda: None)
-        _take_down(keep_serve)
-        claim.release()
+    with contextlib.redirect_stdout(io.StringIO()):
+        if (claim := _claim_of_a_dead_driver()) is not None:
+            _take_down(keep_serve)
+            claim.release()
+
+
+def _claim_of_a_dead_driver() -> Claim | None:
+    """The claim of the application, once Ray has noticed that its holder is gone; None where another has it."""
+    until = time.monotonic() + _LET_GO_S
+    while time.monotonic() < until:
+        with contextlib.suppress(ClusterOccupied):
+            return Claim.take(APP, False, lambda: None)
+        time.sleep(0.2)
+    return None
 
 
 def _wait_until_ready(spec: GangSpec, stop: threading.Event) -> bool:

@@ -166,7 +166,7 @@ class Keeper:
         if self._stopping and not self.report.joined:
             return 0  # what it has not taken down itself is ended here
         say(f"divisi: failed: the server's driver was ended by {signal.Signals(-status).name}")
-        self.undo_at = self.report.joined
+        self.undo_at = self.report.joined if self.report.deployed else ""
         return 1
 
     def _overdue(self) -> int:

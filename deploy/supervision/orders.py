@@ -26,6 +26,8 @@ class Report:
     """Whether it runs a Ray instance of its own, as its children."""
     joined: str = ""
     """Address of the cluster that it has joined instead."""
+    deployed: bool = False
+    """Whether the application may be on that cluster: then it has to be removed, whatever becomes of the driver."""
     serve_was_there: bool = False
     """Whether Ray Serve ran on that cluster already, and so is not to be ended."""
     taking_down: bool = False

@@ -47,7 +47,7 @@ def work(orders):
 """
 JOINED = """
 def work(orders):
-    orders.report(joined="127.0.0.1:9")
+    orders.report(joined="127.0.0.1:9", deployed=True)
     begin()
     threading.Event().wait()
 """
