@@ -42,8 +42,6 @@ class PrefillRows:
     """What states the runs leave."""
     pages_SN: Tensor
     """int32 [S, N]: page tables, padded with 0."""
-    most_rows: int
-    """Rows of the longest run; here because a kernel's launch grid may not wait for the device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,6 @@ def _prefill(
             _ints(range(len(runs) + 1), device), _ints(ends, device), _ints((targets[i] for i in runs), device)
         ),
         pages_SN=_pages(device)[runs],
-        most_rows=max(rows),
     )
     return _batch(lengths, rows, None, prefill, vocab, generator, device)
 

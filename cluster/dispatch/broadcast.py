@@ -47,6 +47,7 @@ class _WorkerEnd:
         self._sum = ShardSum(transport)
 
     def begin(self, step_pass: Pass) -> None:
+        self._transport.check(step_pass)
         rows, wire = step_pass.rows(self._seat), self._transport.wire
         self._request = wire.request(self._request_B, rows)
         self._incoming_B = [reply_B[: wire.reply_bytes(rows)] for reply_B in self._replies_B]
@@ -84,6 +85,7 @@ class _ShardEnd:
         self._batch = ShardBatch(experts, transport, len(self._workers))
 
     def begin(self, step_pass: Pass) -> None:
+        self._transport.check(step_pass)
         active = [(rank, step_pass.rows(seat), buffer_B) for seat, rank, buffer_B in self._workers]
         self._requests = [
             (rank, self._transport.wire.request(buffer_B, rows)) for rank, rows, buffer_B in active if rows

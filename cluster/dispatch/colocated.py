@@ -54,6 +54,7 @@ class ColocatedEnd:
 
     def begin(self, step_pass: Pass) -> None:
         """See WorkerEnd."""
+        self._transport.check(step_pass)
         wire, own = self._transport.wire, step_pass.rows(self._seat)
         counts = {seat: rows for seat in self._ranks if (rows := step_pass.rows(seat))}
         requests = {seat: wire.request(self._requests_B[seat], rows) for seat, rows in counts.items()}

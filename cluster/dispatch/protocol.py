@@ -54,7 +54,7 @@ class WorkerEnd(Dispatcher, Protocol):
     """An attention worker's end. Whatever `combine` returns is valid until the next `dispatch`."""
 
     def begin(self, step_pass: Pass) -> None:
-        """A pass begins: its layers come next."""
+        """A pass begins: its layers come next. Raises StepAborted for more rows than there is room for."""
         ...
 
     def idle(self, layer: int) -> None:
@@ -66,7 +66,7 @@ class ShardEnd(Protocol):
     """The end of a rank that holds nothing but experts."""
 
     def begin(self, step_pass: Pass) -> None:
-        """A pass begins: its layers come next."""
+        """A pass begins: its layers come next. Raises StepAborted for more rows than there is room for."""
         ...
 
     def serve(self, layer: int) -> None:

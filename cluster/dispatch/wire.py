@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from divisi.cluster.errors import StepAborted
+from divisi.cluster.passes import Pass
+
 
 @dataclass(frozen=True, slots=True)
 class WireFormat:
@@ -77,6 +80,11 @@ class Transport:
     device: torch.device
     compute_dtype: torch.dtype
     """What the experts take their input in."""
+
+    def check(self, step_pass: Pass) -> None:
+        """Raise StepAborted for a pass that the buffers are not made for: its leader has other limits."""
+        if (rows := max(step_pass.counts.values(), default=0)) > self.max_pass_rows:
+            raise StepAborted(f"a pass has {rows} rows of one worker, and room is for {self.max_pass_rows}")
 
     def buffer(self, size: int) -> Tensor:
         """Room for so many bytes of messages."""

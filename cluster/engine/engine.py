@@ -124,7 +124,8 @@ class Engine:
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """Run pass `index` of `plan.counts`. When this raises (StepAborted), run all passes of the plan again."""
         self._stopwatch.start()
-        if index == 0 and plan.ops != NO_OPS:
+        first = next(number for number, rows in enumerate(plan.counts) if rows)  # others walk passes without it
+        if index == first and plan.ops != NO_OPS:
             self._runner.prepare(*plan.ops)
         batch = self._builder.build(plan)
         masks = self._sampler.start(plan)

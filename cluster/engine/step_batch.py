@@ -35,7 +35,7 @@ class BatchBuilder:
         # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out.
         self._token_ids_T = torch.zeros(size, dtype=torch.int64)
         self._token_ids = self._token_ids_T.numpy()
-        # Positions and KV rows of T rows; eight integers at most for each sequence, and there are no more than rows.
+        # Nine integers a row at most, two of its own, five of a run, two of a state that is left; and rounding.
         self._ints = _IntBuffer(12 * size + 64)
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
@@ -121,8 +121,7 @@ class BatchBuilder:
 
     def _prefill_rows(self, runs: Sequence[Run], parts: Sequence[Tensor]) -> PrefillRows:
         starts_S1, lengths_S, sources_S, tables_S, *leaves = parts
-        most_rows = max([run.num_rows for run in runs])
-        return PrefillRows(starts_S1, lengths_S, sources_S, Leaves(*leaves), self._pages(runs, tables_S), most_rows)
+        return PrefillRows(starts_S1, lengths_S, sources_S, Leaves(*leaves), self._pages(runs, tables_S))
 
     def _pages(self, runs: Sequence[Run], tables_S: Tensor) -> Tensor:
         """The page tables [S, N] as far as the runs need them."""

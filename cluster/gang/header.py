@@ -139,6 +139,8 @@ def _decode_header(epoch: int, step: int, body: bytearray) -> Header:
     num_passes, trace_length = _HEADER.unpack_from(body)
     at = _HEADER.size + trace_length
     trace = bytes(body[_HEADER.size : at])
+    if num_passes > MAX_PASSES:
+        raise ValueError(f"a header has {num_passes} passes, more than {MAX_PASSES}")
     passes = []
     for left in reversed(range(num_passes)):
         kind, micro_batches, num_counts, bucket = _PASS.unpack_from(body, at)
@@ -146,7 +148,10 @@ def _decode_header(epoch: int, step: int, body: bytearray) -> Header:
         end = at + num_counts * _COUNT.size
         if end > len(body) or kind != (PassKind.DRAFT if left else PassKind.FULL):
             raise ValueError(f"a header of {num_passes} passes has one of kind {kind} and {num_counts} counts in it")
-        passes.append(Pass(PassKind(kind), dict(_COUNT.iter_unpack(body[at:end])), bucket, micro_batches))
+        counts = dict(_COUNT.iter_unpack(body[at:end]))
+        if len(counts) != num_counts or not all(counts.values()):
+            raise ValueError("a pass of a header counts a seat twice, or no rows")
+        passes.append(Pass(PassKind(kind), counts, bucket, micro_batches))
         at = end
     if not passes or at != len(body):
         raise ValueError(f"a header of {num_passes} passes has {len(body) - at} bytes after them")

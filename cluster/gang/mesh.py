@@ -184,7 +184,9 @@ class LeaderMesh:
             return
         others = self._membership.shape.seats[1:]
         match messages:
-            case [Hello(epoch, seat), *early] if epoch == self._membership.epoch and seat in others:
+            case [Hello(epoch, seat), *early] if (
+                epoch == self._membership.epoch and seat in others and seat not in self._peers
+            ):
                 peer.seat = seat
                 self._peers[seat] = peer
                 self._take(peer, early)

@@ -214,7 +214,10 @@ class WorkerLoop(Generic[PlanT]):
         for index, step_pass in enumerate(header.passes):
             end.begin(step_pass)
             if plan is not None and step_pass.rows(seat):
-                self._engine.run_pass(plan, own_index(step_pass, index, plan.counts), end)
+                own = own_index(step_pass, index, plan.counts)
+                if not 0 <= own < len(plan.counts) or step_pass.rows(seat) != plan.counts[own]:
+                    raise StepAborted("its header counts other rows than were announced", "attention:0")
+                self._engine.run_pass(plan, own, end)
             else:
                 self._idle(self._network.layers.of(step_pass.kind), end)
 

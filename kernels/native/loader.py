@@ -1,7 +1,7 @@
 """Builds the C++ kernels for this machine on first use, and loads them.
 
-The library is plain C++ without torch headers (five seconds to build), is kept in the user's cache under a name made of
-the sources, the flags and the processor, and shares torch's OpenMP threads, since both ask for ``libgomp.so.1``.
+The library is plain C++ without torch headers, built in seven seconds and kept in the user's cache under a name made
+of the sources, the flags and the processor. It shares torch's OpenMP threads, since both ask for ``libgomp.so.1``.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ def mixture(
     pending = dispatcher.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
     stopwatch.lap("dispatch")
     shared_TD = dense(kernels, weights.shared, x_TD)
+    # Strided on purpose: where a column is contiguous, torch's vector loop rounds otherwise than its tail.
     shared_TD *= torch.sigmoid(logits_TE[:, config.num_experts :])
     routed_TD = pending.combine()
     y_TD = shared_TD + routed_TD.to(shared_TD.dtype)

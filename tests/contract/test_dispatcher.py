@@ -19,7 +19,7 @@ from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.protocol import DispatchMode, Peers, ShardedMode, WorkerEnd
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.passes import Pass
+from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import GangShape
 from tests.support.gangs import CPU, DenseExperts, full_pass, gang_groups, serving_shards, split
 from tests.support.plain_mode import Plain
@@ -387,3 +387,10 @@ def test_round_trip_time(num_tokens: int, colocated: bool, record_result: Callab
     median_us = sorted(times)[len(times) // 2] * 1e6
     record_result(f"microseconds per layer, T={num_tokens}", round(median_us))
     assert median_us < 20_000
+
+
+def test_more_rows_than_there_is_room_for_end_the_epoch_and_not_the_rank() -> None:
+    transport = Transport(WireFormat(8, 2, torch.float32), 4, 1.0, CPU, torch.float32)
+    transport.check(Pass(PassKind.FULL, {0: 4, 1: 4}))
+    with pytest.raises(StepAborted, match="5 rows of one worker, and room is for 4"):
+        transport.check(Pass(PassKind.FULL, {0: 4, 1: 5}))

@@ -7,7 +7,6 @@ a ring of what the last decode brought. Wrong pages, positions, slots, or a step
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -144,7 +143,6 @@ def _prefills(layer: _Layer, rows: PrefillRows | None, tokens: list[int]) -> Ite
         return
     starts, of_leaves = rows.starts_S1.tolist(), rows.leaves.starts_S1.tolist()
     positions, slots = rows.leaves.positions_L.tolist(), rows.leaves.slots_L.tolist()
-    assert rows.most_rows == max(end - start for start, end in pairwise(starts))
     for index, (length, source) in enumerate(zip(rows.lengths_S.tolist(), rows.sources_S.tolist(), strict=True)):
         part = slice(of_leaves[index], of_leaves[index + 1])
         leaves = dict(zip(positions[part], slots[part], strict=True))
