@@ -15,10 +15,9 @@ import termios
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -40,8 +39,8 @@ class Cluster:
     ready_after_s: float = 0.0
     health: list[tuple[int, int]] = field(default_factory=list)
     """(live, ready) status codes before the first 200 of ready."""
-    shared_memory: frozenset[str] = frozenset(os.listdir("/dev/shm"))
-    """What others had there before."""
+    files_before: frozenset[Path] = field(default_factory=lambda: frozenset(files_of_servers()))
+    """What others had in shared memory and among the sockets of Ray."""
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """The server's processes whose title contains `title`."""
@@ -100,12 +99,11 @@ def running_cluster(
         if ready_within_s:
             cluster.ready_after_s = cluster.wait_until_ready(ready_within_s)
         yield cluster
-        pids = {running.pid for running in cluster.processes()}
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == status, log.read_text()
         _, left = psutil.wait_procs(cluster.processes(), timeout=10)
         assert not left, f"left behind: {left}"
-        assert_nothing_left(cluster, pids)
+        assert_nothing_left(cluster)
     finally:
         for survivor in (process, *cluster.processes()):
             if survivor.pid and psutil.pid_exists(survivor.pid):
@@ -113,22 +111,25 @@ def running_cluster(
         process.wait(20)
 
 
-def assert_nothing_left(cluster: Cluster, pids: set[int]) -> None:
-    """No listener, no socket file of its Ray session (named for a pid), no shared memory that nobody holds."""
+def files_of_servers() -> set[Path]:
+    """What servers put into shared memory, and the sockets of Ray's sessions."""
+    return {*Path("/dev/shm").iterdir(), *Path("/tmp/ray").glob("session_[0-9]*/sockets/*")}
+
+
+def assert_nothing_left(cluster: Cluster) -> None:
+    """No listener, and no file but of processes that live, which are others'."""
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", httpx.URL(cluster.url).port or 0)) != 0, "somebody still listens"
-    sockets = [path for pid in pids for path in Path("/tmp/ray").glob(f"session_*_{pid}/sockets/*")]
-    assert not sockets, f"left behind: {sockets}"
-    new = set(os.listdir("/dev/shm")) - cluster.shared_memory
-    held = {file.path for process in psutil.process_iter() for file in _open_files(process)}
-    assert not {name for name in new if f"/dev/shm/{name}" not in held}
+    if left := files_of_servers() - cluster.files_before:
+        left -= {Path(file) for process in psutil.process_iter() for file in _files(process)}
+    assert not left, "left behind"
 
 
-def _open_files(process: psutil.Process) -> list[Any]:
-    try:
-        return [*process.open_files(), *process.memory_maps()]
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return []
+def _files(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        files = [file.path for file in (*process.open_files(), *process.memory_maps())]
+        return files + [str(file.laddr) for file in process.net_connections("unix")]
+    return []
 
 
 @pytest.fixture(scope="session")

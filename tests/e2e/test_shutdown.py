@@ -159,9 +159,6 @@ def hung_up(cluster: Cluster, terminal: Terminal) -> None:
 
 
 def killed(cluster: Cluster, terminal: Terminal) -> None:
-    """With a rank that hangs, too: it would not notice that Ray is gone."""
-    for rank in cluster.processes("ExpertShardActor") or cluster.processes("AttentionWorker"):
-        rank.suspend()
     cluster.process.kill()
 
 

@@ -132,7 +132,6 @@ def _prefill_rows(runs: Sequence[_Run]) -> PrefillRows:
             _ints(run.held.spare for run in runs),
         ),
         torch.tensor([run.held.pages for run in runs], dtype=torch.int32),
-        max(len(run.tokens) for run in runs),
     )
 
 
