@@ -170,7 +170,7 @@ def _claim_of_a_dead_driver() -> Claim | None:
     while time.monotonic() < until:
         with contextlib.suppress(ClusterOccupied):
             return Claim.take(APP, False, lambda: None)
-        time.sleep(0.2)
+        time.sleep(0.2)  # Ray has no way to await that a name becomes free
     return None
 
 

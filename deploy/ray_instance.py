@@ -104,7 +104,7 @@ def _make_room(wish: Wish, say: Say) -> None:
         say(f"Ending the application {wish.application!r} that runs there; its open answers have their grace")
         serve.delete(wish.application, _blocking=False)  # it would wait for a minute, whatever their grace is
         while wish.application in serve.status().applications:
-            time.sleep(0.2)
+            time.sleep(0.2)  # Serve has no way to await the end of an application for longer than a minute
 
 
 def _start(ranks: int, surroundings: Surroundings, interruptibly: Interruptible, say: Say) -> str:

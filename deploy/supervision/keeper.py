@@ -206,7 +206,7 @@ def _run_undo(undo: Callable[[str, bool], object], address: str, keep_serve: boo
     until = time.monotonic() + TAKE_DOWN_S
     status = None
     while (status := reap().get(child, status)) is None and time.monotonic() < until:
-        time.sleep(0.1)
+        time.sleep(0.1)  # for one child among descendants that may end, too
     end_descendants(KEEPER_S)
     if status != 0:
         say(f"divisi: failed: the application is left on the cluster at {address}; end it with `{DELETE}`")
