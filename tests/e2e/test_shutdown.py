@@ -344,7 +344,7 @@ def test_on_a_joined_cluster_only_the_application_goes(
         assert applications(ray_address) == "[]"
 
 
-@pytest.mark.parametrize("second_signal", [False, True])
+@pytest.mark.parametrize("second_signal", [False, pytest.param(True, marks=pytest.mark.verify)])
 def test_a_stream_that_outlasts_the_grace_ends_with_an_error_event(
     small_model: Path, tmp_path: Path, second_signal: bool
 ) -> None:
