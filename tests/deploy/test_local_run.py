@@ -45,15 +45,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A free port, which no other test is given."""
-    with closing(socket.socket()) as bound:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(("127.0.0.1", 0))
-        yield bound.getsockname()[1]
-
-
 @contextmanager
 def serving(model_dir: Path, port: int, *flags: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A server as a child process, which is killed if the test has not ended it."""

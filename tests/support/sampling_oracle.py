@@ -52,3 +52,16 @@ def distribution(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.
     probabilities = np.zeros(len(logits))
     probabilities[kept] = [weights[token] for token in kept]
     return np.asarray(probabilities / probabilities.sum())
+
+
+def assert_fits(counts: NDArray[np.int64], probabilities: NDArray[np.float64], what: str) -> None:
+    """Chi-square at five sigma; rare tokens are pooled, impossible ones must be missing."""
+    assert counts[probabilities == 0].sum() == 0, what
+    expected = probabilities * counts.sum()
+    rare = expected < 10
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    used = expected > 0
+    statistic = float((((observed - expected) ** 2)[used] / expected[used]).sum())
+    freedom = max(int(used.sum()) - 1, 1)
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom) + 10, what

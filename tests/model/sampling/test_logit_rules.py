@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from divisi.cluster.request import Request, Sampling
 from divisi.model.sampling.logit_rules import RuleBatch, SequenceRules
 from divisi.model.sampling.sampler import NO_TOKEN, Sampler, SamplingBatch, SequenceSampling
 from divisi.model.sampling.token_counts import History, TokenCounts
-from tests.support.sampling_oracle import distribution, ruled_logits
+from tests.support.sampling_oracle import assert_fits, distribution, ruled_logits
 
 VOCAB = 40
 CPU = torch.device("cpu")
@@ -92,19 +91,6 @@ def row_sampling(asked: Request, seed: int, history: History) -> SequenceSamplin
 
 def some_logits(seed: int) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).normal(size=VOCAB) * 2).astype(np.float32)
-
-
-def assert_fits(counts: NDArray[np.int64], probabilities: NDArray[np.float64], what: str) -> None:
-    """Chi-square at five sigma; rare tokens are pooled, impossible ones must be missing."""
-    assert counts[probabilities == 0].sum() == 0, what
-    expected = probabilities * counts.sum()
-    rare = expected < 10
-    observed = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    used = expected > 0
-    statistic = float((((observed - expected) ** 2)[used] / expected[used]).sum())
-    freedom = max(int(used.sum()) - 1, 1)
-    assert statistic < freedom + 5 * math.sqrt(2 * freedom) + 10, what
 
 
 def test_each_request_of_one_batch_has_the_distribution_of_its_own_parameters() -> None:

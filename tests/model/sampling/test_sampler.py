@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from divisi.model.sampling.sampler import Sampler, SamplingBatch, SequenceSampling, token_logprobs
+from tests.support.sampling_oracle import assert_fits
 
 GREEDY = SequenceSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
@@ -39,19 +40,6 @@ def exact_distribution(logits_V: Tensor, rule: SequenceSampling) -> np.ndarray:
     return np.asarray(probabilities / probabilities.sum())
 
 
-def chi_square_is_plausible(counts: np.ndarray, probabilities: np.ndarray) -> bool:
-    """Whether counts fit, at five sigma of the chi-square distribution; rare tokens are pooled."""
-    assert counts[probabilities == 0].sum() == 0, "a token that the filters exclude"
-    expected = probabilities * counts.sum()
-    rare = expected < 10
-    observed = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    used = expected > 0
-    statistic = float((((observed - expected) ** 2)[used] / expected[used]).sum())
-    freedom = max(int(used.sum()) - 1, 1)
-    return statistic < freedom + 5 * math.sqrt(2 * freedom) + 10
-
-
 @pytest.mark.parametrize(
     "rule",
     [
@@ -79,7 +67,7 @@ def test_distribution_is_exact(rule: SequenceSampling, vary: str) -> None:
     rows = [row(rule.temperature, rule.top_k, rule.top_p, seed) for seed in seeds]
     tokens = sample(logits_V.expand(count, vocab), rows, positions)
     counts = np.bincount(tokens, minlength=vocab)
-    assert chi_square_is_plausible(counts, exact_distribution(logits_V, rule))
+    assert_fits(counts, exact_distribution(logits_V, rule), "sampled")
 
 
 @pytest.mark.parametrize(("seeds", "positions"), [((3, 3), (0, 1)), ((3, 4), (0, 0)), ((0, 2**32), (0, 0))])
@@ -90,7 +78,7 @@ def test_neighbouring_positions_and_seeds_are_independent(seeds: tuple[int, int]
         rows = [row(seed=seed + 5 * index) for index in range(count)]
         pair.append(sample(torch.zeros(count, vocab), rows, [position + 2 * index for index in range(count)]))
     joint = np.bincount(np.array(pair[0]) * vocab + np.array(pair[1]), minlength=vocab * vocab)
-    assert chi_square_is_plausible(joint, np.full(vocab * vocab, 1 / vocab**2))
+    assert_fits(joint, np.full(vocab * vocab, 1 / vocab**2), "sampled")
 
 
 def _mixed_rows(count: int, seed: int) -> list[SequenceSampling]:
@@ -167,7 +155,7 @@ def test_among_equals_the_lowest_id_wins(rule: SequenceSampling) -> None:
 def test_top_k_cuts_equals_at_exactly_k_and_keeps_the_lowest_ids() -> None:
     count = 3000
     tokens = sample(torch.zeros(count, 2000), [row(top_k=3)] * count, list(range(count)))
-    assert chi_square_is_plausible(np.bincount(tokens, minlength=4), np.array([1 / 3, 1 / 3, 1 / 3, 0]))
+    assert_fits(np.bincount(tokens, minlength=4), np.array([1 / 3, 1 / 3, 1 / 3, 0]), "sampled")
 
 
 def test_a_flat_distribution_needs_more_than_the_first_candidates() -> None:
@@ -175,7 +163,7 @@ def test_a_flat_distribution_needs_more_than_the_first_candidates() -> None:
     tokens = sample(torch.zeros(count, vocab), [row(top_p=0.6)] * count, list(range(count)))
     assert max(tokens) in range(2900, 3001)
     halves = np.bincount(np.array(tokens) // 1500, minlength=2)
-    assert chi_square_is_plausible(halves, np.array([0.5, 0.5]))
+    assert_fits(halves, np.array([0.5, 0.5]), "sampled")
 
 
 def test_masked_tokens_are_never_chosen() -> None:
