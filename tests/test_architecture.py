@@ -26,6 +26,7 @@ MAY_IMPORT_RAY = re.compile(
     r"cluster/ray/|deploy/(serve_app|serve_client|serve_router|local_run|ray_instance|shared_cluster)\.py"
 )
 ROOMS = tuple(f"cluster/{room}" for room in ("engine", "dispatch", "gang", "ray"))
+API_ROOMS = tuple(f"deploy/api/{room}" for room in ("schema", "body", "compile", "middleware", "reply"))
 MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",
 }
@@ -144,11 +145,12 @@ def test_no_files_import_each_other() -> None:
     assert cycle is None, " -> ".join(cycle or ())
 
 
-def test_no_rooms_of_the_cluster_import_each_other() -> None:
+@pytest.mark.parametrize("names", [ROOMS, API_ROOMS], ids=["cluster", "api"])
+def test_no_rooms_import_each_other(names: tuple[str, ...]) -> None:
     def room(name: str) -> str | None:
-        return next((room for room in ROOMS if name.startswith(f"{room}/")), None)
+        return next((room for room in names if name.startswith(f"{room}/")), None)
 
-    rooms: dict[str, set[str]] = {room: set() for room in ROOMS}
+    rooms: dict[str, set[str]] = {room: set() for room in names}
     for name, targets in import_graph().items():
         if (here := room(name)) is not None:
             rooms[here] |= {there for target in targets if (there := room(target)) not in (None, here)}

@@ -14,12 +14,12 @@ import uvicorn
 from divisi.benchmarks.http_cost.capture import body, scope_of
 from divisi.benchmarks.http_cost.servers import MODEL, Setup, divisi_app
 from divisi.cluster.request import Request, Sampling
-from divisi.deploy.api.answer import Delta, answer_deltas
-from divisi.deploy.api.chat import ChatWriter
-from divisi.deploy.api.compile import Call
+from divisi.deploy.api.body.protocol import ChatBody
+from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.metrics import Metrics, RequestClock
-from divisi.deploy.api.protocol import ChatBody
-from divisi.deploy.api.streaming import GenerationResponse, Writer
+from divisi.deploy.api.reply.answer import Delta, answer_deltas
+from divisi.deploy.api.reply.chat import ChatWriter
+from divisi.deploy.api.reply.streaming import GenerationResponse, Writer
 from divisi.deploy.limits import Gate, GateLimits
 from divisi.model.text import TextCodec
 

@@ -16,16 +16,20 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from divisi.cluster.errors import DivisiError
-from divisi.deploy.api.auth import HEALTH, METRICS, Authenticate, key_of
-from divisi.deploy.api.body import parse_body, read_body
-from divisi.deploy.api.boundary import Boundary
-from divisi.deploy.api.chat import ChatWriter
-from divisi.deploy.api.compile import Compiler, check_model
-from divisi.deploy.api.completions import CompletionWriter
+from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from divisi.deploy.api.body.reading import parse_body, read_body
+from divisi.deploy.api.compile.call import Compiler, check_model
 from divisi.deploy.api.engine_client import EngineClient, GangStatus
 from divisi.deploy.api.errors import to_reply
 from divisi.deploy.api.metrics import CountRequests, Metrics, RequestClock
-from divisi.deploy.api.openapi import (
+from divisi.deploy.api.middleware.auth import HEALTH, METRICS, Authenticate, key_of
+from divisi.deploy.api.middleware.boundary import Boundary
+from divisi.deploy.api.middleware.request_id import RequestIds
+from divisi.deploy.api.middleware.request_log import LogRequests
+from divisi.deploy.api.reply.chat import ChatWriter
+from divisi.deploy.api.reply.completions import CompletionWriter
+from divisi.deploy.api.reply.streaming import GenerationResponse
+from divisi.deploy.api.schema.openapi import (
     chat_docs,
     completion_docs,
     detokenize_docs,
@@ -33,11 +37,7 @@ from divisi.deploy.api.openapi import (
     ready_docs,
     tokenize_docs,
 )
-from divisi.deploy.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from divisi.deploy.api.request_id import RequestIds
-from divisi.deploy.api.request_log import LogRequests
 from divisi.deploy.api.settings import ApiSettings
-from divisi.deploy.api.streaming import GenerationResponse
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.model.text import TextCodec, TextError
 from divisi.model.text.grammar import GrammarCompiler

@@ -12,7 +12,7 @@ from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.step_sampling import _sequence_sampling
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import SAMPLING_LIMITS, Request, Sampling
-from divisi.deploy.api.sampling_fields import SamplingFields
+from divisi.deploy.api.body.sampling_fields import SamplingFields
 
 NUMBERS = [field.name for field in dataclasses.fields(Sampling) if field.type in ("float", "int")]
 README = Path(__file__).parents[3] / "deploy" / "api" / "README.md"

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from divisi.cluster.request import Request, Sampling, TokenEvent, TokenLogprob
-from divisi.deploy.api.answer import Answer, Delta
-from divisi.deploy.api.chat import ChatWriter
-from divisi.deploy.api.compile import Call
-from divisi.deploy.api.completions import CompletionWriter
-from divisi.deploy.api.parsing import ParseRule, ReasoningPart
-from divisi.deploy.api.protocol import ChatBody, CompletionBody
+from divisi.deploy.api.body.protocol import ChatBody, CompletionBody
+from divisi.deploy.api.compile.call import Call
+from divisi.deploy.api.compile.parsing import ParseRule, ReasoningPart
+from divisi.deploy.api.reply.answer import Answer, Delta
+from divisi.deploy.api.reply.chat import ChatWriter
+from divisi.deploy.api.reply.completions import CompletionWriter
 from divisi.model.random_tokenizer import write_random_tokenizer
 from divisi.model.text import TextCodec, Tokenizer
 from divisi.model.text.tags import CALL, CALL_END, TAGS, THINK, THINK_END, tag_ids

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent
 from divisi.deploy.api import GangStatus
-from divisi.deploy.api.replies import ErrorBody
+from divisi.deploy.api.schema.replies import ErrorBody
 from tests.deploy.api.fake_engine import FakeEngine, Step
 
 ASK: dict[str, Any] = {"model": "test-model", "messages": [{"role": "user", "content": "hi"}]}

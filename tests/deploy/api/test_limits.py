@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from divisi.cluster.request import TokenEvent
-from divisi.deploy.api.replies import ErrorBody
+from divisi.deploy.api.schema.replies import ErrorBody
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.deploy.limits.keys import hash_key, new_key
 from divisi.deploy.logs import JsonFormatter
@@ -140,7 +140,7 @@ def log_lines() -> Iterator[io.StringIO]:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter("test"))
-    log = logging.getLogger("divisi.deploy.api.request_log")
+    log = logging.getLogger("divisi.deploy.api.middleware.request_log")
     log.addHandler(handler)
     former, _ = log.level, log.setLevel(logging.INFO)
     yield stream

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from divisi.deploy.api.replies import ErrorBody
+from divisi.deploy.api.schema.replies import ErrorBody
 from tests.deploy.api.fake_engine import FakeEngine
 
 CHAT = "/v1/chat/completions"

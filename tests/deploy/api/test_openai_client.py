@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from divisi.deploy.api.replies import ChatCompletion, Completion
+from divisi.deploy.api.schema.replies import ChatCompletion, Completion
 from tests.deploy.api.fake_engine import FakeEngine, events_of
 
 MODEL = "test-model"

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from divisi.cluster.request import Request
-from divisi.deploy.api.replies import ChatCompletion, Completion
+from divisi.deploy.api.schema.replies import ChatCompletion, Completion
 from tests.deploy.api.conftest import MODEL
 from tests.deploy.api.fake_engine import FakeEngine
 

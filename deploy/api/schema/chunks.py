@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from divisi.deploy.api.replies import ChatLogprobs, CompletionLogprobs, FinishReason, Reply, Usage
+from divisi.deploy.api.schema.replies import ChatLogprobs, CompletionLogprobs, FinishReason, Reply, Usage
 
 
 class FunctionDelta(Reply):

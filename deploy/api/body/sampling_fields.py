@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from divisi.deploy.api.base import Body
+from divisi.deploy.api.body.base import Body
 
 MAX_INT = 2**31 - 1
 MAX_BIASES = 1024

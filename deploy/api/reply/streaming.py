@@ -13,14 +13,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
-from divisi.deploy.api.answer import Delta, answer_deltas
-from divisi.deploy.api.auth import key_of
-from divisi.deploy.api.compile import Call
+from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.engine_client import EngineClient
 from divisi.deploy.api.errors import AnswerError, to_reply
-from divisi.deploy.api.merge import ClientLeftError, merge, until_client_leaves
 from divisi.deploy.api.metrics import RequestClock
-from divisi.deploy.api.request_log import Generated, note_generated
+from divisi.deploy.api.middleware.auth import key_of
+from divisi.deploy.api.middleware.request_log import Generated, note_generated
+from divisi.deploy.api.reply.answer import Delta, answer_deltas
+from divisi.deploy.api.reply.merge import ClientLeftError, merge, until_client_leaves
 from divisi.deploy.limits import Gate, RequestTimedOut, ServerStopping, Ticket
 from divisi.model.text import Tokenizer
 

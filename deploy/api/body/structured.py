@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from divisi.deploy.api.base import Body
+from divisi.deploy.api.body.base import Body
 from divisi.deploy.api.errors import ApiError
 from divisi.model.text.grammar import GrammarCompiler
 from divisi.model.text.grammar_reader import GrammarError

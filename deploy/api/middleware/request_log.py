@@ -9,8 +9,8 @@ from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from divisi.deploy.api.auth import HEALTH, METRICS, key_of
 from divisi.deploy.api.metrics import CLIENT_LEFT
+from divisi.deploy.api.middleware.auth import HEALTH, METRICS, key_of
 
 logger = logging.getLogger(__name__)
 

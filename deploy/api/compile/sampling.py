@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 
 from divisi.cluster.request import Sampling
+from divisi.deploy.api.body.sampling_fields import SamplingFields
 from divisi.deploy.api.errors import ApiError
-from divisi.deploy.api.sampling_fields import SamplingFields
 from divisi.model.text import TextCodec, Tokenizer
 
 _SEED_STEP = 0x9E37_79B9_7F4A_7C15

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from divisi.cluster.request import Request, Sampling
-from divisi.deploy.api.answer_form import AnswerForms
+from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from divisi.deploy.api.body.reasoning import thinking_of
+from divisi.deploy.api.body.tools import Tool, offered
+from divisi.deploy.api.compile.answer_form import AnswerForms
+from divisi.deploy.api.compile.parsing import ParseRule
+from divisi.deploy.api.compile.sampling import check_ids, choice_seed, compile_sampling
 from divisi.deploy.api.errors import ApiError
-from divisi.deploy.api.parsing import ParseRule
-from divisi.deploy.api.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
-from divisi.deploy.api.reasoning import thinking_of
-from divisi.deploy.api.sampling import check_ids, choice_seed, compile_sampling
 from divisi.deploy.api.settings import ApiSettings
-from divisi.deploy.api.tools import Tool, offered
 from divisi.model.text import TextCodec
 from divisi.model.text.grammar import GrammarCompiler
 

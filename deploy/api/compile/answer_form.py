@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from divisi.deploy.api.body.protocol import ChatBody, GenerationBody
+from divisi.deploy.api.body.reasoning import Thinking
+from divisi.deploy.api.body.structured import content_grammar
+from divisi.deploy.api.body.tools import NamedChoice, Tool, call_rule
+from divisi.deploy.api.compile.parsing import ParseRule
 from divisi.deploy.api.errors import ApiError
-from divisi.deploy.api.parsing import ParseRule
-from divisi.deploy.api.protocol import ChatBody, GenerationBody
-from divisi.deploy.api.reasoning import Thinking
-from divisi.deploy.api.structured import content_grammar
-from divisi.deploy.api.tools import NamedChoice, Tool, call_rule
 from divisi.model.text import TextCodec
 from divisi.model.text.answer_grammar import CallRule, OfferedTool, ThinkingRule, answer_grammar
 from divisi.model.text.grammar import GrammarCompiler

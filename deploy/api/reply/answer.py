@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.request import TokenEvent, TokenLogprob
-from divisi.deploy.api.compile import Call
+from divisi.deploy.api.compile.call import Call
+from divisi.deploy.api.compile.parsing import ChatParser, ChatPart
 from divisi.deploy.api.engine_client import EngineClient
 from divisi.deploy.api.errors import AnswerError
-from divisi.deploy.api.parsing import ChatParser, ChatPart
-from divisi.deploy.api.replies import FinishReason
+from divisi.deploy.api.schema.replies import FinishReason
 from divisi.model.text import Detokenizer, StopMatcher, Tokenizer
 
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request as HttpRequest
 
+from divisi.deploy.api.body.surface import has_no_effect, refusal
 from divisi.deploy.api.errors import ApiError
-from divisi.deploy.api.surface import has_no_effect, refusal
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 _LENGTHS = {

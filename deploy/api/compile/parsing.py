@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from divisi.deploy.api.replies import FinishReason
+from divisi.deploy.api.schema.replies import FinishReason
 from divisi.model.text.reasoning import ReasoningSplitter
 from divisi.model.text.tags import Segment, Tag, TagMarks
 from divisi.model.text.tool_calls import Part, TextPart, ToolCallParser

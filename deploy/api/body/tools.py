@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from divisi.deploy.api.base import Body
+from divisi.deploy.api.body.base import Body
 from divisi.deploy.api.errors import ApiError
 from divisi.model.text.answer_grammar import CallRule, OfferedTool
 from divisi.model.text.grammar import GrammarCompiler

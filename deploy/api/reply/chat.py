@@ -9,12 +9,12 @@ from uuid import uuid4
 
 from pydantic_core import to_json
 
-from divisi.deploy.api.answer import Delta, PlacedToken
-from divisi.deploy.api.compile import Call
-from divisi.deploy.api.parsing import ReasoningPart
-from divisi.deploy.api.protocol import ChatBody
-from divisi.deploy.api.streaming import DONE
-from divisi.deploy.api.usage import MIN_LOGPROB, spell_prompt_logprobs, usage
+from divisi.deploy.api.body.protocol import ChatBody
+from divisi.deploy.api.compile.call import Call
+from divisi.deploy.api.compile.parsing import ReasoningPart
+from divisi.deploy.api.reply.answer import Delta, PlacedToken
+from divisi.deploy.api.reply.streaming import DONE
+from divisi.deploy.api.reply.usage import MIN_LOGPROB, spell_prompt_logprobs, usage
 from divisi.model.text import Tokenizer
 from divisi.model.text.tool_calls import CallPart, RevokedPart, TextPart
 

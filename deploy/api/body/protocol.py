@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from divisi.deploy.api.base import Body
-from divisi.deploy.api.reasoning import Effort
-from divisi.deploy.api.sampling_fields import MAX_INT, SamplingFields, TokenId
-from divisi.deploy.api.structured import ResponseFormat, StructuredOutputs
-from divisi.deploy.api.surface import strip_without_effect
-from divisi.deploy.api.tools import AssistantCalls, CallId, ToolChoice, Tools
+from divisi.deploy.api.body.base import Body
+from divisi.deploy.api.body.reasoning import Effort
+from divisi.deploy.api.body.sampling_fields import MAX_INT, SamplingFields, TokenId
+from divisi.deploy.api.body.structured import ResponseFormat, StructuredOutputs
+from divisi.deploy.api.body.surface import strip_without_effect
+from divisi.deploy.api.body.tools import AssistantCalls, CallId, ToolChoice, Tools
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512

@@ -1,4 +1,4 @@
-"""Replies as models, for the OpenAPI document and for tests. Serving writes them directly, see chat.py."""
+"""Replies as models, for the OpenAPI document and for tests. Serving writes them directly, see reply/chat.py."""
 
 from __future__ import annotations
 

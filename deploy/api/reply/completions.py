@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from divisi.deploy.api.answer import Delta, PlacedToken
-from divisi.deploy.api.compile import Call
-from divisi.deploy.api.protocol import CompletionBody
-from divisi.deploy.api.streaming import DONE
-from divisi.deploy.api.usage import MIN_LOGPROB, spell_prompt_logprobs, usage
+from divisi.deploy.api.body.protocol import CompletionBody
+from divisi.deploy.api.compile.call import Call
+from divisi.deploy.api.reply.answer import Delta, PlacedToken
+from divisi.deploy.api.reply.streaming import DONE
+from divisi.deploy.api.reply.usage import MIN_LOGPROB, spell_prompt_logprobs, usage
 from divisi.model.text import Tokenizer
 
 _TEXT_END = b',"logprobs":null,"finish_reason":null,"stop_reason":null}'

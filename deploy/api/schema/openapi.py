@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from divisi.deploy.api.chunks import ChatChunk, CompletionChunk
-from divisi.deploy.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from divisi.deploy.api.replies import ChatCompletion, Completion, Detokenized, ErrorBody, Tokenized
+from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from divisi.deploy.api.schema.chunks import ChatChunk, CompletionChunk
+from divisi.deploy.api.schema.replies import ChatCompletion, Completion, Detokenized, ErrorBody, Tokenized
 
 
 def chat_docs() -> dict[str, Any]:

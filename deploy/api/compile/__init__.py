@@ -1,0 +1,1 @@
+"""From a body to what the engine gets, and how its answer is to be read."""

@@ -1,0 +1,1 @@
+"""What surrounds every route: keys, request ids, the log line, the last error handler."""

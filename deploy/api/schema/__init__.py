@@ -1,0 +1,1 @@
+"""Replies and events as models, for the OpenAPI document and for tests."""
