@@ -43,7 +43,7 @@ def json_schema(schema: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(messages=[]), 400, "messages", "must have at least 1 item, but has 0"),
-    (chat(max_completion_tokens=100_000), 400, "max_completion_tokens", "max_completion_tokens: this model's context"),
+    (chat(max_completion_tokens=100_000), 400, "max_completion_tokens", "this model's maximum context length"),
     (completion(prompt=[1] * 60_000), 400, "prompt", "the prompt alone has 60000"),
     (chat(messages="hi"), 400, "messages", "list"),
     (chat(messages=None), 400, "messages", "null"),
@@ -53,8 +53,10 @@ FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content", "5"),
     (chat(messages=[{"role": "user", "content": []}]), 400, "messages[0].content", "at least 1"),
     (chat(messages=[{"role": "king", "content": "x"}]), 400, "messages[0].role", "'user'"),
-    (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages[0]", "tool_call_id"),
-    (chat(messages=[{"role": "user", "content": "x", "mood": 1}]), 400, "messages[0].mood", "not supported"),
+    (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages[0].tool_call_id", "required"),
+    (chat(messages=[{"role": 5, "content": "x"}]), 400, "messages[0].role", "but it is 5"),
+    (chat(messages=[{"content": "x"}]), 400, "messages[0].role", "required"),
+    (chat(messages=[{"role": "function", "content": "x"}]), 400, "messages[0].name", "required"),
     (
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         400,
@@ -215,7 +217,8 @@ BODIES: list[tuple[bytes, dict[str, str], int, str]] = [
     (b"[" * 100_000, JSON, 400, "recursion"),
     (b'{"a":' * 20_000, JSON, 400, "recursion"),
     (b'{"model": "\xff\xfe"}', JSON, 400, "unicode"),
-    (b'{"model": "\\ud800"}', JSON, 400, "not valid JSON"),
+    (b'{"model": "\\ud800', JSON, 400, "not valid JSON"),
+    (b'{"model": "\\ud8"}', JSON, 400, "not valid JSON"),
     (b'{"temperature": NaN}', JSON, 400, "not valid JSON"),
     (b'{"temperature": Infinity}', JSON, 400, "not valid JSON"),
     (b'{"model":"test-model","prompt":"x","temperature":1e999}', JSON, 400, "temperature"),
