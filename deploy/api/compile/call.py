@@ -291,7 +291,8 @@ class Compiler:
         if wanted is not None and wanted > room:
             raise ApiError(
                 f"{asked}: this model's maximum context length is {limit} tokens, but {prompt_tokens} of the prompt "
-                f"and {wanted} of the answer make {prompt_tokens + wanted}; shorten the prompt or ask for at most {room}",
+                f"and {wanted} of the answer make {prompt_tokens + wanted}; shorten the prompt, "
+                f"or ask for at most {room}",
                 param=asked,
                 code="context_length_exceeded",
             )
