@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from divisi.cluster.triggers import Span
+
 EndReason = Literal["stop", "length", "cancelled", "rejected", "error"]
 
 
@@ -48,9 +50,10 @@ class Sampling:
 class Request:
     """One answer to produce.
 
-    `stop_ids` end the answer and are not part of it. `logprobs`: None for none, 0 for the chosen token's only, n for
-    the n best besides; `prompt_logprobs` the same for the prompt's tokens. Until `min_tokens` were generated, the stop
-    ids are masked. `grammar` is an llguidance grammar, validated by the ingress, that the answer must follow.
+    `stop_ids` end the answer and are not part of it; so do `content_stop_ids`, but only outside of `spans`.
+    `logprobs`: None for none, 0 for the chosen token's only, n for the n best besides; `prompt_logprobs` the same
+    for the prompt's tokens. Until `min_tokens` were generated, the stop ids of both kinds are masked. `grammar` is
+    an llguidance grammar, validated by the ingress, that the answer must follow.
     """
 
     request_id: str
@@ -62,6 +65,8 @@ class Request:
     prompt_logprobs: int | None = None
     min_tokens: int = 0
     grammar: str | None = None
+    content_stop_ids: frozenset[int] = frozenset()
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,4 +45,4 @@ def _token_ids(request: Request) -> Iterator[tuple[str, Iterable[int]]]:
     yield "logit_bias", (token for token, _ in sampling.logit_bias)
     yield "bad_words", (token for word in sampling.bad_words for token in word)
     if request.min_tokens:
-        yield "stop_token_ids", request.stop_ids
+        yield "stop_token_ids", request.stop_ids | request.content_stop_ids

@@ -250,7 +250,7 @@ class Scheduler:
             return self._finish(sequence, "cancelled")
         told: list[int] = []
         for token in tokens:
-            if token in sequence.request.stop_ids:
+            if sequence.stops_at(token):
                 return self._finish(sequence, "stop", told, stop_id=token)
             sequence.tokens.append(token)
             told.append(token)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory import Holding
 from divisi.cluster.request import Request, TokenLogprob
+from divisi.cluster.triggers import Triggers
 
 
 class Status(Enum):
@@ -49,8 +50,11 @@ class Sequence:
     """The request's `allowed_token_ids`, which may be as many as the vocabulary has, as the sampler wants them."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """Of the first tokens of the prompt, as far as chunks have been committed. None when not asked for, or sent."""
+    triggers: Triggers = field(init=False)
+    """Where in the request's spans the answer stands."""
 
     def __post_init__(self) -> None:
+        self.triggers = Triggers(self.request.spans)
         if (ids := self.request.sampling.allowed_token_ids) is not None:
             self.allowed_ids = np.array(ids, dtype=np.int64)
 
@@ -64,6 +68,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens chosen so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    def stops_at(self, token: int) -> bool:
+        """Take note of the next committed token; returns whether it is a stop id where it stands."""
+        counts = self.triggers.take(token)
+        return token in self.request.stop_ids or (counts and token in self.request.content_stop_ids)
 
     def prompt_positions(self, start: int, end: int) -> range:
         """The positions in `start:end` whose logits give a prompt log-probability that is asked for and missing.

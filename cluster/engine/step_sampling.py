@@ -137,7 +137,7 @@ def _sequence_rules(sequence: Sequence) -> SequenceRules:
         masked=request.grammar is not None,
         allowed_token_ids=sequence.allowed_ids,
         bad_words=sampling.bad_words,
-        stop_ids=tuple(sorted(request.stop_ids)) if early else (),
+        stop_ids=tuple(sorted(request.stop_ids | request.content_stop_ids)) if early else (),
         min_position=len(request.prompt) + request.min_tokens if early else 0,
         logit_bias=sampling.logit_bias,
         repetition_penalty=sampling.repetition_penalty,

@@ -14,6 +14,7 @@ from divisi.cluster.engine.plan import Run, RunKind, StepPlan
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.request import EndReason, Request
+from divisi.cluster.triggers import Triggers
 
 VOCAB = 61
 _EMPTY = 17
@@ -25,7 +26,7 @@ _CHECK_EVERY = 4
 def choose(request: Request, generated: int, history: int) -> int:
     """The token after a history of which `generated` tokens are the answer's."""
     draw = hash((history, request.sampling.seed))
-    while generated < request.min_tokens and draw % VOCAB in request.stop_ids:
+    while generated < request.min_tokens and draw % VOCAB in request.stop_ids | request.content_stop_ids:
         draw = hash((draw,))
     return draw % VOCAB
 
@@ -41,11 +42,12 @@ def expected_answer(request: Request, max_model_len: int) -> tuple[list[int], En
     for token in request.prompt:
         history = hash((history, token))
     answer: list[int] = []
+    triggers = Triggers(request.spans)
     while len(answer) < min(request.max_tokens, max_model_len - len(request.prompt)):
         if is_complete(request, len(answer)):
             return answer, "stop", None
         token = choose(request, len(answer), history)
-        if token in request.stop_ids:
+        if token in request.stop_ids | (request.content_stop_ids if triggers.take(token) else frozenset()):
             return answer, "stop", token
         answer.append(token)
         history = hash((history, token))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.request import Request, Sampling
+from divisi.cluster.triggers import Span
 from tests.sim.hash_model import VOCAB
 
 
@@ -61,6 +62,7 @@ def _config(rng: random.Random) -> SchedulerConfig:
 
 def _request(rng: random.Random, config: SchedulerConfig, name: str) -> Request:
     pick = rng.randint
+    opened = pick(0, 40)
     length = pick(1, rng.choice([config.max_model_len, 4, 4]))
     prompt = tuple(pick(0, VOCAB - 1) for _ in range(length))
     flaw = rng.random()
@@ -79,4 +81,6 @@ def _request(rng: random.Random, config: SchedulerConfig, name: str) -> Request:
         prompt_logprobs=rng.choice([None, None, 1]),
         min_tokens=rng.choice([0, 0, pick(0, 12)]),
         grammar=rng.choice([None, None, None, str(pick(0, 12))]),
+        content_stop_ids=frozenset(pick(0, VOCAB - 1) for _ in range(rng.choice([0, 0, 8]))),
+        spans=tuple(Span(begin, pick(0, VOCAB - 1), opened=begin == opened) for begin in range(pick(0, 20))),
     )

@@ -12,8 +12,10 @@ from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Status
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, Sampling
+from divisi.cluster.triggers import Span
 
-STOP = 9
+STOP, EOS = 9, 8
+THINK, THOUGHT, CALL, CALLED = 2, 3, 4, 5
 
 
 def make(**changes: Any) -> Scheduler:
@@ -199,6 +201,51 @@ def test_a_ring_run_of_several_rows_commits_as_many_as_it_chose_tokens(
     else:
         assert (sequence.length, sequence.tokens[5:]) == (length, [1, *told])
         assert len(sequence.tokens) == sequence.length + 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told", "end"),
+    [
+        ([21, STOP, 22], (21, STOP, 22), None),
+        ([21, STOP, THOUGHT, STOP, 23], (21, STOP, THOUGHT), "stop"),
+        ([THOUGHT, CALL, STOP, CALLED, 24, STOP], (THOUGHT, CALL, STOP, CALLED, 24), "stop"),
+        ([STOP, EOS, THOUGHT], (STOP,), "stop"),
+        ([THOUGHT, CALL, EOS, CALLED], (THOUGHT, CALL), "stop"),
+    ],
+    ids=["thinking", "after it", "beside a call", "end in thinking", "end in a call"],
+)
+@pytest.mark.parametrize("at_once", [1, 2, 6])
+def test_named_stop_ids_count_outside_of_spans_however_many_tokens_a_step_commits(
+    tokens: list[int], told: tuple[int, ...], end: str | None, at_once: int
+) -> None:
+    scheduler = make()
+    spans = (Span(THINK, THOUGHT, opened=True, leading=True), Span(CALL, CALLED))
+    stops = {"stop_ids": frozenset({EOS}), "content_stop_ids": frozenset({STOP})}
+    sequence = scheduler.submit(request("a", max_tokens=20, spans=spans, **stops))
+    step(scheduler)
+    found: list[Outcome] = []
+    while tokens and not (found and found[-1].finish_reason):
+        plan = scheduler.plan()
+        assert plan is not None
+        wide = replace(plan, rings=(plan.rings[0]._replace(end=sequence.length + at_once),), num_rows=at_once)
+        scheduler.outstanding = wide
+        found += scheduler.commit(wide, [tokens[:at_once]])
+        tokens = tokens[at_once:]
+    assert tuple(token for outcome in found for token in outcome.token_ids) == told
+    assert found[-1].finish_reason == end
+
+
+def test_a_preempted_answer_is_where_it_was() -> None:
+    """The first tokens of the answer, which opened a call, are computed again but not taken again."""
+    scheduler = make(num_pages=4)
+    scheduler.submit(request("first", prompt=5, max_tokens=8))
+    spans, stops = (Span(CALL, CALLED),), frozenset({STOP})
+    second = scheduler.submit(request("second", prompt=4, max_tokens=8, spans=spans, content_stop_ids=stops))
+    step(scheduler, CALL)
+    while not scheduler.preemptions:
+        step(scheduler, STOP)
+    assert second.triggers.inside == spans[0]
+    assert drain(scheduler) == {"first": "length", "second": "length"}
 
 
 @pytest.mark.parametrize("prompt", [5, 30], ids=["last chunk", "first chunk"])
