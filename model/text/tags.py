@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,58 +30,14 @@ def tag_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: token_id for name, token_id in found.items() if token_id is not None}
 
 
-def last_tag(prompt: Sequence[int], tokenizer: Tokenizer, tags: Mapping[int, str]) -> str | None:
-    """The tag that a prompt ends with, but for blanks after it."""
+def last_tag(
+    prompt: Sequence[int], tokenizer: Tokenizer, tags: Mapping[int, str], *, past_text: bool = False
+) -> str | None:
+    """The tag that a prompt ends with, but for blanks after it; with `past_text`, the last one of its last turn."""
     for token_id in reversed(prompt):
         if token_id in tags:
             return tags[token_id]
-        if tokenizer.bytes_of(token_id).strip():
+        passes = token_id not in tokenizer.special_ids if past_text else not tokenizer.bytes_of(token_id).strip()
+        if not passes:
             return None
     return None
-
-
-class TagMarks:
-    """Remembers where in an answer its tags stand, for text that is let out later than its tokens came."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[int, Tag]] = deque()  # by the offset at which each begins
-        self._seen = 0  # characters generated
-        self._at = 0  # characters let out before `_held`
-        self._held = ""  # the beginning of a tag's letters
-
-    def see(self, segment: Segment) -> None:
-        """Take note of what was generated."""
-        if isinstance(segment, str):
-            self._seen += len(segment)
-            return
-        self._marks.append((self._seen, segment))
-        self._seen += len(segment.text)
-
-    def cut(self, text: str) -> list[Segment]:
-        """The next piece of the text that was seen, with its tags; one whose letters are cut waits for the others."""
-        if not self._marks:
-            self._at += len(text)
-            return [text] if text else []
-        text, self._held = self._held + text, ""
-        segments: list[Segment] = []
-        while self._marks:
-            begin, tag = self._marks[0]
-            before = begin - self._at
-            if before > len(text):
-                break
-            if before:
-                segments.append(text[:before])
-            text, self._at = text[before:], begin
-            if len(tag.text) > len(text):
-                self._held = text
-                return segments
-            segments.append(tag)
-            text, self._at = text[len(tag.text) :], begin + len(tag.text)
-            self._marks.popleft()
-        self._at += len(text)
-        return [*segments, text] if text else segments
-
-    def rest(self) -> str:
-        """At the end of the text: letters of a tag that was cut, which are text."""
-        held, self._held = self._held, ""
-        return held

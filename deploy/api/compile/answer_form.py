@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from divisi.cluster.triggers import Span
 from divisi.deploy.api.body.protocol import ChatBody, GenerationBody
 from divisi.deploy.api.body.reasoning import Thinking
 from divisi.deploy.api.body.structured import content_grammar
@@ -50,9 +51,18 @@ class AnswerForms:
         names = frozenset(tool.function.name for tool in tools)
         if isinstance(body.tool_choice, NamedChoice):
             names = frozenset([body.tool_choice.function.name])
-        opened = thinks and self._last_tag(prompt) == THINK
+        opened = thinks and self._last_tag(prompt, past_text=bool(body.continue_final_message)) == THINK
         forced = bool(tools) and is_forced(body.tool_choice)
         return ParseRule(self._tags, thinks, opened, names, body.parallel_tool_calls is False, forced)
+
+    def spans(self, parse: ParseRule) -> tuple[Span, ...]:
+        """Where in an answer the stop ids that the client named mean nothing: in its thinking and its calls."""
+        spans: list[Span] = []
+        if parse.thinks:
+            spans.append(Span(self._ids[THINK], self._ids[THINK_END], opened=parse.opened, leading=True))
+        if parse.names:
+            spans.append(Span(self._ids[CALL], self._ids[CALL_END]))
+        return tuple(spans)
 
     async def content_grammar(self, body: GenerationBody) -> str | None:
         """The grammar of an answer's content; None for free text. Raises ApiError for one that cannot be kept."""
@@ -102,5 +112,5 @@ class AnswerForms:
                     param=param,
                 )
 
-    def _last_tag(self, prompt: Sequence[int]) -> str | None:
-        return last_tag(prompt, self._text.tokenizer, self._tags)
+    def _last_tag(self, prompt: Sequence[int], *, past_text: bool = False) -> str | None:
+        return last_tag(prompt, self._text.tokenizer, self._tags, past_text=past_text)

@@ -78,7 +78,10 @@ class Compiler:
         answer_id = f"chatcmpl-{uuid4().hex}"
         sampling = await self._sampling(body)
         calls = self._calls(body, sampling, answer_id, prompt, max_tokens, logprobs, grammar, choices=body.n or 1)
-        return calls if parse is None else [replace(call, parse=parse) for call in calls]
+        if parse is None:
+            return calls
+        spans = self._forms.spans(parse)
+        return [replace(call, parse=parse, request=replace(call.request, spans=spans)) for call in calls]
 
     async def completion(self, body: CompletionBody) -> list[Call]:
         """One call per prompt and choice, in the order of the prompts."""
@@ -194,7 +197,8 @@ class Compiler:
                     prompt=ids,
                     max_tokens=max_tokens,
                     sampling=choice_seed(sampling, index - first),
-                    stop_ids=named if body.ignore_eos else named | self._text.eos_ids,
+                    stop_ids=frozenset() if body.ignore_eos else self._text.eos_ids,
+                    content_stop_ids=named,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                     min_tokens=body.min_tokens or 0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from divisi.deploy.api.schema.replies import FinishReason
 from divisi.model.text.reasoning import ReasoningSplitter
-from divisi.model.text.tags import Segment, Tag, TagMarks
+from divisi.model.text.tags import Segment, Tag
 from divisi.model.text.tool_calls import Part, TextPart, ToolCallParser
 
 
@@ -40,35 +40,30 @@ ChatPart = ReasoningPart | Part
 
 
 class ChatParser:
-    """Follows one answer: each token as it is generated, and its text as it is let out, which may be later.
-
-    The parts, joined, don't depend on how the text comes.
-    """
+    """Follows one answer, token by token. The parts, joined, don't depend on how tokens come grouped."""
 
     def __init__(self, rule: ParseRule) -> None:
         self._tags = rule.tags
-        self._marks = TagMarks()
         self._splitter = ReasoningSplitter(opened=rule.opened) if rule.thinks else None
-        # Counts on the text as generated: a stop string that is held back would shift the count.
-        self._counter = ReasoningSplitter(opened=rule.opened) if rule.thinks else None
-        self._uncounted = 0
         self._calls = ToolCallParser(rule.names, single=rule.single) if rule.names else None
         self._forced = rule.forced
+        self._uncounted: int | None = 0 if rule.thinks else None  # None once all tokens of the thinking are counted
 
     @property
     def done(self) -> bool:
         """Whether the answer is over: it has the one call that it may have."""
         return self._calls is not None and self._calls.done
 
-    def push(self, text: str) -> list[ChatPart]:
-        """What a piece of text adds; `see` has had its tokens."""
-        if not text:
-            return []
-        return self._parts(self._marks.cut(text))
+    def push(self, token_id: int, text: str) -> list[ChatPart]:
+        """What a token adds; `text` is what it completes."""
+        if (name := self._tags.get(token_id)) is None:
+            return self._parts([text]) if text else []
+        shown = name if text.endswith(name) else ""
+        before = text.removesuffix(shown)  # the token may end a broken character, too
+        return self._parts([before, Tag(name, shown)] if before else [Tag(name, shown)])
 
-    def finish(self, reason: FinishReason | None = None) -> list[ChatPart]:
-        """What was held back, at the end of the text, which came for `reason`."""
-        rest = self._marks.rest()
+    def finish(self, rest: str, reason: FinishReason | None = None) -> list[ChatPart]:
+        """At the end of the text, whose last piece is `rest` and which came for `reason`: that, and what was held."""
         parts = self._parts([rest] if rest else [])
         if self._splitter is not None:
             reasoning, content = self._splitter.finish()
@@ -77,30 +72,16 @@ class ChatParser:
             parts += self._calls.finish(cut=self._forced and reason == "length")
         return parts
 
-    def see(self, token_id: int, text: str) -> int:
-        """Take note of one more token and the text that it completes.
-
-        Returns how many tokens are found to be of the thinking part, its tags included.
-        """
-        if (name := self._tags.get(token_id)) is None:
-            self._marks.see(text)
-            return 0 if self._counter is None else self._count(self._counter, text)
-        shown = name if text.endswith(name) else ""
-        before, tag = text.removesuffix(shown), Tag(name, shown)  # the token may end a broken character, too
-        self._marks.see(before)
-        self._marks.see(tag)
-        return 0 if self._counter is None else self._count(self._counter, before, tag)
-
-    def _count(self, counter: ReasoningSplitter, *segments: Segment) -> int:
-        for segment in segments:
-            counter.push(segment)
-        self._uncounted += 1
-        if not counter.thinking and not counter.closed and not counter.answering:
-            return 0  # neither part has begun yet
-        if not counter.thinking:
-            self._counter = None
-        found, self._uncounted = (0 if counter.answering and not counter.closed else self._uncounted), 0
-        return found
+    def count_reasoning(self) -> int:
+        """To be called after each token: how many are found to be of the thinking part, its tags included."""
+        if self._uncounted is None or self._splitter is None:
+            return 0
+        splitter, count = self._splitter, self._uncounted + 1
+        if not splitter.thinking and not splitter.answering:
+            self._uncounted = count  # neither part has begun yet
+            return 0
+        self._uncounted = 0 if splitter.thinking else None
+        return count if splitter.thinking or splitter.closed else 0
 
     def reason(self, finish_reason: FinishReason) -> FinishReason:
         """`tool_calls` for an end after whole calls; a broken block leaves the reason that it had."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ from divisi.deploy.api.engine_client import EngineClient
 from divisi.deploy.api.errors import AnswerError
 from divisi.deploy.api.schema.replies import FinishReason
 from divisi.model.text import Detokenizer, StopMatcher, Tokenizer
+from divisi.model.text.tool_calls import TextPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Delta:
     """What one event adds to an answer."""
 
     text: str
+    """Empty where the call is to be parsed."""
     token_ids: list[int]
     """Generated tokens; a prompt that is echoed is not among them."""
     tokens: list[PlacedToken] = field(default_factory=list)
@@ -40,7 +42,7 @@ class Delta:
     """The stop string, or the stop id that the client named."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     parts: list[ChatPart] = field(default_factory=list)
-    """The text as reasoning, content and tool calls, where the call is to be parsed."""
+    """Reasoning, content and tool calls, where the call is to be parsed."""
     reasoning_tokens: int = 0
 
 
@@ -67,74 +69,84 @@ class Answer:
         if event.finish_reason == "cancelled":
             raise GangNotReady("the server cancelled the answer; send the request again")
         delta = Delta("", [])
-        pieces: list[str] = []
         if not self._started:
             self._started = True
             delta.prompt_logprobs = event.prompt_logprobs
             if self._call.echo:
-                pieces.append(self._echo(event, delta))
+                delta.text = self._echo(event, delta)
         for index, token_id in enumerate(event.token_ids):
             delta.token_ids.append(token_id)
             if event.logprobs is not None:
                 delta.tokens.append(PlacedToken(token_id, self._offset, event.logprobs[index]))
-            raw = self._detokenizer.push(token_id)
-            begun = len(pieces)
-            pieces.append(self._release(raw))
-            stopped = self._stopped(delta, pieces)
+            self._take(delta, token_id)
             if self._parser is not None:
-                delta.reasoning_tokens += self._parser.see(token_id, raw)
-                self._parse(delta, pieces[begun:])
-            if stopped or delta.finish_reason is not None:
+                delta.reasoning_tokens += self._parser.count_reasoning()
+            if delta.finish_reason is not None:
                 break
         else:
             if event.finish_reason is not None:
-                begun = len(pieces)
-                self._end(event, delta, pieces)
-                self._parse(delta, pieces[begun:])
+                self._end(event, delta)
         if self._parser is not None and delta.finish_reason is not None:
-            delta.parts += self._parser.finish(delta.finish_reason)
             delta.finish_reason = self._parser.reason(delta.finish_reason)
-        delta.text = "".join(pieces)
         return delta
 
-    def _parse(self, delta: Delta, pieces: list[str]) -> None:
-        """Parse what just came. The one call that an answer may have ends it, as a stop string would."""
-        if self._parser is None:
-            return
-        delta.parts += self._parser.push("".join(pieces))
-        if self._parser.done and delta.finish_reason is None:
-            delta.finish_reason = "stop"
-
-    def _release(self, piece: str) -> str:
+    def _take(self, delta: Delta, token_id: int) -> None:
+        """Add a token. The one call that an answer may have ends it, as a stop string does."""
+        piece = self._detokenizer.push(token_id)
         self._offset += len(piece)
-        if self._matcher is None:
-            return piece
+        if self._parser is None:
+            delta.text += self._content(delta, piece)
+        else:
+            self._add(delta, self._parser.push(token_id, piece))
+            if self._parser.done and delta.finish_reason is None:
+                delta.finish_reason = "stop"
         if self._unstoppable:
             self._unstoppable -= 1
-            return piece
-        return self._matcher.push(piece)
 
-    def _stopped(self, delta: Delta, pieces: list[str]) -> bool:
-        if self._matcher is None or (stop := self._matcher.matched) is None:
-            return False
-        delta.finish_reason, delta.stop_reason = "stop", stop
-        if self._call.include_stop:
-            pieces.append(stop)
-        return True
-
-    def _end(self, event: TokenEvent, delta: Delta, pieces: list[str]) -> None:
-        """The engine's end: let out what was held back, which may complete a stop string."""
-        if event.stop_id is not None and self._call.include_stop:
-            raw = self._detokenizer.push(event.stop_id)
-            if self._parser is not None:
-                self._parser.see(event.stop_id, raw)
-            pieces.append(self._release(raw))
-        pieces.append(self._release(self._detokenizer.flush()))
-        if self._stopped(delta, pieces):
+    def _add(self, delta: Delta, parts: Sequence[ChatPart]) -> None:
+        """Add parts, up to a stop string. What was held back of one goes out before a call: none spans it."""
+        if self._matcher is None:
+            delta.parts += parts
             return
-        if self._matcher is not None:
-            pieces.append(self._matcher.flush())
-        delta.finish_reason = "length" if event.finish_reason == "length" else "stop"
+        for part in parts:
+            shown: list[ChatPart]
+            if isinstance(part, TextPart):
+                shown = [TextPart(self._content(delta, part.text))]
+            else:
+                shown = [TextPart(self._matcher.flush()), part]
+            delta.parts += [piece for piece in shown if piece != TextPart("")]
+            if delta.finish_reason is not None:
+                return
+
+    def _content(self, delta: Delta, text: str) -> str:
+        """What may go out of a piece of content; a stop string in it ends the answer."""
+        if self._matcher is None or self._unstoppable:
+            return text
+        text = self._matcher.push(text)
+        if (stop := self._matcher.matched) is not None:
+            delta.finish_reason, delta.stop_reason = "stop", stop
+            return text + stop if self._call.include_stop else text
+        return text
+
+    def _end(self, event: TokenEvent, delta: Delta) -> None:
+        """The engine's end: let out what was held back, which may complete a stop string."""
+        reason: FinishReason = "length" if event.finish_reason == "length" else "stop"
+        if event.stop_id is not None and self._call.include_stop:
+            self._take(delta, event.stop_id)
+        if delta.finish_reason is None:
+            tail = self._detokenizer.flush()
+            if self._parser is None:
+                delta.text += self._content(delta, tail)
+            else:
+                self._add(delta, self._parser.finish(tail, reason))
+        if delta.finish_reason is not None:
+            return
+        if self._matcher is not None and (held := self._matcher.flush()):
+            if self._parser is None:
+                delta.text += held
+            else:
+                delta.parts.append(TextPart(held))
+        delta.finish_reason = reason
         delta.stop_reason = event.stop_id if event.stop_id in self._call.stop_token_ids else None
 
     def _echo(self, event: TokenEvent, delta: Delta) -> str:

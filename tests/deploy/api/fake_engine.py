@@ -39,7 +39,8 @@ def events_of(request: Request, ids: Sequence[int], *, group: int = 1, end: EndR
             prompt_logprobs = (None, *(logprob_of(token, top) for token in request.prompt[1:]))
         events.append(TokenEvent(request.request_id, part, logprobs, prompt_logprobs))
     last = events.pop()
-    stop_id = min(request.stop_ids) if reason == "stop" and request.stop_ids else None
+    stop_ids = request.content_stop_ids or request.stop_ids
+    stop_id = min(stop_ids) if reason == "stop" and stop_ids else None
     final = TokenEvent(
         last.request_id, last.token_ids, last.logprobs, last.prompt_logprobs, finish_reason=reason, stop_id=stop_id
     )

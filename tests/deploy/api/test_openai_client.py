@@ -113,10 +113,10 @@ def test_stop_ids(client: openai.OpenAI, engine: FakeEngine) -> None:
     answer: Any = client.completions.create(model=MODEL, prompt="x", extra_body=extra, max_tokens=99)
     eos = engine.tokenizer.id_of("<|im_end|>")
     assert eos is not None
-    assert engine.requests[0].stop_ids == {5, 6, eos}
+    assert (engine.requests[0].stop_ids, engine.requests[0].content_stop_ids) == ({eos}, {5, 6})
     assert answer.choices[0].stop_reason == 5
     client.completions.create(model=MODEL, prompt="x", extra_body={**extra, "ignore_eos": True})
-    assert engine.requests[1].stop_ids == {5, 6}
+    assert (engine.requests[1].stop_ids, engine.requests[1].content_stop_ids) == (frozenset(), {5, 6})
 
 
 def test_echo_and_logprobs(client: openai.OpenAI, engine: FakeEngine) -> None:

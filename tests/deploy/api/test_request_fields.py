@@ -59,7 +59,7 @@ def test_sampling_reaches_the_engine(http: httpx.Client, engine: FakeEngine) -> 
     assert penalties == (0.25, -0.5, 1.5)
     assert sampling.logit_bias == ((5, 1.5), (7, -100.0))
     assert sampling.allowed_token_ids == (5, 9)
-    assert (asked(engine).min_tokens, asked(engine).stop_ids) == (3, frozenset({11}))
+    assert (asked(engine).min_tokens, asked(engine).content_stop_ids) == (3, frozenset({11}))
 
 
 def test_bad_words_are_banned_at_the_start_and_after_a_blank(http: httpx.Client, engine: FakeEngine) -> None:
