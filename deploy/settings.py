@@ -174,6 +174,12 @@ class HttpSettings(Group):
     allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list)] = ()
     """Web pages whose scripts may call the API, as `https://chat.example.org`; `*` for all. None by default."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
+    control_tokens_in_messages: bool = False
+    """Whether `<|im_end|>` and the like in messages and tools become control tokens, as a forged turn would want."""
+    headers_after_s: float = Field(default=2.0, gt=0)
+    """How long a stream's status waits for the first event; an error until then keeps its own status."""
+    keepalive_s: float = Field(default=10.0, gt=0)
+    """Longest silence of a stream: then an SSE comment keeps the connection alive, before the first token too."""
 
 
 class LimitSettings(Group):

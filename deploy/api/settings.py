@@ -42,6 +42,12 @@ class ApiSettings(BaseModel):
     """Name of this process among several that serve the same API; a label of its rows in /metrics."""
     names_requests: bool = True
     """Whether replies carry `X-Request-Id`; Serve's proxy adds it itself."""
+    control_tokens_in_messages: bool = False
+    """Whether the letters of an added token become that token in messages and tools, too; otherwise they are text."""
+    headers_after_s: float = Field(default=2.0, gt=0)
+    """How long a stream's status waits for its first event; an error until then keeps its own status."""
+    keepalive_s: float = Field(default=10.0, gt=0)
+    """Longest silence of a stream, before a comment is sent."""
     metrics_open: bool = True
     """Whether /metrics can be read without an API key, where keys are asked for at all."""
     allowed_origins: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,6 +14,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from divisi.model.text.errors import TemplateError
+from divisi.model.text.literal import MARKS
 
 MAX_TEMPLATE_CHARS = 1 << 20
 """Longest template that is compiled."""
@@ -87,17 +89,21 @@ class ChatTemplate:
 
         Raises TemplateError where the template doesn't show that message as it is, as in transformers.
         """
-        last = str(messages[-1].get("content", "")) if messages else ""
+        last = (messages[-1].get("content") or "") if messages else ""
         if not last.strip():
             raise TemplateError("the last message cannot be continued: it is empty")
         mark = secrets.token_hex(16)
-        marked = [*messages[:-1], {**messages[-1], "content": f"{last}{mark} "}]
+        marked = [*messages[:-1], {**messages[-1], "content": last + mark + " "}]
         rendered = self.render(marked, **{**arguments, "add_generation_prompt": False})
         before, found, after = rendered.rpartition(mark)
         if not found:
             raise TemplateError("the last message cannot be continued: the chat template changes it")
         # Blanks at its end stay where the template keeps the one after the mark.
         return before if after.startswith(" ") else before.rstrip()
+
+
+_SURROGATES = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})")
+"""A character past U+FFFF as JSON escapes it."""
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -130,7 +136,15 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: Jinja's own filter escapes HTML, which no model has seen in training."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _SURROGATES.sub(_kept_mark, text) if ensure_ascii else text
+
+
+def _kept_mark(found: re.Match[str]) -> str:
+    """A mark, which stands for a letter that is not escaped; any other character stays as it is."""
+    pair = bytes.fromhex(found[1] + found[2])
+    char = pair.decode("utf-16-be")
+    return char if ord(char) in MARKS else found[0]
 
 
 def _raise_exception(message: str) -> NoReturn:

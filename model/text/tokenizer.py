@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
 from divisi.model.text.errors import TokenizerError
+
+_KEPT = frozenset(map(chr, range(33))) | {'"', "\\"}
+"""Letters that templates look for when they strip or escape."""
+
+
+class Controls(NamedTuple):
+    """Added tokens in a text."""
+
+    names: list[str]
+    spans: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -27,6 +38,12 @@ class Tokenizer:
         self.added_ids = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
         """Ids of the added tokens, which the letters of their content become wherever they stand in a text."""
         self.has_normalizer = description.get("normalizer") is not None
+        # Runs of blanks, which some tokenizers add, control nothing.
+        controls = [token for token in description["added_tokens"] if token["content"].strip()]
+        self._control_ids = {token["id"] for token in controls}
+        self._controls = _any_of([token["content"] for token in controls])
+        self._control_letters = frozenset("".join(token["content"] for token in controls)) - _KEPT
+        self._normalized_controls = self.has_normalizer and any(token["normalized"] for token in controls)
         self.longest_token = max((len(raw) for raw in self._bytes), default=1)
         """Bytes of the longest token: a bound on how many tokens a text has at least."""
 
@@ -55,6 +72,55 @@ class Tokenizer:
         except TypeError as error:
             raise TokenizerError("the text has a lone surrogate, which is not valid Unicode") from error
 
+    def controls(self, text: str) -> Controls:
+        """The added tokens in a text, but for blanks."""
+        found = [*self._controls.finditer(text)]
+        names = [match[0] for match in found]
+        if self._normalized_controls:
+            names += self._controls.findall(self._backend.normalizer.normalize_str(text))
+        return Controls(names, [match.span() for match in found])
+
+    def letters_of_controls(self, text: str) -> frozenset[str]:
+        """The letters of added tokens, and those of a text that normalisation may turn into one."""
+        if not self._normalized_controls:
+            return self._control_letters
+        normal = self._backend.normalizer.normalize_str
+        similar = {char for char in set(text) if not self._control_letters.isdisjoint(normal(char))}
+        return self._control_letters | (similar - _KEPT)
+
+    def encode_marked(self, text: str, marked: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of text whose added tokens are those in `marked`, a text of equal length; others are spelled out.
+
+        Raises TokenizerError as `encode` does.
+        """
+        if self.controls(text) == self.controls(marked):
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        found = self._backend.encode_batch([marked], add_special_tokens=add_special_tokens)[0]
+        ends = [index for index, added in enumerate(found.special_tokens_mask) if not added] or [0]
+        ids, at = list(found.ids[: ends[0]]), 0
+        for token_id, (start, end) in list(zip(found.ids, found.offsets, strict=True))[ends[0] : ends[-1] + 1]:
+            if token_id in self._control_ids:
+                ids += [*self._spell(text[at:start]), token_id]
+                at = end
+        return [*ids, *self._spell(text[at:]), *found.ids[ends[-1] + 1 :]]
+
+    def _spell(self, text: str) -> list[int]:
+        """Token ids of text in which nothing is an added token."""
+        if not self.controls(text).names:
+            return self.encode(text, add_special_tokens=False)
+        backend = self._backend
+        text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+        words = [(text, (0, len(text)))]
+        if backend.pre_tokenizer is not None:
+            words = backend.pre_tokenizer.pre_tokenize_str(text)
+        spelled: dict[str, list[int]] = {}
+        for word in {word for word, _ in words}:
+            found = [token.id for token in backend.model.tokenize(word)]
+            if not self._control_ids.isdisjoint(found):  # the model's own vocabulary may list it, too
+                found = [token.id for letter in word for token in backend.model.tokenize(letter)]
+            spelled[word] = found
+        return [token_id for word, _ in words for token_id in spelled[word]]
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of a whole run of ids; invalid UTF-8 becomes U+FFFD and ids that the vocabulary lacks are nothing."""
         special = self.special_ids if skip_special else frozenset[int]()
@@ -76,6 +142,11 @@ class Tokenizer:
         """Id of a token given by its content, `<|im_end|>` for instance."""
         found: int | None = self._backend.token_to_id(token)
         return found
+
+
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+    """The longest of the names that stands at a place."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def _require_byte_level(decoder: Any) -> None:

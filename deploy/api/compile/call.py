@@ -18,6 +18,7 @@ from divisi.deploy.api.compile.sampling import check_ids, choice_seed, compile_s
 from divisi.deploy.api.errors import ApiError
 from divisi.deploy.api.settings import ApiSettings
 from divisi.model.text import TextCodec
+from divisi.model.text.conversation import ConversationEncoder
 from divisi.model.text.grammar import GrammarCompiler
 
 COMPLETION_MAX_TOKENS = 16
@@ -141,7 +142,8 @@ class Compiler:
     async def _conversation_ids(
         self, body: ChatBody | TokenizeBody, extra: Mapping[str, Any] | None = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
-        template = self._text.chat_template()
+        literal = not self._settings.control_tokens_in_messages
+        encoder = ConversationEncoder(self._text.chat_template(), self._text.tokenizer, literal=literal)
         arguments: dict[str, Any] = {**(body.chat_template_kwargs or {}), **(extra or {})}
         if tools:
             arguments["tools"] = [tool.plain() for tool in tools]
@@ -151,11 +153,10 @@ class Compiler:
 
         def tokenise() -> list[int]:
             messages = [message.plain() for message in body.messages or ()]
-            render = template.render_continued if continued else template.render
-            rendered = render(messages, add_generation_prompt=opened, **arguments)
+            rendered = encoder.render(messages, arguments, add_generation_prompt=opened, continued=continued)
             if not truncated:
-                self._check_hopeless(len(rendered), "messages")
-            return self._text.tokenizer.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
+                self._check_hopeless(len(rendered.text), "messages")
+            return encoder.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
 
         chars = sum(message.chars for message in body.messages or ())
         return await _off_loop(tokenise, chars + len(str(arguments.get("tools", ""))))
