@@ -19,7 +19,7 @@ from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.metrics import Metrics, RequestClock
 from divisi.deploy.api.reply.answer import Delta, answer_deltas
 from divisi.deploy.api.reply.chat import ChatWriter
-from divisi.deploy.api.reply.streaming import GenerationResponse, Writer
+from divisi.deploy.api.reply.streaming import GenerationResponse, Pace, Writer
 from divisi.deploy.limits import Gate, GateLimits
 from divisi.model.text import TextCodec
 
@@ -61,7 +61,7 @@ def layers(setup: Setup) -> dict[str, Stream]:
 
     async def reply(writer: Writer, made: Call) -> None:
         clock, gate = RequestClock(metrics, "chat"), Gate(GateLimits())
-        response = GenerationResponse(engine, tokenizer, [made], writer, clock, gate, stream=True)
+        response = GenerationResponse(engine, tokenizer, [made], writer, clock, gate, stream=Pace(2.0, 10.0))
         scope, receive = scope_of(content)
         await receive()
         await response(scope, receive, _ignore)

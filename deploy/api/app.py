@@ -32,7 +32,7 @@ from divisi.deploy.api.middleware.request_log import LogRequests, note_dropped
 from divisi.deploy.api.pages import Pages
 from divisi.deploy.api.reply.chat import ChatWriter
 from divisi.deploy.api.reply.completions import CompletionWriter
-from divisi.deploy.api.reply.streaming import GenerationResponse, Writer
+from divisi.deploy.api.reply.streaming import GenerationResponse, Pace, Writer
 from divisi.deploy.api.schema.openapi import (
     chat_docs,
     completion_docs,
@@ -68,6 +68,7 @@ class Api:
         self._grammars = GrammarCompiler(reader, settings.grammar_limits)
         self._compiler = Compiler(text, settings, self._grammars)
         self._created = int(time.time())
+        self._pace = Pace(settings.headers_after_s, settings.keepalive_s)
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
@@ -92,8 +93,9 @@ class Api:
     def _reply(self, body: GenerationBody, calls: Sequence[Call], writer: Writer, clock: RequestClock) -> Response:
         formats = unenforced_formats(body, self._grammars)
         notes = {UNENFORCED: ", ".join(formats)} if formats else {}
+        pace = self._pace if body.stream else None
         return GenerationResponse(
-            self._engine, self._tokenizer, calls, writer, clock, self._gate, stream=bool(body.stream), notes=notes
+            self._engine, self._tokenizer, calls, writer, clock, self._gate, stream=pace, notes=notes
         )
 
     async def tokenize(self, http: HttpRequest) -> Response:

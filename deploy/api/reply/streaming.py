@@ -7,10 +7,10 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
 from divisi.deploy.api.compile.call import Call
@@ -20,19 +20,25 @@ from divisi.deploy.api.metrics import RequestClock
 from divisi.deploy.api.middleware.auth import key_of
 from divisi.deploy.api.middleware.request_log import Generated, note_generated
 from divisi.deploy.api.reply.answer import Delta, answer_deltas
+from divisi.deploy.api.reply.event_stream import EventStream
 from divisi.deploy.api.reply.merge import ClientLeftError, merge, until_client_leaves
 from divisi.deploy.limits import Gate, RequestTimedOut, ServerStopping, Ticket
 from divisi.model.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # a proxy that buffers would turn a stream into one late block
-]
 DONE = b"data: [DONE]\n\n"
 _LAST_WORD_S = 5.0
+_REFUSALS = (Overloaded, GangNotReady, RequestRejected)
+
+
+class Pace(NamedTuple):
+    """How long a stream may be silent, in seconds."""
+
+    headers_after_s: float
+    """Before its status, which until then is that of a failure."""
+    keepalive_s: float
+    """After it."""
 
 
 class Writer(Protocol):
@@ -56,7 +62,8 @@ class Writer(Protocol):
 
 
 class GenerationResponse(Response):
-    """Generates and replies. The status is decided after the first event, so an early failure keeps its own.
+    """Generates and replies. The status waits for the first event, a stream's for `headers_after_s` at most, so that an
+    early failure keeps its own.
 
     Errors before that are raised for the app's handlers; later ones become an SSE error event that ends the stream.
     A client that leaves ends the generation at once.
@@ -71,10 +78,10 @@ class GenerationResponse(Response):
         clock: RequestClock,
         gate: Gate,
         *,
-        stream: bool,
+        stream: Pace | None,
         notes: Mapping[str, str] | None = None,
     ) -> None:
-        """`notes`: headers of a good reply, in ASCII."""
+        """`stream`: how to keep a stream alive, None for a whole reply; `notes`: headers of a good reply, in ASCII."""
         super().__init__()
         self._notes = [(name.lower().encode(), value.encode()) for name, value in (notes or {}).items()]
         self._engine = engine
@@ -91,9 +98,11 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request; returns after the last byte, or after the clean-up when the client has left."""
+        send = self._noting_the_start(send)
         try:
             with self._gate.admit(key_of(scope), [call.request for call in self._calls]) as self._ticket:
-                work = self._reply_streamed(send) if self._stream else self._reply_whole(send)
+                stream = self._stream
+                work = self._reply_whole(send) if stream is None else self._reply_streamed(send, stream)
                 await until_client_leaves(receive, work, self._ticket.over)
         except ClientLeftError:
             return  # nobody is there to answer
@@ -103,7 +112,7 @@ class GenerationResponse(Response):
                 raise
             await _send_last(send, error)
         except Exception as error:
-            self._fail("refused" if isinstance(error, (Overloaded, GangNotReady, RequestRejected)) else "error")
+            self._fail("refused" if isinstance(error, _REFUSALS) else "error")
             raise
         finally:
             prompt_tokens = sum(len(self._calls[index].request.prompt) for index in self._begun)
@@ -140,40 +149,47 @@ class GenerationResponse(Response):
             answer.text = "".join(pieces)
         body = self._writer.whole(answers)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *self._notes]
-        self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _reply_streamed(self, send: Send) -> None:
-        async with aclosing(self._deltas()) as deltas:
-            index, first = await anext(deltas)
-            self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *self._notes]})
-            await _send_events(send, self._writer.opening() + self._writer.chunk(index, first))
+    async def _reply_streamed(self, send: Send, pace: Pace) -> None:
+        stream = EventStream(send, self._notes, headers_after_s=pace.headers_after_s, keepalive_s=pace.keepalive_s)
+        async with stream, aclosing(self._deltas()) as deltas:
+            opening = self._writer.opening()
             try:
                 async for index, delta in deltas:
-                    if events := self._writer.chunk(index, delta):
-                        await _send_events(send, events)
+                    events = opening + self._writer.chunk(index, delta)
+                    if events or not stream.started:
+                        await stream.send(events)
+                    opening = b""
                 last = self._writer.closing()
             except Exception as error:
-                refused = isinstance(error, RequestRejected)
+                if not stream.started:
+                    raise
+                refused = isinstance(error, _REFUSALS)
                 self._fail("refused" if refused else "error")
                 if not refused and not isinstance(error, AnswerError):
                     logger.error("a stream broke off", exc_info=error)
-                last = b"data: " + to_reply(error).body() + b"\n\n"
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+                last = _error_event(error)
+            await stream.send(last, last=True)
+
+    def _noting_the_start(self, send: Send) -> Send:
+        async def noting(message: Message) -> None:
+            self._started = True
+            await send(message)
+
+        return noting
 
     def _fail(self, why: str) -> None:
         self._reasons = [why if reason == "cancelled" else reason for reason in self._reasons]
 
 
-async def _send_events(send: Send, events: bytes) -> None:
-    await send({"type": "http.response.body", "body": events, "more_body": True})
+def _error_event(error: Exception) -> bytes:
+    return b"data: " + to_reply(error).body() + b"\n\n"
 
 
 async def _send_last(send: Send, error: Exception) -> None:
     """The error as the stream's last event. A client that doesn't read is not waited for."""
-    event = b"data: " + to_reply(error).body() + b"\n\n"
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LAST_WORD_S):
-            await send({"type": "http.response.body", "body": event, "more_body": False})
+            await send({"type": "http.response.body", "body": _error_event(error), "more_body": False})

@@ -15,7 +15,8 @@ from divisi.deploy.api import ApiSettings, GangStatus, StatRow, build_app
 from divisi.deploy.limits import Gate, KeyFile
 from divisi.model.text import TextCodec, Tokenizer
 
-Step = TokenEvent | Exception
+Step = TokenEvent | Exception | threading.Event
+"""What an engine does next: an event is waited for."""
 Script = Callable[[Request], Iterable[Step]]
 
 
@@ -80,6 +81,10 @@ class FakeEngine:
                 await asyncio.Event().wait()
             for step in self.script(request):
                 await asyncio.sleep(0)
+                if isinstance(step, threading.Event):
+                    self.waiting.set()
+                    await asyncio.to_thread(step.wait, 10)
+                    continue
                 if isinstance(step, Exception):
                     raise step
                 yield step
