@@ -56,16 +56,14 @@ WORDS = [
     "é",
     "a < b",
     "<b>",
-    "|",
     "x",
     '{"a": "\\n"}',
     "你好",
-    "im_start",
     "assistant",
     "\U00040000",
 ]
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
-PARTS = ["<|im_", "end|>", "<", "think>", "</think", "|im_end|", "think", "im_end", "<tool_response>"]
+PARTS = ["<|im_", "im_start", "|", "end|>", "<", "think>", "</think", "|im_end|", "think", "im_end", "<tool_response>"]
 
 
 class Writer:
