@@ -54,7 +54,7 @@ class ServeEngineClient:
             self._reporting = asyncio.create_task(self._report_open())
         give_up_at = time.monotonic() + _RESEND_S
         while True:
-            await self._check_ready()
+            await self.check_ready()
             try:
                 async with contextlib.aclosing(self._stream(request)) as events:
                     async for event in events:
@@ -100,8 +100,8 @@ class ServeEngineClient:
         if left_s is not None:
             self._gate.end_all_in(left_s)
 
-    async def _check_ready(self) -> None:
-        """One question serves a whole burst of requests; while the gang serves, its answer is good for a moment.
+    async def check_ready(self) -> None:
+        """See EngineClient. One question serves a whole burst; while the gang serves, its answer is good for a moment.
 
         That it does not serve counts only for those who came before the question: another ingress replica may have
         told the client since that it does.

@@ -45,6 +45,9 @@ class NoopEngine:
             self._streams.pop(request.request_id, None)
             self._taken(request.request_id)
 
+    async def check_ready(self) -> None:
+        """See EngineClient: always ready."""
+
     async def status(self) -> GangStatus:
         """See EngineClient."""
         return GangStatus(True, "")

@@ -43,6 +43,10 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def check_ready(self) -> None:
+        """Raises `GangNotReady` while the gang cannot serve; takes as long as it takes to find out."""
+        ...
+
     async def status(self) -> GangStatus:
         """Answers at once, also while nothing is loaded."""
         ...

@@ -231,7 +231,7 @@ async def test_calls_of_one_http_request_are_told_apart(monkeypatch: pytest.Monk
     async def ready(self: ServeEngineClient) -> None:
         return
 
-    monkeypatch.setattr(ServeEngineClient, "_check_ready", ready)
+    monkeypatch.setattr(ServeEngineClient, "check_ready", ready)
     ray.serve.context._serve_request_context.set(ray.serve.context._RequestContext(_internal_request_id="of the whole"))
     workers: Any = Handle([[TokenEvent("x", (), None, finish_reason="length")]])
     client = ServeEngineClient(workers, "none", Gate(GateLimits()))

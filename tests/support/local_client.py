@@ -45,6 +45,9 @@ class LocalClient:
                 del self._streams[request.request_id]
                 self._engine.cancel(request.request_id)
 
+    async def check_ready(self) -> None:
+        """See EngineClient: always ready."""
+
     async def status(self) -> GangStatus:
         return GangStatus(True, "")
 

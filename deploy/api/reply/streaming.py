@@ -153,6 +153,7 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": body})
 
     async def _reply_streamed(self, send: Send, pace: Pace) -> None:
+        await self._engine.check_ready()  # judged before the status, however long it takes
         stream = EventStream(send, self._notes, headers_after_s=pace.headers_after_s, keepalive_s=pace.keepalive_s)
         async with stream, aclosing(self._deltas()) as deltas:
             opening = self._writer.opening()

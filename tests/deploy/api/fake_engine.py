@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from divisi.cluster.errors import GangNotReady
 from divisi.cluster.request import EndReason, Request, TokenEvent, TokenLogprob
 from divisi.deploy.api import ApiSettings, GangStatus, StatRow, build_app
 from divisi.deploy.limits import Gate, KeyFile
@@ -61,6 +62,7 @@ class FakeEngine:
         self.open = 0
         self._idle = threading.Condition()
         self.held: str | None = None  # "before" or "after" the first event, "status", "broken status"
+        self.judges_after_s = 0.0
         self.first_sent = threading.Event()
         self.waiting = threading.Event()
         self.closed = threading.Event()
@@ -102,6 +104,11 @@ class FakeEngine:
         """Wait until no iterator is open; False when that takes longer."""
         with self._idle:
             return self._idle.wait_for(lambda: self.open == 0, timeout)
+
+    async def check_ready(self) -> None:
+        await asyncio.sleep(self.judges_after_s)
+        if not self.gang.ready:
+            raise GangNotReady(self.gang.reason)
 
     async def status(self) -> GangStatus:
         if self.held == "status":

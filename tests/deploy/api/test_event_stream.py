@@ -13,6 +13,7 @@ import pytest
 
 from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent
+from divisi.deploy.api import GangStatus
 from divisi.deploy.api.reply.event_stream import COMMENT
 from divisi.deploy.limits import Gate, GateLimits
 from divisi.model.text import TextCodec
@@ -131,6 +132,20 @@ def test_a_whole_reply_waits(served: tuple[httpx.Client, FakeEngine]) -> None:
     engine.script = _script(engine, go_on, True)
     reply = client.post("/v1/completions", json={**TEXT, "stream": False})
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "step_aborted")
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+def test_readiness_is_judged_before_the_status(
+    served: tuple[httpx.Client, FakeEngine], path: str, body: dict[str, Any]
+) -> None:
+    client, engine = served
+    engine.reset()
+    engine.judges_after_s = 0.2
+    engine.gang = GangStatus(False, "loading weights")
+    reply = client.post(path, json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "gang_not_ready")
+    assert reply.headers["retry-after"] == "1"
+    engine.reset()
 
 
 def test_nobody_is_let_in_by_a_comment(text: TextCodec) -> None:
