@@ -29,6 +29,8 @@ class GangSpec:
     max_step_tokens: int
     """Of the whole gang."""
     step_deadline_s: float
+    secret_file: str | None = None
+    """Holds what the processes of the gang know each other by; None: a secret is drawn, and Ray keeps it."""
 
     @property
     def worker_step_tokens(self) -> int:
