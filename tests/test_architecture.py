@@ -25,7 +25,7 @@ CLI_MAY_IMPORT = ("divisi.model.checkpoint", "divisi.model.placement", "divisi.m
 MAY_IMPORT_RAY = re.compile(
     r"cluster/ray/|deploy/(serve_app|serve_client|serve_router|local_run|ray_instance|shared_cluster)\.py"
 )
-ROOMS = tuple(f"cluster/{room}" for room in ("engine", "dispatch", "gang", "ray"))
+ROOMS = tuple(f"cluster/{room}" for room in ("door", "engine", "dispatch", "gang", "ray"))
 API_ROOMS = tuple(f"deploy/api/{room}" for room in ("schema", "body", "compile", "middleware", "reply"))
 MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",
@@ -36,6 +36,7 @@ TORCH_FREE = (
     "divisi.model.text",
     "divisi.cluster.errors",
     "divisi.cluster.request",
+    "divisi.cluster.door",
     "divisi.deploy.settings",
     "divisi.deploy.api.app",
     "divisi.deploy.serve_app",
@@ -47,6 +48,8 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "ope
 BENCH_ONLY = {"transformers", "openai"}
 CALLED_FROM_OUTSIDE = {
     "record_routing_stats": "Serve", "check_health": "Serve", "initialize_state": "Serve",
+    "get_buffer": "asyncio", "buffer_updated": "asyncio", "connection_made": "asyncio", "connection_lost": "asyncio",
+    "pause_writing": "asyncio", "resume_writing": "asyncio",
     "choose_replicas": "Serve", "on_request_completed": "Serve", "num_used": "the simulation's check for leaks",
 }  # fmt: skip
 UNDECORATED = {"property", "classmethod", "staticmethod"}
