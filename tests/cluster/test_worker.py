@@ -169,7 +169,7 @@ def test_a_worker_whose_step_fails_ends_its_answers_and_takes_no_more(
         async with connected(rank) as connection, asyncio.timeout(10):
             (end,) = await connection.open(Request("a", (1, 2, 3), 4, Sampling())).take()
             assert (end.finish_reason, end.error) == ("error", "the attention worker failed")
-            with pytest.raises(GangNotReady, match="out of memory|no seat"):
+            with pytest.raises(GangNotReady, match=r"out of memory|no seat"):
                 await connection.open(Request("b", (1, 2, 3), 4, Sampling())).take()
 
     asyncio.run(ask())

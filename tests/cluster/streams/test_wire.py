@@ -36,6 +36,7 @@ def test_a_seed_counts_modulo_two_to_the_64() -> None:
     assert decode(encode(Submit(1, request))) == Submit(1, replace(PLAIN, sampling=Sampling(seed=2**64 - 1)))
 
 
+CUT_OFF = encode(Submit(1, FULL))[:-1]
 EVENTS = [
     TokenEvent("a", (1,), None),
     TokenEvent("b", (), None, finish_reason="error", error="the worker failed"),
@@ -97,7 +98,7 @@ def test_a_request_of_the_wrong_kind_is_refused_by_its_field(changes: dict[str, 
         assert re.match(complaint, found.refusal), found.refusal
 
 
-@pytest.mark.parametrize("data", [b"", b"\x91\x01", b"\xc0", b"\x93\x63\x80\x01", encode(Submit(1, FULL))[:-1], b"\x80"])
+@pytest.mark.parametrize("data", [b"", b"\x91\x01", b"\xc0", b"\x93\x63\x80\x01", b"\x80", CUT_OFF])
 def test_nonsense_is_an_error(data: bytes) -> None:
     with pytest.raises(WireError):
         decode(data)
