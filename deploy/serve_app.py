@@ -14,6 +14,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from divisi.cluster.door import TlsFiles
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
@@ -157,7 +158,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
     # Not resolved: a link may lead elsewhere on the machines where the ranks run.
     model_dir = settings.model.model_dir.absolute()
     config = ModelConfig.load(model_dir)
-    gang, cache = settings.gang, settings.cache
+    gang, cache, tls = settings.gang, settings.cache, settings.gang.tls
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:
         log.warning("%s", note)
@@ -175,6 +176,8 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         max_seqs=cache.max_seqs,
         max_step_tokens=cache.max_step_tokens,
         step_deadline_s=gang.step_deadline_s,
+        secret_file=None if gang.secret_file is None else str(gang.secret_file),
+        tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
     )
 
 

@@ -43,7 +43,7 @@ class ServeEngineClient:
         """`gate` is this ingress replica's: what is inside is reported, and ends when the gang is about to end."""
         self._spec = spec
         self._coordinator: ActorHandle[Any] | None = None
-        self._connections = WorkerConnections(ray.util.get_node_ip_address(), gang_secret(spec))
+        self._connections = WorkerConnections(ray.util.get_node_ip_address(), gang_secret(spec), spec.tls)
         self._queues: QueuedTokens[WorkerConnection] = QueuedTokens(alone=ingress_replicas == 1)
         self._gate = gate
         self._ingress_id = ingress_id

@@ -61,7 +61,7 @@ class AttentionRank:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(contextlib.closing(listen(host)))
             self._streams = stack.enter_context(contextlib.closing(StreamServer(self)))
-            places = self._streams.start(stream_places(host), gang_secret(spec))
+            places = self._streams.start(stream_places(host), gang_secret(spec), spec.tls)
             address = Address(host, listener.getsockname()[1], stream_address(host, places))
             candidate = Candidate("attention", address, loads_for_seat=spec.shape.colocated)
             self._watch = SeatWatch(
