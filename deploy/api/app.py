@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from divisi.cluster.errors import DivisiError
 from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from divisi.deploy.api.body.reading import parse_body, read_body
+from divisi.deploy.api.body.reading import read_parsed
 from divisi.deploy.api.compile.call import Compiler, check_model
 from divisi.deploy.api.engine_client import EngineClient, GangStatus
 from divisi.deploy.api.errors import to_reply
@@ -68,7 +68,7 @@ class Api:
         """POST /v1/chat/completions."""
         clock = RequestClock(self._metrics, "chat")
         self._gate.check(key_of(http.scope))  # before anything that costs
-        body = parse_body(ChatBody, await read_body(http, self._settings.max_body_bytes))
+        body = await read_parsed(ChatBody, http, self._settings.max_body_bytes)
         calls = await self._compiler.chat(body)
         name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
         writer = ChatWriter(body, calls, name, self._tokenizer, fingerprint)
@@ -79,7 +79,7 @@ class Api:
         """POST /v1/completions."""
         clock = RequestClock(self._metrics, "completion")
         self._gate.check(key_of(http.scope))  # before anything that costs
-        body = parse_body(CompletionBody, await read_body(http, self._settings.max_body_bytes))
+        body = await read_parsed(CompletionBody, http, self._settings.max_body_bytes)
         calls = await self._compiler.completion(body)
         name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
         writer = CompletionWriter(body, calls, name, self._tokenizer, fingerprint)
@@ -88,7 +88,7 @@ class Api:
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """POST /tokenize."""
-        body = parse_body(TokenizeBody, await read_body(http, self._settings.max_body_bytes))
+        body = await read_parsed(TokenizeBody, http, self._settings.max_body_bytes)
         ids = await self._compiler.tokenize(body)
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": self._settings.max_model_len, "tokens": ids}
         if body.return_token_strs:
@@ -97,7 +97,7 @@ class Api:
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """POST /detokenize."""
-        body = parse_body(DetokenizeBody, await read_body(http, self._settings.max_body_bytes))
+        body = await read_parsed(DetokenizeBody, http, self._settings.max_body_bytes)
         return JSONResponse({"prompt": await self._compiler.detokenize(body)})
 
     async def version(self) -> Response:

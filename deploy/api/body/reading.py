@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from starlette.requests import Request as HttpRequest
 from divisi.deploy.api.body.surface import has_no_effect, refusal
 from divisi.deploy.api.errors import ApiError
 
+_INLINE_BYTES = 32_768
+"""A body of so many bytes takes 1 ms, and a thread's turn 0.1 ms."""
 BodyT = TypeVar("BodyT", bound=BaseModel)
 _LENGTHS = {
     "too_short": ("at least", "min_length"),
@@ -46,6 +49,12 @@ async def read_body(http: HttpRequest, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
     return bytes(body)
+
+
+async def read_parsed(kind: type[BodyT], http: HttpRequest, max_bytes: int) -> BodyT:
+    """Read and validate a body; a long one in a thread, so that it holds up no stream. Raises as its two parts do."""
+    raw = await read_body(http, max_bytes)
+    return parse_body(kind, raw) if len(raw) <= _INLINE_BYTES else await asyncio.to_thread(parse_body, kind, raw)
 
 
 def parse_body(kind: type[BodyT], raw: bytes) -> BodyT:
