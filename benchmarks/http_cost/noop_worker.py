@@ -104,7 +104,7 @@ class NoopAttentionWorker(AttentionWorker):
         def build(spec: GangSpec, config: ModelConfig, *_: object) -> tuple[NoopEngine, object]:
             return NoopEngine(ids, self.step_s), object()
 
-        worker.build_engine = build  # type: ignore[attr-defined]
+        worker.build_engine = build  # type: ignore[attr-defined, assignment]
         super().__init__(spec, log, grace_s)
 
 
