@@ -111,6 +111,7 @@ class StreamServer:
         self._call(self._stop.set)
         if self._thread.is_alive():
             self._thread.join(_STOP_S)
+        self._empty.set()
 
     @property
     def last_report(self) -> Report:
