@@ -18,7 +18,7 @@ from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.ray import worker as worker_module
 from divisi.cluster.ray.worker import AttentionRank, WorkerFailed
-from divisi.cluster.request import Request, Sampling
+from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.streams.client import WorkerConnection
@@ -122,6 +122,31 @@ def test_a_worker_without_a_seat_refuses_at_once_until_it_has_one(
     first.close()
     wait_until(lambda: coordinator.status().ready, "the spare did not take the seat")
     assert asyncio.run(answer(spare, "c")) == 4
+
+
+def test_what_an_event_can_hold_arrives(start: Callable[[], AttentionRank], coordinator: Coordinator) -> None:
+    """Of a real engine, whose numbers come from tensors."""
+    rank = start()
+    wait_until(lambda: coordinator.status().ready, "it got no seat")
+    asked = Request("a", (1, 2, 3), 3, Sampling(seed=7), logprobs=2, prompt_logprobs=1)
+
+    async def ask() -> list[TokenEvent]:
+        async with connected(rank) as connection, asyncio.timeout(20):
+            stream = connection.open(asked)
+            events = await stream.take()
+            while events[-1].finish_reason is None:
+                events += await stream.take()
+        return events
+
+    events = asyncio.run(ask())
+    told = events[0].prompt_logprobs
+    assert told is not None
+    assert [entry and entry.token_id for entry in told] == [None, 2, 3]
+    assert all(entry is None or len(entry.top) == 1 for entry in told)
+    for event in events:
+        assert event.logprobs is not None
+        assert [entry.token_id for entry in event.logprobs] == list(event.token_ids)
+        assert all(len(entry.top) == 2 for entry in event.logprobs)
 
 
 def test_the_ingresses_are_told_of_workers_with_a_seat(
