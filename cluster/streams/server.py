@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -24,8 +25,9 @@ from divisi.cluster.streams.wire import Cancel, Events, Message, Refused, Report
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.25
-_MAX_UNSENT = 2**28
-"""Bytes that wait for an ingress that does not read; beyond, its connection ends, and its answers."""
+_MUCH_UNSENT = 2**20
+_STUCK_S = 20.0
+"""An ingress that has much unsent and takes nothing of it for so long loses its connection, and its answers end."""
 _MAX_EARLY = 1024
 _START_S = 10.0
 _STOP_S = 5.0
@@ -58,14 +60,20 @@ class _Ingress:
         self.channel = channel
         self.answers: dict[int, str] = {}
         self.cancelled_early: dict[int, None] = {}
+        self._given = self._taken = 0
+        self._taken_at = time.monotonic()
 
     def tell(self, *messages: bytes) -> None:
         try:
             self.channel.send(messages)
         except ChannelClosed:
             return  # its receiver clears up
-        if self.channel.buffered > _MAX_UNSENT:
-            log.warning("the ingress %s reads nothing; its connection ends", self.channel.peer)
+        self._given += sum(map(len, messages))
+        now, unsent = time.monotonic(), self.channel.buffered
+        if unsent <= _MUCH_UNSENT or self._given - unsent > self._taken:
+            self._taken, self._taken_at = self._given - unsent, now
+        elif now - self._taken_at > _STUCK_S:
+            log.warning("the ingress %s has read nothing for %g s; its connection ends", self.channel.peer, _STUCK_S)
             self.channel.abort()
 
 

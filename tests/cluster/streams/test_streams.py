@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,8 @@ from divisi.cluster.streams.client import MAX_UNREAD, TokenStream, WorkerConnect
 from divisi.cluster.streams.wire import Cancel, Refused, Report, Submit, decode, encode
 from divisi.cluster.streams.workers import WorkerConnections
 from tests.support.scripted_worker import HOST, SECRET, ScriptedWorker, connected, only, running, token, until
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -227,6 +232,45 @@ async def test_the_end_of_a_connection_ends_its_answers_at_once(worker: Scripted
         assert not worker.server._answers
 
 
+PROCESS = """
+import sys, threading
+from pathlib import Path
+from tests.support.scripted_worker import SECRET, ScriptedWorker, token
+worker = ScriptedWorker()
+worker.script = lambda request: [token(request.request_id, 1)]
+worker.server.start([Path(sys.argv[1])], SECRET)
+print("open", flush=True)
+threading.Event().wait()
+"""
+
+
+async def test_the_streams_of_a_killed_process_learn_of_it_at_once(
+    tmp_path: Path, record_result: Callable[[str, object], None]
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="d") as folder:
+        path = f"{folder}/worker"
+        command = [sys.executable, "-c", PROCESS, path]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}
+        ) as process:
+            try:
+                assert process.stdout is not None
+                await asyncio.to_thread(process.stdout.readline)
+                async with connected(StreamAddress(HOST, 0, path)) as connections:
+                    streams = [only(connections).open(request(str(number))) for number in range(64)]
+                    for stream in streams:
+                        await stream.take()
+                    process.kill()
+                    killed_at = time.monotonic()
+                    ends = [(await read(stream))[-1] for stream in streams]
+                    took = time.monotonic() - killed_at
+            finally:
+                process.kill()
+    assert {end.error for end in ends} == {"the attention worker was lost"}
+    record_result("ms until 64 streams of a killed process knew", round(1000 * took, 1))
+    assert took < 0.5, "0.1 s on a machine that has time"
+
+
 async def test_a_worker_that_comes_again_is_found_again(worker: ScriptedWorker, tmp_path: Path) -> None:
     with running(worker) as address:
         async with connected(address) as connections:
@@ -276,7 +320,7 @@ async def test_who_never_reads_is_given_up_and_told_why(worker: ScriptedWorker, 
 async def test_an_ingress_that_reads_nothing_is_given_up(
     worker: ScriptedWorker, address: StreamAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "_MAX_UNSENT", 2**20)
+    monkeypatch.setattr(server_module, "_STUCK_S", 0.3)
     async with connected(address) as connections:
         fast = only(connections).open(request("fast"))
         stuck = await connect(Path(address.path), SECRET, 2.0)
@@ -284,12 +328,35 @@ async def test_an_ingress_that_reads_nothing_is_given_up(
         await until(lambda: len(worker.requests) == 2)
         stuck._transport.pause_reading()  # type: ignore[union-attr]
         step = tuple(range(100_000, 150_000))
-        for number in range(20):
-            worker.server.deliver([TokenEvent("stuck", step, None), token("fast", number)])
-        await until(lambda: worker.cancelled == ["stuck"])
-        worker.server.deliver([token("fast", 20, "stop")])
-        assert tokens(await read(fast)) == list(range(21))
+        sent = 0
+        async with asyncio.timeout(20):
+            while worker.cancelled != ["stuck"]:
+                worker.server.deliver([TokenEvent("stuck", step, None), token("fast", sent)])
+                sent += 1
+                await asyncio.sleep(0.01)
+        worker.server.deliver([token("fast", sent, "stop")])
+        assert tokens(await read(fast)) == list(range(sent + 1))
         stuck.abort()
+
+
+async def test_much_to_read_is_no_reason_to_be_given_up(
+    worker: ScriptedWorker, address: StreamAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_MUCH_UNSENT", 0)
+    monkeypatch.setattr(server_module, "_STUCK_S", 0.3)
+    step = tuple(range(100_000, 110_000))
+    slow = await connect(Path(address.path), SECRET, 2.0)
+    slow.send([encode(Submit(1, request("slow")))])
+    await until(lambda: len(worker.requests) == 1)
+    slow._transport.pause_reading()  # type: ignore[union-attr]
+    for _ in range(100):
+        worker.server.deliver([TokenEvent("slow", step, None)])
+        slow._transport.resume_reading()  # type: ignore[union-attr]
+        await asyncio.sleep(0.001)
+        slow._transport.pause_reading()  # type: ignore[union-attr]
+        await asyncio.sleep(0.005)
+    assert worker.cancelled == []
+    slow.abort()
 
 
 async def test_a_long_request_may_be_cancelled_before_it_arrives(
