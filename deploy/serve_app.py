@@ -120,6 +120,8 @@ def api_settings(settings: Settings, spec: GangSpec, ingress_id: str) -> ApiSett
     computes = f"{settings.served_model_name} {spec.dtype} {spec.device} {spec.shape} {config!r}"
     return ApiSettings(
         served_model_name=settings.served_model_name,
+        model_aliases=settings.model_names[1:],
+        allowed_origins=settings.http.allowed_origins,
         max_model_len=spec.max_model_len,
         vocab_size=config.vocab_size,
         max_body_bytes=limits.max_body_bytes,

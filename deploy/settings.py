@@ -51,6 +51,21 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def as_list(value: object) -> object:
+    """Turn `a,b` into a list, as flags spell one, and null into none."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    return () if value is None else value
+
+
+def _check_origin(origin: str) -> str:
+    if origin != "*" and re.fullmatch(r"https?://[^/?#@\s]+", origin) is None:
+        raise ValueError("not an origin: write scheme, host and port if any, as in https://chat.example.org, or *")
+    return origin.lower()
+
+
+ModelName = Annotated[str, Field(min_length=1)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 HerePath = Annotated[Path, AfterValidator(Path.absolute)]
 """Relative to where the command was given, not to where a process of Ray happens to run."""
@@ -168,8 +183,10 @@ class HttpSettings(Group):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    served_model_name: str | None = Field(default=None, min_length=1)
-    """Name in /v1/models and in requests; None takes the model directory's name."""
+    served_model_name: Annotated[tuple[ModelName, ...], BeforeValidator(as_list)] = ()
+    """Names in /v1/models and in requests; replies have the first. None takes the model directory's name."""
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list)] = ()
+    """Web pages whose scripts may call the API, as `https://chat.example.org`; `*` for all. None by default."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
 
 
@@ -249,7 +266,12 @@ class Settings(Group):
     @property
     def served_model_name(self) -> str:
         """The model's name in the API."""
-        return self.http.served_model_name or self.model.model_dir.resolve().name
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All its names, the one in replies first."""
+        return self.http.served_model_name or (self.model.model_dir.resolve().name,)
 
     def ingress_share(self, limit: int) -> int:
         """One ingress replica's part of a limit on the whole service; all parts together never exceed it."""

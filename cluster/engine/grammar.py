@@ -68,7 +68,11 @@ class Guide:
         """Take note of what went wrong in the matcher, such as a limit that the grammar exceeds."""
         if self.matcher is not None and self.matcher.is_error():
             self.error = _first_line(self.matcher.get_error())
-            self.ends = "error" if _OURS in self.error else "rejected"
+            if _OURS in self.error:
+                log.error("the grammar library refuses a token of its own mask: %s", self.error)
+                self.error, self.ends = "its mask and its parser disagree", "error"
+            else:
+                self.ends = "rejected"
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -77,7 +81,7 @@ class Guide:
             yield
         except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
             log.error("the grammar library failed: %r", error)
-            self.matcher, self.error = None, f"the grammar library failed: {_first_line(str(error))}"
+            self.matcher, self.error = None, "the grammar library failed"
 
 
 class Guided(NamedTuple):
@@ -154,7 +158,7 @@ class Grammars:
                 vocabulary = self._read_vocabulary()
             except (TextError, OSError) as error:
                 log.warning("no grammar can be used: %s", error)
-                guide.error = f"the model's tokenizer cannot be used for grammars: {_first_line(str(error))}"
+                guide.error = "the model's tokenizer cannot be used for grammars"
                 return guide
             # One of its own for each answer: copies share a lexer, and with it the limit that one of them exceeds.
             guide.matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=self._limits)

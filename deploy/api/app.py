@@ -5,30 +5,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from divisi.cluster.errors import DivisiError
-from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from divisi.deploy.api.body.reading import read_parsed
-from divisi.deploy.api.compile.call import Compiler, check_model
+from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from divisi.deploy.api.body.reading import BodyT, read_parsed
+from divisi.deploy.api.body.replayed import Dropped
+from divisi.deploy.api.compile.call import Call, Compiler, check_model
+from divisi.deploy.api.compile.formats import UNENFORCED, unenforced_formats
 from divisi.deploy.api.engine_client import EngineClient, GangStatus
-from divisi.deploy.api.errors import to_reply
+from divisi.deploy.api.errors import no_such_route, to_reply
 from divisi.deploy.api.metrics import CountRequests, Metrics, RequestClock
 from divisi.deploy.api.middleware.auth import HEALTH, METRICS, Authenticate, key_of
 from divisi.deploy.api.middleware.boundary import Boundary
 from divisi.deploy.api.middleware.request_id import RequestIds
-from divisi.deploy.api.middleware.request_log import LogRequests
+from divisi.deploy.api.middleware.request_log import LogRequests, note_dropped
+from divisi.deploy.api.pages import Pages
 from divisi.deploy.api.reply.chat import ChatWriter
 from divisi.deploy.api.reply.completions import CompletionWriter
-from divisi.deploy.api.reply.streaming import GenerationResponse
+from divisi.deploy.api.reply.streaming import GenerationResponse, Writer
 from divisi.deploy.api.schema.openapi import (
     chat_docs,
     completion_docs,
@@ -61,34 +65,40 @@ class Api:
         self._settings = settings
         self._metrics = metrics
         reader = GrammarReader.of(text) if settings.model_dir is None else GrammarProcess(settings.model_dir)
-        self._compiler = Compiler(text, settings, GrammarCompiler(reader, settings.grammar_limits))
+        self._grammars = GrammarCompiler(reader, settings.grammar_limits)
+        self._compiler = Compiler(text, settings, self._grammars)
         self._created = int(time.time())
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
         clock = RequestClock(self._metrics, "chat")
         self._gate.check(key_of(http.scope))  # before anything that costs
-        body = await read_parsed(ChatBody, http, self._settings.max_body_bytes)
+        body = await self._body(ChatBody, http)
         calls = await self._compiler.chat(body)
         name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
         writer = ChatWriter(body, calls, name, self._tokenizer, fingerprint)
-        stream = bool(body.stream)
-        return GenerationResponse(self._engine, self._tokenizer, calls, writer, clock, self._gate, stream=stream)
+        return self._reply(body, calls, writer, clock)
 
     async def completion(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
         clock = RequestClock(self._metrics, "completion")
         self._gate.check(key_of(http.scope))  # before anything that costs
-        body = await read_parsed(CompletionBody, http, self._settings.max_body_bytes)
+        body = await self._body(CompletionBody, http)
         calls = await self._compiler.completion(body)
         name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
         writer = CompletionWriter(body, calls, name, self._tokenizer, fingerprint)
-        stream = bool(body.stream)
-        return GenerationResponse(self._engine, self._tokenizer, calls, writer, clock, self._gate, stream=stream)
+        return self._reply(body, calls, writer, clock)
+
+    def _reply(self, body: GenerationBody, calls: Sequence[Call], writer: Writer, clock: RequestClock) -> Response:
+        formats = unenforced_formats(body, self._grammars)
+        notes = {UNENFORCED: ", ".join(formats)} if formats else {}
+        return GenerationResponse(
+            self._engine, self._tokenizer, calls, writer, clock, self._gate, stream=bool(body.stream), notes=notes
+        )
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """POST /tokenize."""
-        body = await read_parsed(TokenizeBody, http, self._settings.max_body_bytes)
+        body = await self._body(TokenizeBody, http)
         ids = await self._compiler.tokenize(body)
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": self._settings.max_model_len, "tokens": ids}
         if body.return_token_strs:
@@ -97,7 +107,7 @@ class Api:
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """POST /detokenize."""
-        body = await read_parsed(DetokenizeBody, http, self._settings.max_body_bytes)
+        body = await self._body(DetokenizeBody, http)
         return JSONResponse({"prompt": await self._compiler.detokenize(body)})
 
     async def version(self) -> Response:
@@ -111,12 +121,12 @@ class Api:
 
     async def models(self) -> Response:
         """GET /v1/models."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": list(map(self._model, self._settings.model_names))})
 
     async def model(self, model_id: str) -> Response:
-        """GET /v1/models/{id}; 404 for any but the served one."""
-        check_model(model_id, self._settings.served_model_name)
-        return JSONResponse(self._model())
+        """GET /v1/models/{id}; 404 for any but the names of the served one."""
+        check_model(model_id, self._settings.model_names)
+        return JSONResponse(self._model(model_id))
 
     async def live(self) -> Response:
         """GET /v1/health/live: this process answers. It says nothing of the gang, which may be recovering."""
@@ -134,6 +144,13 @@ class Api:
         """GET /metrics."""
         return Response(self._metrics.render(await self._status()), media_type=CONTENT_TYPE_LATEST)
 
+    async def _body(self, kind: type[BodyT], http: HttpRequest) -> BodyT:
+        dropped = Dropped()
+        body = await read_parsed(kind, http, self._settings.max_body_bytes, dropped)
+        self._metrics.count_dropped(dropped.counts)
+        note_dropped(http.scope, dropped.shown)
+        return body
+
     async def _status(self) -> GangStatus:
         try:
             async with asyncio.timeout(self._settings.status_timeout_s):
@@ -147,12 +164,13 @@ class Api:
             logger.exception("the gang's status cannot be read")
             return GangStatus(ready=False, reason="the gang's status cannot be read; the server's log has the details")
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         return {
-            "id": self._settings.served_model_name,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "divisi",
+            "root": self._settings.served_model_name,
             "max_model_len": self._settings.max_model_len,
         }
 
@@ -185,23 +203,39 @@ def build_app(
     _get(app, "/version", api.version)
     _get(app, "/v1/version", api.version, operation_id="v1_version")
     _get(app, "/v1/metadata", api.metadata)
-    _get(app, "/v1/models", api.models)
-    _get(app, "/v1/models/{model_id:path}", api.model)
     _get(app, "/v1/health/live", api.live)
     _get(app, "/v1/health/ready", api.ready, docs=ready_docs)
     _get(app, "/health", api.ready, operation_id="health", docs=ready_docs)
     _get(app, "/metrics", api.metrics, response_class=Response)
-    handler = _error_handler(settings)
+    for path in ("/v1/models", "/models"):
+        _get(app, path, api.models, operation_id=path.replace("/", "_").strip("_"))
+        _get(app, f"{path}/{{model_id:path}}", api.model, operation_id=path.replace("/", "_").strip("_") + "_one")
+    pages = Pages(app.openapi, settings)
+    _get(app, "/", pages.home, operation_id="home")
+    _get(app, "/docs", pages.docs, response_class=HTMLResponse)
+    handler = _error_handler(settings, [path for path in app.openapi()["paths"] if "{" not in path])
     for kind in (DivisiError, TextError, HTTPException):
         app.add_exception_handler(kind, handler)
-    # The last one added is the outermost: every reply is logged, counted and has an id, the boundary's too.
+    _add_middleware(app, settings, metrics, keys)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: ApiSettings, metrics: Metrics, keys: KeyFile | None) -> None:
+    """The last one added is the outermost: every reply is logged, counted and has an id, the boundary's too."""
     if keys is not None:
         app.add_middleware(Authenticate, keys=keys, open_paths=HEALTH | METRICS if settings.metrics_open else HEALTH)
     app.add_middleware(Boundary)
     app.add_middleware(RequestIds, tells=settings.names_requests)
+    if settings.allowed_origins:  # around all that refuses: a page is to read why, and its preflight has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After", UNENFORCED),
+        )
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(LogRequests)
-    return app
 
 
 def _get(
@@ -220,8 +254,13 @@ def _get(
     app.add_api_route(path, endpoint, methods=["HEAD"], response_class=response_class, include_in_schema=False)
 
 
-def _error_handler(settings: ApiSettings) -> Callable[[HttpRequest, Exception], Awaitable[Response]]:
+Handler = Callable[[HttpRequest, Exception], Awaitable[Response]]
+
+
+def _error_handler(settings: ApiSettings, paths: Sequence[str]) -> Handler:
     async def reply_to(http: HttpRequest, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            error = no_such_route(error, http.method, http.url.path, paths)
         reply = to_reply(error, retry_after_s=settings.retry_after_s)
         if reply.status >= 500 and reply.status != 503:
             logger.error("%s %s failed: %s", http.method, http.url.path, error)

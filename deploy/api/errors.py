@@ -11,7 +11,9 @@ DivisiError
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
@@ -22,6 +24,7 @@ from divisi.model.text import TemplateError, TextError
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+_MOST_PATH = 128
 
 
 class ApiError(DivisiError):
@@ -94,14 +97,24 @@ def to_reply(error: BaseException, *, retry_after_s: int = 1) -> ErrorReply:
 
 
 def _from_http_exception(error: HTTPException) -> ErrorReply:
-    """What the router itself raises: no such path, wrong method."""
-    hints = {404: "no such path", 405: "this path doesn't take that method"}
-    codes = {404: "path_not_found", 405: "method_not_allowed"}
+    """What the router itself raises. Its detail is for people; the app words those that name the path."""
     return ErrorReply(
         error.status_code,
-        hints.get(error.status_code, str(error.detail)),
+        str(error.detail),
         INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR,
         None,
-        codes.get(error.status_code),
+        {404: "path_not_found", 405: "method_not_allowed"}.get(error.status_code),
         dict(error.headers or {}),
     )
+
+
+def no_such_route(error: HTTPException, method: str, path: str, known: Collection[str]) -> HTTPException:
+    """The router's refusal, naming the path and the nearest one that there is."""
+    shown = path if len(path) <= _MOST_PATH else path[:_MOST_PATH] + "..."
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return HTTPException(405, f"{shown!r} doesn't take {method[:16]}; send {allowed}", error.headers)
+    near = next((name for name in known if name.endswith(path) and len(path) > 1), None)
+    near = near or next(iter(get_close_matches(path[:_MOST_PATH], known, n=1)), None)
+    hint = f"did you mean {near}?" if near else "GET /docs lists what there is"
+    return HTTPException(404, f"there is no path {shown!r}; {hint}", error.headers)

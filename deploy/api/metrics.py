@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -59,6 +59,18 @@ class Metrics:
             registry=registry,
             buckets=_DURATION_BUCKETS,
         )
+
+        self._dropped_keys = Counter(
+            "divisi_dropped_keys",
+            "Keys without a meaning here that clients sent back in conversations and tools.",
+            ("place", "key"),
+            registry=registry,
+        )
+
+    def count_dropped(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Keys that a request lost, by place and label (`body.replayed.KNOWN_DROPPED`, or `other`)."""
+        for (place, key), count in counts.items():
+            self._dropped_keys.labels(place, key).inc(count)
 
     def watch(self, gate: Gate) -> None:
         """Show what is inside the gate."""

@@ -13,6 +13,8 @@ class ApiSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     served_model_name: str = Field(min_length=1)
+    model_aliases: tuple[str, ...] = ()
+    """Other names under which requests may ask for it; replies have the one above."""
     max_model_len: int = Field(ge=1)
     """Longest prompt plus answer, in tokens."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
@@ -42,3 +44,10 @@ class ApiSettings(BaseModel):
     """Whether replies carry `X-Request-Id`; Serve's proxy adds it itself."""
     metrics_open: bool = True
     """Whether /metrics can be read without an API key, where keys are asked for at all."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages whose scripts may call, by origin, or `*` for all; none by default."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All names of the model, its own first."""
+        return (self.served_model_name, *self.model_aliases)

@@ -28,6 +28,7 @@ _FIELDS = {
     "host": ("http", "host"),
     "port": ("http", "port"),
     "served_model_name": ("http", "served_model_name"),
+    "allowed_origins": ("http", "allowed_origins"),
     "ingress_replicas": ("http", "ingress_replicas"),
     "max_queued_requests": ("limits", "max_queued_requests"),
     "api_keys_file": ("auth", "api_keys_file"),

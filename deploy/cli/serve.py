@@ -46,7 +46,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     http.add_argument("--port", metavar="N", help="default: 8000")
-    http.add_argument("--served-model-name", metavar="NAME", help="default: the directory's name")
+    http.add_argument(
+        "--served-model-name", metavar="NAME[,ALIAS...]",
+        help="what requests call the model; replies have the first (default: the directory's name)",
+    )  # fmt: skip
+    http.add_argument(
+        "--allowed-origins", metavar="ORIGIN[,...]",
+        help="web pages whose scripts may call, as in https://chat.example.org, or * for all (default: none)",
+    )  # fmt: skip
     http.add_argument("--ingress-replicas", metavar="N", help="processes that answer HTTP (default: 1)")
     http.add_argument(
         "--max-queued-requests", metavar="N",

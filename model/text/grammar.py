@@ -18,6 +18,7 @@ from llguidance import grammar_from
 from divisi.model.text.grammar_reader import GrammarError, Reader, json_grammar
 from divisi.model.text.grammar_tokens import expressions
 from divisi.model.text.regex_size import written_out_size
+from divisi.model.text.schema_formats import ENFORCED, NOTES, may_be_text
 
 # One line of JSON with at most one blank after a comma or colon: a model that has lost its way could otherwise write
 # white space until its tokens run out.
@@ -67,6 +68,15 @@ class GrammarLimits:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Enforceable:
+    """A schema without the formats that say something to people only."""
+
+    schema: dict[str, Any] | bool
+    notes: tuple[str, ...]
+    """These formats."""
+
+
 class GrammarCompiler:
     """Turns schemas, expressions and choices into grammars. Safe to call from several threads."""
 
@@ -80,9 +90,13 @@ class GrammarCompiler:
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> str:
         """JSON that a schema describes. Raises GrammarError naming the keyword that cannot be kept, and its place."""
+        return self.checked(_json_grammar(self.enforceable(schema).schema))
+
+    def enforceable(self, schema: Mapping[str, Any] | bool) -> Enforceable:
+        """What of a schema a grammar can hold an answer to, unread. Raises GrammarError as `json_schema` does."""
         self.check_size(json.dumps(schema), "the schema")
-        _SchemaWalk(self._limits).walk(schema, "$", 1)
-        return self.checked(_json_grammar(schema))
+        walk = _SchemaWalk(self._limits)
+        return Enforceable(walk.walk(schema, "$", 1), tuple(sorted(walk.notes)))
 
     def regex(self, expression: str) -> str:
         """Text that an expression matches as a whole."""
@@ -116,36 +130,41 @@ class GrammarCompiler:
 
 
 class _SchemaWalk:
-    """Visits every subschema once, counting, and refuses what would be ignored or cost too much."""
+    """Visits every subschema once, counting, and refuses what would be ignored or cost too much.
+
+    Returns each without the formats that are notes, and keeps their names.
+    """
 
     def __init__(self, limits: GrammarLimits) -> None:
         self._limits = limits
         self._nodes = 0
+        self.notes: set[str] = set()
 
-    def walk(self, schema: object, place: str, depth: int) -> None:
+    def walk(self, schema: object, place: str, depth: int) -> Any:
         self._count(1, place)
         if depth > self._limits.max_depth:
             raise GrammarError(f"nested more than {self._limits.max_depth} deep", place[:128])
         if isinstance(schema, bool):
-            return
+            return schema
         if not isinstance(schema, Mapping):
             raise GrammarError(f"a schema is an object or a boolean, not {type(schema).__name__}", place)
-        for keyword, value in schema.items():
-            self._keyword(keyword, value, place, depth)
+        walked = {keyword: self._keyword(keyword, value, place, depth) for keyword, value in schema.items()}
+        if self._is_note(schema, place):
+            del walked["format"]
+        return walked
 
-    def _keyword(self, keyword: str, value: object, place: str, depth: int) -> None:
+    def _keyword(self, keyword: str, value: object, place: str, depth: int) -> object:
+        """Its value, the subschemas in it walked."""
         where = f"{place}.{keyword[:64]}"
         if keyword in _SCHEMA_MAPS and isinstance(value, Mapping):
-            for name, part in value.items():
-                if keyword == "patternProperties":
-                    self._limits.check_expression(name, where)
-                self.walk(part, f"{where}.{name[:64]}", depth + 1)
-        elif keyword in _SCHEMA_LISTS and isinstance(value, list):
-            for index, part in enumerate(value):
-                self.walk(part, f"{where}[{index}]", depth + 1)
-        elif keyword in _SCHEMAS:
-            self.walk(value, where, depth + 1)
-        elif keyword == "enum" and isinstance(value, list):
+            for name in value if keyword == "patternProperties" else ():
+                self._limits.check_expression(name, where)
+            return {name: self.walk(part, f"{where}.{name[:64]}", depth + 1) for name, part in value.items()}
+        if keyword in _SCHEMA_LISTS and isinstance(value, list):
+            return [self.walk(part, f"{where}[{index}]", depth + 1) for index, part in enumerate(value)]
+        if keyword in _SCHEMAS:
+            return self.walk(value, where, depth + 1)
+        if keyword == "enum" and isinstance(value, list):
             self._count(len(value), where)
         elif keyword in _COUNTS:
             self._check_count(value, where)
@@ -155,6 +174,18 @@ class _SchemaWalk:
             raise GrammarError(f"{str(value)[:64]!r} points outside the schema; put the definition in $defs", where)
         elif keyword not in _KNOWN:
             raise GrammarError(f"the keyword {keyword[:64]!r} is not supported; leave it out", place)
+        return value
+
+    def _is_note(self, schema: Mapping[str, Any], place: str) -> bool:
+        """Whether its format is one; GrammarError where it is neither that nor enforced."""
+        found = schema.get("format")
+        if not isinstance(found, str) or found in ENFORCED:
+            return False
+        if found in NOTES:
+            self.notes.add(found)
+        elif may_be_text(schema):
+            raise GrammarError(f"the format {found[:64]!r} is not known; leave it out, or write a pattern", place)
+        return found in NOTES
 
     def _count(self, nodes: int, place: str) -> None:
         self._nodes += nodes

@@ -76,11 +76,16 @@ class ToolCallParser:
             self._step(segment)
         return self._take_parts()
 
-    def finish(self) -> list[Part]:
-        """At the end of the text. JSON that is whole is a call even where `</tool_call>` is missing."""
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """At the end of the text. JSON that is whole is a call even where `</tool_call>` is missing.
+
+        `cut`: the text was held to calls and only ended before its time, so what there is of one stays one.
+        """
         if self._step == self._inside:
             if self._block.whole:
                 self._end_call()
+            elif cut:
+                self._cut_call()
             else:
                 self._break()
         elif self._step == self._outside and not self.done:
@@ -149,6 +154,11 @@ class ToolCallParser:
         self._newlines, self._after_call = 0, True
         self._step = self._outside
         self.done = self._single
+
+    def _cut_call(self) -> None:
+        if not self._started and self._block.name is not None:
+            self._parts.append(CallPart(self._index, self._block.name, self._block.take_arguments()))
+        self._step = self._outside
 
     def _break(self) -> None:
         self.broken = True

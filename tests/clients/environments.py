@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
@@ -34,16 +35,47 @@ def environment(name: str) -> Path:
     match = re.search(rf"^{name.replace('-', '[-_]')}==(\S+)", wanted, re.MULTILINE)
     assert match, f"requirements/{name}.txt does not pin {name}"
     folder = cache_folder() / f"{name}-{match[1]}"
+    _install_once(folder, wanted, lambda: _install(folder, REQUIREMENTS / f"{name}.txt"))
+    return folder / "bin"
+
+
+def node_environment(name: str) -> Path:
+    """The folder with `node_modules` of client `name`, installed from its `package-lock.json` as above.
+
+    Raises NotInstallableError, also where there is no Node.js.
+    """
+    source = REQUIREMENTS / name
+    folder = cache_folder() / name
+    wanted = (source / "package-lock.json").read_text(encoding="utf-8")
+    _install_once(folder, wanted, lambda: _install_packages(folder, source))
+    return folder
+
+
+def _install_once(folder: Path, wanted: str, install: Callable[[], None]) -> None:
+    """Two runs at once must not install into one folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Two runs at once must not install into one folder.
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = folder / _STAMP
         if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
             shutil.rmtree(folder, ignore_errors=True)
-            _install(folder, REQUIREMENTS / f"{name}.txt")
+            install()
             stamp.write_text(wanted, encoding="utf-8")
-    return folder / "bin"
+
+
+def _install_packages(folder: Path, source: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise NotInstallableError(f"{source.name}: there is no npm; install Node.js")
+    folder.mkdir()
+    for file in ("package.json", "package-lock.json"):
+        shutil.copy(source / file, folder / file)
+    done = subprocess.run(
+        [npm, "ci", "--no-audit", "--no-fund"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=INSTALL_TIMEOUT_S,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise NotInstallableError(f"{source.name}: {done.stderr.strip()[-600:]}")
 
 
 def _install(folder: Path, requirements: Path) -> None:

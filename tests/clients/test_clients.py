@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.clients.conftest import Bench
+from tests.clients.conftest import Bench, replies
 from tests.clients.likelihood import Choice, likelihoods
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(1800)]  # the first use of a client installs it
@@ -25,16 +23,6 @@ Record = Callable[[str, object], None]
 
 def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def replies(bench: Bench) -> Counter[tuple[str, str]]:
-    """How many replies of each path and status the server has counted."""
-    found: Counter[tuple[str, str]] = Counter()
-    text = httpx.get(f"{bench.url}/metrics", timeout=30).text
-    for labels, count in re.findall(r"^divisi_http_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE):
-        values = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        found[values["path"], values["status"]] += int(float(count))
-    return found
 
 
 def test_openai(bench: Bench) -> None:

@@ -107,6 +107,41 @@ def test_the_demo_model_is_served_where_neither_flag_nor_file_says_what() -> Non
     assert Settings.load(None, {"model": {"model_dir": "/m/other", "dtype": None}}).served_model_name == "other"
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [(None, ("m",)), ("a", ("a",)), ("a,b", ("a", "b")), ("a, b/c", ("a", "b/c")), (["a", "b"], ("a", "b"))],
+)
+def test_names_of_the_model(given: object, names: tuple[str, ...]) -> None:
+    settings = Settings.from_args({"model": {"model_dir": "/m"}, "http": {"served_model_name": given}})
+    assert settings.model_names == names
+    assert settings.served_model_name == names[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "origins"),
+    [
+        (None, ()),
+        ("https://a.example", ("https://a.example",)),
+        ("http://localhost:3000,https://A.example", ("http://localhost:3000", "https://a.example")),
+        (["*"], ("*",)),
+    ],
+)
+def test_allowed_origins(given: object, origins: tuple[str, ...]) -> None:
+    settings = Settings.from_args({"model": {"model_dir": "/m"}, "http": {"allowed_origins": given}})
+    assert settings.http.allowed_origins == origins
+
+
+@pytest.mark.parametrize("given", ["a.example", "https://a.example/", "https://a.example/chat", "ftp://a", ""])
+def test_what_is_no_origin(given: str) -> None:
+    with pytest.raises(SettingsError, match=r"http\.allowed_origins\.0: not an origin: write scheme"):
+        Settings.from_args({"model": {"model_dir": "/m"}, "http": {"allowed_origins": given}})
+
+
+def test_a_name_must_not_be_empty() -> None:
+    with pytest.raises(SettingsError, match=r"http\.served_model_name\.1"):
+        Settings.from_args({"model": {"model_dir": "/m"}, "http": {"served_model_name": "a,"}})
+
+
 def test_a_file_has_to_name_the_model(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text("[http]\nport = 1\n")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from types import NoneType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Field, Tag, model_validator
 
-from divisi.deploy.api.body.base import Body
-from divisi.deploy.api.body.reasoning import Effort
+from divisi.deploy.api.body.base import Body, one_of, text_or_list
+from divisi.deploy.api.body.messages import Messages
+from divisi.deploy.api.body.reasoning import Effort, ThinkingSwitch, ThinkingWish
 from divisi.deploy.api.body.sampling_fields import MAX_INT, SamplingFields, TokenId
 from divisi.deploy.api.body.structured import ResponseFormat, StructuredOutputs
 from divisi.deploy.api.body.surface import strip_without_effect
-from divisi.deploy.api.body.tools import AssistantCalls, CallId, ToolChoice, Tools
+from divisi.deploy.api.body.tools import ToolChoice, Tools
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
 MAX_STOP_IDS = 256
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
 MAX_TEMPLATE_ARGUMENTS = 16
 MAX_ARGUMENT_CHARS = 4096
 MAX_PROMPTS = 4096
@@ -27,13 +26,6 @@ MAX_PROMPT_IDS = 2**20
 """Bound of the schema, lest a hopeless prompt costs the event loop a second; the model's context is the one to meet."""
 MAX_CHOICES = 128
 """Bound of the schema for `n` and `best_of`; ApiSettings.max_n is the one that people meet."""
-
-# Alternatives of a union are tagged, so that an error is reported for the one that the client meant. Tags begin with
-# "<" to tell them from field names when an error's place is spelled out.
-
-
-def _text_or_list(value: object) -> str | None:
-    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
 def _prompt_kind(value: object) -> str | None:
@@ -46,23 +38,19 @@ def _prompt_kind(value: object) -> str | None:
     return next((kind for type_, kind in kinds if isinstance(first, type_) and not isinstance(first, bool)), None)
 
 
-def _one_of(kind: Any, expected: str) -> Discriminator:
-    return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {expected}")
-
-
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_IDS, fail_fast=True)]
 Stop = Annotated[
     Annotated[StopText, Tag("<text>")]
     | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")],
-    _one_of(_text_or_list, "a string or a list of strings"),
+    one_of(text_or_list, "a string or a list of strings"),
 ]
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<id lists>")],
-    _one_of(_prompt_kind, "a string, a list of strings, a list of token ids, or a list of lists of token ids"),
+    one_of(_prompt_kind, "a string, a list of strings, a list of token ids, or a list of lists of token ids"),
 ]
 
 
@@ -78,6 +66,13 @@ class StreamOptions(Body):
     @classmethod
     def _strip(cls, data: object) -> object:
         return strip_without_effect(data, {"include_obfuscation": (None, False)})
+
+
+class UsageOptions(Body):
+    """OpenRouter's form of asking for the token counts, which a whole answer has anyway."""
+
+    include: bool = False
+    """As `stream_options.include_usage`."""
 
 
 class GenerationBody(SamplingFields):
@@ -99,6 +94,7 @@ class GenerationBody(SamplingFields):
     structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    usage: UsageOptions | None = None
     return_token_ids: bool | None = None
 
     @property
@@ -109,7 +105,8 @@ class GenerationBody(SamplingFields):
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        asked = self.stream_options is not None and self.stream_options.include_usage
+        return asked or (self.usage is not None and self.usage.include)
 
     @property
     def continuous_usage(self) -> bool:
@@ -123,72 +120,6 @@ class GenerationBody(SamplingFields):
         if self.stream and self.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs cannot be streamed; leave it out, or set stream: false")
         return self
-
-
-class TextPart(Body):
-    """One part of list-typed content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        Annotated[str, Tag("<text>")]
-        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
-        _one_of(_text_or_list, "a string or a list of text parts"),
-    ]
-    name: str | None = Field(default=None, max_length=256)
-    tool_calls: AssistantCalls | None = None
-    tool_call_id: CallId | None = None
-    reasoning: str | None = None
-    """Of an earlier answer; whether it is shown again is the template's matter."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _strip(cls, data: object) -> object:
-        # What the openai client sends back when an answer's message is appended to the conversation as it came.
-        nothing: tuple[object, ...] = (None, [])
-        names = ("tool_calls", "function_call", "refusal", "audio", "annotations", "reasoning", "reasoning_content")
-        data = strip_without_effect(data, dict.fromkeys(names, nothing))
-        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
-            data = {**data, "content": ""}
-        if isinstance(data, dict) and "reasoning_content" in data:
-            alias = {"reasoning": data["reasoning_content"]}
-            data = {**alias, **{name: value for name, value in data.items() if name != "reasoning_content"}}
-        return data
-
-    @model_validator(mode="after")
-    def _check_role(self) -> Message:
-        if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id: messages of role tool have it, and no others; name the call answered")
-        if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):
-            raise ValueError("tool_calls and reasoning belong to messages of role assistant; leave them out")
-        return self
-
-    @property
-    def chars(self) -> int:
-        """About how much text a template makes of it."""
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        parts += [call.function.arguments for call in self.tool_calls or ()]
-        return sum(map(len, parts)) + len(self.reasoning or "")
-
-    def plain(self) -> dict[str, Any]:
-        """As templates want it: text parts joined by line ends, `developer` under its older name."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        message: dict[str, Any] = {"role": role, "content": content, **named}
-        if self.tool_calls:
-            message["tool_calls"] = [call.plain("messages: tool_calls") for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning  # the name that this family's templates read
-        return message
 
 
 def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +142,7 @@ TemplateArguments = Annotated[
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Messages
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT)
     logprobs: bool | None = None
@@ -224,13 +155,25 @@ class ChatBody(GenerationBody):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
+    enable_thinking: bool | None = None
+    """As in `chat_template_kwargs`, where it wins."""
+    thinking: ThinkingSwitch | None = None
+    """The same in Anthropic's form; `enable_thinking` and `thinking_token_budget` win over it."""
     include_reasoning: bool | None = None
     thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_INT)
     """Tokens after which the thinking part is closed."""
 
+    @property
+    def thinking_wish(self) -> ThinkingWish:
+        """What its fields say about thinking, however they say it."""
+        form = self.thinking or ThinkingSwitch(type="adaptive")
+        budget = form.budget_tokens if self.thinking_token_budget is None else self.thinking_token_budget
+        switch = form.on if self.enable_thinking is None else self.enable_thinking
+        return ThinkingWish(self.reasoning_effort, switch, budget)
+
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true; set it, or leave top_logprobs out")
         return self
 
@@ -274,7 +217,7 @@ class TokenizeBody(Body):
 
     model: str | None = Field(default=None, min_length=1, max_length=512)
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     """None: added to a text; a template brings its own."""
     add_generation_prompt: bool | None = None

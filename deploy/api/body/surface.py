@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-HARMLESS = frozenset({"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"})
-"""Accepted with any value: they are notes to the operator, not to the model."""
+HARMLESS = frozenset(
+    ["user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"]
+)
+"""Accepted with any value: notes to the operator, or wishes that no model of this family can read."""
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "store": (None, False),
@@ -45,17 +47,16 @@ UNSUPPORTED = frozenset(
         "return_tokens_as_token_ids",
         "thinking",
         "thinking_token_budget",
-        "verbosity",
         "vllm_xargs",
         "web_search_options",
         "prompt_embeds",
-        "prompt_cache_retention",
         "max_completion_tokens",
         "top_logprobs",
         "chat_template_kwargs",
         "messages",
         "prompt",
         "echo",
+        "enable_thinking",
         "logprobs",
         "best_of",
         "add_generation_prompt",

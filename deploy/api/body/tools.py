@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from divisi.deploy.api.body.base import Body
+from divisi.deploy.api.body.base import Body, one_of
+from divisi.deploy.api.body.replayed import Place, Replayed
+from divisi.deploy.api.body.surrogates import mend_surrogates
 from divisi.deploy.api.errors import ApiError
 from divisi.model.text.answer_grammar import CallRule, OfferedTool
 from divisi.model.text.grammar import GrammarCompiler
@@ -23,12 +25,13 @@ MAX_CALLS = 128
 MAX_ARGUMENTS_CHARS = 2**20
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-CallId = Annotated[str, Field(min_length=1, max_length=256)]
+CallId = Annotated[str, Field(max_length=256)]
 
 
-class FunctionSpec(Body):
+class FunctionSpec(Replayed):
     """A function on offer."""
 
+    place: ClassVar[Place] = "tool"
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -37,9 +40,10 @@ class FunctionSpec(Body):
     """Whether a grammar holds the arguments to the schema."""
 
 
-class Tool(Body):
+class Tool(Replayed):
     """One entry of `tools`."""
 
+    place: ClassVar[Place] = "tool"
     type: Literal["function"]
     function: FunctionSpec
 
@@ -76,40 +80,57 @@ ToolChoice = Annotated[
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
-class CalledFunction(Body):
-    """The function part of a call given back."""
-
-    name: FunctionName
-    arguments: str = Field(max_length=MAX_ARGUMENTS_CHARS)
-    """A JSON object as text."""
+def _arguments_kind(value: object) -> str | None:
+    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, dict) else None
 
 
-class AssistantCall(Body):
-    """A call of an earlier answer, given back in the conversation."""
+class CalledFunction(Replayed):
+    """The function part of a call given back. Its name is what a model wrote, on offer or not."""
 
-    id: CallId
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    place: ClassVar[Place] = "call"
+    name: str = Field(min_length=1, max_length=256)
+    arguments: (
+        Annotated[
+            Annotated[str, Field(max_length=MAX_ARGUMENTS_CHARS), Tag("<text>")]
+            | Annotated[dict[str, Any], Tag("<object>")],
+            one_of(_arguments_kind, "the text of a JSON object"),
+        ]
+        | None
+    ) = None
+    """A JSON object as text. An answer that was cut left a piece of one."""
 
-    def plain(self, where: str) -> dict[str, Any]:
-        """As templates want it: the arguments as an object. Raises ApiError where they are none."""
-        text = self.function.arguments
+    @property
+    def chars(self) -> int:
+        """About how long the arguments are as text."""
+        return len(self.arguments if isinstance(self.arguments, str) else str(self.arguments))
+
+    def parsed(self) -> dict[str, Any] | str:
+        """The arguments as templates want them: an object; what is none stays the text that it is."""
+        if not isinstance(self.arguments, str):
+            return self.arguments or {}
+        text = mend_surrogates(self.arguments)
         try:
             arguments = json.loads(text) if text.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise _no_object(where, f"not valid JSON ({error})") from error
-        if not isinstance(arguments, dict):
-            raise _no_object(where, "not an object")
-        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        except (ValueError, RecursionError):
+            return text
+        return arguments if isinstance(arguments, dict) else text
+
+
+class AssistantCall(Replayed):
+    """A call of an earlier answer, given back in the conversation."""
+
+    place: ClassVar[Place] = "call"
+    id: CallId
+    type: Literal["function"] | None = "function"
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """As templates want it."""
+        function = {"name": self.function.name, "arguments": self.function.parsed()}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 AssistantCalls = Annotated[list[AssistantCall], Field(max_length=MAX_CALLS, fail_fast=True)]
-
-
-def _no_object(where: str, what: str) -> ApiError:
-    return ApiError(
-        f"{where}.function.arguments: the text is {what}; send the JSON object that the answer had", param="messages"
-    )
 
 
 def offered(tools: Sequence[Tool] | None, choice: str | NamedChoice | None) -> tuple[Tool, ...]:
@@ -127,6 +148,11 @@ def offered(tools: Sequence[Tool] | None, choice: str | NamedChoice | None) -> t
     return () if choice == "none" else tools
 
 
+def is_forced(choice: str | NamedChoice | None) -> bool:
+    """Whether the answer can be nothing but calls."""
+    return choice == "required" or isinstance(choice, NamedChoice)
+
+
 def call_rule(
     compiler: GrammarCompiler, tools: Sequence[Tool], choice: str | NamedChoice | None, *, parallel: bool
 ) -> CallRule | None:
@@ -140,7 +166,7 @@ def call_rule(
         return None
     if isinstance(choice, NamedChoice):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    forced = choice == "required" or isinstance(choice, NamedChoice)
+    forced = is_forced(choice)
     if not forced and not any(tool.function.strict for tool in tools):
         return None
     return CallRule(tuple(_enforced(compiler, tool, forced=forced) for tool in tools), forced, single=not parallel)
@@ -148,11 +174,11 @@ def call_rule(
 
 def _enforced(compiler: GrammarCompiler, tool: Tool, *, forced: bool) -> OfferedTool:
     function = tool.function
-    held = OfferedTool(function.name, function.parameters)
     if function.parameters is None or not (function.strict or forced):
         return OfferedTool(function.name)
     try:
         compiler.json_schema(function.parameters)
+        held = compiler.enforceable(function.parameters).schema
     except GrammarError as error:
         if not function.strict:
             return OfferedTool(function.name)
@@ -161,7 +187,7 @@ def _enforced(compiler: GrammarCompiler, tool: Tool, *, forced: bool) -> Offered
             "simplify them, or leave strict out",
             param="tools",
         ) from error
-    return held
+    return OfferedTool(function.name, held if isinstance(held, dict) else None)
 
 
 def _check_tools(tools: Sequence[Tool]) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from divisi.deploy.api.body.protocol import ChatBody, GenerationBody
 from divisi.deploy.api.body.reasoning import Thinking
 from divisi.deploy.api.body.structured import content_grammar
-from divisi.deploy.api.body.tools import NamedChoice, Tool, call_rule
+from divisi.deploy.api.body.tools import NamedChoice, Tool, call_rule, is_forced
 from divisi.deploy.api.compile.parsing import ParseRule
 from divisi.deploy.api.errors import ApiError
 from divisi.model.text import TextCodec
@@ -51,7 +51,8 @@ class AnswerForms:
         if isinstance(body.tool_choice, NamedChoice):
             names = frozenset([body.tool_choice.function.name])
         opened = thinks and self._last_tag(prompt) == THINK
-        return ParseRule(self._tags, thinks, opened, names, single=body.parallel_tool_calls is False)
+        forced = bool(tools) and is_forced(body.tool_choice)
+        return ParseRule(self._tags, thinks, opened, names, body.parallel_tool_calls is False, forced)
 
     async def content_grammar(self, body: GenerationBody) -> str | None:
         """The grammar of an answer's content; None for free text. Raises ApiError for one that cannot be kept."""

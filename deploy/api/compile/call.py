@@ -65,7 +65,7 @@ class Compiler:
         wanted: int | None = getattr(body, asked)
         thinks = self._forms.thinks
         arguments = body.chat_template_kwargs or {}
-        thinking = thinking_of(body.reasoning_effort, body.thinking_token_budget, arguments, thinks=thinks)
+        thinking = thinking_of(body.thinking_wish, arguments, thinks=thinks)
         tools = offered(body.tools, body.tool_choice)
         ids = await self._conversation_ids(body, thinking.arguments, tools)
         prompt = self._truncated(body, ids, wanted)
@@ -121,7 +121,7 @@ class Compiler:
     async def tokenize(self, body: TokenizeBody) -> list[int]:
         """Token ids of a text or a conversation."""
         if body.model is not None:
-            check_model(body.model, self._settings.served_model_name)
+            check_model(body.model, self._settings.model_names)
         if body.messages is not None:
             return await self._conversation_ids(body)
         prompt, special = body.prompt or "", body.add_special_tokens is not False
@@ -131,7 +131,7 @@ class Compiler:
     async def detokenize(self, body: DetokenizeBody) -> str:
         """Text of token ids, special tokens included."""
         if body.model is not None:
-            check_model(body.model, self._settings.served_model_name)
+            check_model(body.model, self._settings.model_names)
         self._check_ids("tokens", body.tokens)
         return await _off_loop(lambda: self._text.tokenizer.decode(body.tokens, skip_special=False), len(body.tokens))
 
@@ -244,7 +244,7 @@ class Compiler:
             )
 
     def _check_model(self, body: GenerationBody) -> None:
-        check_model(body.model, self._settings.served_model_name)
+        check_model(body.model, self._settings.model_names)
 
     def _check_logprobs(self, param: str, wanted: int | None) -> None:
         limit = self._settings.max_logprobs
@@ -256,8 +256,8 @@ class Compiler:
         if chars > self._hopeless_bytes:
             limit = self._settings.max_model_len
             raise ApiError(
-                f"{param}: this model's context is {limit} tokens, but the prompt has {chars} characters, "
-                "which cannot fit; shorten it",
+                f"{param}: this model's maximum context length is {limit} tokens, but the prompt has {chars} "
+                "characters, which cannot fit; shorten it",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -276,32 +276,34 @@ class Compiler:
         longest = self._settings.max_prompt_tokens
         if longest is not None and prompt_tokens > longest:
             raise ApiError(
-                f"{param}: prompts may have {longest} tokens here, but this one has {prompt_tokens}; shorten it",
+                f"{param}: this model's maximum context length is {longest} tokens for a prompt on this server, but "
+                f"this one has {prompt_tokens}; shorten it",
                 param=param,
                 code="context_length_exceeded",
             )
         if room < (0 if wanted == 0 else 1):
             raise ApiError(
-                f"{param}: this model's context is {limit} tokens, but the prompt alone has {prompt_tokens}; "
-                "shorten it",
+                f"{param}: this model's maximum context length is {limit} tokens, but the prompt alone has "
+                f"{prompt_tokens}; shorten it",
                 param=param,
                 code="context_length_exceeded",
             )
         if wanted is not None and wanted > room:
             raise ApiError(
-                f"{asked}: this model's context is {limit} tokens, but {prompt_tokens} of the prompt and {wanted} "
-                f"of the answer make {prompt_tokens + wanted}; shorten the prompt or ask for at most {room}",
+                f"{asked}: this model's maximum context length is {limit} tokens, but {prompt_tokens} of the prompt "
+                f"and {wanted} of the answer make {prompt_tokens + wanted}; shorten the prompt, "
+                f"or ask for at most {room}",
                 param=asked,
                 code="context_length_exceeded",
             )
         return min(default, room) if wanted is None else wanted
 
 
-def check_model(asked: str, served: str) -> None:
-    """Raises ApiError (404) for any name but the served one."""
-    if asked != served:
+def check_model(asked: str, served: Sequence[str]) -> None:
+    """Raises ApiError (404) for any name but the served ones."""
+    if asked not in served:
         raise ApiError(
-            f"the model {asked[:128]!r} does not exist here; this server has {served!r}",
+            f"the model {asked[:128]!r} does not exist here; this server has {' and '.join(map(repr, served))}",
             status=404,
             param="model",
             code="model_not_found",

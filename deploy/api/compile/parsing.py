@@ -25,6 +25,8 @@ class ParseRule:
     """Functions that may be called; empty where none may."""
     single: bool
     """Whether the answer ends with its first call."""
+    forced: bool = False
+    """Whether a grammar holds the answer to calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class ChatParser:
         self._counter = ReasoningSplitter(opened=rule.opened) if rule.thinks else None
         self._uncounted = 0
         self._calls = ToolCallParser(rule.names, single=rule.single) if rule.names else None
+        self._forced = rule.forced
 
     @property
     def done(self) -> bool:
@@ -63,14 +66,16 @@ class ChatParser:
             return []
         return self._parts(self._marks.cut(text))
 
-    def finish(self) -> list[ChatPart]:
-        """What was held back, at the end of the text."""
+    def finish(self, reason: FinishReason | None = None) -> list[ChatPart]:
+        """What was held back, at the end of the text, which came for `reason`."""
         rest = self._marks.rest()
         parts = self._parts([rest] if rest else [])
         if self._splitter is not None:
             reasoning, content = self._splitter.finish()
             parts += [*([ReasoningPart(reasoning)] if reasoning else []), *self._content(content)]
-        return parts if self._calls is None else [*parts, *self._calls.finish()]
+        if self._calls is not None:
+            parts += self._calls.finish(cut=self._forced and reason == "length")
+        return parts
 
     def see(self, token_id: int, text: str) -> int:
         """Take note of one more token and the text that it completes.

@@ -30,6 +30,12 @@ def note_generated(scope: Scope, generated: Generated) -> None:
     scope.setdefault("state", {})["generated"] = generated
 
 
+def note_dropped(scope: Scope, keys: Sequence[str]) -> None:
+    """Have it in the request's log line which keys of its conversation were dropped: a few names, short ones."""
+    if keys:
+        scope.setdefault("state", {})["dropped_keys"] = keys
+
+
 class LogRequests:
     """ASGI middleware: logs every request. Probes and scrapes that went well are logged as debugging only."""
 
@@ -68,6 +74,8 @@ def _fields(scope: Scope, status: int, duration_s: float) -> dict[str, object]:
         "key": None if key is None else key.name,
         "duration_s": round(duration_s, 6),
     }
+    if dropped := state.get("dropped_keys"):
+        fields["dropped_keys"] = dropped
     found: Generated | None = state.get("generated")
     if found is not None:
         fields["prompt_tokens"] = found.prompt_tokens

@@ -92,7 +92,7 @@ class Answer:
                 self._end(event, delta, pieces)
                 self._parse(delta, pieces[begun:])
         if self._parser is not None and delta.finish_reason is not None:
-            delta.parts += self._parser.finish()
+            delta.parts += self._parser.finish(delta.finish_reason)
             delta.finish_reason = self._parser.reason(delta.finish_reason)
         delta.text = "".join(pieces)
         return delta

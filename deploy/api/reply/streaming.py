@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -72,8 +72,11 @@ class GenerationResponse(Response):
         gate: Gate,
         *,
         stream: bool,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
+        """`notes`: headers of a good reply, in ASCII."""
         super().__init__()
+        self._notes = [(name.lower().encode(), value.encode()) for name, value in (notes or {}).items()]
         self._engine = engine
         self._tokenizer = tokenizer
         self._calls = calls
@@ -140,7 +143,7 @@ class GenerationResponse(Response):
         for answer, pieces in zip(answers, texts, strict=True):
             answer.text = "".join(pieces)
         body = self._writer.whole(answers)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *self._notes]
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -149,7 +152,7 @@ class GenerationResponse(Response):
         async with aclosing(self._deltas()) as batches:
             first = await anext(batches)
             self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS, *self._notes]})
             await _send_events(send, self._writer.opening() + self._chunks(first))
             try:
                 async for batch in batches:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from divisi.deploy.api.body.surface import HARMLESS, NEUTRAL, UNSUPPORTED
 from divisi.deploy.api.schema.chunks import ChatChunk, CompletionChunk
 from divisi.deploy.api.schema.replies import ChatCompletion, Completion, Detokenized, ErrorBody, Tokenized
 
@@ -53,7 +54,7 @@ def _docs(body: type[BaseModel], reply: type[BaseModel], chunk: type[BaseModel] 
     described = "The answer" + ("." if chunk is None else "; server-sent events where `stream` is true.")
     errors = {status: text for status, text in _ERRORS.items() if chunk is not None or status not in _OF_THE_ENGINE}
     return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _schema(body)}}},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _body_schema(body)}}},
         "responses": {
             "200": {"description": described, "content": content},
             **{status: {"description": text, "content": error} for status, text in errors.items()},
@@ -82,6 +83,15 @@ def _event(chunk: type[BaseModel]) -> dict[str, Any]:
         {"const": "[DONE]"},
     ]
     return {"type": "object", "properties": {"data": {"type": "string", "anyOf": kinds}}, "required": ["data"]}
+
+
+def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
+    """What a body may hold, the fields without effect too."""
+    schema = _schema(body)
+    harmless = {name: {"description": "Accepted without effect."} for name in sorted(HARMLESS)}
+    neutral = {name: {"enum": list(values)} for name, values in NEUTRAL.items()}
+    unsupported = {name: {"type": "null"} for name in sorted(UNSUPPORTED)}
+    return schema | {"properties": unsupported | neutral | harmless | schema["properties"]}
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -43,7 +44,7 @@ def json_schema(schema: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(messages=[]), 400, "messages", "must have at least 1 item, but has 0"),
-    (chat(max_completion_tokens=100_000), 400, "max_completion_tokens", "max_completion_tokens: this model's context"),
+    (chat(max_completion_tokens=100_000), 400, "max_completion_tokens", "this model's maximum context length"),
     (completion(prompt=[1] * 60_000), 400, "prompt", "the prompt alone has 60000"),
     (chat(messages="hi"), 400, "messages", "list"),
     (chat(messages=None), 400, "messages", "null"),
@@ -53,8 +54,10 @@ FIELDS: list[tuple[tuple[str, dict[str, Any]], int, str | None, str]] = [
     (chat(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content", "5"),
     (chat(messages=[{"role": "user", "content": []}]), 400, "messages[0].content", "at least 1"),
     (chat(messages=[{"role": "king", "content": "x"}]), 400, "messages[0].role", "'user'"),
-    (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages[0]", "tool_call_id"),
-    (chat(messages=[{"role": "user", "content": "x", "mood": 1}]), 400, "messages[0].mood", "not supported"),
+    (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages[0].tool_call_id", "required"),
+    (chat(messages=[{"role": 5, "content": "x"}]), 400, "messages[0].role", "but it is 5"),
+    (chat(messages=[{"content": "x"}]), 400, "messages[0].role", "required"),
+    (chat(messages=[{"role": "function", "content": "x"}]), 400, "messages[0].name", "required"),
     (
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         400,
@@ -215,7 +218,8 @@ BODIES: list[tuple[bytes, dict[str, str], int, str]] = [
     (b"[" * 100_000, JSON, 400, "recursion"),
     (b'{"a":' * 20_000, JSON, 400, "recursion"),
     (b'{"model": "\xff\xfe"}', JSON, 400, "unicode"),
-    (b'{"model": "\\ud800"}', JSON, 400, "not valid JSON"),
+    (b'{"model": "\\ud800', JSON, 400, "not valid JSON"),
+    (b'{"model": "\\ud8"}', JSON, 400, "not valid JSON"),
     (b'{"temperature": NaN}', JSON, 400, "not valid JSON"),
     (b'{"temperature": Infinity}', JSON, 400, "not valid JSON"),
     (b'{"model":"test-model","prompt":"x","temperature":1e999}', JSON, 400, "temperature"),
@@ -226,7 +230,13 @@ BODIES: list[tuple[bytes, dict[str, str], int, str]] = [
     (b"{}", {"content-type": "text/plain"}, 415, "application/json"),
     (b"prompt=x", {"content-type": "application/x-www-form-urlencoded"}, 415, "application/json"),
     (b"{}", {}, 415, "missing"),
-    (b"{}", {**JSON, "content-encoding": "gzip"}, 415, "gzip"),
+    (b"{}", {**JSON, "content-encoding": "br"}, 415, "in one layer of gzip"),
+    (b"{}", {**JSON, "content-encoding": "gzip, gzip"}, 415, "in one layer of gzip"),
+    (b"{}", {**JSON, "content-encoding": "gzip"}, 400, "not what gzip makes"),
+    (gzip.compress(b"{}")[:-4], {**JSON, "content-encoding": "gzip"}, 400, "its end is missing"),
+    (gzip.compress(b"{}") + b"more", {**JSON, "content-encoding": "gzip"}, 400, "not what gzip makes"),
+    (b"", {**JSON, "content-encoding": "gzip"}, 400, "its end is missing"),
+    (gzip.compress(b"x" * 10_000_000), {**JSON, "content-encoding": "gzip"}, 413, "200000"),
     (b'{"prompt": "' + b"x" * 300_000 + b'"}', JSON, 413, "200000"),
 ]
 
@@ -275,7 +285,8 @@ def test_chunked_body_past_the_limit(http: httpx.Client) -> None:
         ("GET", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/nothing", 404, "path_not_found"),
-        ("POST", "/", 404, "path_not_found"),
+        ("POST", "/", 405, "method_not_allowed"),
+        ("POST", "/v2", 404, "path_not_found"),
         ("GET", "/v1/models/other", 404, "model_not_found"),
     ],
 )
@@ -283,6 +294,23 @@ def test_paths(http: httpx.Client, method: str, path: str, status: int, code: st
     reply = http.request(method, path)
     assert reply.status_code == status
     assert ErrorBody.model_validate_json(reply.content).error.code == code
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/chat/completions", ["'/chat/completions'", "did you mean /v1/chat/completions?"]),
+        ("POST", "/v1/chat/completion", ["'/v1/chat/completion'", "did you mean /v1/chat/completions?"]),
+        ("POST", "/v1/v1/chat/completions", ["did you mean /v1/chat/completions?"]),
+        ("POST", "/v1/embeddings", ["'/v1/embeddings'"]),
+        ("GET", "/" + "x" * 5000, ["'/" + "x" * 127 + "...'", "/docs"]),
+        ("GET", CHAT, [f"'{CHAT}' doesn't take GET", "send POST"]),
+    ],
+)
+def test_the_path_is_named(http: httpx.Client, method: str, path: str, words: list[str]) -> None:
+    message = http.request(method, path).json()["error"]["message"]
+    assert all(word in message for word in words), message
+    assert len(message) < 300
 
 
 def test_nothing_reaches_the_engine(http: httpx.Client, engine: FakeEngine) -> None:

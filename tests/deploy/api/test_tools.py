@@ -253,3 +253,58 @@ def test_effort_and_budget(thinker: tuple[openai.OpenAI, FakeEngine], matcher_fo
     grammar = engine.requests[-1].grammar
     assert matcher_for(grammar, "Hm.\n</think>\n\n{}")
     assert not matcher_for(grammar, "Hm.\n</think>\n\nYes.")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("left", [9, 24])
+def test_a_forced_call_that_is_cut_stays_one(client: openai.OpenAI, engine: FakeEngine, left: int, choice: Any) -> None:
+    """Whole and streamed alike: the arguments as far as they came, no content, and the length as the reason."""
+    said = block("weather", ODD)
+    engine.script = engine.say(said)
+    few = len(engine.tokenizer.encode(said)) - left
+    fields: dict[str, Any] = {"model": MODEL, "messages": ASK, "tools": TOOLS, "tool_choice": choice, "max_tokens": few}
+    whole = client.chat.completions.create(**fields).choices[0]
+    assert whole.finish_reason == "length"
+    assert not whole.message.content
+    assert whole.message.tool_calls
+    (call,) = whole.message.tool_calls
+    text = json.dumps(ODD, ensure_ascii=False)
+    assert call.function.name == "weather"
+    assert call.function.arguments
+    assert text.startswith(call.function.arguments)
+    assert text != call.function.arguments
+    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**fields, stream=True)]
+    streamed = [piece for choice_ in deltas for piece in choice_.delta.tool_calls or []]
+    assert "".join(piece.function.arguments for piece in streamed) == call.function.arguments
+    assert [piece.function.name for piece in streamed if piece.function.name] == ["weather"]
+    assert not "".join(choice_.delta.content or "" for choice_ in deltas)
+    assert deltas[-1].finish_reason == "length"
+
+
+def test_a_forced_call_that_is_cut_before_its_arguments(client: openai.OpenAI, engine: FakeEngine) -> None:
+    named, unnamed = '<tool_call>\n{"name": "weather", "argum', '<tool_call>\n{"name": "wea'
+    for said, calls in ((named, [("weather", "")]), (unnamed, [])):
+        engine.script = engine.say(said, end="length")
+        fields: Any = {"model": MODEL, "messages": ASK, "tools": TOOLS, "tool_choice": "required"}
+        whole = client.chat.completions.create(**fields).choices[0]
+        found = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls or []]
+        assert found == calls
+        assert not whole.message.content
+        deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**fields, stream=True)]
+        pieces = [piece.function for delta in deltas for piece in delta.tool_calls or []]
+        assert [(piece.name, piece.arguments) for piece in pieces] == calls
+        assert not "".join(delta.content or "" for delta in deltas)
+
+
+def test_the_second_of_two_forced_calls_is_cut(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.script = engine.say(block("weather", {"city": "Oslo"}) + "\n" + block("time", ODD)[:60], end="length")
+    whole = client.chat.completions.create(model=MODEL, messages=ASK, tools=TOOLS, tool_choice="required").choices[0]
+    assert [call.function.name for call in whole.message.tool_calls or []] == ["weather", "time"]
+    assert (whole.finish_reason, whole.message.content) == ("length", None)
+
+
+def test_a_forced_call_that_the_model_ends_is_no_cut_one(client: openai.OpenAI, engine: FakeEngine) -> None:
+    broken = block("weather", {"city": "Paris"})[:-20]
+    engine.script = engine.say(broken, end="stop")
+    whole = client.chat.completions.create(model=MODEL, messages=ASK, tools=TOOLS, tool_choice="required").choices[0]
+    assert (whole.message.tool_calls, whole.message.content) == (None, broken)
