@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -19,6 +20,8 @@ _READ_BYTES = 64 * 1024
 _UNREAD_BYTES = 4 * 1024 * 1024
 """Arrived and not asked for; above it nothing more is read, and the sender's `buffered` grows."""
 _FLUSH_S = 2.0
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group."""
 _SILENT_S = 20.0
 """After so long without an acknowledgement by the other machine's kernel, a TCP connection is given up."""
 
@@ -54,6 +57,15 @@ class Channel(asyncio.BufferedProtocol):
     def buffered(self) -> int:
         """Bytes that were sent and that the kernel has not taken yet."""
         return self._parcels_bytes + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
+
+    @property
+    def process(self) -> int | None:
+        """The other side's process id, as the kernel has it, where that is a process of this machine."""
+        connection = None if self._transport is None else self._transport.get_extra_info("socket")
+        if connection is None or connection.family != socket.AF_UNIX:
+            return None
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return _CREDENTIALS.unpack(credentials)[0] or None  # 0 stands for one that this container does not see
 
     def send(self, payloads: Sequence[bytes]) -> None:
         """Send without waiting, whatever the other side does: who sends watches `buffered`. Raises ChannelClosed.

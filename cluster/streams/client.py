@@ -14,12 +14,14 @@ import time
 from divisi.cluster.door import MAX_FRAME, Channel, ChannelClosed
 from divisi.cluster.errors import DivisiError, GangNotReady
 from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.streams.death import is_ending
 from divisi.cluster.streams.wire import Cancel, Events, Refused, Report, Submit, WireError, decode, encode
 
 log = logging.getLogger(__name__)
 
 MAX_UNREAD = 32_768
 """Tokens of an answer, alternatives counted, that may wait for its reader."""
+_LOOK_EVERY_S = 0.02
 
 
 class TokenStream:
@@ -93,6 +95,8 @@ class WorkerConnection:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._process = channel.process
+        self._watching: asyncio.Task[None] | None = None
         self._numbers = itertools.count(1)
         self._streams: dict[int, TokenStream] = {}
         self.report: Report | None = None
@@ -123,6 +127,8 @@ class WorkerConnection:
         finally:
             self.report = None
             self._channel.close()
+            if self._watching is not None:
+                self._watching.cancel()
             for stream in self._streams.values():
                 stream.fail("the attention worker was lost")
             self._streams.clear()
@@ -138,6 +144,8 @@ class WorkerConnection:
         except ChannelClosed as error:
             raise GangNotReady(str(error)) from error
         self._streams[stream.number] = stream
+        if self._process is not None and (self._watching is None or self._watching.done()):
+            self._watching = asyncio.create_task(self._watch(self._process))
         return stream
 
     def close(self, stream: TokenStream) -> None:
@@ -148,6 +156,13 @@ class WorkerConnection:
     def _cancel(self, stream: TokenStream) -> None:
         with contextlib.suppress(ChannelClosed):
             self._channel.send([encode(Cancel(stream.number, stream.long))])
+
+    async def _watch(self, process: int) -> None:
+        """While answers are open: end the connection as soon as the worker's process is being ended."""
+        while self._streams:
+            if is_ending(process):
+                self._channel.abort()
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def _sort(self, events: Events) -> None:
         streams = self._streams

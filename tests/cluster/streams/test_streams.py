@@ -19,8 +19,10 @@ from divisi.cluster.door import connect
 from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.request import Request, Sampling, TokenEvent, TokenLogprob
 from divisi.cluster.seats import Address, StreamAddress
+from divisi.cluster.streams import client as client_module
 from divisi.cluster.streams import server as server_module
 from divisi.cluster.streams.client import MAX_UNREAD, TokenStream, WorkerConnection
+from divisi.cluster.streams.death import is_ending
 from divisi.cluster.streams.wire import Cancel, Refused, Report, Submit, decode, encode
 from divisi.cluster.streams.workers import WorkerConnections
 from tests.support.scripted_worker import HOST, SECRET, ScriptedWorker, connected, only, running, token, until
@@ -230,6 +232,49 @@ async def test_the_end_of_a_connection_ends_its_answers_at_once(worker: Scripted
         worker.server.deliver([token("b", 1, "stop")])
         assert tokens(await read(other)) == [1]
         assert not worker.server._answers
+
+
+async def test_a_worker_whose_process_is_being_ended_is_lost_before_its_sockets_are(
+    worker: ScriptedWorker, connection: WorkerConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = connection.open(request("a"))
+    await until(lambda: len(worker.requests) == 1)
+    looked: list[int] = []
+    monkeypatch.setattr(client_module, "is_ending", lambda pid: not looked.append(pid))
+    (end,) = await read(stream)
+    assert end.error == "the attention worker was lost"
+    assert set(looked) == {os.getpid()}
+
+
+async def test_nobody_looks_after_an_idle_worker(
+    worker: ScriptedWorker, connection: WorkerConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(client_module, "is_ending", lambda pid: bool(looked.append(pid)))
+    stream = connection.open(request("a"))
+    worker.server.deliver([token("a", 1, "stop")])
+    await until(lambda: len(worker.requests) == 1)
+    worker.server.deliver([token("a", 1, "stop")])
+    await read(stream)
+    assert looked
+    await asyncio.sleep(0.05)
+    before = len(looked)
+    await asyncio.sleep(0.1)
+    assert len(looked) == before
+
+
+def test_processes_that_end() -> None:
+    assert not is_ending(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert not is_ending(process.pid)
+        process.kill()
+        for _ in range(500):
+            if is_ending(process.pid):
+                break
+            time.sleep(0.01)
+        assert is_ending(process.pid), "a zombie"
+        process.wait()
+        assert is_ending(process.pid)
 
 
 PROCESS = """
