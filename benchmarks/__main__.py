@@ -1,4 +1,4 @@
-"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `same`, `pairs`: two checkouts."""
+"""`python -m divisi.benchmarks [speed | http | served]`: tables of benchmarks/README.md; `same`, `pairs`: checkouts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from divisi.benchmarks import machine, speed, split_step
 from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
+from divisi.benchmarks.http_cost import served
 from divisi.model.random_checkpoint import write_random_checkpoint
 
 
@@ -56,9 +57,10 @@ def _measure() -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["speed", "http"],
+        choices=["speed", "http", "served"],
         default="speed",
-        help="speed of the model beside transformers (default), or the cost of a streamed token in the HTTP process",
+        help="speed of the model beside transformers (default); the cost of a streamed token in the HTTP process; or "
+        "through a whole server whose steps do nothing",
     )
     parser.add_argument(
         "--model", type=Path, help="checkpoint folder; without it, a random one of configs/bench-s.json"
@@ -74,6 +76,9 @@ def _measure() -> None:
         print(machine.describe())
         if options.what == "http":
             print(http_cost.report(model_dir, options.rounds, _HTTP_TOKENS[options.quick]))
+            return
+        if options.what == "served":
+            print(served.report(model_dir, options.rounds, _HTTP_TOKENS[options.quick]))
             return
         print(
             f"bf16, {options.threads} threads, {model_dir.name}, {options.rounds} rounds, medians (lowest to highest)"

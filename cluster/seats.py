@@ -72,11 +72,24 @@ class GangShape:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamAddress:
+    """Where the ingresses reach an attention worker."""
+
+    host: str
+    port: int
+    """0 where no other host can reach it."""
+    path: str
+    """Of a Unix socket, for the ingresses of its own host."""
+
+
+@dataclass(frozen=True, slots=True)
 class Address:
     """Where a rank can be reached: `host` for its process group, `port` of its control listener (leader only)."""
 
     host: str
     port: int = 0
+    streams: StreamAddress | None = None
+    """Of an attention worker."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from divisi.cluster.door import TlsFiles
 from divisi.cluster.seats import GangShape
 
 
@@ -29,6 +30,10 @@ class GangSpec:
     max_step_tokens: int
     """Of the whole gang."""
     step_deadline_s: float
+    secret_file: str | None = None
+    """Holds what the processes of the gang know each other by; None: a secret is drawn, and Ray keeps it."""
+    tls: TlsFiles | None = None
+    """Encrypts connections between nodes."""
 
     @property
     def worker_step_tokens(self) -> int:

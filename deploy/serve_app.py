@@ -8,26 +8,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
-from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.door import TlsFiles
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
 from divisi.deploy.fit import fit
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.deploy.logs import configure_logs
-from divisi.deploy.routing import REPORT_EVERY_S, WorkerReport
 from divisi.deploy.serve_client import ServeEngineClient
-from divisi.deploy.serve_router import QueuedTokensRouter
 from divisi.deploy.settings import LogSettings, Settings
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
@@ -39,6 +33,8 @@ log = logging.getLogger(__name__)
 _UNLIMITED = 1_000_000
 _LAST_WORDS_S = 3.0
 """For the error events of streams that outlast the grace: the ingress ends them, not Serve by killing replicas."""
+_LEAVE_S = 5.0
+"""For a worker to leave the gang, after its answers."""
 # Requests are logged by the API, with what only it knows.
 _NO_ACCESS_LOG = {"enable_access_log": False}
 
@@ -49,10 +45,10 @@ class Ingress:
     def __init__(
         self, settings: Settings, spec: GangSpec, workers: DeploymentHandle[Any], gang: DeploymentHandle[Any]
     ) -> None:
-        """`gang` is only bound to belong to the application: its coordinator is reached by name."""
+        """`workers` and `gang` are only bound to belong to the application: the coordinator, whose name is known, names
+        the workers' addresses."""
         self._settings = settings
         self._spec = spec
-        self._workers = workers
 
     def __serve_build_asgi_app__(self) -> Any:
         """Build the ASGI application."""
@@ -60,42 +56,27 @@ class Ingress:
         configure_logs(settings.log, "ingress")
         ingress_id = serve.get_replica_context().replica_id.unique_id
         gate = Gate(gate_limits(settings))
-        client = ServeEngineClient(self._workers, spec.name, gate, ingress_id)
+        client = ServeEngineClient(spec, gate, ingress_id, settings.http.ingress_replicas)
         file = settings.auth.api_keys_file
         keys = None if file is None else KeyFile(file)
         return build_app(client, TextCodec.load(spec.model_dir), api_settings(settings, spec, ingress_id), gate, keys)
 
 
 class AttentionWorker:
-    """One attention worker; its constructor returns when the weights are loaded."""
+    """One attention worker; its constructor returns when the weights are loaded. Serve sees none of its requests."""
 
-    def __init__(self, spec: GangSpec, log: LogSettings) -> None:
+    def __init__(self, spec: GangSpec, log: LogSettings, grace_s: float) -> None:
+        """When the replica is told to end, its open answers have `grace_s` seconds."""
         from divisi.cluster.ray.worker import AttentionRank
 
         configure_logs(log, "attention")
         self._rank = AttentionRank(spec)
-        self._report: WorkerReport | None = None
+        self._grace_s = grace_s
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent] | DivisiError, None]:
-        """Events of one request. A refusal is an item: as an exception it would arrive wrapped and as a traceback."""
-        events = self._rank.generate(request)
-        try:
-            async for batch in events:
-                yield batch
-        except (RequestRejected, GangNotReady) as error:
-            yield error
-        finally:
-            await events.aclose()
-
-    async def record_routing_stats(self) -> dict[str, float]:
-        """For Serve, which passes it on to the routers in the ingress replicas; empty where no request shall come."""
-        try:
-            stats = await self._rank.stats()
-        except GangNotReady:
-            return {}
-        report = WorkerReport(time.time(), stats.queued_tokens, stats.running + stats.waiting)
-        self._report = report.after(self._report)
-        return self._report.to_dict()
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the policies of Serve's autoscaler."""
+        report = self._rank.last_report
+        return {"queued_tokens": report.queued_tokens, "unfinished": report.unfinished}
 
     def check_health(self) -> None:
         """For Serve: a worker whose step loop has failed is replaced."""
@@ -103,7 +84,7 @@ class AttentionWorker:
 
     def __del__(self) -> None:
         if hasattr(self, "_rank"):
-            self._rank.close()
+            self._rank.close(self._grace_s)
 
 
 class Gang:
@@ -182,7 +163,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
     # Not resolved: a link may lead elsewhere on the machines where the ranks run.
     model_dir = settings.model.model_dir.absolute()
     config = ModelConfig.load(model_dir)
-    gang, cache = settings.gang, settings.cache
+    gang, cache, tls = settings.gang, settings.cache, settings.gang.tls
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:
         log.warning("%s", note)
@@ -200,6 +181,8 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         max_seqs=cache.max_seqs,
         max_step_tokens=cache.max_step_tokens,
         step_deadline_s=gang.step_deadline_s,
+        secret_file=None if gang.secret_file is None else str(gang.secret_file),
+        tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
     )
 
 
@@ -217,12 +200,9 @@ def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
     worker = _deployment(AttentionWorker).options(
         num_replicas=spec.shape.attention_workers,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-        max_ongoing_requests=_UNLIMITED,
-        graceful_shutdown_timeout_s=grace + _LAST_WORDS_S,
-        logging_config=_NO_ACCESS_LOG,
+        graceful_shutdown_timeout_s=grace + _LAST_WORDS_S + _LEAVE_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
-        request_router_config=_routing(settings.http.ingress_replicas),
     )
     ingress = _deployment(serve.ingress()(Ingress)).options(
         num_replicas=settings.http.ingress_replicas,
@@ -232,18 +212,9 @@ def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
         logging_config=_NO_ACCESS_LOG,
         graceful_shutdown_wait_loop_s=0.2,
     )
-    workers, owner = worker.bind(spec, settings.log), gang.bind(spec, grace)
+    workers, owner = worker.bind(spec, settings.log, grace), gang.bind(spec, grace)
     application: serve.Application = ingress.bind(settings, spec, workers, owner)
     return application
-
-
-def _routing(ingress_replicas: int) -> RequestRouterConfig:
-    options: dict[str, Any] = {
-        "request_router_class": f"{QueuedTokensRouter.__module__}.{QueuedTokensRouter.__name__}",
-        "request_router_kwargs": {"ingress_replicas": ingress_replicas},
-        "request_routing_stats_period_s": REPORT_EVERY_S,
-    }
-    return RequestRouterConfig(**options)
 
 
 def _deployment(of: type[Any]) -> Any:

@@ -1,46 +1,50 @@
-"""The gang as an ingress replica reaches it: streaming calls to attention workers, status from the coordinator."""
+"""The gang as an ingress replica reaches it: streams over connections to the workers, status from the coordinator."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
-from divisi.cluster.errors import DivisiError, GangNotReady
+from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
+from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.spec import GangSpec
+from divisi.cluster.streams.client import WorkerConnection
+from divisi.cluster.streams.workers import WorkerConnections
 from divisi.deploy.api.engine_client import GangStatus
 from divisi.deploy.limits import Gate
+from divisi.deploy.routing import QueuedTokens, WorkerReport
 from divisi.deploy.stat_rows import stat_rows
 
 _FRESH_S = 0.5
 _STATUS_TIMEOUT_S = 10.0
 _REPORT_EVERY_S = 0.5
+_CONNECT_S = 1.0
+"""A worker whose address has just become known takes a few milliseconds to be reached."""
 _RESEND_S = 3.0
-"""While the gang serves, a request that a worker refuses goes to another: within this the router knows which."""
+"""While the gang serves, a request that a worker refuses goes to another: by then its report says that it does."""
 _RESEND_EVERY_S = 0.1
 
 
 class ServeEngineClient:
     """Implements `divisi.deploy.api.engine_client.EngineClient`."""
 
-    def __init__(
-        self, workers: DeploymentHandle[Any], coordinator: str, gate: Gate, ingress_id: str = "ingress"
-    ) -> None:
+    def __init__(self, spec: GangSpec, gate: Gate, ingress_id: str = "ingress", ingress_replicas: int = 1) -> None:
         """`gate` is this ingress replica's: what is inside is reported, and ends when the gang is about to end."""
-        self._generate = workers.options(method_name="generate", stream=True)
-        self._name = coordinator
+        self._spec = spec
         self._coordinator: ActorHandle[Any] | None = None
+        self._connections = WorkerConnections(ray.util.get_node_ip_address(), gang_secret(spec), spec.tls)
+        self._queues: QueuedTokens[WorkerConnection] = QueuedTokens(alone=ingress_replicas == 1)
         self._gate = gate
         self._ingress_id = ingress_id
         self._reporting: asyncio.Task[None] | None = None
@@ -48,7 +52,7 @@ class ServeEngineClient:
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """See EngineClient."""
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.create_task(self._report_open())
@@ -56,9 +60,9 @@ class ServeEngineClient:
         while True:
             await self.check_ready()
             try:
-                async with contextlib.aclosing(self._stream(request)) as events:
-                    async for event in events:
-                        yield event
+                async with contextlib.aclosing(self._stream(request)) as batches:
+                    async for events in batches:
+                        yield events
                 return
             except GangNotReady:  # this worker's word only, before any event
                 if time.monotonic() > give_up_at:
@@ -70,15 +74,19 @@ class ServeEngineClient:
         asked_at = time.monotonic()
         try:
             if self._coordinator is None:
-                self._coordinator = await asyncio.to_thread(find_coordinator, self._name)
+                self._coordinator = await asyncio.to_thread(find_coordinator, self._spec.name)
             found: CoordinatorStatus = await self._coordinator.status.remote()
         except (CoordinatorLost, RayError) as error:
             self._coordinator = None
             reason = str(error) if isinstance(error, CoordinatorLost) else "the coordinator has stopped"
             self._status = GangStatus(False, reason)
         else:
+            self._connections.name(found.streams)
             failures = [f"{who} could not load: {text}" for who, text in sorted(found.failures.items())]
-            self._status = GangStatus(found.ready, "; ".join([found.reason, *failures]), stat_rows(found.stats))
+            ready, reasons = found.ready, [found.reason, *failures]
+            if ready and not await self._connections.wait_until_able(_CONNECT_S):
+                ready, reasons = False, ["no attention worker can be reached from this ingress", *failures]
+            self._status = GangStatus(ready, "; ".join(reasons), stat_rows(found.stats))
         self._checked_at = asked_at
         return self._status
 
@@ -119,23 +127,28 @@ class ServeEngineClient:
         if not self._status.ready:
             raise GangNotReady(self._status.reason)
 
-    async def _stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        # In a context of its own: Serve gives all calls of one HTTP request (several prompts, n > 1) the same internal
-        # id, and a router that tells calls apart by it would leave all but one of them waiting for ever.
-        response: Any = contextvars.Context().run(self._generate.remote, request)
-        finished = False
+    async def _stream(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
+        """From one worker. Raises what it refuses by, before any event."""
+        worker = self._choose(request)
         try:
-            async for item in response:
-                if isinstance(item, DivisiError):
-                    finished = True
-                    raise item
-                for event in item:
-                    finished = event.finish_reason is not None
-                    yield event
-        except (RayError, RayServeException) as error:  # the worker's process died with the request in it
-            finished = True
-            text = f"the attention worker was lost: {type(error).__name__}"
-            yield TokenEvent(request.request_id, (), None, finish_reason="error", error=text)
+            stream = worker.open(request)
+            try:
+                while True:
+                    events = await stream.take()
+                    yield events
+                    if events[-1].finish_reason is not None:
+                        return
+            finally:
+                worker.close(stream)
         finally:
-            if not finished:
-                response.cancel()
+            self._queues.finished(request.request_id)
+
+    def _choose(self, request: Request) -> WorkerConnection:
+        """Raises GangNotReady while no worker takes requests."""
+        reports = {
+            worker: WorkerReport(worker.reported_at, report.queued_tokens, report.unfinished, report.free_tokens)
+            for worker, report in self._connections.able().items()
+        }
+        if not reports:
+            raise GangNotReady("no attention worker takes requests now")
+        return self._queues.choose(reports, request.request_id, len(request.prompt))

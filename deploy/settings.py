@@ -87,6 +87,16 @@ class ModelSettings(Group):
     """Longest prompt plus answer in tokens; None takes the model's positions, or what the KV pages hold."""
 
 
+class TlsSettings(Group):
+    """Files in PEM, at the same path on every node, by which the processes of the gang encrypt what crosses nodes."""
+
+    certificate: HerePath
+    """The node's own."""
+    key: HerePath
+    ca: HerePath
+    """The certificates of those who sign the nodes'."""
+
+
 class GangSettings(Group):
     """The processes that run one copy of the model."""
 
@@ -103,6 +113,10 @@ class GangSettings(Group):
     """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)
     """Longest wait inside one step before it is aborted and replayed in a new epoch."""
+    secret_file: HerePath | None = None
+    """By it the processes of the gang know each other; the same on every node. None: one is drawn, and Ray keeps it."""
+    tls: TlsSettings | None = None
+    """None: requests and tokens cross nodes authenticated, but not encrypted."""
 
     @model_validator(mode="before")
     @classmethod

@@ -23,9 +23,9 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 DEPLOY_MAY_IMPORT = ("divisi.model.config", "divisi.model.text", "divisi.model.errors", "divisi.model.demo")
 CLI_MAY_IMPORT = ("divisi.model.checkpoint", "divisi.model.placement", "divisi.model.random_checkpoint")
 MAY_IMPORT_RAY = re.compile(
-    r"cluster/ray/|deploy/(serve_app|serve_client|serve_router|local_run|ray_instance|shared_cluster)\.py"
+    r"cluster/ray/|deploy/(serve_app|serve_client|local_run|ray_instance|shared_cluster)\.py"
 )
-ROOMS = tuple(f"cluster/{room}" for room in ("engine", "dispatch", "gang", "ray"))
+ROOMS = tuple(f"cluster/{room}" for room in ("door", "engine", "dispatch", "gang", "ray", "streams"))
 API_ROOMS = tuple(f"deploy/api/{room}" for room in ("schema", "body", "compile", "middleware", "reply"))
 MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",
@@ -36,6 +36,9 @@ TORCH_FREE = (
     "divisi.model.text",
     "divisi.cluster.errors",
     "divisi.cluster.request",
+    "divisi.cluster.door",
+    "divisi.cluster.streams.server",
+    "divisi.cluster.streams.workers",
     "divisi.deploy.settings",
     "divisi.deploy.api.app",
     "divisi.deploy.serve_app",
@@ -46,8 +49,9 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "ope
                  "pydantic_core": "pydantic", "prometheus_client": "prometheus-client"}  # fmt: skip
 BENCH_ONLY = {"transformers", "openai"}
 CALLED_FROM_OUTSIDE = {
-    "record_routing_stats": "Serve", "check_health": "Serve", "initialize_state": "Serve",
-    "choose_replicas": "Serve", "on_request_completed": "Serve", "num_used": "the simulation's check for leaks",
+    "record_autoscaling_stats": "Serve", "check_health": "Serve",
+    "get_buffer": "asyncio", "buffer_updated": "asyncio", "connection_made": "asyncio", "connection_lost": "asyncio",
+    "pause_writing": "asyncio", "resume_writing": "asyncio", "num_used": "the simulation's check for leaks",
 }  # fmt: skip
 UNDECORATED = {"property", "classmethod", "staticmethod"}
 """Any other decorator may have handed the function to somebody who calls it."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from divisi.cluster.ray.streams import TokenStream
 from divisi.cluster.request import Request, TokenEvent
+from divisi.cluster.streams.client import TokenStream
 from divisi.deploy.api.engine_client import GangStatus
 
 
@@ -28,18 +28,18 @@ class NoopEngine:
         self._all_taken = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """See EngineClient."""
-        stream = self._streams[request.request_id] = TokenStream()
+        stream = self._streams[request.request_id] = TokenStream(request)
         self._at[request.request_id] = 0
         if self._loop is None:
             self._loop = asyncio.create_task(self._steps())
         try:
             finished = False
             while not finished:
-                for event in await stream.take():
-                    finished = event.finish_reason is not None
-                    yield event
+                events = await stream.take()
+                finished = events[-1].finish_reason is not None
+                yield events
                 self._taken(request.request_id)
         finally:
             self._streams.pop(request.request_id, None)

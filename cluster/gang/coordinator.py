@@ -13,7 +13,7 @@ from typing import Protocol
 
 from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.roster import Directive, Roster
-from divisi.cluster.seats import Address, GangShape, Role, Seat
+from divisi.cluster.seats import Address, GangShape, Role, Seat, StreamAddress
 
 Stats = Mapping[str, float | Mapping[str, float]]
 
@@ -68,6 +68,8 @@ class CoordinatorStatus:
     """Last word of each rank while it loads, for instance `expert:1` -> `120 MB read`."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Ranks that could not load, and why."""
+    streams: tuple[StreamAddress, ...] = ()
+    """Where the ingresses reach the attention workers."""
 
 
 class Coordinator:
@@ -186,6 +188,7 @@ class Coordinator:
                 stats={seats[holder_id]: stats for holder_id, stats in self._stats.items()},
                 progress=dict(self._progress),
                 failures=dict(self._failures),
+                streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
             )
 
     def _expired(self) -> bool:

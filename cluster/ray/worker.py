@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from divisi.cluster.assembly import build_engine, dispatch_mode, worker_network
@@ -23,10 +23,13 @@ from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import prepare_process, reported
-from divisi.cluster.ray.streams import TokenStreams
+from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.streams.places import stream_address, stream_places
+from divisi.cluster.streams.server import StreamServer
+from divisi.cluster.streams.wire import Report
 from divisi.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ class WorkerFailed(RuntimeError):
 
 
 class AttentionRank:
-    """One attention worker. `generate` belongs to the event loop, everything else to the step loop's thread."""
+    """One attention worker. Implements `streams.server.Worker`; what takes time belongs to the step loop's thread."""
 
     def __init__(self, spec: GangSpec) -> None:
         """Load the weights; blocks until it is done.
@@ -50,18 +53,20 @@ class AttentionRank:
         self._spec = spec
         host = prepare_process(spec)
         config = ModelConfig.load(spec.model_dir)
-        listener = listen(host)
-        self._streams = TokenStreams()
         self._inbox = EpochInbox()
+        self._loading = True
         self._failure: str | None = None
         self._told: EngineStats | None = None
         self._pushed_at = 0.0
-        candidate = Candidate(
-            "attention", Address(host, listener.getsockname()[1]), loads_for_seat=spec.shape.colocated
-        )
-        self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats)
         with contextlib.ExitStack() as stack:
-            stack.callback(listener.close)
+            listener = stack.enter_context(contextlib.closing(listen(host)))
+            self._streams = stack.enter_context(contextlib.closing(StreamServer(self)))
+            places = self._streams.start(stream_places(host), gang_secret(spec), spec.tls)
+            address = Address(host, listener.getsockname()[1], stream_address(host, places))
+            candidate = Candidate("attention", address, loads_for_seat=spec.shape.colocated)
+            self._watch = SeatWatch(
+                lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats
+            )
             who, index = f"attention worker {os.getpid()}", 0
             if spec.shape.colocated:
                 self._watch.start()
@@ -71,10 +76,10 @@ class AttentionRank:
                 who, index = str(seat), seat.index
             with reported(spec.name, who) as report:
                 self._engine, experts = build_engine(spec, config, index, report, self._inbox.wake.set)
-            stack.pop_all()
-        self._listener = listener
+            self._open = stack.pop_all()
         mode, network = dispatch_mode(spec, config, experts), worker_network(spec, config, listener)
         self._loop = WorkerLoop[StepPlan](self._engine, mode, self._inbox, self._watch, network, self._deliver)
+        self._loading = False
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         if spec.shape.colocated:
@@ -82,30 +87,30 @@ class AttentionRank:
         else:
             self._watch.start()
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
-        """Events of one request, several at a time when the reader is slow; the last one is terminal.
+    def refusal(self) -> str:
+        """See `streams.server.Worker`: without a seat, a request would wait until somebody's becomes free."""
+        if self._loading:
+            return "this attention worker is still loading"
+        if self._failure is not None:
+            return f"this attention worker has failed: {self._failure}"
+        return "" if self._watch.seat is not None else "this attention worker has no seat in the gang"
 
-        Closing the generator cancels the request. Raises RequestRejected, and GangNotReady without a seat or when the
-        step loop has ended, before the first event.
-        """
-        self._check_seat()
-        stream = self._streams.open(request.request_id)
-        finished = False
-        try:
-            await asyncio.wrap_future(self._loop.submit(request))
-            while not finished:
-                events = await stream.take()
-                finished = events[-1].finish_reason is not None
-                yield events
-        finally:
-            self._streams.close(request.request_id)
-            if not finished:
-                self._loop.cancel(request.request_id)
+    def submit(self, request: Request) -> Future[None]:
+        """See `streams.server.Worker`."""
+        return self._loop.submit(request)
 
-    async def stats(self) -> EngineStats:
-        """The engine's numbers as of now. Raises GangNotReady without a seat or when the step loop has ended."""
-        self._check_seat()
-        return await asyncio.wrap_future(self._loop.ask(self._engine.stats))
+    def cancel(self, request_id: str) -> None:
+        """See `streams.server.Worker`."""
+        self._loop.cancel(request_id)
+
+    def report(self) -> Future[Report]:
+        """See `streams.server.Worker`."""
+        return self._loop.ask(self._report)
+
+    @property
+    def last_report(self) -> Report:
+        """The queue, as of a moment ago."""
+        return self._streams.last_report
 
     def check(self) -> None:
         """Raise WorkerFailed once the step loop has ended by an error, or another process has taken its seat."""
@@ -114,17 +119,19 @@ class AttentionRank:
         if self._watch.displaced:
             raise WorkerFailed("another process holds the seat that was this one's")
 
-    def close(self) -> None:
-        """Leave the gang."""
+    def close(self, grace_s: float = 0.0) -> None:
+        """Take nothing new, let open answers go on for `grace_s` at most, and leave the gang."""
+        self._streams.leave(grace_s)
+        self._streams.close()
         self._inbox.stop()
         self._thread.join(timeout=self._spec.step_deadline_s)
         self._watch.stop("its replica is shutting down")
-        self._listener.close()
+        self._open.close()
 
-    def _check_seat(self) -> None:
-        """Outside the gang nothing is computed: a request would wait until somebody's seat becomes free."""
-        if self._watch.seat is None:
-            raise GangNotReady("this attention worker has no seat in the gang")
+    def _report(self) -> Report:
+        stats = self._engine.stats()
+        free_tokens = stats.free_pages * self._spec.page_size
+        return Report(stats.queued_tokens, stats.running + stats.waiting, free_tokens)
 
     def _run(self) -> None:
         try:

@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from divisi.cluster.errors import DivisiError
 from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
-from divisi.deploy.api.body.reading import BodyT, parse_body, read_body
+from divisi.deploy.api.body.reading import BodyT, read_parsed
 from divisi.deploy.api.body.replayed import Dropped
 from divisi.deploy.api.compile.call import Call, Compiler, check_model
 from divisi.deploy.api.compile.formats import UNENFORCED, unenforced_formats
@@ -148,7 +148,7 @@ class Api:
 
     async def _body(self, kind: type[BodyT], http: HttpRequest) -> BodyT:
         dropped = Dropped()
-        body = parse_body(kind, await read_body(http, self._settings.max_body_bytes), dropped)
+        body = await read_parsed(kind, http, self._settings.max_body_bytes, dropped)
         self._metrics.count_dropped(dropped.counts)
         note_dropped(http.scope, dropped.shown)
         return body

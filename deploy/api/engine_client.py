@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -35,8 +35,8 @@ class GangStatus:
 class EngineClient(Protocol):
     """The gang as one HTTP process sees it."""
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        """Token events of one request, the last of them terminal.
+    def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
+        """Token events of one request, the last of them terminal; together what came while nobody was asking.
 
         Closing the iterator, or cancelling a task that waits in it, cancels the request.
         Raises `Overloaded`, `GangNotReady` or `RequestRejected` before the first event.

@@ -27,9 +27,10 @@ def check_deployment(settings: Settings, num_gpus: float) -> Checked:
 
     What is not the files' matter is not checked: whether the machine has the GPUs and the port is free.
 
-    Raises SettingsError, ConfigError, CheckpointError, TextError, KeyFileError and LogFileError.
+    Raises SettingsError, ConfigError, CheckpointError, TextError, KeyFileError, SecretError and LogFileError.
     """
     # Late: `divisi --help` should not take the seconds that importing torch takes.
+    from divisi.cluster.door import Secret, TlsFiles
     from divisi.deploy.fit import fit
     from divisi.deploy.limits import KeyFile
     from divisi.deploy.logs import check_log_file
@@ -42,6 +43,10 @@ def check_deployment(settings: Settings, num_gpus: float) -> Checked:
     codec = TextCodec.load(model_dir)
     if codec.template is not None:
         codec.template.check()
+    if settings.gang.secret_file is not None:
+        Secret.load(settings.gang.secret_file)
+    if (tls := settings.gang.tls) is not None:
+        TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)).server_context()
     if settings.auth.api_keys_file is not None:
         KeyFile(settings.auth.api_keys_file)
     if settings.log.file is not None:

@@ -6,23 +6,28 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from divisi.cluster.door import Secret
 from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.ray import worker as worker_module
 from divisi.cluster.ray.worker import AttentionRank, WorkerFailed
-from divisi.cluster.request import Request, Sampling
+from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.streams.client import WorkerConnection
+from divisi.cluster.streams.workers import WorkerConnections
 from divisi.model.errors import CheckpointError
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from tests.support.thread_gang import HOST, small_spec
+
+SECRET = Secret(b"s" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,7 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
     made = Coordinator(GangShape(1, 0), Address(HOST, 1), lease_s=2.0, grace_s=1.0)
     monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: made)
     monkeypatch.setattr(worker_module, "prepare_process", lambda spec: HOST)
+    monkeypatch.setattr(worker_module, "gang_secret", lambda spec: SECRET)
     monkeypatch.setattr(worker_module, "reported", lambda name, who: contextlib.nullcontext())
     return made
 
@@ -77,13 +83,30 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
     raise AssertionError(otherwise)
 
 
+@contextlib.asynccontextmanager
+async def connected(rank: AttentionRank) -> AsyncIterator[WorkerConnection]:
+    """An ingress's connection to a worker."""
+    connections = WorkerConnections(HOST, SECRET)
+    address = rank._watch._candidate.address.streams
+    assert address is not None
+    connections.name([address])
+    async with asyncio.timeout(10):
+        while address not in connections._open:
+            await asyncio.sleep(0.01)
+    try:
+        yield connections._open[address]
+    finally:
+        await connections.close()
+
+
 async def answer(rank: AttentionRank, name: str) -> int:
     """Tokens of an answer; TimeoutError where there is none."""
-    count = 0
-    async with asyncio.timeout(10):
-        async for events in rank.generate(Request(name, (1, 2, 3), 4, Sampling(temperature=0.0))):
-            count += sum(len(event.token_ids) for event in events)
-    return count
+    async with connected(rank) as connection, asyncio.timeout(10):
+        stream = connection.open(Request(name, (1, 2, 3), 4, Sampling(temperature=0.0)))
+        events = await stream.take()
+        while events[-1].finish_reason is None:
+            events += await stream.take()
+    return sum(len(event.token_ids) for event in events)
 
 
 def test_a_worker_without_a_seat_refuses_at_once_until_it_has_one(
@@ -95,12 +118,88 @@ def test_a_worker_without_a_seat_refuses_at_once_until_it_has_one(
     assert asyncio.run(answer(first, "a")) == 4
     with pytest.raises(GangNotReady, match="no seat"):
         asyncio.run(answer(spare, "b"))
-    with pytest.raises(GangNotReady, match="no seat"):
-        asyncio.run(spare.stats())
     spare.check()  # it may go on waiting for a seat
     first.close()
     wait_until(lambda: coordinator.status().ready, "the spare did not take the seat")
     assert asyncio.run(answer(spare, "c")) == 4
+
+
+def test_what_an_event_can_hold_arrives(start: Callable[[], AttentionRank], coordinator: Coordinator) -> None:
+    """Of a real engine, whose numbers come from tensors."""
+    rank = start()
+    wait_until(lambda: coordinator.status().ready, "it got no seat")
+    asked = Request("a", (1, 2, 3), 3, Sampling(seed=7), logprobs=2, prompt_logprobs=1)
+
+    async def ask() -> list[TokenEvent]:
+        async with connected(rank) as connection, asyncio.timeout(20):
+            stream = connection.open(asked)
+            events = await stream.take()
+            while events[-1].finish_reason is None:
+                events += await stream.take()
+        return events
+
+    events = asyncio.run(ask())
+    told = events[0].prompt_logprobs
+    assert told is not None
+    assert [entry and entry.token_id for entry in told] == [None, 2, 3]
+    assert all(entry is None or len(entry.top) == 1 for entry in told)
+    for event in events:
+        assert event.logprobs is not None
+        assert [entry.token_id for entry in event.logprobs] == list(event.token_ids)
+        assert all(len(entry.top) == 2 for entry in event.logprobs)
+
+
+def test_the_ingresses_are_told_of_workers_with_a_seat(
+    start: Callable[[], AttentionRank], coordinator: Coordinator
+) -> None:
+    first = start()
+    wait_until(lambda: coordinator.status().ready, "the first worker got no seat")
+    start()
+    assert coordinator.status().streams == (first._watch._candidate.address.streams,)
+
+
+def test_a_worker_that_leaves_keeps_its_seat_until_its_answers_have_ended(
+    start: Callable[[], AttentionRank], coordinator: Coordinator
+) -> None:
+    rank = start()
+    wait_until(lambda: coordinator.status().ready, "it got no seat")
+
+    async def leave() -> int:
+        async with connected(rank) as connection, asyncio.timeout(30):
+            stream = connection.open(Request("a", (1, 2, 3), 200, Sampling(temperature=0.0)))
+            events = await stream.take()
+            closing = asyncio.create_task(asyncio.to_thread(rank.close, 20.0))
+            while events[-1].finish_reason is None:
+                events += await stream.take()
+            await closing
+            assert events[-1].finish_reason == "length"
+            return sum(len(event.token_ids) for event in events)
+
+    assert asyncio.run(leave()) == 200
+    assert "missing attention:0" in coordinator.status().reason
+
+
+def test_a_worker_whose_step_fails_ends_its_answers_and_takes_no_more(
+    start: Callable[[], AttentionRank], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = start()
+    wait_until(lambda: coordinator.status().ready, "it got no seat")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(rank._engine, "run_pass", broken)
+
+    async def ask() -> None:
+        async with connected(rank) as connection, asyncio.timeout(10):
+            (end,) = await connection.open(Request("a", (1, 2, 3), 4, Sampling())).take()
+            assert (end.finish_reason, end.error) == ("error", "the attention worker failed")
+            with pytest.raises(GangNotReady, match=r"out of memory|no seat"):
+                await connection.open(Request("b", (1, 2, 3), 4, Sampling())).take()
+
+    asyncio.run(ask())
+    with pytest.raises(WorkerFailed, match="out of memory"):
+        rank.check()
 
 
 def test_a_worker_whose_seat_another_has_taken_is_to_be_replaced(

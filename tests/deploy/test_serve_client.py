@@ -1,21 +1,22 @@
-"""The ingress's end of the gang: the limit on unfinished requests, refusals, and streams that are given up."""
+"""The ingress's end of the gang: readiness, refusals, where requests go, and streams that are given up."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-import ray.serve.context
 
 from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.gang.coordinator import CoordinatorStatus
 from divisi.cluster.request import Request, Sampling, TokenEvent
+from divisi.cluster.seats import GangShape, StreamAddress
+from divisi.cluster.streams.wire import Report
 from divisi.deploy import serve_client
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
@@ -23,42 +24,8 @@ from divisi.deploy.limits import Gate, GateLimits, ServerStopping
 from divisi.deploy.serve_client import ServeEngineClient
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from divisi.model.text import TextCodec
-
-
-class Response:
-    """One streaming call to a worker: what it yields, and whether it was cancelled."""
-
-    def __init__(self, request: Request, items: list[object] | None, go_on: asyncio.Event) -> None:
-        self._request, self._items, self._go_on = request, items, go_on
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    async def __aiter__(self) -> AsyncIterator[object]:
-        if self._items is not None:
-            for item in self._items:
-                yield item
-            return
-        yield [TokenEvent(self._request.request_id, (5,), None)]
-        await self._go_on.wait()
-        yield [TokenEvent(self._request.request_id, (), None, finish_reason="length")]
-
-
-class Workers:
-    """Stands for the handle of the AttentionWorker deployment."""
-
-    def __init__(self, items: list[object] | None = None) -> None:
-        self.items = items
-        self.go_on = asyncio.Event()
-        self.calls: list[Response] = []
-
-    def options(self, **_: object) -> Workers:
-        return self
-
-    def remote(self, request: Request) -> Response:
-        self.calls.append(Response(request, self.items, self.go_on))
-        return self.calls[-1]
+from tests.support.scripted_worker import HOST, SECRET, ScriptedWorker, running, token, until
+from tests.support.thread_gang import small_spec
 
 
 class Coordinator:
@@ -82,102 +49,184 @@ class Coordinator:
         return self.answer
 
 
+@pytest.fixture(autouse=True)
+def outside_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_client, "gang_secret", lambda spec: SECRET)
+    monkeypatch.setattr(serve_client.ray.util, "get_node_ip_address", lambda: HOST)
+
+
 @pytest.fixture
-def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
-    found = Coordinator()
+def worker() -> ScriptedWorker:
+    return ScriptedWorker()
+
+
+@pytest.fixture
+def address(worker: ScriptedWorker) -> Iterator[StreamAddress]:
+    with running(worker) as opened:
+        yield opened
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch, address: StreamAddress) -> Coordinator:
+    found = Coordinator(streams=(address,))
     monkeypatch.setattr(serve_client, "find_coordinator", lambda name: found)
     return found
 
 
-def make(workers: Workers, gate: Gate | None = None) -> ServeEngineClient:
-    return ServeEngineClient(workers, "coordinator/m", gate or Gate(GateLimits()), "me")  # type: ignore[arg-type]
+@pytest.fixture
+async def make() -> AsyncIterator[Callable[..., ServeEngineClient]]:
+    made: list[ServeEngineClient] = []
+
+    def make(gate: Gate | None = None) -> ServeEngineClient:
+        made.append(ServeEngineClient(small_spec(Path("m"), GangShape(1, 0)), gate or Gate(GateLimits()), "me"))
+        return made[-1]
+
+    yield make
+    for client in made:
+        await client._connections.close()
+
+
+Make = Callable[..., ServeEngineClient]
 
 
 def request(number: int = 0) -> Request:
     return Request(f"r{number}", (1, 2), 4, Sampling())
 
 
-async def read(client: ServeEngineClient, number: int) -> int:
-    return len([event async for event in client.generate(request(number))])
+async def read(client: ServeEngineClient, number: int = 0) -> int:
+    return sum([len(events) async for events in client.generate(request(number))])
 
 
-async def test_one_question_for_a_whole_burst(coordinator: Coordinator) -> None:
-    workers = Workers()
-    client = make(workers)
+def at_once(request: Request) -> list[TokenEvent]:
+    return [token(request.request_id, 5), TokenEvent(request.request_id, (), None, finish_reason="length")]
+
+
+async def test_one_question_for_a_whole_burst(coordinator: Coordinator, worker: ScriptedWorker, make: Make) -> None:
+    client = make()
     tasks = [asyncio.create_task(read(client, i)) for i in range(10)]
-    while len(workers.calls) < 10:
-        await asyncio.sleep(0.001)
-    workers.go_on.set()
+    await until(lambda: len(worker.requests) == 10)
+    worker.server.deliver([event for i in range(10) for event in at_once(request(i))])
     assert await asyncio.gather(*tasks) == [2] * 10
     assert coordinator.asked == 1
 
 
-async def test_a_gang_that_has_just_become_ready_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Coordinator(ready=False, reason="loading")
-    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: found)
-    client = make(Workers([[TokenEvent("r0", (), None, finish_reason="stop")]]))
+async def test_a_gang_that_has_just_become_ready_is_believed(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make
+) -> None:
+    ready = coordinator.answer
+    coordinator.answer = CoordinatorStatus(ready=False, reason="loading", epoch=0)
+    worker.script = at_once
+    client = make()
     burst = await asyncio.gather(*(read(client, i) for i in range(20)), return_exceptions=True)
     assert all(isinstance(error, GangNotReady) for error in burst)
-    assert found.asked <= 2, "one question, and one for those who came while it was being asked"
-    found.answer = Coordinator().answer
-    assert await read(client, 0) == 1
+    assert coordinator.asked <= 2, "one question, and one for those who came while it was being asked"
+    coordinator.answer = ready
+    assert await read(client) == 2
 
 
-async def test_open_answers_are_reported_until_there_are_none(coordinator: Coordinator) -> None:
+async def test_open_answers_are_reported_until_there_are_none(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make
+) -> None:
     gate = Gate(GateLimits())
-    workers = Workers([[TokenEvent("r0", (), None, finish_reason="length")]])
-    client = make(workers, gate)
+    worker.script = at_once
+    client = make(gate)
     with gate.admit(None, [request()]):
-        assert await read(client, 0) == 1
-        while coordinator.reports[-1:] != [("me", 1)]:
-            await asyncio.sleep(0.001)
-    while coordinator.reports[-1:] != [("me", 0)]:
-        await asyncio.sleep(0.001)
+        assert await read(client) == 2
+        await until(lambda: coordinator.reports[-1:] == [("me", 1)])
+    await until(lambda: coordinator.reports[-1:] == [("me", 0)])
 
 
-async def test_answers_are_ended_when_the_gang_is_about_to_end(coordinator: Coordinator) -> None:
+async def test_answers_are_ended_when_the_gang_is_about_to_end(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make
+) -> None:
     gate = Gate(GateLimits())
     coordinator.left_s = 0.0
-    client = make(Workers([[TokenEvent("r0", (), None, finish_reason="length")]]), gate)
+    worker.script = at_once
+    client = make(gate)
     with gate.admit(None, [request()]) as ticket:
-        await read(client, 0)
+        await read(client)
         assert isinstance(await ticket.over, ServerStopping)
 
 
-async def test_a_stream_that_is_closed_is_cancelled_at_once(coordinator: Coordinator) -> None:
-    workers = Workers()
-    client = make(workers)
-    async with aclosing(client.generate(request())) as events:
-        assert (await anext(events)).token_ids == (5,)
-    assert workers.calls[0].cancelled
-    workers.go_on.set()
+async def test_a_stream_that_is_closed_is_cancelled_at_once(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make
+) -> None:
+    worker.script = lambda request: [token(request.request_id, 5)]
+    client = make()
+    async with aclosing(client.generate(request())) as batches:
+        assert (await anext(batches))[0].token_ids == (5,)
+    await until(lambda: worker.cancelled == ["r0"])
+    worker.script = at_once
     assert await read(client, 1) == 2
-    assert not workers.calls[1].cancelled
+    await asyncio.sleep(0.05)
+    assert worker.cancelled == ["r0"]
 
 
-async def test_what_a_worker_without_a_seat_refuses_goes_to_another(
-    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+async def test_what_a_worker_refuses_goes_to_another(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve_client, "_RESEND_EVERY_S", 0.0)
-    answers = [[GangNotReady("no seat")], [GangNotReady("no seat")], [[TokenEvent("r0", (5,), None, None, "length")]]]
-
-    class Several(Workers):
-        def remote(self, request: Request) -> Response:
-            self.items = answers[len(self.calls)]  # type: ignore[assignment]
-            return super().remote(request)
-
-    workers = Several()
+    worker.errors = [GangNotReady("this attention worker has stopped")] * 2
+    worker.script = at_once
     async with asyncio.timeout(10):
-        assert await read(make(workers), 0) == 1
-    assert len(workers.calls) == 3
+        assert await read(make()) == 2
+    assert len(worker.requests) == 3
 
 
-async def test_a_refused_request_is_not_sent_again_to_a_gang_that_serves_no_more(coordinator: Coordinator) -> None:
-    workers = Workers([GangNotReady("this attention worker has stopped")])
-    client = make(workers)
-    reading = asyncio.create_task(read(client, 0))
-    while not workers.calls:
-        await asyncio.sleep(0.001)
+async def test_requests_go_to_the_shorter_queue_and_never_to_a_worker_without_a_seat(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make
+) -> None:
+    others = {name: ScriptedWorker() for name in ("busy", "seatless", "failed")}
+    worker.load, others["busy"].load = Report(5, 0, 1000), Report(5000, 3, 1000)
+    for name in ("seatless", "failed"):
+        others[name].refuses = f"this attention worker is {name}"
+    with ExitStack() as stack:
+        addresses = [stack.enter_context(running(other)) for other in others.values()]
+        coordinator.answer = CoordinatorStatus(
+            True, "epoch 1 serves", 1, streams=(*coordinator.answer.streams, *addresses)
+        )
+        client = make()
+        for made in (worker, *others.values()):
+            made.script = at_once
+        assert (await client.status()).ready
+        await until(lambda: len(client._connections.able()) == 2)
+        await until(lambda: worker.load in client._connections.able().values())
+        await until(lambda: others["busy"].load in client._connections.able().values())
+        assert await asyncio.gather(*(read(client, number) for number in range(30))) == [2] * 30
+        assert len(worker.requests) == 30
+        await client._connections.close()
+
+
+async def test_the_streams_of_a_lost_worker_end_with_an_error(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make
+) -> None:
+    worker.script = lambda request: [token(request.request_id, 5)]
+    client = make()
+    async with aclosing(client.generate(request())) as batches:
+        await anext(batches)
+        for ingress in list(worker.server._ingresses):
+            worker.server._loop.call_soon_threadsafe(ingress.channel.abort)
+        (end,) = await anext(batches)
+        assert (end.finish_reason, end.error) == ("error", "the attention worker was lost")
+    worker.script = at_once
+    assert await read(client, 1) == 2, "it is reached again"
+
+
+async def test_a_gang_whose_workers_cannot_be_reached_is_not_ready(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_client, "_CONNECT_S", 0.05)
+    coordinator.answer = CoordinatorStatus(True, "", 1, streams=(StreamAddress(HOST, 0, "/nowhere"),))
+    with pytest.raises(GangNotReady, match="no attention worker can be reached"):
+        await read(make())
+
+
+async def test_a_refused_request_is_not_sent_again_to_a_gang_that_serves_no_more(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make
+) -> None:
+    worker.errors = [GangNotReady("this attention worker has stopped")] * 1000
+    reading = asyncio.create_task(read(make()))
+    await until(lambda: bool(worker.requests))
     coordinator.answer = CoordinatorStatus(ready=False, reason="0 of 1 seats filled", epoch=1)
     with pytest.raises(GangNotReady, match="0 of 1 seats filled"):
         await reading
@@ -185,57 +234,37 @@ async def test_a_refused_request_is_not_sent_again_to_a_gang_that_serves_no_more
 
 @pytest.mark.parametrize("error", [RequestRejected("too long"), GangNotReady("this attention worker has stopped")])
 async def test_a_workers_refusal_is_raised_as_it_is(
-    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, error: Exception
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(serve_client, "_RESEND_S", 0.0)
+    worker.errors = [error]
     with pytest.raises(type(error), match=str(error)):
-        await read(make(Workers([error])), 0)
+        await read(make())
 
 
-async def test_a_gang_that_is_not_ready_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Coordinator(ready=False, reason="0 of 2 seats filled", failures={"expert:0": "CheckpointError: short"})
-    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: broken)
+async def test_a_gang_that_is_not_ready_says_what_failed(coordinator: Coordinator, make: Make) -> None:
+    coordinator.answer = CoordinatorStatus(
+        ready=False, reason="0 of 2 seats filled", epoch=1, failures={"expert:0": "CheckpointError: short"}
+    )
     with pytest.raises(GangNotReady, match=r"0 of 2 seats filled; expert:0 could not load: CheckpointError: short"):
-        await read(make(Workers()), 0)
+        await read(make())
 
 
-async def test_over_the_limit_http_answers_429_with_retry_after(coordinator: Coordinator, tmp_path: Path) -> None:
+async def test_over_the_limit_http_answers_429_with_retry_after(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, tmp_path: Path
+) -> None:
     config = write_random_checkpoint(tmp_path, SMALL_CONFIG | {"num_hidden_layers": 4}, seed=1)
     api = ApiSettings(served_model_name="m", max_model_len=64, vocab_size=config.vocab_size)
-    workers = Workers()
     gate = Gate(GateLimits(max_requests=1, retry_after_s=7.0))
-    app = build_app(make(workers, gate), TextCodec.load(tmp_path), api, gate)
+    app = build_app(make(gate), TextCodec.load(tmp_path), api, gate)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         body = {"model": "m", "prompt": "hello", "max_tokens": 4}
         first = asyncio.create_task(http.post("/v1/completions", json=body))
-        while not workers.calls:
-            await asyncio.sleep(0.001)
+        await until(lambda: bool(worker.requests))
         second = await http.post("/v1/completions", json=body)
         assert second.status_code == 429
         assert int(second.headers["retry-after"]) >= 1
         assert second.json()["error"]["code"] == "overloaded"
-        workers.go_on.set()
+        worker.server.deliver(at_once(worker.requests[0]))
         assert (await first).status_code == 200
-
-
-async def test_calls_of_one_http_request_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve would hand the HTTP request's internal id on to each call, and its router finds a call by that id."""
-    ids: list[str] = []
-
-    class Handle(Workers):
-        def remote(self, request: Request) -> Response:
-            ids.append(ray.serve.context._get_serve_request_context()._internal_request_id)
-            return super().remote(request)
-
-    async def ready(self: ServeEngineClient) -> None:
-        return
-
-    monkeypatch.setattr(ServeEngineClient, "check_ready", ready)
-    ray.serve.context._serve_request_context.set(ray.serve.context._RequestContext(_internal_request_id="of the whole"))
-    workers: Any = Handle([[TokenEvent("x", (), None, finish_reason="length")]])
-    client = ServeEngineClient(workers, "none", Gate(GateLimits()))
-    for _ in range(2):
-        async with aclosing(client.generate(Request("x", (1,), 1, Sampling()))) as events:
-            assert [event.finish_reason async for event in events] == ["length"]
-    assert ids == ["", ""]

@@ -28,7 +28,7 @@ class LocalClient:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent]]] = {}
         self._closing = False
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
         with self._changed:
             self._engine.submit(request)
@@ -37,7 +37,7 @@ class LocalClient:
         try:
             while True:
                 event = await queue.get()
-                yield event
+                yield [event]
                 if event.finish_reason is not None:
                     return
         finally:

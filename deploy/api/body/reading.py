@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from divisi.deploy.api.body.surface import has_no_effect, refusal
 from divisi.deploy.api.body.surrogates import mend_surrogates
 from divisi.deploy.api.errors import ApiError
 
+_INLINE_BYTES = 32_768
+"""A body of so many bytes takes 1 ms, and a thread's turn 0.1 ms."""
 BodyT = TypeVar("BodyT", bound=BaseModel)
 _LENGTHS = {
     "too_short": ("at least", "min_length"),
@@ -59,6 +62,14 @@ async def read_body(http: HttpRequest, max_bytes: int) -> bytes:
         raise ApiError(
             f"the body is not what gzip makes ({error}); send it whole, or uncompressed", code="invalid_encoding"
         ) from None
+
+
+async def read_parsed(kind: type[BodyT], http: HttpRequest, max_bytes: int, dropped: Dropped) -> BodyT:
+    """Read and validate a body; a long one in a thread, so that it holds up no stream. Raises as its two parts do."""
+    raw = await read_body(http, max_bytes)
+    if len(raw) <= _INLINE_BYTES:
+        return parse_body(kind, raw, dropped)
+    return await asyncio.to_thread(parse_body, kind, raw, dropped)
 
 
 def parse_body(kind: type[BodyT], raw: bytes, dropped: Dropped | None = None) -> BodyT:

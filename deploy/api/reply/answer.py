@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from divisi.cluster.errors import GangNotReady, RequestRejected
+from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
 from divisi.cluster.request import TokenEvent, TokenLogprob
 from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.compile.parsing import ChatParser, ChatPart
@@ -167,18 +167,29 @@ class Answer:
         return "".join(pieces)
 
 
-async def answer_deltas(engine: EngineClient, call: Call, tokenizer: Tokenizer) -> AsyncGenerator[Delta, None]:
-    """The deltas of one call; the last has a finish reason. Closing it closes the engine's iterator.
+async def answer_deltas(engine: EngineClient, call: Call, tokenizer: Tokenizer) -> AsyncGenerator[list[Delta], None]:
+    """The deltas of one call, one an event, in lists as the events come; the very last has a finish reason.
 
-    After a stop string the engine's iterator is closed at once, which cancels the request.
+    Closing it closes the engine's iterator. After a stop string that is closed at once, which cancels the request.
     """
     answer = Answer(call, tokenizer)
-    async with aclosing(engine.generate(call.request)) as events:
-        async for event in events:
-            delta = answer.push(event)
-            if delta.finish_reason is not None:
-                await events.aclose()
-            yield delta
-            if delta.finish_reason is not None:
+    async with aclosing(engine.generate(call.request)) as batches:
+        async for events in batches:
+            deltas: list[Delta] = []
+            failure: DivisiError | None = None
+            for event in events:
+                try:
+                    deltas.append(answer.push(event))
+                except DivisiError as error:
+                    failure = error  # after what came before it
+                    break
+                if deltas[-1].finish_reason is not None:
+                    await batches.aclose()
+                    break
+            if deltas:
+                yield deltas
+            if failure is not None:
+                raise failure
+            if deltas and deltas[-1].finish_reason is not None:
                 return
     raise AnswerError("the engine's answer broke off without an end")

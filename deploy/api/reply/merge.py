@@ -14,15 +14,15 @@ from divisi.cluster.errors import DivisiError
 T = TypeVar("T")
 
 
-async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """Items of all sources as they come, each with its source's index.
+async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[list[tuple[int, T]], None]:
+    """Items of all sources as they come, each with its source's index; together what is there at once.
 
     The first error of a source ends the whole; whenever it ends, all sources are closed before it returns.
     """
     if len(sources) == 1:
         async with aclosing(sources[0]) as only:
             async for own in only:
-                yield 0, own
+                yield [(0, own)]
         return
     # One item per source may wait: a slow reader holds its sources back.
     queue: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue(len(sources))
@@ -41,13 +41,15 @@ async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
     try:
         open_sources = len(sources)
         while open_sources:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                open_sources -= 1
-            else:
-                yield item
+            items = [await queue.get()]
+            while not queue.empty():
+                items.append(queue.get_nowait())
+            open_sources -= items.count(None)
+            error = next((item for item in items if isinstance(item, BaseException)), None)
+            if found := [item for item in items if isinstance(item, tuple)]:
+                yield found
+            if error is not None:
+                raise error
     finally:
         for task in tasks:
             task.cancel()

@@ -120,31 +120,35 @@ class GenerationResponse(Response):
             generated = Generated(prompt_tokens, self._clock.tokens, self._clock.first_token_s, self._reasons)
             note_generated(scope, generated)
 
-    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+    async def _deltas(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """Deltas of all choices, together what one wake-up brought."""
         sources = [answer_deltas(self._engine, call, self._tokenizer) for call in self._calls]
         async with aclosing(merge(sources)) as merged:
-            async for index, delta in merged:
-                self._begun.add(index)
-                self._clock.tick(len(delta.token_ids))
-                if self._ticket is not None:
-                    self._ticket.progress(index, len(delta.token_ids))
-                if delta.finish_reason is not None:
-                    self._reasons[index] = delta.finish_reason
-                yield index, delta
+            async for parts in merged:
+                for index, deltas in parts:
+                    self._begun.add(index)
+                    tokens = sum([len(delta.token_ids) for delta in deltas])
+                    self._clock.tick(tokens)
+                    if self._ticket is not None:
+                        self._ticket.progress(index, tokens)
+                    if (reason := deltas[-1].finish_reason) is not None:
+                        self._reasons[index] = reason
+                yield [(index, delta) for index, deltas in parts for delta in deltas]
 
     async def _reply_whole(self, send: Send) -> None:
         answers = [Delta("", []) for _ in self._calls]
         texts: list[list[str]] = [[] for _ in self._calls]
-        async with aclosing(self._deltas()) as deltas:
-            async for index, delta in deltas:
-                answer = answers[index]
-                texts[index].append(delta.text)
-                answer.token_ids += delta.token_ids
-                answer.tokens += delta.tokens
-                answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
-                answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
-                answer.parts += delta.parts
-                answer.reasoning_tokens += delta.reasoning_tokens
+        async with aclosing(self._deltas()) as batches:
+            async for batch in batches:
+                for index, delta in batch:
+                    answer = answers[index]
+                    texts[index].append(delta.text)
+                    answer.token_ids += delta.token_ids
+                    answer.tokens += delta.tokens
+                    answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+                    answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
+                    answer.parts += delta.parts
+                    answer.reasoning_tokens += delta.reasoning_tokens
         for answer, pieces in zip(answers, texts, strict=True):
             answer.text = "".join(pieces)
         body = self._writer.whole(answers)
@@ -155,11 +159,11 @@ class GenerationResponse(Response):
     async def _reply_streamed(self, send: Send, pace: Pace) -> None:
         await self._engine.check_ready()  # judged before the status, however long it takes
         stream = EventStream(send, self._notes, headers_after_s=pace.headers_after_s, keepalive_s=pace.keepalive_s)
-        async with stream, aclosing(self._deltas()) as deltas:
+        async with stream, aclosing(self._deltas()) as batches:
             opening = self._writer.opening()
             try:
-                async for index, delta in deltas:
-                    events = opening + self._writer.chunk(index, delta)
+                async for batch in batches:
+                    events = opening + self._chunks(batch)
                     if events or not stream.started:
                         await stream.send(events)
                     opening = b""
@@ -180,6 +184,10 @@ class GenerationResponse(Response):
             await send(message)
 
         return noting
+
+    def _chunks(self, batch: Sequence[tuple[int, Delta]]) -> bytes:
+        chunk = self._writer.chunk
+        return b"".join([chunk(index, delta) for index, delta in batch])
 
     def _fail(self, why: str) -> None:
         self._reasons = [why if reason == "cancelled" else reason for reason in self._reasons]

@@ -72,7 +72,7 @@ class FakeEngine:
         ids = self.tokenizer.encode(text)
         return lambda request: events_of(request, ids, group=group, end=end)
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         self.loop = asyncio.get_running_loop()
         self.requests.append(request)
         with self._idle:
@@ -89,7 +89,7 @@ class FakeEngine:
                     continue
                 if isinstance(step, Exception):
                     raise step
-                yield step
+                yield [step]
                 self.first_sent.set()
                 if self.held == "after":
                     self.waiting.set()

@@ -177,8 +177,8 @@ async def test_a_burst_at_ten_times_the_rate(text: TextCodec) -> None:
         async with at_once:
             for _ in range(9):
                 await asyncio.sleep(step_s)
-                yield TokenEvent(request.request_id, (40,), None)
-            yield TokenEvent(request.request_id, (40,), None, finish_reason="length")
+                yield [TokenEvent(request.request_id, (40,), None)]
+            yield [TokenEvent(request.request_id, (40,), None, finish_reason="length")]
 
     engine.generate = generate  # type: ignore[method-assign]
     gate = Gate(GateLimits(max_requests=4, retry_after_s=77))

@@ -51,6 +51,7 @@ def pickled(folder: Path) -> None:
         (template("{{ nobody_defines(messages) }}"), "'nobody_defines' is undefined"),
         (template("{{ raise_exception('never') }}"), "the chat template refuses the conversation: never"),
         (setting("auth", "api_keys_file", "none.txt"), "none.txt: cannot read the API keys"),
+        (setting("gang", "secret_file", "none.txt"), "none.txt: cannot read the secret"),
         (setting("log", "file", "tiny/config.json/log"), "config.json is no directory"),
         (pickled, "pickle"),
         (lambda folder: (folder / "config.json").write_text("{}"), "model_type"),
