@@ -12,6 +12,7 @@ from divisi.benchmarks.served.in_process import EngineAlone
 from divisi.benchmarks.served.load import Burst, Stream
 
 ANSWER_TOKENS = 128
+STREAMS, PROMPT_TOKENS = (1, 8, 32, 64), (16, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,9 @@ class Mix:
         ]
 
 
-def mixes(quick: bool) -> list[Mix]:
-    """The table's rows; the quick ones are fewer, not other."""
-    streams = (1, 8) if quick else (1, 8, 32, 64)
-    return [Mix(number, length, max(1, 4 // number)) for length in (16, 256) for number in streams]
+def mixes(streams: Sequence[int] = STREAMS, prompt_tokens: Sequence[int] = PROMPT_TOKENS) -> list[Mix]:
+    """The table's rows. Few streams ask several times, or a row would be over in a second."""
+    return [Mix(number, length, max(1, 4 // number)) for length in prompt_tokens for number in streams]
 
 
 @dataclass

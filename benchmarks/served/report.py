@@ -16,6 +16,8 @@ from divisi.benchmarks import machine
 from divisi.benchmarks.model import bench_model
 from divisi.benchmarks.served.cells import (
     ANSWER_TOKENS,
+    PROMPT_TOKENS,
+    STREAMS,
     Figures,
     Mix,
     completion_streams,
@@ -32,7 +34,6 @@ from divisi.deploy.settings import Settings
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
 
-MAX_SEQS = 64
 OURS, ALONE = "divisi", "engine in process"
 COMPLETIONS = "/v1/completions"
 Table = dict[Mix, dict[str, Figures]]
@@ -52,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another OpenAI server with the same model, for instance vllm=http://127.0.0.1:8001",
     )  # fmt: skip
     parser.add_argument("--serve-args", default="", metavar="FLAGS", help="more flags of `divisi serve`")
-    parser.add_argument("--quick", action="store_true", help="1 and 8 streams only, to see that it works")
+    parser.add_argument("--streams", type=int, nargs="+", default=STREAMS, metavar="N", help="default: 1 8 32 64")
+    parser.add_argument(
+        "--prompt-tokens", type=int, nargs="+", default=PROMPT_TOKENS, metavar="N", help="default: 16 256"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table there, and FILE.json beside it")
 
 
@@ -61,11 +65,12 @@ def main(options: argparse.Namespace) -> int:
     peers = dict(peer.split("=", 1) for peer in options.peer)
     with tempfile.TemporaryDirectory() as name:
         model_dir = bench_model(options.model, Path(name))
-        flags = ["--max-seqs", str(MAX_SEQS), *options.serve_args.split()]
+        max_seqs = max(options.streams)
+        flags = ["--max-seqs", str(max_seqs), *options.serve_args.split()]
         with running("measured", model_dir, flags, Path(name)) as server, LoadGenerator() as load:
-            contest = Contest(server, load, model_dir, peers)
+            contest = Contest(server, load, model_dir, max_seqs, peers)
             contest.check()
-            table = contest.measure(mixes(options.quick), options.rounds)
+            table = contest.measure(mixes(options.streams, options.prompt_tokens), options.rounds)
     told = (
         f"{machine.describe()}\n\nbf16, {model_dir.name}, {ANSWER_TOKENS} tokens out, client and server on the same "
         f"cores, {options.rounds} rounds, medians (lowest to highest)"
@@ -82,12 +87,14 @@ def main(options: argparse.Namespace) -> int:
 class Contest:
     """The server, its engine alone, and peers, on the same prompts."""
 
-    def __init__(self, server: RunningServer, load: LoadGenerator, model_dir: Path, peers: Mapping[str, str]) -> None:
+    def __init__(
+        self, server: RunningServer, load: LoadGenerator, model_dir: Path, max_seqs: int, peers: Mapping[str, str]
+    ) -> None:
         """`peers`: name to URL."""
         self._server = server
         self._load = load
         self._model_dir = model_dir
-        settings = Settings.load(None, {"model": {"model_dir": model_dir}, "cache": {"max_seqs": MAX_SEQS}})
+        settings = Settings.load(None, {"model": {"model_dir": model_dir}, "cache": {"max_seqs": max_seqs}})
         self._engine = EngineAlone(gang_spec(settings, 0))
         self._vocabulary = ModelConfig.load(model_dir).vocab_size
         self._urls = {OURS: server.url, **peers}

@@ -19,8 +19,8 @@ from divisi.benchmarks.served.server import RunningServer, running
 from divisi.model.text import TextCodec
 
 STREAMS = 64
-_PACES_MS = (32.0, 16.0, 10.0, 8.0, 6.4, 5.0, 4.0, 3.2)
-_RUN_S = 2.5
+_PACES_MS = (32.0, 16.0, 8.0, 6.4, 5.0, 4.0, 3.2)
+_RUN_S = 4.0
 _PAUSE_S, _PAUSED_RUN_S = 5.0, 8.0
 _WANTED = 10_000
 _PARTS = {"engine": "worker: empty steps", "plan": "plan", "loop": "rest of its thread", "threads": "other threads",

@@ -86,7 +86,7 @@ def test_prompts_are_the_same_for_all_and_new_in_each_round() -> None:
     mix = Mix(3, 16, 2)
     assert mix.prompts(1, 1000) == mix.prompts(1, 1000)
     assert mix.prompts(1, 1000) != mix.prompts(2, 1000)
-    assert {(row.streams, row.prompt_tokens) for row in mixes(quick=False)} == {
+    assert {(row.streams, row.prompt_tokens) for row in mixes()} == {
         (streams, length) for streams in (1, 8, 32, 64) for length in (16, 256)
     }
 
@@ -95,7 +95,7 @@ def test_losing_rows_are_printed_too() -> None:
     parts = ("engine", "beyond", "plan", "loop", "threads", "ingress", "front", "other", "client")
     slow = {"rate": 500.0, "gap": 60.0, "first": 9.0, **dict.fromkeys(parts, 0.07)}
     rows = {}
-    for mix in mixes(quick=False):
+    for mix in mixes():
         rows[mix] = {OURS: Figures([slow] * 3), "vllm": Figures([slow]), ALONE: Figures([{**slow, "rate": 1000.0}])}
     assert speed_table(rows).count("vllm") == 8
     assert "0.50x" in speed_table(rows)
