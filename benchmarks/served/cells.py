@@ -61,10 +61,6 @@ class Figures:
         values = [found[name] for found in self.rounds]
         return min(values), max(values)
 
-    def has(self, name: str) -> bool:
-        """Whether it was measured."""
-        return bool(self.rounds) and name in self.rounds[0]
-
 
 def completion_streams(mix: Mix, prompts: Sequence[Sequence[Sequence[int]]], model: str) -> list[Stream]:
     """Of any server that speaks OpenAI's completions: token ids in, text out, the end only at the length."""
