@@ -36,6 +36,7 @@ from divisi.model.text import TextCodec
 
 OURS, ALONE = "divisi", "engine in process"
 COMPLETIONS = "/v1/completions"
+_FEW_STREAMS = 8
 Table = dict[Mix, dict[str, Figures]]
 
 # Of the issue of room: processor time in ms per token at 32 streams, and what the way over HTTP may cost.
@@ -111,9 +112,10 @@ class Contest:
             raise SystemExit(f"the server's answer is {text[:200]!r}, the engine's {expected[:200]!r}")
 
     def measure(self, rows: Sequence[Mix], rounds: int) -> Table:
-        """All contenders at all mixes, after a round of warm-up."""
+        """All contenders at all mixes, after a warm-up with few streams."""
         table: Table = {mix: {who: Figures() for who in (*self._urls, ALONE)} for mix in rows}
-        turns = [(turn, mix) for turn in range(rounds + 1) for mix in rows]
+        warm_up = [(0, mix) for mix in rows if mix.streams <= _FEW_STREAMS]
+        turns = [*warm_up, *((turn, mix) for turn in range(1, rounds + 1) for mix in rows)]
         for turn, mix in tqdm(turns, unit="mix", leave=False):
             prompts = mix.prompts(turn, self._vocabulary)
             for who in (*self._urls, ALONE) if turn % 2 else (ALONE, *self._urls):
