@@ -46,6 +46,7 @@ def running(kind: Kind, model_dir: Path, flags: Sequence[str], scratch: Path) ->
             stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "RAY_ADDRESS": ""},
         )  # fmt: skip
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` shall leave no server behind
     try:
         until = time.monotonic() + _READY_S
         while b"Ready" not in log.read_bytes():
@@ -58,6 +59,7 @@ def running(kind: Kind, model_dir: Path, flags: Sequence[str], scratch: Path) ->
             forget_clocks(process.pid)
             process.send_signal(signal.SIGINT)
         process.wait(_STOP_S)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main() -> int:
