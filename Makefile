@@ -46,9 +46,11 @@ build/typecheck:
 	mkdir -p $@/divisi
 	for folder in $(FOLDERS); do ln -sfn "$(CURDIR)/$$folder" "$@/divisi/$$folder"; done
 
-bench: $(STAMP) ## the speed table of benchmarks/README.md
+bench: $(STAMP) ## the speed tables of benchmarks/README.md: the engine, a server over HTTP
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,bench]'
 	$(BIN)/python -m divisi.benchmarks
+	$(BIN)/python -m divisi.benchmarks served
+	$(BIN)/python -m divisi.benchmarks steps
 
 gpu-test: $(STAMP) ## on a GPU: every kernel against its reference, twice; the model; memcheck and racecheck
 	$(BIN)/python -m divisi.benchmarks.gpu test

@@ -1,9 +1,9 @@
-"""`python -m divisi.benchmarks [speed | http | served]`: tables of benchmarks/README.md; `same`, `pairs`: checkouts."""
+"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `same`, `pairs`: two checkouts;
+`served`, `steps`: a whole server."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -14,12 +14,13 @@ import torch
 from divisi.benchmarks import machine, speed, split_step
 from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
-from divisi.benchmarks.http_cost import served
-from divisi.model.random_checkpoint import write_random_checkpoint
+from divisi.benchmarks.model import bench_model
+from divisi.benchmarks.served import report as served
+from divisi.benchmarks.served import steps
 
 
-class Comparison(Protocol):
-    """A module that compares two checkouts."""
+class Command(Protocol):
+    """A module with a table of its own."""
 
     __doc__: str | None
 
@@ -28,28 +29,27 @@ class Comparison(Protocol):
         ...
 
     def main(self, options: argparse.Namespace) -> int:
-        """Compare and print; the exit status."""
+        """Measure and print; the exit status."""
         ...
 
 
-_CONFIG = Path(__file__).parent / "configs" / "bench-s.json"
-_COMPARISONS: dict[str, Comparison] = {"same": same, "pairs": pairs}
+_COMMANDS: dict[str, Command] = {"same": same, "pairs": pairs, "served": served, "steps": steps}
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""
 
 
 def main() -> None:
     """Measure and print; exits with an error if the answers are wrong, or a comparison fails."""
-    if (name := next(iter(sys.argv[1:]), "")) in _COMPARISONS:
-        sys.exit(_compare(name, sys.argv[2:]))
+    if (name := next(iter(sys.argv[1:]), "")) in _COMMANDS:
+        sys.exit(_run(name, sys.argv[2:]))
     _measure()
 
 
-def _compare(name: str, arguments: list[str]) -> int:
-    comparison = _COMPARISONS[name]
-    parser = argparse.ArgumentParser(prog=f"python -m divisi.benchmarks {name}", description=comparison.__doc__)
-    comparison.add_arguments(parser)
-    return comparison.main(parser.parse_args(arguments))
+def _run(name: str, arguments: list[str]) -> int:
+    command = _COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"python -m divisi.benchmarks {name}", description=command.__doc__)
+    command.add_arguments(parser)
+    return command.main(parser.parse_args(arguments))
 
 
 def _measure() -> None:
@@ -57,10 +57,9 @@ def _measure() -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["speed", "http", "served"],
+        choices=["speed", "http"],
         default="speed",
-        help="speed of the model beside transformers (default); the cost of a streamed token in the HTTP process; or "
-        "through a whole server whose steps do nothing",
+        help="speed of the model beside transformers (default), or the cost of a streamed token in the HTTP process",
     )
     parser.add_argument(
         "--model", type=Path, help="checkpoint folder; without it, a random one of configs/bench-s.json"
@@ -72,13 +71,10 @@ def _measure() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        model_dir = options.model or _random_model(Path(scratch))
+        model_dir = bench_model(options.model, Path(scratch))
         print(machine.describe())
         if options.what == "http":
             print(http_cost.report(model_dir, options.rounds, _HTTP_TOKENS[options.quick]))
-            return
-        if options.what == "served":
-            print(served.report(model_dir, options.rounds, _HTTP_TOKENS[options.quick]))
             return
         print(
             f"bf16, {options.threads} threads, {model_dir.name}, {options.rounds} rounds, medians (lowest to highest)"
@@ -90,12 +86,6 @@ def _measure() -> None:
         print(f"memory read at {low:.0f} to {high:.0f} GB/s between the rounds\n")
         print(speed.table(result, contenders[0].name), flush=True)
         print(f"\n{split_step.report(model_dir, options.rounds)}")
-
-
-def _random_model(scratch: Path) -> Path:
-    out = scratch / _CONFIG.stem
-    write_random_checkpoint(out, json.loads(_CONFIG.read_text()))
-    return out
 
 
 if __name__ == "__main__":

@@ -213,3 +213,12 @@ def test_surroundings(variables: dict[str, str], temp_dir: str, state: str, monk
     found = Surroundings.read()
     assert (found.temp_dir, found.state_home, found.ray_address) == (Path(temp_dir), Path(state), None)
     assert (found.temp_dir_variable is None) == (temp_dir == "/tmp")
+
+
+def test_tls_needs_all_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "divisi.toml"
+    path.write_text('[model]\nmodel_dir = "/m"\n[gang.tls]\ncertificate = "/c.pem"\nkey = "/k.pem"\nca = "/ca.pem"\n')
+    assert Settings.load(path, {"gang": {"expert_shards": 1}}).gang.tls is not None
+    path.write_text(path.read_text().replace('key = "/k.pem"', ""))
+    with pytest.raises(SettingsError, match=r"gang\.tls\.key: "):
+        Settings.load(path)

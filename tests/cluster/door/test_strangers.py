@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
-from divisi.cluster.door import Channel, Door, DoorError, Secret, connect, open_door
+from divisi.cluster.door import Channel, Door, DoorError, Secret, TlsFiles, connect, open_door
 from divisi.cluster.door.channel import STRANGER_BYTES
 from divisi.cluster.door.door import MAX_STRANGERS
 from divisi.cluster.door.refusals import Refusals
@@ -103,6 +103,25 @@ async def test_who_does_not_come_to_the_point_is_sent_away(
         writer.write(start)
         await refused(reader, writer)
     assert "did not prove within 0.1 s" in caplog.text
+
+
+async def test_who_says_nothing_to_tls_is_sent_away(
+    certificates: Callable[[str], TlsFiles], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Handshakes of TLS count as those of ours: 64 at most, in the same time."""
+    monkeypatch.setattr("divisi.cluster.door.door.HANDSHAKE_S", 0.5)
+    files = certificates("ours")
+    door = await open_door(Address("127.0.0.1"), SECRET, echo, files)
+    assert isinstance(door.place, Address)
+    silent = [await asyncio.open_connection(door.place.host, door.place.port) for _ in range(MAX_STRANGERS + 10)]
+    guest = await connect(door.place, SECRET, 5, files)
+    for reader, writer in silent:
+        assert await refused(reader, writer) == b""
+    guest.send([b"still here"])
+    assert await guest.receive() == [b"still here"]
+    assert "did not prove within 0.5 s" in caplog.text
+    guest.close()
+    await door.close()
 
 
 async def test_a_byte_now_and_then_wins_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
