@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from divisi.cluster.cores import CorePlan
 from divisi.cluster.seats import GangShape
 
 
@@ -29,6 +30,8 @@ class GangSpec:
     max_step_tokens: int
     """Of the whole gang."""
     step_deadline_s: float
+    core_plan: CorePlan | None = None
+    """Which cores the ranks keep to, where they are all on one machine and are to keep to any."""
 
     @property
     def worker_step_tokens(self) -> int:

@@ -99,6 +99,9 @@ class GangSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    pin_cores: bool = False
+    """Each rank keeps to cores of its own, ingress replicas and HAProxy to the others; only in a Ray that is started
+    for the server, on whose one machine the cores are known."""
     deterministic: bool = False
     """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)
@@ -174,6 +177,8 @@ class HttpSettings(Group):
     allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list)] = ()
     """Web pages whose scripts may call the API, as `https://chat.example.org`; `*` for all. None by default."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
+    haproxy: bool = True
+    """Whether HAProxy is in front of them, in a Ray that is started for the server; else Ray Serve's Python proxy."""
 
 
 class LimitSettings(Group):
@@ -323,6 +328,11 @@ class Surroundings:
             temp_dir_variable=variable,
             state_home=state if state.is_absolute() else Path(os.path.expanduser("~/.local/state")),
         )
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Set variables for the processes that this one starts from now on, or that a library starts in it."""
+    os.environ.update(variables)
 
 
 def child_environment(**extra: str) -> dict[str, str]:

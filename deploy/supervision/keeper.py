@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -65,6 +66,8 @@ def keep(work: Callable[[Orders], int], undo: Callable[[str, bool], object], ord
         _run_undo(undo, keeper.undo_at, keeper.report.serve_was_there)
     for path in keeper.socket_files:  # which Ray leaves behind even if it is shut down
         path.unlink(missing_ok=True)
+    if keeper.report.folder:
+        shutil.rmtree(keeper.report.folder, ignore_errors=True)
     if left:
         say(f"divisi: failed: cannot end {', '.join(left)}")
         return 1
