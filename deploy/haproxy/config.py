@@ -11,8 +11,8 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ERROR_STATUSES = (400, 408, 500, 502, 503, 504)
-"""What HAProxy answers by itself."""
+ERROR_STATUSES = (500, 502, 503, 504)
+"""What HAProxy answers by itself to a request; what it cannot take for one gets 400 or 408 in HTML, unchangeably."""
 _HEAD_S = 60
 """Longest wait for the head of a request: without it, connections that say nothing would be held for an hour."""
 _OFF = ("frontend prometheus", "listen stats")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from divisi.deploy.api.errors import INVALID_REQUEST, SERVER_ERROR, ErrorReply
+from divisi.deploy.api.errors import SERVER_ERROR, ErrorReply
 from divisi.deploy.haproxy.config import ERROR_STATUSES, Place
 from divisi.deploy.haproxy.ports import NoPortsLeft, hold_ports
 
@@ -35,15 +35,11 @@ _FOREVER_S = 7 * 24 * 3600
 _MORE_S = 60
 """What HAProxy waits longer than the ingress does, which ends answers with an error of its own."""
 _ANSWERS = {
-    400: ("the request is not valid HTTP, or its head is longer than 64 KiB", INVALID_REQUEST, "bad_request"),
-    408: ("the head of the request did not come in time", INVALID_REQUEST, "request_timeout"),
-    500: ("HAProxy failed", SERVER_ERROR, "internal_error"),
-    502: ("the ingress replica ended before it had answered; send the request again", SERVER_ERROR, "bad_gateway"),
-    503: ("no ingress replica can be reached; one is being started", SERVER_ERROR, "no_ingress"),
-    504: ("the ingress replica did not answer in time", SERVER_ERROR, "gateway_timeout"),
+    500: ("Internal Server Error", "internal_error", "HAProxy failed"),
+    502: ("Bad Gateway", "bad_gateway", "the ingress replica ended before it had answered; send the request again"),
+    503: ("Service Unavailable", "no_ingress", "no ingress replica can be reached; one is being started"),
+    504: ("Gateway Timeout", "gateway_timeout", "the ingress replica did not answer in time"),
 }
-_REASONS = {400: "Bad Request", 408: "Request Timeout", 500: "Internal Server Error", 502: "Bad Gateway",
-            503: "Service Unavailable", 504: "Gateway Timeout"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +101,9 @@ def _prepare(place: Place, binary: str) -> Path:
 
 
 def _answer(status: int) -> bytes:
-    message, kind, code = _ANSWERS[status]
-    body = ErrorReply(status, message, kind, None, code).body()
-    head = [f"HTTP/1.1 {status} {_REASONS[status]}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    reason, code, message = _ANSWERS[status]
+    body = ErrorReply(status, message, SERVER_ERROR, None, code).body()
+    head = [f"HTTP/1.1 {status} {reason}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     head += ["Cache-Control: no-cache", "Connection: close"] + (["Retry-After: 1"] if status == 503 else [])
     return "\r\n".join([*head, "", ""]).encode() + body
 

