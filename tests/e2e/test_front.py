@@ -49,43 +49,48 @@ def status(cluster: Cluster, timeout_s: float = 10.0) -> int:
         return 0
 
 
-def listed() -> dict[str, tuple[str, set[str]]]:
-    """The table of ports in the README: by what a process's title begins with, its ports and addresses."""
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", README.read_text(), re.M)
-    return {title: (ports.strip(), {address.strip(" `") for address in addresses.split(",")})
-            for title, ports, addresses in rows}  # fmt: skip
+def listed() -> list[tuple[str, str, str]]:
+    """The table of ports in the README: what a process's title begins with, its port, its address."""
+    text = README.read_text(encoding="utf-8")
+    return re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", text.partition("## Ports")[2], re.M)
 
 
 def title(process: psutil.Process) -> str:
-    """What tells processes apart: Ray's own title, else the program and what Python runs."""
+    """What tells processes apart: Ray's own title, else the program, or what Python runs."""
     words = process.cmdline()
     if words[0].startswith("ray::"):
         return words[0]
-    program = Path(words[0]).name
-    scripts = [Path(word).name for word in words[1:] if word.endswith(".py")]
-    return scripts[0] if program.startswith("python") and scripts else program
+    scripts = [Path(word).name for word in words[1:4] if word.endswith(".py")]
+    return "divisi serve" if "divisi.deploy.cli" in words else (scripts or [Path(words[0]).name])[0]
+
+
+def allows(port: str, address: str, number: int, host: str, http_port: int) -> bool:
+    """Whether a row of the table is about a listener on that number and host."""
+    lowest, _, highest = port.replace("http.port", str(http_port)).replace("any", "1 to 65535").partition(" to ")
+    if not int(lowest) <= number <= int(highest or lowest):
+        return False
+    if address == "the node's":
+        return host not in ("0.0.0.0", "::")
+    return address == "all" or host == address.replace("http.host", "127.0.0.1")
 
 
 def test_only_the_ports_of_the_readme_are_open(front: Cluster) -> None:
-    table, port = listed(), int(front.url.rpartition(":")[2])
-    assert "haproxy" in table
-    unlisted, seen = [], set()
-    for process in front.processes():
-        name = title(process)
-        row = next((row for row in table if name.startswith(row)), None)
-        for _, address, number in listening([process.pid]):
-            ports, addresses = table.get(row or "", ("none", set[str]()))
-            seen.add(row)
-            expected = address == "127.0.0.1" if addresses == {"http.host"} else address in addresses
-            if ports == "http.port":
-                expected &= number == port
-            elif re.fullmatch(r"\d+ to \d+", ports):
-                lowest, highest = map(int, ports.split(" to "))
-                expected &= lowest <= number <= highest
-            if not expected:
-                unlisted.append(f"{name} listens on {address}:{number}")
+    table, http_port = listed(), int(front.url.rpartition(":")[2])
+    processes = psutil.Process(front.process.pid).children(recursive=True)
+    titles = {process.pid: title(process) for process in processes}
+    unlisted = [
+        f"{titles[pid]} listens on {host}:{number}"
+        for pid, host, number in sorted(listening(titles))
+        if not any(
+            titles[pid].startswith(name) and allows(port, address, number, host, http_port)
+            for name, port, address in table
+        )
+    ]
     assert not unlisted, "\n".join(unlisted)
-    assert seen == set(table), "a row of the README that no process has"
+    unused = [name for name, _, _ in table if not any(found.startswith(name) for found in titles.values())]
+    assert not unused
+    replicas = {pid for pid, name in titles.items() if name.startswith("ray::ServeReplica:divisi:Ingress")}
+    assert len({pid for pid, host, _ in listening(replicas) if host == "127.0.0.1"}) == 2
 
 
 def cores(pattern: str, said: str) -> set[int]:
