@@ -93,7 +93,7 @@ def _prepare(place: Place, binary: str) -> Path:
     for status in ERROR_STATUSES:
         place.error_file(status).write_bytes(_answer(status))
     program = folder / "haproxy"
-    command = [sys.executable, "-I", "-m", "divisi.deploy.haproxy.start", place.folder, binary]
+    command = [sys.executable, "-P", "-m", "divisi.deploy.haproxy.start", place.folder, binary]
     program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
     program.chmod(0o700)
     subprocess.run([program, "-v"], check=True, capture_output=True, timeout=_TRY_S)
