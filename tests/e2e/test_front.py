@@ -27,7 +27,7 @@ BACK_S = 5.0
 def front(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     log = tmp_path_factory.mktemp("front") / "log.txt"
     arguments = ("--expert-shards", "1", "--ingress-replicas", "2", "--pin-cores", *SIZES)
-    with running_cluster(small_model, log, *arguments) as cluster:
+    with running_cluster(small_model, log, *arguments, ready_within_s=180.0) as cluster:
         yield cluster
 
 
