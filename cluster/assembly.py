@@ -20,6 +20,7 @@ from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.shard_loop import ShardLoop
+from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.gang.worker_loop import WorkerNetwork
 from divisi.cluster.passes import PassLayers
 from divisi.cluster.spec import GangSpec
@@ -83,7 +84,8 @@ def pass_layers(config: ModelConfig) -> PassLayers:
 def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
     """How an attention worker reaches its gang."""
     device = torch.device(spec.device)
-    return WorkerNetwork(listener, device, spec.step_deadline_s, pass_layers(config), spec.threads)
+    cores = CoreShare(spec.threads, spec.core_plan)
+    return WorkerNetwork(listener, device, spec.step_deadline_s, pass_layers(config), cores)
 
 
 def load_shard(
@@ -101,7 +103,8 @@ def shard_loop(
 ) -> ShardLoop:
     """The loop that serves a shard's experts."""
     mode, device = sharded_mode(spec, config), torch.device(spec.device)
-    return ShardLoop(experts, mode, pass_layers(config), device, spec.threads, inbox, reports)
+    cores = CoreShare(spec.threads, spec.core_plan)
+    return ShardLoop(experts, mode, pass_layers(config), device, cores, inbox, reports)
 
 
 def build_engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from divisi.cluster.cores import CorePlan
 from divisi.cluster.door import TlsFiles
 from divisi.cluster.seats import GangShape
 
@@ -34,6 +35,8 @@ class GangSpec:
     """Holds what the processes of the gang know each other by; None: a secret is drawn, and Ray keeps it."""
     tls: TlsFiles | None = None
     """Encrypts connections between nodes."""
+    core_plan: CorePlan | None = None
+    """Which cores the ranks keep to, where they are all on one machine and are to keep to any."""
 
     @property
     def worker_step_tokens(self) -> int:

@@ -9,6 +9,7 @@ import logging
 import shlex
 import threading
 import time
+from dataclasses import replace as replace_fields
 from functools import partial
 from typing import Any
 
@@ -18,16 +19,19 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from divisi.cluster.cores import CorePlan, usable_cores
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.draining import drain_gang
 from divisi.cluster.spec import GangSpec
+from divisi.deploy.core_use import JOINED, core_lines, core_plan, waiting_policy
+from divisi.deploy.haproxy.environment import LOOPBACK
 from divisi.deploy.interruptible import Interruptible, Stopped
 from divisi.deploy.logs import LogFileError, with_default_file
 from divisi.deploy.ray_address import find_cluster
-from divisi.deploy.ray_instance import RayInstance, Wish, ray_instance
+from divisi.deploy.ray_instance import RayInstance, Told, Wish, ray_instance
 from divisi.deploy.serve_app import build_from, gang_spec
-from divisi.deploy.settings import Settings, Surroundings
+from divisi.deploy.settings import Settings, SettingsError, Surroundings
 from divisi.deploy.shared_cluster import Claim, ClusterOccupied
 from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
 from divisi.deploy.supervision import Orders, say
@@ -45,19 +49,27 @@ def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = F
     `replace`: end the application where it runs already on the cluster that is joined.
     """
     surroundings = Surroundings.read()
-    wish = Wish(APP, settings.http, settings.gang.shape.size, replace)
+    plan, cores = core_plan(settings), usable_cores()
+    wish = Wish(
+        APP, settings.http, settings.gang.shape.size, replace, settings.limits.request_timeout_s,
+        plan.service if plan else (), waiting_policy(settings, cores),
+    )  # fmt: skip
+    told = Told(partial(_tell, orders), lambda folder: orders.report(folder=str(folder)), say)
     interruptibly = Interruptible(orders.stop)
     with (
         contextlib.ExitStack() as stopping,
         contextlib.suppress(Stopped),
-        ray_instance(wish, surroundings, interruptibly, partial(_tell, orders), say) as instance,
+        ray_instance(wish, surroundings, interruptibly, told) as instance,
     ):
         orders.report(serve_was_there=instance.serve_was_there)
         with contextlib.ExitStack() as ending:
             ending.callback(orders.report, taking_down=True)  # whatever ends this: now Ray's processes may go
             with in_one_line("Ray failed", f"see {instance.logs}", *_RAY_ERRORS):
                 settings = _with_log_file(settings, surroundings, instance)
-                spec = _settle(settings, instance)
+                spec = _settle(settings, instance, plan)
+            say(f"Starting {_describe(spec)}")
+            for line in core_lines(settings, cores, plan, instance.haproxy) if instance.own else ():
+                say(line)
             try:
                 _serve(settings, spec, instance, interruptibly, orders)
             finally:
@@ -74,10 +86,12 @@ def _tell(orders: Orders, joined: str) -> None:
     orders.report(own=not joined, joined=joined)
 
 
-def _settle(settings: Settings, instance: RayInstance) -> GangSpec:
+def _settle(settings: Settings, instance: RayInstance, plan: CorePlan | None) -> GangSpec:
     """What is to be served on this Ray. Raises StartFailed and SettingsError."""
+    if plan is not None and not instance.own:
+        raise SettingsError(JOINED)
     ranks, gpus = settings.gang.shape.size, ray.cluster_resources().get("GPU", 0)
-    spec = gang_spec(settings, gpus)
+    spec = replace_fields(gang_spec(settings, gpus), core_plan=plan)
     if instance.own and spec.device == "cuda" and gpus < ranks:
         raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
     return spec
@@ -87,10 +101,9 @@ def _serve(
     settings: Settings, spec: GangSpec, instance: RayInstance, interruptibly: Interruptible, orders: Orders
 ) -> None:
     """Deploy, wait for orders, and let open answers end."""
-    say(f"Starting {_describe(spec)}")
     orders.report(deployed=True)
     with in_one_line("Ray Serve failed", f"see {instance.logs}", *_RAY_ERRORS):
-        interruptibly(lambda: _deploy(settings, spec), grace_s=_LET_GO_S)
+        interruptibly(lambda: _deploy(settings, spec, instance), grace_s=_LET_GO_S)
         if interruptibly(lambda: _wait_until_ready(spec, orders.stop), grace_s=_LET_GO_S):
             orders.report(answers_open=True)
             say(_ready_text(settings))
@@ -113,9 +126,9 @@ def _with_log_file(settings: Settings, surroundings: Surroundings, instance: Ray
     return settings.model_copy(update={"log": log})
 
 
-def _deploy(settings: Settings, spec: GangSpec) -> None:
+def _deploy(settings: Settings, spec: GangSpec, instance: RayInstance) -> None:
     """Hand the application to Serve. Raises StartFailed."""
-    _start_http(settings)
+    _start_http(settings, instance)
     serve.run_many(
         [serve.RunTarget(build_from(settings, spec), name=APP)],
         wait_for_ingress_deployment_creation=False,
@@ -123,11 +136,12 @@ def _deploy(settings: Settings, spec: GangSpec) -> None:
     )
 
 
-def _start_http(settings: Settings) -> None:
-    """Until the application is known, a second or so, Serve itself answers: 404 to every path but its own."""
+def _start_http(settings: Settings, instance: RayInstance) -> None:
+    """Until the application is known, a second or so, Serve itself answers: 503, or 404 without HAProxy."""
     http = settings.http
+    host = LOOPBACK if instance.haproxy else http.host
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": http.port})
     except (RayError, RayServeException) as error:
         raise StartFailed(
             f"cannot listen on {http.host}:{http.port}; is another server there? ({one_line(error)})"

@@ -41,7 +41,7 @@ def hold_port(host: str, port: int) -> Iterator[None]:
     if port == 0:
         yield
         return
-    address = _resolve(host, port)
+    address = resolve(host, port)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lock:
         with _turn(port):
             for other in _held(port):
@@ -56,8 +56,8 @@ def hold_port(host: str, port: int) -> Iterator[None]:
         yield
 
 
-def _resolve(host: str, port: int) -> _Address:
-    """The address that Ray Serve would listen on."""
+def resolve(host: str, port: int) -> _Address:
+    """The address of this machine to listen on. Raises PortTaken where the name has none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4][0]

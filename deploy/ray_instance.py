@@ -7,22 +7,28 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 
+from divisi.deploy.haproxy.environment import PYTHON_PROXY, Front, haproxy
 from divisi.deploy.interruptible import Interruptible
-from divisi.deploy.port_lock import hold_port
+from divisi.deploy.port_lock import hold_port, resolve
 from divisi.deploy.ray_address import ClusterAddress, find_cluster, short_temp_dir
-from divisi.deploy.settings import HttpSettings, Surroundings
+from divisi.deploy.settings import HttpSettings, Surroundings, set_environment
 from divisi.deploy.shared_cluster import Claim, check_address, check_application, head_is_here, serve_address
 from divisi.deploy.start_errors import in_one_line
 
 _JOIN_S = 30.0
 """Longest time for joining a cluster at whose address somebody listens; an idle machine needs one second."""
+
+_OWN_RAY = {"RAY_worker_niceness": "0"}
+"""Ray gives its workers nice 15: beside anything else on the machine they would hardly run."""
 
 Say = Callable[[str], object]
 
@@ -36,6 +42,12 @@ class Wish:
     ranks: int
     replace: bool = False
     """Whether to end the application where it runs on the cluster already."""
+    longest_answer_s: float | None = None
+    """For HAProxy, which waits somewhat longer; None: no limit."""
+    front_cores: tuple[int, ...] = ()
+    """Cores that HAProxy keeps to; empty: all."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of the processes of a Ray of its own."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +60,33 @@ class RayInstance:
     """Folder of Ray's own logs on this machine."""
     serve_was_there: bool = False
     """Whether Ray Serve ran on it already, and so must outlive the application."""
+    haproxy: bool = False
+    """Whether HAProxy listens for clients, and Ray Serve itself is to listen for HAProxy only."""
     replaced: threading.Event = field(default_factory=threading.Event)
     """Set, with the stop event, when another server has taken this one's place: the application is no longer its."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """Who hears of what."""
+
+    entered: Callable[[str], object]
+    """Called as soon as Ray runs, with the address of the cluster that was joined, else "". Ray has installed signal
+    handlers of its own by then."""
+    made: Callable[[Path], object]
+    """Called with a folder that has to be gone at the end, however that comes."""
+    say: Callable[[str], object]
+    """Called with lines for people."""
+
+
 @contextlib.contextmanager
 def ray_instance(
-    wish: Wish, surroundings: Surroundings, interruptibly: Interruptible, entered: Callable[[str], None], say: Say
+    wish: Wish, surroundings: Surroundings, interruptibly: Interruptible, told: Told
 ) -> Iterator[RayInstance]:
     """Join the cluster that `ray start` or RAY_ADDRESS names, or start a quiet one for as long as the context lasts.
 
     The Ray of another server on this machine is left alone. The address to listen on is locked where it is this
-    machine's, and so is the application on a cluster that others may use. `entered` is called as soon as Ray runs (it
-    has installed signal handlers of its own by then), with the address of the cluster that was joined, else "".
+    machine's, and so is the application on a cluster that others may use.
 
     Raises StartFailed, SettingsError, PortTaken, ClusterOccupied, and Stopped.
     """
@@ -70,14 +96,18 @@ def ray_instance(
     with contextlib.ExitStack() as held:
         if cluster is None:
             held.enter_context(hold_port(wish.http.host, wish.http.port))
+            front = held.enter_context(_front(wish, told))
+            set_environment({**_OWN_RAY, **wish.environment, **front})
             held.callback(ray.shutdown)
-            instance = RayInstance(True, _start(wish.ranks, surroundings, interruptibly, say))
-            entered("")
-            yield instance
+            logs = _start(wish.ranks, surroundings, interruptibly, told.say)
+            told.entered("")
+            yield RayInstance(True, logs, haproxy=front is not PYTHON_PROXY)
             return
         held.callback(ray.shutdown)
-        logs = _join(cluster, interruptibly, say)
-        entered(ray.get_runtime_context().gcs_address)
+        logs = _join(cluster, interruptibly, told.say)
+        told.entered(ray.get_runtime_context().gcs_address)
+        if wish.http.haproxy:
+            told.say("HTTP goes through what this cluster's Ray Serve has: HAProxy can be chosen only as Ray starts")
         with in_one_line(f"Ray Serve on the cluster at {cluster.address} does not answer", f"see {logs}"):
             running = interruptibly(serve_address, timeout_s=_JOIN_S)
             instance = RayInstance(False, logs, serve_was_there=running is not None)
@@ -92,8 +122,17 @@ def ray_instance(
 
             claim = interruptibly(lambda: Claim.take(wish.application, wish.replace, lose))
             held.callback(claim.release)
-            interruptibly(lambda: _make_room(wish, say))
+            interruptibly(lambda: _make_room(wish, told.say))
         yield instance
+
+
+def _front(wish: Wish, told: Told) -> AbstractContextManager[dict[str, str]]:
+    """The environment of Ray Serve with the front that is wished for."""
+    http = wish.http
+    if not http.haproxy or http.port == 0:  # HAProxy would have to know the port beforehand
+        return contextlib.nullcontext(PYTHON_PROXY)
+    front = Front(str(resolve(http.host, http.port)), http.port, wish.longest_answer_s, wish.front_cores)
+    return haproxy(front, told.made, told.say)
 
 
 def _make_room(wish: Wish, say: Say) -> None:

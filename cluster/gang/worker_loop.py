@@ -25,7 +25,7 @@ from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
 from divisi.cluster.gang.reports import EpochReports
-from divisi.cluster.gang.threads import share_cores
+from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.passes import PassLayers
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher
@@ -83,8 +83,7 @@ class WorkerNetwork:
     device: torch.device
     step_deadline_s: float
     layers: PassLayers
-    threads: int | None
-    """See `GangSpec.threads`."""
+    cores: CoreShare
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class WorkerLoop(Generic[PlanT]):
     def _serve(self, assignment: Assignment) -> None:
         """One epoch; ends by StepAborted."""
         self._inbox.check(assignment.membership.epoch)
-        share_cores(self._network.threads, assignment)
+        self._network.cores.take(assignment)
         with worker_links(assignment, self._inbox, self._network.listener, self._network.device) as links:
             end = self._mode.worker_end(links.peers)
             self._reports.serving(assignment.membership.epoch)

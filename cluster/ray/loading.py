@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from divisi.cluster.cores import usable_cores
 from divisi.cluster.gang.coordinator import CoordinatorLost
-from divisi.cluster.gang.threads import usable_cores
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.spec import GangSpec
 
@@ -51,7 +51,7 @@ def reported(name: str, who: str) -> Iterator[LoadReport]:
 def prepare_process(spec: GangSpec) -> str:
     """Set this process's threads for the loading; returns the address that peers reach it at.
 
-    Which ranks run beside it is not known yet, so that it takes what it could have if all did; see `share_cores`.
+    Which ranks run beside it is not known yet, so that it takes what it could have if all did; see `CoreShare`.
     """
     torch.set_num_threads(spec.threads or max(usable_cores() // spec.shape.size, 1))
     host: str = ray.util.get_node_ip_address()

@@ -20,6 +20,7 @@ _FIELDS = {
     "expert_shards": ("gang", "expert_shards"),
     "device": ("gang", "device"),
     "threads_per_process": ("gang", "threads_per_process"),
+    "pin_cores": ("gang", "pin_cores"),
     "deterministic": ("gang", "deterministic"),
     "kv_memory": ("cache", "kv_memory"),
     "page_size": ("cache", "page_size"),
@@ -30,6 +31,7 @@ _FIELDS = {
     "served_model_name": ("http", "served_model_name"),
     "allowed_origins": ("http", "allowed_origins"),
     "ingress_replicas": ("http", "ingress_replicas"),
+    "haproxy": ("http", "haproxy"),
     "max_queued_requests": ("limits", "max_queued_requests"),
     "api_keys_file": ("auth", "api_keys_file"),
     "log_file": ("log", "file"),
@@ -66,6 +68,11 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
         "--threads-per-process",
         metavar="N",
         help="CPU threads of each rank (default: its machine's cores over the ranks there)",
+    )
+    gang.add_argument(
+        "--pin-cores",
+        action=argparse.BooleanOptionalAction,
+        help="each rank keeps to cores of its own, HTTP to the others; where Ray is started here (default: off)",
     )
     gang.add_argument(
         "--deterministic",

@@ -56,6 +56,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     http.add_argument("--ingress-replicas", metavar="N", help="processes that answer HTTP (default: 1)")
     http.add_argument(
+        "--haproxy", action=argparse.BooleanOptionalAction,
+        help="HAProxy in front of them, where Ray is started here; else Ray Serve's Python proxy (default: on)",
+    )  # fmt: skip
+    http.add_argument(
         "--max-queued-requests", metavar="N",
         help="answers let in at once; above it 429 (default: what runs at once)",
     )  # fmt: skip

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -65,6 +66,8 @@ def keep(work: Callable[[Orders], int], undo: Callable[[str, bool], object], ord
         _run_undo(undo, keeper.undo_at, keeper.report.serve_was_there)
     for path in keeper.socket_files:  # which Ray leaves behind even if it is shut down
         path.unlink(missing_ok=True)
+    if keeper.report.folder:
+        shutil.rmtree(keeper.report.folder, ignore_errors=True)
     if left:
         say(f"divisi: failed: cannot end {', '.join(left)}")
         return 1
@@ -96,6 +99,7 @@ class Keeper:
             wait_s = _LOOK_EVERY_S if end is None else min(max(end - time.monotonic(), 0.0), _LOOK_EVERY_S)
             self._listen(select.select(self._sources, [], [], wait_s)[0])
             if (status := reap().get(self._driver)) is not None:
+                self._hear_the_last()
                 return self._ended(status)
             if (lost := self._lost()) is not None:
                 say(f"divisi: {'Stopping without Ray' if self._stopping else 'failed'}: {lost}")
@@ -129,6 +133,11 @@ class Keeper:
         self._deadlines.hurry(now) if order == AT_ONCE else self._deadlines.stop(now)
         with contextlib.suppress(BrokenPipeError):  # it has ended
             os.write(self._to_driver, order)
+
+    def _hear_the_last(self) -> None:
+        """Reports that the driver has sent just before its end."""
+        while self._from_driver in self._sources and select.select([self._from_driver], [], [], 0)[0]:
+            self._listen([self._from_driver])
 
     def _hear(self, heard: bytes) -> None:
         *lines, self._heard = (self._heard + heard).split(b"\n")

@@ -30,6 +30,8 @@ class Report:
     """Whether the application may be on that cluster: then it has to be removed, whatever becomes of the driver."""
     serve_was_there: bool = False
     """Whether Ray Serve ran on that cluster already, and so is not to be ended."""
+    folder: str = ""
+    """One of its own that has to be gone once all its processes are."""
     taking_down: bool = False
     """Whether it ends everything itself: nothing is open any more, and Ray's processes may go."""
 

@@ -28,10 +28,11 @@ OWN_RAY = """
 import subprocess, sys, threading
 import ray
 from divisi.deploy.interruptible import Interruptible
-from divisi.deploy.ray_instance import Wish, ray_instance
+from divisi.deploy.ray_instance import Told, Wish, ray_instance
 from divisi.deploy.settings import HttpSettings, Surroundings
 wish = Wish("divisi", HttpSettings(port=0), ranks=1)
-with ray_instance(wish, Surroundings.read(), Interruptible(threading.Event()), lambda joined: None, print) as instance:
+told = Told(lambda joined: None, lambda folder: None, print)
+with ray_instance(wish, Surroundings.read(), Interruptible(threading.Event()), told) as instance:
     assert instance.own, "joined the instance of another divisi serve"
 """
 SECOND = OWN_RAY + "    print(len(ray.nodes()))"

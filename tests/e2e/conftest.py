@@ -6,6 +6,7 @@ It leads a process group, as under a shell or `timeout`, so that tests can signa
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ import psutil
 import pytest
 
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+from tests.support.ports import free_port
 
 _MARK = "DIVISI_TEST_CLUSTER"
 
@@ -68,13 +70,6 @@ class Cluster:
         raise AssertionError(f"not ready within {timeout_s} s:\n{self.log.read_text()}")
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @contextmanager
 def running_cluster(
     model_dir: Path, log: Path, *arguments: str, ready_within_s: float = 90.0, terminal: int | None = None,
@@ -117,9 +112,12 @@ def files_of_servers() -> set[Path]:
 
 
 def assert_nothing_left(cluster: Cluster) -> None:
-    """No listener, and no file but of processes that live, which are others'."""
+    """No listener, no folder of HAProxy's, and no file but of processes that live, which are others'."""
+    port = httpx.URL(cluster.url).port or 0
     with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", httpx.URL(cluster.url).port or 0)) != 0, "somebody still listens"
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "somebody still listens"
+    places = {place.parent: json.loads(place.read_text()) for place in Path("/tmp").glob("divisi-*/place.json")}
+    assert not [folder for folder, place in places.items() if place["port"] == port], "left behind"
     if left := files_of_servers() - cluster.files_before:
         left -= {Path(file) for process in psutil.process_iter() for file in _files(process)}
     assert not left, "left behind"

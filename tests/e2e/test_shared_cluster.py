@@ -6,18 +6,19 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
@@ -35,12 +36,6 @@ ray.init(log_to_driver=False)
 serve.start(http_options={"port": PORT})
 serve.run(Foreign.bind(), name="divisi")
 """
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ import httpx
 import psutil
 import pytest
 
-from .conftest import Cluster, free_port, running_cluster
+from tests.support.ports import free_port
+
+from .conftest import Cluster, running_cluster
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from divisi.cluster.cores import CorePlan
 from divisi.cluster.gang import threads as threads_module
 from divisi.cluster.gang.inbox import Assignment
-from divisi.cluster.gang.threads import share_cores, usable_cores
+from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
@@ -35,7 +35,7 @@ def threads_of(rank: int, hosts: str, cores: int, fixed: int | None, monkeypatch
     found: list[int] = []
 
     def enter() -> None:
-        share_cores(fixed, Assignment(membership, rank))
+        CoreShare(fixed).take(Assignment(membership, rank))
         found.append(torch.get_num_threads())
 
     thread = threading.Thread(target=enter)
@@ -79,24 +79,12 @@ def test_a_step_is_computed_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert seen == {3}
 
 
-@pytest.mark.parametrize(
-    ("own", "limits", "cores"),
-    [
-        ("0::/", {"": "200000 100000"}, 2),  # a container
-        ("0::/", {"": "50000 100000"}, 1),
-        ("0::/", {"": "max 100000"}, 8),
-        ("12:cpu:/x\n0::/service/part", {"service": "300000 100000", "service/part": "max 100000"}, 3),
-        ("0::/service/part", {"service": "900000 100000", "service/part": "400000 100000"}, 4),
-        ("0::/", {"": "1600000 100000"}, 8),
-        ("4:memory:/x", {}, 8),
-    ],
-)
-def test_the_cores_that_a_container_grants(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, limits: dict[str, str], cores: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    for folder, limit in limits.items():
-        (tmp_path / "cgroup" / folder).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cgroup" / folder / "cpu.max").write_text(f"{limit}\n")
-    (tmp_path / "own").write_text(f"{own}\n")
-    assert usable_cores(tmp_path / "cgroup", tmp_path / "own") == cores
+def test_with_a_plan_a_rank_keeps_to_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Collection[int]] = []
+    monkeypatch.setattr(threads_module, "keep_to", kept.append)
+    plan = CorePlan(ranks=((0, 1, 2), (3, 4)), service=(5,))
+    membership = Membership(1, GangShape(1, 1), ("a", "b"), (Address("here"), Address("here")), Address("store"))
+    for rank, fixed, threads in ((0, None, 3), (1, None, 2), (1, 4, 4)):
+        CoreShare(fixed, plan).take(Assignment(membership, rank))
+        assert torch.get_num_threads() == threads
+    assert kept == [(0, 1, 2), (3, 4), (3, 4)]

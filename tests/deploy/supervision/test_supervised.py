@@ -189,6 +189,17 @@ def test_whoever_is_killed_nothing_is_left(tmp_path: Path, victim: str) -> None:
         wait_for(run.all_gone)
 
 
+@pytest.mark.parametrize("victim", ["front", "driver", "nobody"])
+def test_a_folder_that_the_driver_has_named_goes_with_it(tmp_path: Path, victim: str) -> None:
+    folder = tmp_path / "own"
+    (folder / "below").mkdir(parents=True)
+    with running(tmp_path, OBEDIENT.replace("begin()", f"orders.report(folder={str(folder)!r}); begin()")) as run:
+        pid = {"front": run.process.pid, "driver": run.driver, "nobody": run.process.pid}[victim]
+        os.kill(pid, signal.SIGTERM if victim == "nobody" else signal.SIGKILL)
+        wait_for(run.all_gone)
+        wait_for(lambda: not folder.exists())
+
+
 def test_a_stopped_helper_does_not_outlive_a_kill(tmp_path: Path) -> None:
     with running(tmp_path, DEAF) as run:
         os.kill(run.helper, signal.SIGSTOP)
