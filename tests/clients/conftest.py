@@ -90,6 +90,7 @@ class Bench:
     def _variables(self, online: bool, hooks: Path | None) -> dict[str, str]:
         """The environment of a client that has no account, no hub and no home of the user's."""
         offline = {} if online else {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        offline |= {} if online else {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         own = {"HOME": str(self.folder), "HF_HOME": str(self.folder / "hf"), "SERVED_MODEL": self.model}
         keys = {"OPENAI_API_KEY": "none", "DIVISI_API_KEY": "none"}
         loaded = {} if hooks is None else {"SCHEMATHESIS_HOOKS": hooks.stem, "PYTHONPATH": str(hooks.parent)}

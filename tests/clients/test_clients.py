@@ -121,7 +121,8 @@ def test_schemathesis(bench: Bench, full_tier: bool, record_result: Record) -> N
     seconds = 300 if full_tier and bench.topology == "local" else 90
     before = replies(bench)
     bench.run(
-        "schemathesis", "schemathesis", "run", f"{bench.url}/openapi.json", "--max-time", seconds,
+        "schemathesis", "schemathesis", "--config-file", HERE / "programs" / "schemathesis.toml",
+        "run", f"{bench.url}/openapi.json", "--max-time", seconds,
         # Its other phases need examples in the document, or requests that change what later ones find.
         "--phases", "coverage,fuzzing",
         # A valid body may still ask for what the model cannot do: a 400 that says so is a right answer.
@@ -136,10 +137,11 @@ def test_schemathesis(bench: Bench, full_tier: bool, record_result: Record) -> N
     counts.subtract(before)
     assert not [key for key, count in counts.items() if count and key[1] >= "500"]
     seen = Counter((bench.folder / "replies.txt").read_text(encoding="utf-8").splitlines())
+    assert not [key for key in seen if key.endswith("broken")], seen
     streamed = {path: seen[f"{path} 200 text/event-stream"] for path in GENERATING}
     for path in GENERATING:
-        assert seen[f"{path} 200 application/json"] + streamed[path] >= 10, f"{path} was hardly reached: {seen}"
-        assert streamed[path] >= 1, f"{path} was not streamed: {seen}"
+        assert seen[f"{path} 200 application/json"] >= 10, f"{path} was hardly reached: {seen}"
+        assert streamed[path] >= 3, f"{path} was hardly streamed: {seen}"
     record_result("seconds", seconds)
     record_result("replies", {f"{path} {status}": count for (path, status), count in sorted(counts.items()) if count})
     record_result("streamed", streamed)

@@ -91,6 +91,7 @@ def tokens_lasting(cluster: Cluster, seconds: float) -> int:
     httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60).raise_for_status()
     return max(int(seconds * 100 / (time.monotonic() - begin)), 50)
 
+
 class Terminal:
     """A terminal, of whose foreground group the server is."""
 

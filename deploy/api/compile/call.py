@@ -260,11 +260,8 @@ class Compiler:
         """Refuse before tokenising what cannot fit however well it tokenises."""
         if chars > self._hopeless_bytes:
             limit = self._settings.max_model_len
-            raise ApiError(
-                f"{param}: this model's maximum context length is {limit} tokens, but the prompt has {chars} "
-                "characters, which cannot fit; shorten it",
-                param=param,
-                code="context_length_exceeded",
+            raise _overlong(
+                param, f"{limit} tokens", f"the prompt has {chars} characters, which cannot fit; shorten it"
             )
 
     def _fit(
@@ -280,28 +277,24 @@ class Compiler:
             raise ApiError(f"{param}: the prompt has no tokens; send a text", param=param, code="empty_prompt")
         longest = self._settings.max_prompt_tokens
         if longest is not None and prompt_tokens > longest:
-            raise ApiError(
-                f"{param}: this model's maximum context length is {longest} tokens for a prompt on this server, but "
-                f"this one has {prompt_tokens}; shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise _overlong(param, f"{longest} tokens for a prompt here", f"this one has {prompt_tokens}; shorten it")
         if room < (0 if wanted == 0 else 1):
-            raise ApiError(
-                f"{param}: this model's maximum context length is {limit} tokens, but the prompt alone has "
-                f"{prompt_tokens}; shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise _overlong(param, f"{limit} tokens", f"the prompt alone has {prompt_tokens}; shorten it")
         if wanted is not None and wanted > room:
-            raise ApiError(
-                f"{asked}: this model's maximum context length is {limit} tokens, but {prompt_tokens} of the prompt "
-                f"and {wanted} of the answer make {prompt_tokens + wanted}; shorten the prompt, "
-                f"or ask for at most {room}",
-                param=asked,
-                code="context_length_exceeded",
+            raise _overlong(
+                asked,
+                f"{limit} tokens",
+                f"{prompt_tokens} of the prompt and {wanted} of the answer make {prompt_tokens + wanted}; shorten the "
+                f"prompt, or ask for at most {room}",
             )
         return min(default, room) if wanted is None else wanted
+
+
+def _overlong(param: str, limit: str, found: str) -> ApiError:
+    """What doesn't fit the context. LiteLLM knows it by the words, LangChain by the code among them."""
+    code = "context_length_exceeded"
+    text = f"{param}: this model's maximum context length is {limit}, but {found} ({code})"
+    return ApiError(text, param=param, code=code)
 
 
 def check_model(asked: str, served: Sequence[str]) -> None:

@@ -66,6 +66,7 @@ def main() -> None:
     """Call everything, and say what was seen."""
     base_url, model = sys.argv[1:]
     sky = {"type": "object", "properties": {"sky": {"enum": ["clear", "cloudy"]}}, "required": ["sky"]}
+    sky["additionalProperties"] = False
     schema = {"type": "json_schema", "json_schema": {"name": "weather", "schema": sky, "strict": True}}
     seen: dict = {}
     for provider in ("openai", "hosted_vllm"):

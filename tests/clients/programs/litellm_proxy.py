@@ -6,6 +6,7 @@ Arguments: base URL, model name. Prints one JSON object of what was seen.
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -24,9 +25,13 @@ TOOLS = [
 READY_S = 180
 
 
+KEY = "sk-" + secrets.token_hex(32)
+"""The proxy's own: it starts with none but a strong one."""
+
+
 def call_through(url: str) -> dict:
     """A tool's round trip, whole and streamed, then twenty overlong prompts and one more question."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
     messages: list = [QUESTION]
     fields = {"model": "demo", "messages": messages, "tools": TOOLS, "temperature": 0, "max_tokens": 128}
     first = client.chat.completions.create(**fields).choices[0].message
@@ -52,7 +57,11 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     params = {"model": f"openai/{model}", "api_base": base_url, "api_key": "none"}
-    config = {"model_list": [{"model_name": "demo", "litellm_params": params}], "litellm_settings": {"num_retries": 0}}
+    config = {
+        "model_list": [{"model_name": "demo", "litellm_params": params}],
+        "litellm_settings": {"num_retries": 0},
+        "general_settings": {"master_key": KEY},
+    }
     Path("proxy.yaml").write_text(json.dumps(config))  # JSON is YAML, too
     command = [str(Path(sys.executable).parent / "litellm"), "--config", "proxy.yaml", "--port", str(port)]
     with Path("proxy.log").open("w") as log:

@@ -27,6 +27,10 @@ LONGEST_LIST = 4
 """Of messages, parts, tools or prompts."""
 TOKEN_IDS = 256
 """A byte-level vocabulary has at least so many."""
+KEPT = ("role", "content", "name", "tool_call_id", "refusal", "reasoning", "thinking_blocks")
+"""Of messages; their calls are written anew."""
+NO_THINKING = ("reasoning_effort", "thinking_token_budget", "enable_thinking", "thinking")
+"""What a model is refused whose template knows no thinking."""
 STRUCTURES = ("tools", "response_format", "structured_outputs")
 SERVABLE = {"json": {"type": "boolean"}, "regex": "[ab]{1,3}", "choice": ["yes", "no"], "grammar": 'start: "a" | "b"'}
 """What takes the place of drawn grammars, which are arbitrary strings and objects."""
@@ -60,6 +64,8 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
 def after_call(context: Any, case: Any, response: Any) -> None:
     """Note path, status and kind of each reply, one a line."""
     kind = response.headers.get("content-type", ["none"])[0].partition(";")[0]
+    if kind == "text/event-stream" and not response.content.endswith(b"data: [DONE]\n\n"):
+        kind += " broken"
     with REPLIES.open("a", encoding="utf-8") as replies:
         replies.write(f"{case.operation.path} {response.status_code} {kind}\n")
 
@@ -129,11 +135,9 @@ def mend_conversation(body: Fields) -> None:
     """Leave each message what its role has, and the template what it takes."""
     messages = []
     for drawn in body["messages"][:LONGEST_LIST]:
-        message = {name: drawn[name] for name in ("role", "content", "name") if drawn.get(name) is not None}
-        text = isinstance(message["content"], str)
-        message["content"] = message["content"][: LONGEST_TEXT if text else LONGEST_LIST]
-        if message["role"] == "tool":
-            message["tool_call_id"] = drawn.get("tool_call_id") or "call"
+        message = {name: drawn[name] for name in KEPT if drawn.get(name) is not None}
+        if (content := message.get("content")) is not None:
+            message["content"] = content[: LONGEST_TEXT if isinstance(content, str) else LONGEST_LIST]
         if message["role"] == "assistant" and drawn.get("tool_calls"):
             function = {"name": "look", "arguments": '{"at": "this"}'}
             message["tool_calls"] = [{"id": "call", "type": "function", "function": function}]
@@ -175,7 +179,7 @@ def mend_reply(body: Fields, draw: int) -> None:
     if body.get("continue_final_message"):
         body.pop("add_generation_prompt", None)
         body["messages"][-1]["content"] = "It begins"
-    for name in ("reasoning_effort", "thinking_token_budget"):  # the model's template knows no thinking
+    for name in NO_THINKING:
         body.pop(name, None)
 
 

@@ -169,6 +169,11 @@ def test_lone_surrogates(http: httpx.Client, engine: FakeEngine, sent: str, read
         assert f"x{read}" in engine.tokenizer.decode(engine.requests[-1].prompt)
 
 
+def test_a_name_that_no_tool_has_is_rendered_too(http: httpx.Client, engine: FakeEngine) -> None:
+    turn = assistant(content=None, tool_calls=[calling(function={"name": "get weather!"})])
+    assert '{"name": "get weather!", "arguments"' in prompt_of(http, engine, turn)
+
+
 def test_lone_surrogates_within_arguments(http: httpx.Client, engine: FakeEngine) -> None:
     turn = assistant(content=None, tool_calls=[calling(function={"arguments": r'{"city": "Os\ud83d"}'})])
     assert '{"city": "Os\ufffd"}' in prompt_of(http, engine, turn)

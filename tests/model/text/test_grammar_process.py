@@ -28,7 +28,7 @@ def process(model_dir: Path) -> Iterator[GrammarProcess]:
 
 def test_grammars_of_every_notation(process: GrammarProcess) -> None:
     assert process.read("start: /a/") == "start: /a/"
-    assert process.read('root ::= "a"', "grammar") .endswith('start: "a"\n')
+    assert process.read('root ::= "a"', "grammar").endswith('start: "a"\n')
     assert process.read("start: <think>", "grammar") != "start: <think>"
     for bad, words in (("start: /(/", "unclosed group"), ('start: "é" <nobody>', "none of this model's")):
         with pytest.raises(GrammarError, match=words):

@@ -117,7 +117,7 @@ def test_references_leave_the_rest_alone() -> None:
 
 
 def test_expressions_are_found_outside_of_strings_and_comments() -> None:
-    lark = 'start: "/no/" A // /nor this/\nA: /a\\/{2,3}/ | /b\"c/ # /d/\nB: /e/i'
+    lark = 'start: "/no/" A // /nor this/\nA: /a\\/{2,3}/ | /b"c/ # /d/\nB: /e/i'
     assert expressions(lark) == ["a\\/{2,3}", 'b"c', "e"]
 
 
