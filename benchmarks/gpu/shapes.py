@@ -98,7 +98,7 @@ TIMED: Sequence[tuple[str, Make]] = (
     ("T=256", partial(_experts, tokens=256)),
     ("T=2048", partial(_experts, tokens=2048)),
     ("T=8192", partial(_experts, tokens=8192)),
-    ("T=32768", partial(_experts, tokens=32768)),
+    ("T=32768, of 4 shards", partial(_experts, tokens=32768, experts=128, elsewhere=384)),
     ("1 x 1 row", partial(cases.gated_delta_decode, shape=DELTA, rows=[1], lags=[1], max_rows=1)),
     ("64 x 1 row", partial(cases.gated_delta_decode, shape=DELTA, rows=[1] * 64, lags=[1] * 64, max_rows=1)),
     ("256 x 1 row", partial(cases.gated_delta_decode, shape=DELTA, rows=[1] * 256, lags=[1] * 256, max_rows=1)),
