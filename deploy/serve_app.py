@@ -189,6 +189,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         dtype=fitted.dtype,
         device=fitted.device,
         threads=gang.threads_per_process,
+        kernels=gang.kernels,
         deterministic=gang.deterministic,
         shape=gang.shape,
         max_model_len=fitted.max_model_len,

@@ -28,6 +28,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from divisi.cluster.seats import GangShape
+from divisi.kernels.choice import KernelChoice
 from divisi.model.demo import checkpoint_dir
 
 CONFIG_VARIABLE = "DIVISI_CONFIG"
@@ -56,6 +57,11 @@ def as_list(value: object) -> object:
     if isinstance(value, str):
         return [item.strip() for item in value.split(",")]
     return () if value is None else value
+
+
+def _check_kernels(choice: str) -> str:
+    KernelChoice.parse(choice)
+    return choice
 
 
 def _check_origin(origin: str) -> str:
@@ -99,6 +105,9 @@ class GangSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    kernels: Annotated[str, AfterValidator(_check_kernels)] = "auto"
+    """Which implementation does what: `auto`, `reference`, `native` (CPU) or `triton` (GPU), and exceptions by
+    operation, as in `auto,route=reference`."""
     deterministic: bool = False
     """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)

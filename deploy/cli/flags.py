@@ -20,6 +20,7 @@ _FIELDS = {
     "expert_shards": ("gang", "expert_shards"),
     "device": ("gang", "device"),
     "threads_per_process": ("gang", "threads_per_process"),
+    "kernels": ("gang", "kernels"),
     "deterministic": ("gang", "deterministic"),
     "kv_memory": ("cache", "kv_memory"),
     "page_size": ("cache", "page_size"),
@@ -67,6 +68,10 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads of each rank (default: its machine's cores over the ranks there)",
     )
+    gang.add_argument(
+        "--kernels", metavar="[OP=]KIND,...",
+        help="auto, reference, native (CPU) or triton (GPU), and exceptions by operation, as in auto,route=reference",
+    )  # fmt: skip
     gang.add_argument(
         "--deterministic",
         action=argparse.BooleanOptionalAction,
