@@ -78,7 +78,7 @@ def _max_model_len(settings: Settings, config: ModelConfig, dtype: DType) -> tup
         raise SettingsError(
             f"model.max_model_len: {asked} is more than the model's {positions} positions; give that or less"
         )
-    page_size, memory = settings.cache.page_size, settings.cache.kv_memory
+    page_size, memory = settings.cache.page_size, settings.cache.kv_bytes
     page_bytes = page_size * config.kv_values_per_token * DTYPE_BYTES[dtype]
     if not page_bytes:  # without full attention there is no KV
         return asked or positions, None

@@ -193,7 +193,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         deterministic=gang.deterministic,
         shape=gang.shape,
         max_model_len=fitted.max_model_len,
-        kv_memory=cache.kv_memory,
+        kv_memory=cache.kv_bytes,
         page_size=cache.page_size,
         max_seqs=cache.max_seqs,
         max_step_tokens=cache.max_step_tokens,

@@ -28,7 +28,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from divisi.cluster.seats import GangShape
-from divisi.kernels.choice import KernelChoice
+from divisi.kernels.choice import checked_choice
 from divisi.model.demo import checkpoint_dir
 
 CONFIG_VARIABLE = "DIVISI_CONFIG"
@@ -57,11 +57,6 @@ def as_list(value: object) -> object:
     if isinstance(value, str):
         return [item.strip() for item in value.split(",")]
     return () if value is None else value
-
-
-def _check_kernels(choice: str) -> str:
-    KernelChoice.parse(choice)
-    return choice
 
 
 def _check_origin(origin: str) -> str:
@@ -105,7 +100,7 @@ class GangSettings(Group):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
-    kernels: Annotated[str, AfterValidator(_check_kernels)] = "auto"
+    kernels: Annotated[str, AfterValidator(checked_choice)] = "auto"
     """Which implementation does what: `auto`, `reference`, `native` (CPU) or `triton` (GPU), and exceptions by
     operation, as in `auto,route=reference`."""
     deterministic: bool = False
@@ -154,8 +149,11 @@ class GangSettings(Group):
 class CacheSettings(Group):
     """Memory for sequences, per attention worker, and the size of a step."""
 
-    kv_memory: Bytes = Field(default=2**30, ge=2**16)
-    """At most so many bytes for KV pages. State slots come on top, see `max_seqs` and `divisi inspect`."""
+    kv_memory: Bytes | None = Field(default=None, ge=2**16)
+    """At most so many bytes for KV pages, besides state slots (see `divisi inspect`). None: what `divisi serve` finds
+    that a GPU of its machine has left, and 1 GiB elsewhere."""
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    """Of a GPU's memory for weights, state slots and KV pages; the rest is for a step's intermediate values."""
     page_size: int = Field(default=16, ge=1, le=4096)
     """Tokens per KV page."""
     max_seqs: int = Field(default=32, ge=1, le=4096)
@@ -171,6 +169,11 @@ class CacheSettings(Group):
                 f"raise max_step_tokens to {self.max_seqs} or more, or lower max_seqs"
             )
         return self
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes for KV pages."""
+        return 2**30 if self.kv_memory is None else self.kv_memory
 
 
 class HttpSettings(Group):

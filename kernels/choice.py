@@ -13,6 +13,12 @@ OPERATIONS = (
 )  # fmt: skip
 
 
+def checked_choice(text: str) -> str:
+    """The text, which KernelChoice understands. Raises ValueError."""
+    KernelChoice.parse(text)
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
     """One implementation for all operations, and others for some."""
