@@ -104,6 +104,7 @@ def gang_spec(model_dir: Path, shape: GangShape, dtype: Literal["bfloat16", "flo
         dtype=dtype,
         device="cpu",
         threads=threads,
+        kernels="auto",
         deterministic=False,
         shape=shape,
         max_model_len=8192,

@@ -94,7 +94,7 @@ def load_shard(
     """The experts of one shard. Raises CheckpointError."""
     device = torch.device(spec.device)
     expert_ids = shard_experts(config, spec.shape.expert_shards)[index]
-    kernels = select_kernels(device, deterministic=spec.deterministic)
+    kernels = select_kernels(device, spec.kernels, deterministic=spec.deterministic)
     return ExpertBank.load(checkpoint, config, expert_ids, kernels, torch_dtype(spec), device, progress)
 
 
@@ -119,7 +119,7 @@ def build_engine(
     `progress` is called with the bytes read so far; `wake` is the engine's. Raises CheckpointError.
     """
     device, dtype = torch.device(spec.device), torch_dtype(spec)
-    kernels = select_kernels(device, deterministic=spec.deterministic)
+    kernels = select_kernels(device, spec.kernels, deterministic=spec.deterministic)
     memory = MemoryBudget.of(
         config,
         kv_memory=spec.kv_memory,

@@ -21,6 +21,8 @@ class GangSpec:
     device: Literal["cpu", "cuda"]
     threads: int | None
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    kernels: str
+    """Which implementation of each operation; see `select_kernels`."""
     deterministic: bool
     """Whether a row's bits may depend on its sequence only; see `select_kernels`."""
     shape: GangShape

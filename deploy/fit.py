@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from divisi.deploy.settings import Settings, SettingsError
+from divisi.kernels.choice import KernelChoice
 from divisi.model.config import DTYPE_BYTES, DType, ModelConfig
 
 _SHORTEST = 2
@@ -38,6 +39,7 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
         )
     on_gpu = num_gpus >= shape.size and not gang.deterministic
     device = gang.device if gang.device != "auto" else ("cuda" if on_gpu else "cpu")
+    _check_kernels(settings, device)
     dtype = settings.model.dtype if settings.model.dtype != "auto" else config.dtype
     notes = []
     if device == "cpu" and dtype == "float16":
@@ -51,6 +53,21 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
     return Fit(device, dtype, length, (*notes, note) if note else tuple(notes))
 
 
+def _check_kernels(settings: Settings, device: str) -> None:
+    choice, named = settings.gang.kernels, KernelChoice.parse(settings.gang.kernels).implementations
+    if settings.gang.deterministic and not named <= {"auto", "native"}:
+        raise SettingsError(
+            f"gang.kernels: {choice!r} are not deterministic; use 'auto', or leave gang.deterministic off"
+        )
+    wrong = named & {"triton" if device == "cpu" else "native"}
+    if wrong:
+        other = "a GPU" if device == "cpu" else "a CPU"
+        raise SettingsError(
+            f"gang.kernels: {choice!r} names {wrong.pop()!r}, which needs {other}, and gang.device is {device!r}; "
+            "use 'auto' or 'reference', or the other device"
+        )
+
+
 def _max_model_len(settings: Settings, config: ModelConfig, dtype: DType) -> tuple[int, str | None]:
     """The length asked for, or the longest that both the model and the KV pages take, and a note if the pages limit it.
 
@@ -61,7 +78,7 @@ def _max_model_len(settings: Settings, config: ModelConfig, dtype: DType) -> tup
         raise SettingsError(
             f"model.max_model_len: {asked} is more than the model's {positions} positions; give that or less"
         )
-    page_size, memory = settings.cache.page_size, settings.cache.kv_memory
+    page_size, memory = settings.cache.page_size, settings.cache.kv_bytes
     page_bytes = page_size * config.kv_values_per_token * DTYPE_BYTES[dtype]
     if not page_bytes:  # without full attention there is no KV
         return asked or positions, None

@@ -28,6 +28,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from divisi.cluster.seats import GangShape
+from divisi.kernels.choice import checked_choice
 from divisi.model.demo import checkpoint_dir
 
 CONFIG_VARIABLE = "DIVISI_CONFIG"
@@ -112,6 +113,9 @@ class GangSettings(Group):
     pin_cores: bool = False
     """Each rank keeps to cores of its own, ingress replicas and HAProxy to the others; only in a Ray that is started
     for the server, on whose one machine the cores are known."""
+    kernels: Annotated[str, AfterValidator(checked_choice)] = "auto"
+    """Which implementation does what: `auto`, `reference`, `native` (CPU) or `triton` (GPU), and exceptions by
+    operation, as in `auto,route=reference`."""
     deterministic: bool = False
     """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)
@@ -162,8 +166,11 @@ class GangSettings(Group):
 class CacheSettings(Group):
     """Memory for sequences, per attention worker, and the size of a step."""
 
-    kv_memory: Bytes = Field(default=2**30, ge=2**16)
-    """At most so many bytes for KV pages. State slots come on top, see `max_seqs` and `divisi inspect`."""
+    kv_memory: Bytes | None = Field(default=None, ge=2**16)
+    """At most so many bytes for KV pages, besides state slots (see `divisi inspect`). None: what `divisi serve` finds
+    that a GPU of its machine has left, and 1 GiB elsewhere."""
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    """Of a GPU's memory for weights, state slots and KV pages; the rest is for a step's intermediate values."""
     page_size: int = Field(default=16, ge=1, le=4096)
     """Tokens per KV page."""
     max_seqs: int = Field(default=32, ge=1, le=4096)
@@ -179,6 +186,11 @@ class CacheSettings(Group):
                 f"raise max_step_tokens to {self.max_seqs} or more, or lower max_seqs"
             )
         return self
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes for KV pages."""
+        return 2**30 if self.kv_memory is None else self.kv_memory
 
 
 class HttpSettings(Group):

@@ -12,6 +12,7 @@ from torch import Tensor
 from divisi.kernels.activation.reference import silu_mul
 from divisi.kernels.attention import reference as attention
 from divisi.kernels.attention.layout import KvPool, QkNorm
+from divisi.kernels.choice import OPERATIONS, KernelChoice
 from divisi.kernels.experts.reference import routed_experts
 from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
@@ -78,7 +79,6 @@ _REFERENCE: Mapping[str, Callable[..., Any]] = {
     "attention_decode": attention.attend_runs,
     "attention_prefill": attention.attend_runs,
 }
-OPERATIONS = tuple(_REFERENCE)
 
 
 def select_kernels(device: torch.device, choice: str = "auto", *, deterministic: bool = False) -> Kernels:
@@ -89,14 +89,15 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
     by its reference. ``deterministic``: a row's result depends on its sequence alone, see NativeKernels. Raises
     ValueError for unknown names and for what the device cannot have.
     """
-    general, exceptions = _parse(choice)
+    told = KernelChoice.parse(choice)
+    general, exceptions = told.general, told.exceptions
     if deterministic and (exceptions or general not in ("auto", "native") or not _has_native(device)):
         raise ValueError(
             f"deterministic is on, but kernels {choice!r} on device {device.type!r} are not: it needs the C++ "
             "kernels, which g++ builds for a CPU; install g++ and use device 'cpu', or turn deterministic off"
         )
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
-    for name in {general, *exceptions.values()}:
+    for name in told.implementations:
         tables[name] = _table(name, device, deterministic)
     if deterministic and (missing := [op for op in OPERATIONS if op not in tables[general]]):
         raise ValueError(f"deterministic is on, and {', '.join(missing)} has no such kernel; turn deterministic off")
@@ -105,21 +106,6 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
             raise ValueError(f"kernels '{op}={name}': there is no such implementation; use '{op}=reference'")
     chosen = {op: tables[exceptions.get(op, general)].get(op, _REFERENCE[op]) for op in OPERATIONS}
     return cast(Kernels, SimpleNamespace(**chosen))
-
-
-def _parse(choice: str) -> tuple[str, dict[str, str]]:
-    general, exceptions = "auto", {}
-    for part in filter(None, (part.strip() for part in choice.split(","))):
-        op, equals, name = part.rpartition("=")
-        if name not in ("auto", "reference", "native", "triton"):
-            raise ValueError(f"kernels {name!r} are unknown; use 'auto', 'reference', 'native' or 'triton'")
-        if not equals:
-            general = name
-        elif op in OPERATIONS:
-            exceptions[op] = name
-        else:
-            raise ValueError(f"kernels {part!r}: operation {op!r} is unknown; use one of {', '.join(OPERATIONS)}")
-    return general, exceptions
 
 
 def _has_native(device: torch.device) -> bool:

@@ -20,7 +20,10 @@ NOT_OURS = {"build", "dist"}
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 # deploy sees of the model: configuration, text side, the path of the demo checkpoint and, in the CLI only, the files.
-DEPLOY_MAY_IMPORT = ("divisi.model.config", "divisi.model.text", "divisi.model.errors", "divisi.model.demo")
+# Of the kernels it sees how one says which.
+DEPLOY_MAY_IMPORT = (
+    "divisi.kernels.choice", "divisi.model.config", "divisi.model.text", "divisi.model.errors", "divisi.model.demo",
+)  # fmt: skip
 CLI_MAY_IMPORT = ("divisi.model.checkpoint", "divisi.model.placement", "divisi.model.random_checkpoint")
 MAY_IMPORT_RAY = re.compile(
     r"cluster/ray/|deploy/(serve_app|serve_client|local_run|ray_instance|shared_cluster)\.py"
@@ -31,6 +34,7 @@ MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",
 }
 TORCH_FREE = (
+    "divisi.kernels.choice",
     "divisi.model.config",
     "divisi.model.errors",
     "divisi.model.text",

@@ -11,6 +11,8 @@ import sys
 _USUAL_PLACE = "/usr/local/cuda/bin/compute-sanitizer"
 _COMMAND = (sys.executable, "-m", "divisi.benchmarks.gpu", "test", "--small", "--no-sanitizer")
 _SECONDS = 120
+_OURS = "_fwd_kernel"
+"""Ends the name of every kernel of this repository. References run torch's own, of which racecheck finds some racy."""
 
 
 def sanitize() -> list[str]:
@@ -25,7 +27,7 @@ def sanitize() -> list[str]:
 def _run(tool: str, check: str) -> list[str]:
     # torch's allocator hands out parts of large blocks, in which a kernel may stray unseen
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [tool, "--tool", check, "--error-exitcode", "9", *_COMMAND]
+    command = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "1000", *_COMMAND]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False
@@ -37,4 +39,7 @@ def _run(tool: str, check: str) -> list[str]:
     if done.returncode == 0:
         return []
     errors = [line for line in done.stdout.splitlines() if re.match(r"=+ (Error|Invalid|Race|    at )", line)]
+    if check == "racecheck" and errors and not any(_OURS in line for line in errors):
+        print(f"{check}: all of them in kernels of torch, the first: {errors[0][:160]}", flush=True)
+        return []
     return [f"{check}: {'; '.join(found)}", *errors[:6]]

@@ -36,6 +36,10 @@ CHECKED: Mapping[str, Make] = {
     "prefill": partial(_small_prefill, heads=SMALL_HEADS, lengths=[0, 13, 4], rows=[5, 0, 40]),
     "experts": partial(cases.routed_experts, tokens=7, chosen=3, experts=5, width=40, inner=24, elsewhere=2),
     "no tokens": partial(cases.routed_experts, tokens=0, chosen=2, experts=3, width=16, inner=16),
+    "many to one expert": partial(cases.routed_experts, tokens=196, chosen=1, experts=2, width=40, inner=24, only=1),
+    "many to each expert": partial(
+        cases.routed_experts, tokens=50, chosen=4, experts=3, width=16, inner=16, elsewhere=1
+    ),
     "all to one expert": partial(cases.routed_experts, tokens=37, chosen=1, experts=3, width=16, inner=16, only=1),
     "delta decode": partial(cases.gated_delta_decode, shape=SMALL_DELTA, rows=[1, 1, 1], lags=[1, 0, 1], max_rows=1),
     "delta verify": partial(
@@ -94,6 +98,7 @@ TIMED: Sequence[tuple[str, Make]] = (
     ("T=256", partial(_experts, tokens=256)),
     ("T=2048", partial(_experts, tokens=2048)),
     ("T=8192", partial(_experts, tokens=8192)),
+    ("T=32768, of 4 shards", partial(_experts, tokens=32768, experts=128, elsewhere=384)),
     ("1 x 1 row", partial(cases.gated_delta_decode, shape=DELTA, rows=[1], lags=[1], max_rows=1)),
     ("64 x 1 row", partial(cases.gated_delta_decode, shape=DELTA, rows=[1] * 64, lags=[1] * 64, max_rows=1)),
     ("256 x 1 row", partial(cases.gated_delta_decode, shape=DELTA, rows=[1] * 256, lags=[1] * 256, max_rows=1)),

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 class Checked:
     """A deployment whose settings and files fit each other."""
 
+    settings: Settings
+    """As given, with `cache.kv_memory` settled where a GPU settles it."""
     config: ModelConfig
     fitted: Fit
     checkpoint: Checkpoint
     """Its headers are read, its weights are not."""
 
 
-def check_deployment(settings: Settings, num_gpus: float) -> Checked:
+def check_deployment(settings: Settings, num_gpus: float, gpu_memory: int | None = None) -> Checked:
     """Check every file that the settings name, against them and against each other. `num_gpus`: see `fit`.
+
+    `gpu_memory` are the bytes of the GPUs that the ranks will have, if they are known to have any.
 
     What is not the files' matter is not checked: whether the machine has the GPUs and the port is free.
 
@@ -31,6 +35,7 @@ def check_deployment(settings: Settings, num_gpus: float) -> Checked:
     """
     # Late: `divisi --help` should not take the seconds that importing torch takes.
     from divisi.cluster.door import Secret, TlsFiles
+    from divisi.deploy.cli.card import kv_memory_left
     from divisi.deploy.fit import fit
     from divisi.deploy.limits import KeyFile
     from divisi.deploy.logs import check_log_file
@@ -56,4 +61,8 @@ def check_deployment(settings: Settings, num_gpus: float) -> Checked:
 
     checkpoint = Checkpoint.open(model_dir)
     checkpoint.check_all(config)
-    return Checked(config, fitted, checkpoint)
+    if gpu_memory is not None and settings.cache.kv_memory is None and fitted.device == "cuda":
+        left = kv_memory_left(settings, fitted, config, checkpoint, gpu_memory)
+        settings = settings.model_copy(update={"cache": settings.cache.model_copy(update={"kv_memory": left})})
+        fitted = fit(settings, config, num_gpus)
+    return Checked(settings, config, fitted, checkpoint)

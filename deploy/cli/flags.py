@@ -21,8 +21,10 @@ _FIELDS = {
     "device": ("gang", "device"),
     "threads_per_process": ("gang", "threads_per_process"),
     "pin_cores": ("gang", "pin_cores"),
+    "kernels": ("gang", "kernels"),
     "deterministic": ("gang", "deterministic"),
     "kv_memory": ("cache", "kv_memory"),
+    "gpu_memory_fraction": ("cache", "gpu_memory_fraction"),
     "page_size": ("cache", "page_size"),
     "max_seqs": ("cache", "max_seqs"),
     "max_step_tokens": ("cache", "max_step_tokens"),
@@ -75,12 +77,22 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
         help="each rank keeps to cores of its own, HTTP to the others; where Ray is started here (default: off)",
     )
     gang.add_argument(
+        "--kernels", metavar="[OP=]KIND,...",
+        help="auto, reference, native (CPU) or triton (GPU), and exceptions by operation, as in auto,route=reference",
+    )  # fmt: skip
+    gang.add_argument(
         "--deterministic",
         action=argparse.BooleanOptionalAction,
         help="the same bits whatever else is served beside a request, at a slower prefill; on CPUs (default: off)",
     )
     cache = parser.add_argument_group("memory, for each attention worker")
-    cache.add_argument("--kv-memory", metavar="SIZE", help="for KV pages, as in 512MiB or 16GiB (default: 1GiB)")
+    cache.add_argument(
+        "--kv-memory", metavar="SIZE",
+        help="for KV pages, as in 512MiB or 16GiB (default: what a GPU here has left; without one 1GiB)",
+    )  # fmt: skip
+    cache.add_argument(
+        "--gpu-memory-fraction", metavar="X", help="of a GPU's memory for weights, states and KV pages (default: 0.9)"
+    )
     cache.add_argument("--page-size", metavar="TOKENS", help="tokens per KV page (default: 16)")
     cache.add_argument("--max-seqs", metavar="N", help="sequences that run at once (default: 32)")
     cache.add_argument("--max-step-tokens", metavar="N", help="token budget of one step (default: 512)")

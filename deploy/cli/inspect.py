@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ examples:
   divisi inspect /models/tiny                        one process
   divisi inspect /models/next --attention-workers 2 --expert-shards 4 --kv-memory 16GiB
   divisi inspect /models/next --expert-shards 8 --json
+  divisi inspect /models/next --expert-shards 4 --gpu-memory 80GiB    what GPUs of that size would hold
 
 Reads the headers of the files only. Memory that kernels and Python take on top is not counted.
 """
@@ -38,6 +40,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_deployment_flags(parser)
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", type=_size_of,
+        help="plan for GPUs of that size, as in 80GiB, where there is none here (default: those that are here)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -47,8 +53,13 @@ def run(args: argparse.Namespace) -> int:
     settings = load_settings(args)
     import torch  # late: `--help` should not pay for it
 
-    checked = check_deployment(settings, torch.cuda.device_count())
-    report = build_report(settings, checked.fitted, checked.config, checked.checkpoint)
+    from divisi.deploy.cli.card import own_gpu_memory
+
+    if args.gpu_memory is None:
+        checked = check_deployment(settings, torch.cuda.device_count(), own_gpu_memory(settings))
+    else:
+        checked = check_deployment(settings, math.inf, args.gpu_memory)
+    report = build_report(checked.settings, checked.fitted, checked.config, checked.checkpoint)
     print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
     return 0
 
@@ -80,14 +91,10 @@ def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoin
 
 
 def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    from divisi.deploy.cli.card import weight_bytes
     from divisi.model.checkpoint import rank_tensors
-    from divisi.model.config import DTYPE_BYTES
 
-    share = rank_tensors(config, checkpoint.tensors, role)
-    weights = 0
-    for label, num_bytes in share.items():
-        disk = checkpoint.tensors[label.partition("[")[0]]
-        weights += num_bytes * DTYPE_BYTES[fitted.dtype] // (2 if disk.dtype in ("BF16", "F16") else 4)
+    share, weights = rank_tensors(config, checkpoint.tensors, role), weight_bytes(role, fitted, config, checkpoint)
     rank: dict[str, Any] = {
         "seat": role.name,
         "experts": [role.experts.start, role.experts.stop] if role.experts else None,
@@ -103,19 +110,9 @@ def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, chec
 
 
 def _sequence_memory(settings: Settings, fitted: Fit, config: ModelConfig) -> dict[str, int]:
-    import torch
+    from divisi.deploy.cli.card import memory_budget
 
-    from divisi.cluster.engine.memory_budget import MemoryBudget
-
-    cache = settings.cache
-    budget = MemoryBudget.of(
-        config,
-        kv_memory=cache.kv_memory,
-        page_size=cache.page_size,
-        max_seqs=cache.max_seqs,
-        max_model_len=fitted.max_model_len,
-        dtype=getattr(torch, fitted.dtype),
-    )
+    budget = memory_budget(settings, fitted, config)
     return {
         "pages": budget.num_pages,
         "page_size": budget.page_size,
@@ -160,6 +157,15 @@ def _table(ranks: Sequence[dict[str, Any]]) -> list[str]:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *rest]))
     return lines
+
+
+def _size_of(text: str) -> int:
+    from divisi.deploy.settings import parse_bytes
+
+    try:
+        return int(str(parse_bytes(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is {error}") from None
 
 
 def _size(num_bytes: int) -> str:

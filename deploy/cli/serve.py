@@ -91,10 +91,12 @@ def _drive(settings: Settings, replace: bool, orders: Orders) -> int:
 
 def _serve(settings: Settings, replace: bool, orders: Orders) -> int:
     """Raises what `check_deployment` and `serve_until_stopped` raise."""
-    check_deployment(settings, num_gpus=math.inf)
+    from divisi.deploy.cli.card import own_gpu_memory  # late, as torch is
+
+    checked = check_deployment(settings, math.inf, own_gpu_memory(settings))
     from divisi.deploy.local_run import serve_until_stopped  # late: it takes seconds to import Ray
 
-    serve_until_stopped(settings, orders, replace=replace)
+    serve_until_stopped(checked.settings, orders, replace=replace)
     return 0
 
 

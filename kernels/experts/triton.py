@@ -1,7 +1,8 @@
 """Routed experts as two grouped products over (token, choice) pairs sorted by expert; nothing waits for the host.
 
-Weights are the first operand of each product, tokens the second: with 16 tokens a tile still fills the matrix units of
-Hopper and Blackwell, which want 64 rows or more. Shapes: as in reference.py; P pairs (T K), M pairs of a tile.
+In the products here weights are the first operand, tokens the second: with 16 tokens a tile still fills the matrix
+units of Hopper and Blackwell, which want 64 rows or more. Those of triton_many.py take over where an expert has many.
+Shapes: as in reference.py; P pairs (T K), N tiles.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from divisi.kernels.experts.triton_many import experts_down_many_fwd_kernel, experts_up_many_fwd_kernel
+from divisi.kernels.experts.triton_place import SortedPairs, sort_pairs
 from divisi.kernels.gpu.chip import Chip
 
-_COUNT_BLOCK = 1024
+_PART = 64  # pairs that triton_many.py takes at a time; three of these are a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,48 +49,11 @@ _MANY = {
     Chip.H100: _Tiles(128, 128, 128, 64, 8, 3),
     Chip.B200: _Tiles(128, 64, 128, 64, 8, 4),
 }
+# many, by the products of triton_many.py: 256 rows of weights against 192 pairs take 192 registers a thread for sums,
+# and the L2 cache's bandwidth no longer binds: 936 + 560 us for 8,192 tokens beside 1,091 + 609 of the tiles above
+_PARTS = {Chip.H100: _Tiles(3 * _PART, 128, 256, 64, 8, 3)}
 # fp32 weights: exact products, for tests
 _EXACT = _Tiles(16, 16, 16, 32, 4, 1)
-
-
-@triton.jit
-def experts_count_fwd_kernel(p_ids, p_counts, num_pairs, BLOCK: tl.constexpr):
-    """How many pairs chose expert e."""
-    i_e = tl.program_id(0)
-    b_count = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, num_pairs, BLOCK):
-        i_p = i + tl.arange(0, BLOCK)
-        b_count += (tl.load(p_ids + i_p, mask=i_p < num_pairs, other=-1) == i_e).to(tl.int32)
-    tl.store(p_counts + i_e, tl.sum(b_count, 0))
-
-
-@triton.jit
-def experts_place_fwd_kernel(
-    p_ids, p_counts, p_order, p_tile_expert, p_tile_first, p_tile_end, num_pairs, num_tiles,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Expert e's pairs in their order, behind those of the experts before it, and its tiles."""
-    i_e = tl.program_id(0)
-    i_all = tl.arange(0, BLOCK_E)
-    b_count = tl.load(p_counts + i_all, mask=i_all < E, other=0)
-    b_tiles = tl.cdiv(b_count, PAIRS)
-    first = tl.sum(tl.where(i_all < i_e, b_count, 0), 0)
-    tile = tl.sum(tl.where(i_all < i_e, b_tiles, 0), 0)
-    count = tl.load(p_counts + i_e)
-    end = first + count
-    for i in range(tl.cdiv(count, PAIRS)):
-        tl.store(p_tile_expert + tile + i, i_e)
-        tl.store(p_tile_first + tile + i, first + i * PAIRS)
-        tl.store(p_tile_end + tile + i, end)
-    if i_e == E - 1:  # ends the list
-        for i in range(tile + tl.cdiv(count, PAIRS), num_tiles):
-            tl.store(p_tile_expert + i, -1)
-    if count > 0:
-        for i in range(0, num_pairs, BLOCK):
-            i_p = i + tl.arange(0, BLOCK)
-            b_own = (tl.load(p_ids + i_p, mask=i_p < num_pairs, other=-1) == i_e).to(tl.int32)
-            tl.store(p_order + first + tl.cumsum(b_own, 0) - 1, i_p, mask=b_own == 1)
-            first += tl.sum(b_own, 0)
 
 
 @triton.jit
@@ -169,29 +136,13 @@ def routed_experts(
     assert all(t.is_contiguous() for t in (x_TD, local_ids_TK, gates_TK, gate_up_EFD, down_EDI))
     (tokens, choices), (experts, width, inner) = local_ids_TK.shape, down_EDI.shape
     dtype, device, pairs = down_EDI.dtype, x_TD.device, tokens * choices
-    tiles = _tiles(pairs, experts, dtype, chip)
-    # no more tiles than pairs, and at most one unfilled tile per expert
-    num_tiles = min(pairs, pairs // tiles.pairs + experts)
-    counts_E, order_P = torch.empty(experts, dtype=torch.int32, device=device), torch.empty_like(local_ids_TK)
-    # rows of whole 16 bytes, or the pointers' alignment would make for more variants
-    tile_3N = torch.empty((3, triton.cdiv(num_tiles, 4) * 4), dtype=torch.int32, device=device)
+    tiles = _tiles(pairs, down_EDI, chip)
+    sorted_pairs = sort_pairs(local_ids_TK, experts, tiles.pairs)
     inner_PI = torch.empty((pairs, inner), dtype=dtype, device=device)
     parts_PD = torch.empty((pairs, width), dtype=dtype, device=device)
     y_TD = torch.empty((tokens, width), device=device)
-    experts_count_fwd_kernel[(experts,)](local_ids_TK, counts_E, pairs, BLOCK=_COUNT_BLOCK)
-    experts_place_fwd_kernel[(experts,)](
-        local_ids_TK, counts_E, order_P, *tile_3N, pairs, num_tiles,
-        E=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK=_COUNT_BLOCK, PAIRS=tiles.pairs,
-    )  # fmt: skip
-    shape: dict[str, int | str] = {"D": width, "I": inner, "PAIRS": tiles.pairs, "DEPTH": tiles.depth}
-    shape |= {"STAGES": tiles.stages, "PRECISION": "ieee" if dtype is torch.float32 else "tf32"}
-    shape |= {"num_warps": tiles.warps}
-    experts_up_fwd_kernel[(triton.cdiv(inner, tiles.up_rows), num_tiles)](
-        x_TD, gate_up_EFD, inner_PI, order_P, *tile_3N, CHOICES=choices, ROWS=tiles.up_rows, **shape
-    )
-    experts_down_fwd_kernel[(triton.cdiv(width, tiles.down_rows), num_tiles)](
-        inner_PI, down_EDI, parts_PD, order_P, *tile_3N, ROWS=tiles.down_rows, **shape
-    )
+    multiply = _multiply_many if tiles is _PARTS.get(chip) else _multiply
+    multiply(x_TD, gate_up_EFD, down_EDI, inner_PI, parts_PD, sorted_pairs, choices, tiles)
     block_d = min(triton.next_power_of_2(width), 1024)
     experts_sum_fwd_kernel[(tokens, triton.cdiv(width, block_d))](
         parts_PD, local_ids_TK, gates_TK, y_TD, D=width, CHOICES=choices, BLOCK_D=block_d
@@ -199,9 +150,48 @@ def routed_experts(
     return y_TD
 
 
-def _tiles(pairs: int, experts: int, dtype: torch.dtype, chip: Chip) -> _Tiles:
+def _multiply(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor, inner_PI: Tensor, parts_PD: Tensor, pairs: SortedPairs,
+    choices: int, tiles: _Tiles,
+) -> None:  # fmt: skip
+    (_, inner), (_, width) = inner_PI.shape, parts_PD.shape
+    shape: dict[str, int | str] = {"D": width, "I": inner, "PAIRS": tiles.pairs, "DEPTH": tiles.depth}
+    shape |= {"STAGES": tiles.stages, "PRECISION": "ieee" if down_EDI.dtype is torch.float32 else "tf32"}
+    shape |= {"num_warps": tiles.warps}
+    experts_up_fwd_kernel[(triton.cdiv(inner, tiles.up_rows), pairs.count)](
+        x_TD, gate_up_EFD, inner_PI, pairs.order_P, *pairs.tile_3N, CHOICES=choices, ROWS=tiles.up_rows, **shape
+    )
+    experts_down_fwd_kernel[(triton.cdiv(width, tiles.down_rows), pairs.count)](
+        inner_PI, down_EDI, parts_PD, pairs.order_P, *pairs.tile_3N, ROWS=tiles.down_rows, **shape
+    )
+
+
+def _multiply_many(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor, inner_PI: Tensor, parts_PD: Tensor, pairs: SortedPairs,
+    choices: int, tiles: _Tiles,
+) -> None:  # fmt: skip
+    (_, inner), (_, width) = inner_PI.shape, parts_PD.shape
+    shape = {"D": width, "I": inner, "DEPTH": tiles.depth, "STAGES": tiles.stages, "PART": _PART}
+    d_gate_up = TensorDescriptor.from_tensor(gate_up_EFD.flatten(0, 1), [tiles.up_rows, tiles.depth])
+    experts_up_many_fwd_kernel[(triton.cdiv(inner, tiles.up_rows), pairs.count)](
+        x_TD, d_gate_up, inner_PI, pairs.order_P, *pairs.tile_3N,
+        CHOICES=choices, ROWS=tiles.up_rows, **shape, num_warps=tiles.warps,
+    )  # fmt: skip
+    d_inner = TensorDescriptor.from_tensor(inner_PI, [_PART, tiles.depth])
+    d_down = TensorDescriptor.from_tensor(down_EDI.flatten(0, 1), [tiles.down_rows, tiles.depth])
+    experts_down_many_fwd_kernel[(triton.cdiv(width, tiles.down_rows), pairs.count)](
+        d_inner, d_down, parts_PD, pairs.order_P, *pairs.tile_3N,
+        ROWS=tiles.down_rows, **shape, num_warps=tiles.warps,
+    )  # fmt: skip
+
+
+def _tiles(pairs: int, down_EDI: Tensor, chip: Chip) -> _Tiles:
     """A matter of speed only: any tiles give the sums of any tokens."""
-    if dtype is torch.float32:
+    if down_EDI.dtype is torch.float32:
         return _EXACT
+    experts, width, inner = down_EDI.shape
     each = triton.cdiv(pairs, experts)
-    return (_FEW if each <= 16 else _SOME if each <= 64 else _MANY)[chip]
+    if each <= 64:
+        return (_FEW if each <= 16 else _SOME)[chip]
+    described = width % 8 == 0 and inner % 8 == 0  # a descriptor's rows are whole 16 bytes
+    return _PARTS[chip] if described and chip in _PARTS else _MANY[chip]

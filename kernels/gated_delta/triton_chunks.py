@@ -98,7 +98,7 @@ def gated_delta_chunk_fwd_kernel(
         held = i_first + i_t < tl.load(p_starts + i_s + 1) - first
         i_row = (first + i_first).to(tl.int64)
         i_own = (tl.program_id(1).to(tl.int64) * H + i_h) * BLOCK_T
-        i_k, i_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+        i_k = tl.arange(0, BLOCK_K)
         p_gate = p_rows + i_row * row_stride + C + H * V + i_h + i_t.to(tl.int64) * row_stride
         b_beta = tl.where(held, tl.sigmoid(tl.load(p_gate, mask=held, other=0.0).to(tl.float32)), 0.0)
         b_a = tl.load(p_gate + H, mask=held, other=0.0)
@@ -117,14 +117,26 @@ def gated_delta_chunk_fwd_kernel(
         b_lower = b_beta[:, None] * b_ratio * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
         b_inverse = unit_lower_inverse(tl.where(strict, b_lower, 0.0), i_t, BLOCK_T, INVERSE)
         b_inverse = operand(b_inverse, PRECISION)
-        b_k = tl.load(p_key, mask=mask_k, other=0.0)  # again: held so long it would spill
-        b_k = operand(b_k * (b_beta * tl.exp(b_log))[:, None], PRECISION)
-        b_w = operand(tl.dot(b_inverse, b_k, input_precision=PRECISION), PRECISION)
-        tl.store(p_w + i_own * BLOCK_K + (i_t[:, None] * BLOCK_K + i_k[None, :]), b_w)
-        p_value = p_v + (i_row * H + i_h) * V + (i_t[:, None] * H * V + i_v[None, :])
-        b_v = tl.load(p_value, mask=held[:, None] & (i_v < V)[None, :], other=0.0)
-        b_u = tl.dot(b_inverse, operand(b_v * b_beta[:, None], PRECISION), input_precision=PRECISION)
-        tl.store(p_u + i_own * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :]), b_u)
+        # turned: a first operand may come from registers, while a second one that is not contiguous along the summed
+        # axis would go to shared memory element by element, 16 to a bank
+        b_turned = tl.trans(b_inverse)
+        # by 64 columns: more of them at once would take registers that a third program on the multiprocessor can use
+        PART_K: tl.constexpr = BLOCK_K if BLOCK_K < 64 else 64
+        PART_V: tl.constexpr = BLOCK_V if BLOCK_V < 64 else 64
+        for part in tl.static_range(BLOCK_K // PART_K):
+            i_k = part * PART_K + tl.arange(0, PART_K)
+            p_key = p_qk + (i_row * 2 * G + G + i_h // (H // G)) * K + (i_t[:, None] * 2 * G * K + i_k[None, :])
+            b_k = tl.load(p_key, mask=held[:, None] & (i_k < K)[None, :], other=0.0)
+            b_k = operand(b_k * (b_beta * tl.exp(b_log))[:, None], PRECISION)
+            b_w = operand(tl.dot(tl.trans(b_k), b_turned, input_precision=PRECISION), PRECISION)
+            tl.store(p_w + i_own * BLOCK_K + (i_t[None, :] * BLOCK_K + i_k[:, None]), b_w)
+        for part in tl.static_range(BLOCK_V // PART_V):
+            i_v = part * PART_V + tl.arange(0, PART_V)
+            p_value = p_v + (i_row * H + i_h) * V + (i_t[:, None] * H * V + i_v[None, :])
+            b_v = tl.load(p_value, mask=held[:, None] & (i_v < V)[None, :], other=0.0)
+            b_v = operand(b_v * b_beta[:, None], PRECISION)
+            b_u = tl.dot(tl.trans(b_v), b_turned, input_precision=PRECISION)
+            tl.store(p_u + i_own * BLOCK_V + (i_t[None, :] * BLOCK_V + i_v[:, None]), b_u)
 
 
 @triton.jit
@@ -185,14 +197,16 @@ def gated_delta_output_fwd_kernel(
         p_kept = p_before + (i_block.to(tl.int64) * H + i_h) * BLOCK_K * BLOCK_V
         b_kept = tl.load(p_kept + (i_v[:, None] * BLOCK_K + i_k[None, :]))
         b_log = tl.load(p_log + i_own + i_t)
-        b_o = tl.exp(b_log)[:, None] * tl.dot(b_q, tl.trans(b_kept), input_precision=PRECISION)
+        b_o = tl.exp(b_log)[None, :] * tl.dot(b_kept, tl.trans(b_q), input_precision=PRECISION)
         b_k = tl.load(p_query + G * K, mask=held[:, None] & (i_k < K)[None, :], other=0.0)
         lower = i_t[:, None] >= i_t[None, :]  # masked before the exponential: above the diagonal it would overflow
         b_ratio = tl.where(lower, tl.exp(tl.where(lower, b_log[:, None] - b_log[None, :], 0.0)), 0.0)
         b_within = b_ratio * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         p_own_delta = p_delta + i_own * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :])
         b_d = tl.load(p_own_delta, mask=held[:, None], other=0.0)
-        b_o += tl.dot(operand(b_within, PRECISION), operand(b_d, PRECISION), input_precision=PRECISION)
+        # turned, as in the chunk kernel
+        b_d, b_within = tl.trans(operand(b_d, PRECISION)), tl.trans(operand(b_within, PRECISION))
+        b_o = tl.trans(b_o + tl.dot(b_d, b_within, input_precision=PRECISION))
         C: tl.constexpr = 2 * G * K + H * V
         p_z = p_rows + i_row * row_stride + C + i_h * V + (i_t.to(tl.int64)[:, None] * row_stride + i_v[None, :])
         b_z = tl.load(p_z, mask=mask_v, other=0.0).to(tl.float32)

@@ -50,6 +50,26 @@ def test_deterministic_kernels_are_those_of_a_cpu() -> None:
         fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang | {"device": "cuda"}}), CONFIG, 8)
 
 
+@pytest.mark.parametrize(
+    ("gang", "gpus", "says"),
+    [
+        ({"kernels": "triton"}, 0, "gang.kernels: 'triton' names 'triton', which needs a GPU, and .* 'cpu'; use"),
+        ({"kernels": "auto,route=native"}, 1, "names 'native', which needs a CPU, and gang.device is 'cuda'"),
+        ({"kernels": "route=reference", "deterministic": True}, 0, "are not deterministic; use 'auto', or leave"),
+    ],
+)
+def test_kernels_that_the_device_cannot_have(gang: dict[str, object], gpus: int, says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, gpus)
+
+
+def test_the_kernels_reach_the_ranks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_CONFIG))
+    gang = {"device": "cpu", "kernels": "auto,route=reference"}
+    settings = Settings.from_args({"model": {"model_dir": str(tmp_path)}, "gang": gang})
+    assert gang_spec(settings, 0).kernels == "auto,route=reference"
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 23])
 def test_a_request_that_leaves_max_tokens_open_is_taken(page_size: int) -> None:
     chosen = settings(kv_memory=3 * PAGE + 2**16, page_size=page_size, max_seqs=4)

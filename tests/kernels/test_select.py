@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from divisi.kernels.choice import OPERATIONS
 from divisi.kernels.router.reference import route
-from divisi.kernels.select import OPERATIONS, select_kernels
+from divisi.kernels.select import select_kernels
 
 CPU = torch.device("cpu")
 

@@ -20,6 +20,7 @@ from tests.support.stub_driver import SHARED_MEMORY
 ROOT = Path(__file__).parent.parent.parent
 MAY_SPILL = {
     (90, "attention_prefill_fwd_kernel"): 104,  # measured: a quarter faster than the tiles that do not
+    (90, "gated_delta_chunk_fwd_kernel"): 120,  # measured: a tenth faster than two programs a multiprocessor
     (100, "experts_up_fwd_kernel"): 16,
     (80, "gated_delta_output_fwd_kernel"): 1060,  # wants another tile; no A100 was at hand to choose it
 }

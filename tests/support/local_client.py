@@ -86,6 +86,7 @@ def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 
         dtype="float32",
         device="cpu",
         threads=1,
+        kernels="auto",
         deterministic=False,
         shape=GangShape(1, 0),
         max_model_len=max_model_len,

@@ -41,6 +41,7 @@ def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
         "dtype": "float32",
         "device": "cpu",
         "threads": 1,
+        "kernels": "auto",
         "deterministic": False,
         "shape": shape,
         "max_model_len": 512,

@@ -1,0 +1,49 @@
+"""How `--kernels` says which implementation does which operation. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+OPERATIONS = (
+    "linear", "rms_norm", "add_rms_norm", "silu_mul", "route", "routed_experts", "gated_delta_decode",
+    "gated_delta_prefill", "gated_delta_flush", "attention_inputs", "attention_decode", "attention_prefill",
+)  # fmt: skip
+
+
+def checked_choice(text: str) -> str:
+    """The text, which KernelChoice understands. Raises ValueError."""
+    KernelChoice.parse(text)
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """One implementation for all operations, and others for some."""
+
+    general: str
+    exceptions: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``triton``, ``auto,route=reference`` or the like. Raises ValueError for unknown names."""
+        general, exceptions = "auto", {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            operation, equals, name = part.rpartition("=")
+            if name not in IMPLEMENTATIONS:
+                raise ValueError(f"kernels {name!r} are unknown; use 'auto', 'reference', 'native' or 'triton'")
+            if not equals:
+                general = name
+            elif operation in OPERATIONS:
+                exceptions[operation] = name
+            else:
+                known = ", ".join(OPERATIONS)
+                raise ValueError(f"kernels {part!r}: operation {operation!r} is unknown; use one of {known}")
+        return cls(general, exceptions)
+
+    @property
+    def implementations(self) -> set[str]:
+        """All that are named."""
+        return {self.general, *self.exceptions.values()}
