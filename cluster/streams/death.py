@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 _EXITING = 0x4
-"""PF_EXITING of `include/linux/sched.h`."""
+"""The kernel calls it PF_EXITING."""
 
 
 def is_ending(pid: int) -> bool:
