@@ -36,6 +36,9 @@ class Batches:
         finally:
             self.closed += 1
 
+    async def check_ready(self) -> None:
+        return
+
     async def status(self) -> GangStatus:
         return GangStatus(True, "")
 
