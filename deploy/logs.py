@@ -12,7 +12,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from divisi.cluster.errors import DivisiError
-from divisi.deploy.settings import LogSettings
+from divisi.deploy.setting_groups import LogSettings
 
 _DEFAULT_MAX_BYTES = 64 * 2**20
 

@@ -20,7 +20,8 @@ from divisi.deploy.haproxy.environment import PYTHON_PROXY, Front, haproxy
 from divisi.deploy.interruptible import Interruptible
 from divisi.deploy.port_lock import hold_port, resolve
 from divisi.deploy.ray_address import ClusterAddress, find_cluster, short_temp_dir
-from divisi.deploy.settings import HttpSettings, Surroundings, set_environment
+from divisi.deploy.setting_groups import HttpSettings
+from divisi.deploy.settings import Surroundings, set_environment
 from divisi.deploy.shared_cluster import Claim, check_address, check_application, head_is_here, serve_address
 from divisi.deploy.start_errors import in_one_line
 

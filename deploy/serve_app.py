@@ -24,7 +24,8 @@ from divisi.deploy.fit import fit
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.deploy.logs import configure_logs
 from divisi.deploy.serve_client import ServeEngineClient
-from divisi.deploy.settings import LogSettings, Settings, SettingsError
+from divisi.deploy.setting_groups import LogSettings
+from divisi.deploy.settings import Settings, SettingsError
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
 from divisi.model.text.grammar import GrammarLimits

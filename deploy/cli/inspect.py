@@ -160,7 +160,7 @@ def _table(ranks: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _size_of(text: str) -> int:
-    from divisi.deploy.settings import parse_bytes
+    from divisi.deploy.setting_groups import parse_bytes
 
     try:
         return int(str(parse_bytes(text)))

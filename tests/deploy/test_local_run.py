@@ -29,7 +29,8 @@ import subprocess, sys, threading
 import ray
 from divisi.deploy.interruptible import Interruptible
 from divisi.deploy.ray_instance import Told, Wish, ray_instance
-from divisi.deploy.settings import HttpSettings, Surroundings
+from divisi.deploy.setting_groups import HttpSettings
+from divisi.deploy.settings import Surroundings
 wish = Wish("divisi", HttpSettings(port=0), ranks=1)
 told = Told(lambda joined: None, lambda folder: None, print)
 with ray_instance(wish, Surroundings.read(), Interruptible(threading.Event()), told) as instance:

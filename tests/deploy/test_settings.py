@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from divisi.cluster.seats import GangShape
-from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, Surroundings, parse_bytes, read_config_file
+from divisi.deploy.setting_groups import parse_bytes
+from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, Surroundings, read_config_file
 
 TOML = '[model]\nmodel_dir = "/m/tiny"\n[gang]\nexpert_shards = 2\n[cache]\nkv_memory = "64MiB"\n'
 

@@ -1,0 +1,236 @@
+"""The groups of settings, and how their values are spelled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from divisi.cluster.seats import GangShape
+from divisi.kernels.choice import checked_choice
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn `512MiB`, `2 GiB`, `1.5GB` or `4096` into bytes; leave what is no text to the caller's validation."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", value.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError("not a size: write bytes, or a number with a unit as in 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def as_list(value: object) -> object:
+    """Turn `a,b` into a list, as flags spell one, and null into none."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    return () if value is None else value
+
+
+def _check_origin(origin: str) -> str:
+    if origin != "*" and re.fullmatch(r"https?://[^/?#@\s]+", origin) is None:
+        raise ValueError("not an origin: write scheme, host and port if any, as in https://chat.example.org, or *")
+    return origin.lower()
+
+
+ModelName = Annotated[str, Field(min_length=1)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+HerePath = Annotated[Path, AfterValidator(Path.absolute)]
+"""Relative to where the command was given, not to where a process of Ray happens to run."""
+
+
+class Group(BaseModel):
+    """What all groups share: immutable, unknown keys rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Group):
+    """The checkpoint and how its numbers are held."""
+
+    model_dir: Path
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """Weights and KV; `auto` takes the checkpoint's own, on a CPU bfloat16 in place of float16."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus answer in tokens; None takes the model's positions, or what the KV pages hold."""
+
+
+class TlsSettings(Group):
+    """Files in PEM, at the same path on every node, by which the processes of the gang encrypt what crosses nodes."""
+
+    certificate: HerePath
+    """The node's own."""
+    key: HerePath
+    ca: HerePath
+    """The certificates of those who sign the nodes'."""
+
+
+class GangSettings(Group):
+    """The processes that run one copy of the model."""
+
+    topology: Literal["local", "split", "colocated"] = "local"
+    """`local`: one process does everything. `split`: attention workers and expert shards apart. `colocated`: each
+    attention worker holds a shard of the experts, too."""
+    attention_workers: int = Field(default=1, ge=1, le=64)
+    expert_shards: int = Field(default=0, ge=0, le=512)
+    """Processes that hold nothing but experts; a colocated gang has none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_process: int | None = Field(default=None, ge=1)
+    """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""
+    pin_cores: bool = False
+    """Each rank keeps to cores of its own, ingress replicas and HAProxy to the others; only in a Ray that is started
+    for the server, on whose one machine the cores are known."""
+    kernels: Annotated[str, AfterValidator(checked_choice)] = "auto"
+    """Which implementation does what: `auto`, `reference`, `native` (CPU) or `triton` (GPU), and exceptions by
+    operation, as in `auto,route=reference`."""
+    deterministic: bool = False
+    """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
+    step_deadline_s: float = Field(default=30.0, gt=0)
+    """Longest wait inside one step before it is aborted and replayed in a new epoch."""
+    secret_file: HerePath | None = None
+    """By it the processes of the gang know each other; the same on every node. None: one is drawn, and Ray keeps it."""
+    tls: TlsSettings | None = None
+    """None: requests and tokens cross nodes authenticated, but not encrypted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infer_topology(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        values = dict(data)
+        if "topology" not in values and values.get("expert_shards") not in (None, 0, "0"):
+            values["topology"] = "split"
+        if values.get("topology") == "split":
+            values.setdefault("expert_shards", 1)
+        return values
+
+    @model_validator(mode="after")
+    def _check_topology(self) -> Self:
+        if self.topology == "split" and self.expert_shards < 1:
+            raise ValueError("topology 'split' needs expert_shards >= 1; give it, or use topology 'local'")
+        if self.topology == "local" and self.expert_shards > 0:
+            raise ValueError(f"topology 'local' has no expert shards, got {self.expert_shards}; use topology 'split'")
+        if self.topology == "local" and self.attention_workers > 1:
+            raise ValueError(
+                f"topology 'local' is one process, got attention_workers={self.attention_workers}; "
+                "use topology 'colocated', or 'split' with expert shards"
+            )
+        if self.topology == "colocated" and self.expert_shards > 0:
+            raise ValueError(
+                f"topology 'colocated' has a shard of the experts in each of the attention_workers, got "
+                f"expert_shards={self.expert_shards} besides; leave it out, or use topology 'split'"
+            )
+        return self
+
+    @property
+    def shape(self) -> GangShape:
+        """The gang's seats."""
+        if self.topology == "colocated":
+            return GangShape(self.attention_workers, self.attention_workers, colocated=True)
+        return GangShape(self.attention_workers, self.expert_shards)
+
+
+class CacheSettings(Group):
+    """Memory for sequences, per attention worker, and the size of a step."""
+
+    kv_memory: Bytes | None = Field(default=None, ge=2**16)
+    """At most so many bytes for KV pages, besides state slots (see `divisi inspect`). None: what `divisi serve` finds
+    that a GPU of its machine has left, and 1 GiB elsewhere."""
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    """Of a GPU's memory for weights, state slots and KV pages; the rest is for a step's intermediate values."""
+    page_size: int = Field(default=16, ge=1, le=4096)
+    """Tokens per KV page."""
+    max_seqs: int = Field(default=32, ge=1, le=4096)
+    """Sequences that run at once: so many state slots, and spares for their prefill."""
+    max_step_tokens: int = Field(default=512, ge=1)
+    """Token budget of one step of the gang: decodes first, the rest prefill chunks."""
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.max_step_tokens < self.max_seqs:
+            raise ValueError(
+                f"max_step_tokens={self.max_step_tokens} cannot decode max_seqs={self.max_seqs} sequences in one step; "
+                f"raise max_step_tokens to {self.max_seqs} or more, or lower max_seqs"
+            )
+        return self
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes for KV pages."""
+        return 2**30 if self.kv_memory is None else self.kv_memory
+
+
+class HttpSettings(Group):
+    """Where the API listens and what it calls the model."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    served_model_name: Annotated[tuple[ModelName, ...], BeforeValidator(as_list)] = ()
+    """Names in /v1/models and in requests; replies have the first. None takes the model directory's name."""
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list)] = ()
+    """Web pages whose scripts may call the API, as `https://chat.example.org`; `*` for all. None by default."""
+    ingress_replicas: int = Field(default=1, ge=1, le=256)
+    control_tokens_in_messages: bool = False
+    """Whether `<|im_end|>` and the like in messages and tools become control tokens, as a forged turn would want."""
+    headers_after_s: float = Field(default=2.0, gt=0)
+    """How long a stream's status waits for the first event; an error until then keeps its own status."""
+    keepalive_s: float = Field(default=10.0, gt=0)
+    """Longest silence of a stream: then an SSE comment keeps the connection alive, before the first token too."""
+    haproxy: bool = True
+    """Whether HAProxy is in front of them, in a Ray that is started for the server; else Ray Serve's Python proxy."""
+
+
+class LimitSettings(Group):
+    """What one client, or all of them together, may ask of the service."""
+
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    """Answers admitted and unfinished over the whole gang; above it 429 with Retry-After.
+
+    None is what runs at once, `cache.max_seqs` of each worker; what is let in beyond that could only wait.
+    """
+    max_queued_tokens: int | None = Field(default=None, ge=1)
+    """Prompt tokens admitted and not yet computed over the whole gang; above it 429. None is 32 full steps' tokens."""
+    request_timeout_s: float | None = Field(default=3600.0, gt=0)
+    """Longest time for an answer from its admission; then it ends with an error: 504, or a stream's last event."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt; None is what the context holds."""
+    max_body_bytes: Bytes = Field(default=16 * 2**20, ge=1024)
+    max_prompts: int = Field(default=128, ge=1)
+    """Prompts in one /v1/completions body."""
+    max_n: int = Field(default=16, ge=1, le=128)
+    """Choices that one request may ask for of a prompt (n, best_of)."""
+    max_grammar_bytes: Bytes = Field(default=65536, ge=64)
+    """Longest JSON schema, expression or grammar that an answer may have to follow."""
+    max_logprobs: int = Field(default=20, ge=0, le=1000)
+    retry_after_s: int = Field(default=1, ge=1)
+    shutdown_grace_s: float = Field(default=10.0, ge=0)
+    """How long running answers may go on after a stop signal; then they end with an error."""
+
+
+class AuthSettings(Group):
+    """Who may call."""
+
+    api_keys_file: HerePath | None = None
+    """Keys, one per line or YAML, see `divisi.deploy.limits.key_file`; read again when it changes. None: everybody."""
+    metrics_open: bool = True
+    """Whether /metrics can be read without a key. The health paths always can."""
+
+
+class LogSettings(Group):
+    """The log of the ingress and the attention workers. No line holds a prompt, an answer or a key."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """`info` has a line for every request."""
+    format: Literal["json", "text"] = "json"
+    file: HerePath | None = None
+    """All processes append to it, each on its own node. None is standard error, which Ray keeps with its session's
+    logs; `divisi serve` then takes a file in the user's state folder, see `divisi.deploy.logs.with_default_file`."""
+    max_file_bytes: Bytes | None = Field(default=None, ge=2**12)
+    """A file that has grown to so many bytes becomes FILE.1, in place of a former one; None: never."""
