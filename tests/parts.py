@@ -25,6 +25,7 @@ TABLE = {
     "distributed": "step",
     "e2e": "serve",
     "e2e/test_demo.py": "faults",
+    "e2e/test_front.py": "faults",
     "e2e/test_shutdown.py": "faults",
     "kernels": "step",
     "model": "step",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -21,6 +21,8 @@ pytestmark = pytest.mark.timeout(240)
 SIZES = ("--kv-memory", "32MiB", "--max-seqs", "8", "--max-model-len", "4096", "--dtype", "float32", "--device", "cpu")
 README = Path(__file__).parents[2] / "deploy" / "README.md"
 BACK_S = 5.0
+BUSY_S = 15.0
+"""In the quick tier, beside others' work: most of the time goes into the start of a Python process with Ray in it."""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,9 @@ def test_the_machine_is_shared_out_as_it_is_said(front: Cluster) -> None:
     assert process.num_threads() == 1
 
 
-def test_a_killed_manager_is_back_and_no_client_notices(front: Cluster) -> None:
+def test_a_killed_manager_is_back_and_no_client_notices(
+    front: Cluster, full_tier: bool, record_result: Callable[[str, object], None]
+) -> None:
     victim, (orphan,) = manager(front), haproxies(front)
     victim.kill()
     begin, statuses = time.monotonic(), set()
@@ -130,18 +134,24 @@ def test_a_killed_manager_is_back_and_no_client_notices(front: Cluster) -> None:
         return any(process.pid != orphan.pid for process in haproxies(front))
 
     wait_for(is_back, 20, "no new HAProxy")
-    assert time.monotonic() - begin < BACK_S
+    seconds = time.monotonic() - begin
     assert statuses == {200}
+    record_result("seconds", round(seconds, 1))
+    assert seconds < (BACK_S if full_tier else BUSY_S)
     wait_for(lambda: not orphan.is_running(), 10, "the HAProxy without a manager stays")
 
 
-def test_a_killed_haproxy_is_back(front: Cluster) -> None:
+def test_a_killed_haproxy_is_back(
+    front: Cluster, full_tier: bool, record_result: Callable[[str, object], None]
+) -> None:
     (victim,) = haproxies(front)
     victim.kill()
     victim.wait(5)
     begin = time.monotonic()
     wait_for(lambda: status(front) == 200, 20, "no HAProxy")
-    assert time.monotonic() - begin < BACK_S
+    seconds = time.monotonic() - begin
+    record_result("seconds", round(seconds, 1))
+    assert seconds < (BACK_S if full_tier else BUSY_S)
 
 
 def test_a_killed_ingress_replica_is_replaced_and_the_other_answers(front: Cluster) -> None:
