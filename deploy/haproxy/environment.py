@@ -69,7 +69,7 @@ def haproxy(front: Front, made: Callable[[Path], object], say: Callable[[str], o
             made(folder)
             program = _prepare(Place(front.host, front.port, str(folder), front.cores), find_binary())
         except (OSError, NoPortsLeft, subprocess.SubprocessError) as error:
-            say(f"HTTP goes through Ray Serve's Python proxy, at ten times the cost: HAProxy cannot be run ({error})")
+            say(f"HTTP goes through Ray Serve's Python proxy, which takes more CPU: HAProxy cannot be run ({error})")
             yield PYTHON_PROXY
             return
         yield environment(folder, program, ports, front.longest_answer_s)
