@@ -9,7 +9,7 @@ PART ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
-.PHONY: help install demo serve test verify check bench gpu-test gpu-bench lock clean
+.PHONY: help install demo serve test verify check bench kernels gpu-test gpu-bench lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ bench: $(STAMP) ## the speed tables of benchmarks/README.md: the engine, a serve
 	$(BIN)/python -m divisi.benchmarks
 	$(BIN)/python -m divisi.benchmarks served
 	$(BIN)/python -m divisi.benchmarks steps
+
+kernels: $(STAMP) ## what the compiler makes of the Triton kernels for each chip, to benchmarks/results/kernels.md
+	$(BIN)/python -m tests.support.kernel_report
 
 gpu-test: $(STAMP) ## on a GPU: every kernel against its reference, twice; the model; memcheck and racecheck
 	$(BIN)/python -m divisi.benchmarks.gpu test

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from divisi.kernels.gpu.chip import Chip
+from tests.support.kernel_report import resident_blocks
 from tests.support.stub_driver import SHARED_MEMORY
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,6 +66,15 @@ def test_compiled(arch: int, full_tier: bool, record_result: Callable[[str, obje
     assert not problems, "\n".join(problems)
     for kernel in found:
         record_result(f"sm_{arch} {kernel['kernel']} {kernel['shared']}", f"{kernel['registers']} registers")
+
+
+@pytest.mark.parametrize(
+    ("chip", "registers", "shared", "warps", "blocks"),
+    [(Chip.H100, 209, 0, 8, 1), (Chip.H100, 168, 0, 4, 3), (Chip.H100, 32, 100_000, 4, 2), (Chip.A100, 16, 0, 16, 4)],
+)
+def test_blocks_that_fit_on_a_multiprocessor(chip: Chip, registers: int, shared: int, warps: int, blocks: int) -> None:
+    kernel = {"registers": registers, "shared": shared, "warps": warps}
+    assert resident_blocks(chip, kernel) == blocks
 
 
 def wrong(arch: int, kernel: dict[str, Any]) -> list[str]:

@@ -21,7 +21,9 @@ from triton.runtime import driver
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes a block may have, by capability."""
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-_INSTRUCTIONS = {"mma": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
+_INSTRUCTIONS = {
+    "mma": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "tma": r"cp\.async\.bulk\.tensor",
+}  # fmt: skip
 
 
 class _Utils:

@@ -1,0 +1,87 @@
+"""`make kernels`: what the compiler made of every Triton kernel and shipped configuration, chip by chip, as a table.
+
+Compiled, not measured: no GPU is needed and no speed is told. The numbers are those that test_triton.py bounds.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from divisi.kernels.gpu.chip import Chip
+
+OUT = Path(__file__).parent.parent.parent / "benchmarks/results/kernels.md"
+_SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+_REGISTERS_OF_SM, _WARPS_OF_SM, _RESERVED = 65_536, 64, 1024
+_HEAD = f"""# Kernels as compiled
+
+By Triton {triton.__version__} at the shapes of Qwen3-Next-80B-A3B, without a GPU; nothing here is a measurement. Those of an H100 are in
+gpu.md. Rows of one kernel are its configurations. A cell: registers a thread, bytes spilled if any, KiB of shared memory, blocks
+that fit on a multiprocessor, matrix instructions and bulk tensor copies in the PTX.
+
+Other cards have no configurations: `--kernels auto` runs the references there, and `--kernels triton` is refused
+("kernels 'triton' need an NVIDIA A100, H100, B200 or alike; use 'auto' or 'reference'").
+
+"""  # noqa: E501 - lines of the report
+
+
+def main() -> None:
+    chips = list(Chip)
+    running = {
+        chip: subprocess.Popen(
+            [sys.executable, "-m", "tests.support.compile_kernels", str(chip.value)], stdout=subprocess.PIPE, text=True
+        )
+        for chip in chips
+    }
+    compiled = {}
+    for chip, process in running.items():
+        out, _ = process.communicate()
+        if process.returncode:
+            sys.exit(f"compiling for {chip.name} failed")
+        compiled[chip] = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    text = _HEAD + table(compiled)
+    OUT.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def table(compiled: Mapping[Chip, Sequence[Mapping[str, Any]]]) -> str:
+    """A row for each kernel and configuration; a chip that has fewer of a kernel leaves cells empty."""
+    by_kernel: dict[tuple[str, str], dict[Chip, list[str]]] = {}
+    for chip, kernels in compiled.items():
+        for kernel in kernels:
+            cells = by_kernel.setdefault((kernel["operation"], kernel["kernel"]), {})
+            cells.setdefault(chip, []).append(cell(chip, kernel))
+    names = " | ".join(chip.name for chip in compiled)
+    lines = [f"| operation | kernel | {names} |", "|---" * (2 + len(compiled)) + "|"]
+    for (operation, name), cells in by_kernel.items():
+        for own in zip_longest(*(cells.get(chip, []) for chip in compiled), fillvalue=""):
+            lines.append(f"| {operation} | {name.removesuffix('_fwd_kernel')} | {' | '.join(own)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(chip: Chip, kernel: Mapping[str, Any]) -> str:
+    """One configuration on one chip."""
+    spilled = f", {kernel['spill_bytes']} B spilled" if kernel["spill_bytes"] else ""
+    found = ", ".join(f"{name} {count}" for name, count in kernel["instructions"].items())
+    return (
+        f"{kernel['registers']}{spilled}, {kernel['shared'] / 1024:.0f} KiB, "
+        f"{resident_blocks(chip, kernel)} x {kernel['warps']} warps{', ' + found if found else ''}"
+    )
+
+
+def resident_blocks(chip: Chip, kernel: Mapping[str, Any]) -> int:
+    """How many blocks registers, shared memory and warps let be on a multiprocessor at once."""
+    registers = -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"]
+    shared = kernel["shared"] + _RESERVED
+    return min(_REGISTERS_OF_SM // registers, _SHARED_OF_SM[chip.value] // shared, _WARPS_OF_SM // kernel["warps"])
+
+
+if __name__ == "__main__":
+    main()
