@@ -36,6 +36,16 @@ from divisi.model.text.grammar_tokens import GrammarVocabulary
 from divisi.model.weights import Progress, load_weights
 
 
+def served_config(spec: GangSpec) -> ModelConfig:
+    """The model of a gang, with its MTP layer where the gang drafts. Raises ConfigError."""
+    return ModelConfig.load(spec.model_dir).with_mtp(spec.max_draft_tokens > 0)
+
+
+def max_rows(spec: GangSpec, config: ModelConfig) -> int:
+    """Most rows that a decoding sequence has in a step."""
+    return 1 + (spec.max_draft_tokens if config.mtp_layers else 0)
+
+
 def torch_dtype(spec: GangSpec) -> torch.dtype:
     """What the weights, the KV and the wire are in."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -77,7 +87,7 @@ def sharded_mode(spec: GangSpec, config: ModelConfig) -> ShardedMode:
 
 def pass_layers(config: ModelConfig) -> PassLayers:
     """The layers whose experts a pass of each kind needs."""
-    return PassLayers(full=config.moe_layers)
+    return PassLayers(full=config.moe_layers, draft=config.draft_moe_layers)
 
 
 def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
@@ -124,6 +134,7 @@ def build_engine(
         max_seqs=spec.max_seqs,
         max_model_len=spec.max_model_len,
         dtype=dtype,
+        max_rows=max_rows(spec, config),
     )
     limits = SchedulerConfig(
         vocab_size=config.vocab_size,
@@ -133,6 +144,7 @@ def build_engine(
         num_slots=memory.num_slots,
         max_seqs=spec.max_seqs,
         max_step_tokens=spec.worker_step_tokens,
+        max_draft_tokens=max_rows(spec, config) - 1,
     )
     experts = None
     with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
@@ -170,6 +182,7 @@ def assemble_engine(
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         num_slots=limits.num_slots,
+        max_rows=1 + limits.max_draft_tokens,
         dtype=dtype,
         device=device,
     )

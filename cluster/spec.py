@@ -29,6 +29,8 @@ class GangSpec:
     max_step_tokens: int
     """Of the whole gang."""
     step_deadline_s: float
+    max_draft_tokens: int = 0
+    """Most tokens that the MTP layer drafts for a sequence in a step; 0: its weights are left alone."""
 
     @property
     def worker_step_tokens(self) -> int:

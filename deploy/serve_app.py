@@ -181,7 +181,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
     """
     # Not resolved: a link may lead elsewhere on the machines where the ranks run.
     model_dir = settings.model.model_dir.absolute()
-    config = ModelConfig.load(model_dir)
+    config = ModelConfig.load(model_dir).with_mtp(False)
     gang, cache = settings.gang, settings.cache
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:

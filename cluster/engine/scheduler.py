@@ -43,6 +43,7 @@ class SchedulerConfig(BaseModel):
     num_slots: int = Field(ge=SLOTS_TO_PREFILL, description="State slots; a prefilling sequence holds two.")
     max_seqs: int = Field(default=64, ge=1, description="Sequences that run at once.")
     max_step_tokens: int = Field(default=2048, ge=1)
+    max_draft_tokens: int = Field(default=0, ge=0, description="Drafts of one sequence in a step.")
     max_prompt_logit_rows: int = Field(
         default=128, ge=1, description="Prompt positions per step whose logits are kept for prompt log-probabilities."
     )

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 
-from divisi.cluster.assembly import build_engine, dispatch_mode, worker_network
+from divisi.cluster.assembly import build_engine, dispatch_mode, served_config, worker_network
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import GangNotReady
@@ -27,7 +27,6 @@ from divisi.cluster.ray.streams import TokenStreams
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
-from divisi.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class AttentionRank:
         """
         self._spec = spec
         host = prepare_process(spec)
-        config = ModelConfig.load(spec.model_dir)
+        config = served_config(spec)
         listener = listen(host)
         self._streams = TokenStreams()
         self._inbox = EpochInbox()

@@ -37,7 +37,7 @@ def check_deployment(settings: Settings, num_gpus: float) -> Checked:
     from divisi.model.text import TextCodec
 
     model_dir = settings.model.model_dir
-    config = ModelConfig.load(model_dir)
+    config = ModelConfig.load(model_dir).with_mtp(False)
     fitted = fit(settings, config, num_gpus)
     codec = TextCodec.load(model_dir)
     if codec.template is not None:
