@@ -5,7 +5,8 @@ The rules, in order:
 1. Every decoding sequence gets its token. One that needs a page when none is free takes it from the latest arrival
    (perhaps itself), which goes back to the head of the queue and computes its tokens again later.
 2. Prefills fill what is left of the token budget, in order of arrival.
-3. The queue is admitted strictly in order of arrival, when a page table, two slots and all pages of the prefill are
+3. Drafts take what is left of the budget, and pages that are free; those go back with the step.
+4. The queue is admitted strictly in order of arrival, when a page table, two slots and all pages of the prefill are
    free, plus one page of headroom for each running sequence so that admission does not cause a preemption at once.
 
 So the sequences that run are always the earliest that are alive, the very earliest always advances, and none starves.
@@ -119,9 +120,10 @@ class Scheduler:
         layout = PlanLayout(self.config.max_step_tokens, self.config.max_prompt_logit_rows)
         self._plan_decodes(layout)
         self._plan_prefills(layout)
-        assert layout.num_rows, "the earliest request always advances"
+        self._plan_drafts(layout)
         ops = MemoryOps(page_copies=self.memory.take_copies())
         self.outstanding = layout.plan(self.memory.take_growths(), ops)
+        assert self.outstanding.num_rows, "the earliest request always advances"
         return self.outstanding
 
     def commit(
@@ -140,7 +142,7 @@ class Scheduler:
             sequence = run.sequence
             if run.kind is RunKind.RING:
                 assert len(chosen) <= run.num_rows, "a row chooses one token"
-                sequence.length = run.start + max(len(chosen), 1)
+                self._commit_ring(run, len(chosen))
             else:
                 self._commit_scan(run)
             if run.completes or sequence.cancelled:
@@ -188,7 +190,27 @@ class Scheduler:
                 continue  # prefilling, or preempted a moment ago
             if sequence.length == len(sequence.holding.pages) * page_size and not self._grow(sequence):
                 continue
-            layout.add_ring(sequence, sequence.length + 1)
+            layout.add_ring(sequence)
+
+    def _plan_drafts(self, layout: PlanLayout) -> None:
+        """Drafts take the rows and the free pages that nobody else wants in this step."""
+        if not self.config.max_draft_tokens:
+            return
+        for sequence in layout.decoding:
+            count = min(self._most_drafts(sequence), layout.rows_left)
+            while (room := self._room(sequence)) < count and self.memory.grow(sequence.holding):
+                pass
+            if (count := min(count, room)) > 0:
+                layout.add_drafts(sequence, count)
+
+    def _most_drafts(self, sequence: Sequence) -> int:
+        """The request's limit, and one less than the tokens that it may still get."""
+        wanted, cap = sequence.request.max_draft_tokens, self.config.max_draft_tokens
+        return min(cap, cap if wanted is None else wanted, sequence.max_length - len(sequence.tokens) - 1)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens past the next one that its pages hold."""
+        return len(sequence.holding.pages) * self.config.page_size - sequence.length - 1
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a sequence one more page, preempting the latest arrivals for it; False if that was itself."""
@@ -236,6 +258,15 @@ class Scheduler:
         sequence.admitted = self.memory.acquire(len(sequence.tokens))
         self.running.append(sequence)
         return sequence
+
+    def _commit_ring(self, run: Run, num_chosen: int) -> None:
+        """Rows count up to the last that chose; pages that only the others needed go back."""
+        sequence = run.sequence
+        sequence.length = run.start + max(num_chosen, 1)
+        if run.num_drafts:
+            sequence.drafted += run.num_drafts
+            sequence.accepted += max(num_chosen - 1, 0)
+            self.memory.trim(sequence.holding, sequence.length)
 
     def _commit_scan(self, run: Run) -> None:
         sequence = run.sequence

@@ -48,6 +48,10 @@ class Sequence:
     """Follows the answer through the request's grammar, if it has one."""
     allowed_ids: NDArray[np.int64] | None = None
     """The request's `allowed_token_ids`, which may be as many as the vocabulary has, as the sampler wants them."""
+    drafted: int = 0
+    """Tokens that the MTP layer has proposed for it."""
+    accepted: int = 0
+    """Those that stood."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """Of the first tokens of the prompt, as far as chunks have been committed. None when not asked for, or sent."""
     triggers: Triggers = field(init=False)
