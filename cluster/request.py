@@ -85,8 +85,9 @@ class TokenEvent:
     """Progress of one request. Exactly one event of a request is terminal: the one with a `finish_reason`.
 
     `prompt_logprobs` comes once, on the first event; its entry 0 is None, as nothing precedes the first token.
-    `error` says what went wrong where the reason is "error", or "rejected": what the request asks for leaves no token
-    to choose. `stop_id` is the stop id that ended the answer.
+    `drafted` and `accepted` count the tokens that the MTP layer has proposed for the answer so far, and those of them
+    that stood. `error` says what went wrong where the reason is "error", or "rejected": what the request asks for
+    leaves no token to choose. `stop_id` is the stop id that ended the answer.
     """
 
     request_id: str
@@ -96,3 +97,5 @@ class TokenEvent:
     finish_reason: EndReason | None = None
     error: str | None = None
     stop_id: int | None = None
+    drafted: int = 0
+    accepted: int = 0

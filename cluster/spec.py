@@ -31,6 +31,8 @@ class GangSpec:
     step_deadline_s: float
     max_draft_tokens: int = 0
     """Most tokens that the MTP layer drafts for a sequence in a step; 0: its weights are left alone."""
+    adaptive_drafts: bool = True
+    """Whether fewer are drafted where that makes more tokens per second."""
 
     @property
     def worker_step_tokens(self) -> int:

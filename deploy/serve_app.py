@@ -22,7 +22,7 @@ from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
-from divisi.deploy.fit import fit
+from divisi.deploy.fit import fit, used_model
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.deploy.logs import configure_logs
 from divisi.deploy.routing import REPORT_EVERY_S, WorkerReport
@@ -153,6 +153,7 @@ def api_settings(settings: Settings, spec: GangSpec, ingress_id: str) -> ApiSett
         control_tokens_in_messages=settings.http.control_tokens_in_messages,
         headers_after_s=settings.http.headers_after_s,
         keepalive_s=settings.http.keepalive_s,
+        max_draft_tokens=spec.max_draft_tokens,
         metrics_open=settings.auth.metrics_open,
         names_requests=False,
         model_dir=spec.model_dir,
@@ -181,7 +182,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
     """
     # Not resolved: a link may lead elsewhere on the machines where the ranks run.
     model_dir = settings.model.model_dir.absolute()
-    config = ModelConfig.load(model_dir).with_mtp(False)
+    config = used_model(settings, model_dir)
     gang, cache = settings.gang, settings.cache
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:
@@ -200,6 +201,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         max_seqs=cache.max_seqs,
         max_step_tokens=cache.max_step_tokens,
         step_deadline_s=gang.step_deadline_s,
+        max_draft_tokens=fitted.max_draft_tokens,
     )
 
 

@@ -164,6 +164,13 @@ class CacheSettings(Group):
         return self
 
 
+class MtpSettings(Group):
+    """Multi-token prediction, where the checkpoint has the layer for it."""
+
+    max_draft_tokens: int = Field(default=3, ge=0, le=8)
+    """Most tokens drafted for an answer in a step; requests can ask for less. 0 turns it off and saves its memory."""
+
+
 class HttpSettings(Group):
     """Where the API listens and what it calls the model."""
 
@@ -237,6 +244,7 @@ class Settings(Group):
     model: ModelSettings
     gang: GangSettings = GangSettings()
     cache: CacheSettings = CacheSettings()
+    mtp: MtpSettings = MtpSettings()
     http: HttpSettings = HttpSettings()
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from divisi.cluster.drafting import StepTimes
 from divisi.cluster.engine.grammar import Grammars, Guide
 from divisi.cluster.engine.plan import NO_OPS, Outcome, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
@@ -31,6 +32,7 @@ from divisi.cluster.engine.step_batch import BatchBuilder
 from divisi.cluster.engine.step_drafts import Drafts, Row
 from divisi.cluster.engine.step_sampling import Choice, StepSampler, rows_of, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
+from divisi.cluster.passes import PassKind
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
@@ -71,9 +73,10 @@ class Engine:
         device: torch.device,
         stopwatch: Stopwatch,
         grammars: Grammars | None = None,
+        times: StepTimes | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without `grammars`, requests that have one are rejected.
+        """Without `grammars`, requests that have one are rejected. `times` is told how long passes take.
 
         `wake` is called, in any thread, when a request that waited for its grammar waits no more: plan again.
         """
@@ -83,6 +86,7 @@ class Engine:
         self._wake = wake
         self._sampler = StepSampler(sampler, grammars, device)
         self._stopwatch = stopwatch
+        self._times = times
         self._builder = BatchBuilder(scheduler.config, device)
         self._events: list[TokenEvent] = []
         self._drafts = Drafts()
@@ -133,6 +137,7 @@ class Engine:
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """Run pass `index` of `plan.counts`. When this raises (StepAborted), run all passes of the plan again."""
         self._stopwatch.start()
+        begun = self._stopwatch.seconds
         if index == 0:
             self._drafts, self._logits_RV = Drafts(), None
             self._sampler.start(plan)
@@ -146,6 +151,9 @@ class Engine:
         except StepAborted:
             self._aborted_steps += 1
             raise
+        if self._times is not None and not plan.scans:
+            kind = PassKind.DRAFT if index < len(plan.counts) - 1 else PassKind.FULL
+            self._times.note(kind, plan.counts[index], self._stopwatch.seconds - begun)
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """One more draft of each sequence that drafts so far."""
@@ -263,4 +271,5 @@ class Engine:
             prompt_logprobs = tuple(collected)
             sequence.prompt_logprobs = None
         error = error if failed else None  # a request that failed may have been cancelled meanwhile
-        return TokenEvent(request.request_id, token_ids, logprobs, prompt_logprobs, reason, error, stop_id)
+        counts = sequence.drafted, sequence.accepted
+        return TokenEvent(request.request_id, token_ids, logprobs, prompt_logprobs, reason, error, stop_id, *counts)

@@ -23,6 +23,7 @@ from collections.abc import Sequence as Seq
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from divisi.cluster.drafting import DraftPolicy, FixedDepth
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
 from divisi.cluster.engine.plan import MemoryOps, Outcome, PlanLayout, Run, RunKind, StepPlan
@@ -67,8 +68,10 @@ class SchedulerConfig(BaseModel):
 class Scheduler:
     """The queue, the running sequences and the pools of one attention worker."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, drafting: DraftPolicy | None = None) -> None:
+        """`drafting` decides how far drafts go within the limits; without one, all the way."""
         self.config = config
+        self._drafting = drafting or FixedDepth()
         self.memory = Memory(
             num_pages=config.num_pages,
             page_size=config.page_size,
@@ -196,17 +199,23 @@ class Scheduler:
         """Drafts take the rows and the free pages that nobody else wants in this step."""
         if not self.config.max_draft_tokens:
             return
-        for sequence in layout.decoding:
-            count = min(self._most_drafts(sequence), layout.rows_left)
+        decoding = [sequence for sequence in layout.decoding if self._most_drafts(sequence) > 0]
+        limits = [self._most_drafts(sequence) for sequence in decoding]
+        rows = self.config.max_step_tokens - layout.rows_left
+        depths = self._drafting.depths([sequence.drafter for sequence in decoding], limits, rows)
+        for sequence, depth in zip(decoding, depths, strict=True):
+            count = min(depth, layout.rows_left)
             while (room := self._room(sequence)) < count and self.memory.grow(sequence.holding):
                 pass
             if (count := min(count, room)) > 0:
                 layout.add_drafts(sequence, count)
 
     def _most_drafts(self, sequence: Sequence) -> int:
-        """The request's limit, and one less than the tokens that it may still get."""
-        wanted, cap = sequence.request.max_draft_tokens, self.config.max_draft_tokens
-        return min(cap, cap if wanted is None else wanted, sequence.max_length - len(sequence.tokens) - 1)
+        """The limits of the gang, the request and its span, and one less than the tokens that it may still get."""
+        span = sequence.triggers.inside
+        wanted = (sequence.request.max_draft_tokens, None if span is None else span.max_draft_tokens)
+        limits = [limit for limit in wanted if limit is not None]
+        return min(self.config.max_draft_tokens, *limits, sequence.max_length - len(sequence.tokens) - 1)
 
     def _room(self, sequence: Sequence) -> int:
         """Tokens past the next one that its pages hold."""
@@ -263,9 +272,11 @@ class Scheduler:
         """Rows count up to the last that chose; pages that only the others needed go back."""
         sequence = run.sequence
         sequence.length = run.start + max(num_chosen, 1)
+        accepted = max(num_chosen - 1, 0)
+        self._drafting.note(sequence.drafter, run.num_drafts, accepted)
         if run.num_drafts:
             sequence.drafted += run.num_drafts
-            sequence.accepted += max(num_chosen - 1, 0)
+            sequence.accepted += accepted
             self.memory.trim(sequence.holding, sequence.length)
 
     def _commit_scan(self, run: Run) -> None:

@@ -30,14 +30,13 @@ def check_deployment(settings: Settings, num_gpus: float) -> Checked:
     Raises SettingsError, ConfigError, CheckpointError, TextError, KeyFileError and LogFileError.
     """
     # Late: `divisi --help` should not take the seconds that importing torch takes.
-    from divisi.deploy.fit import fit
+    from divisi.deploy.fit import fit, used_model
     from divisi.deploy.limits import KeyFile
     from divisi.deploy.logs import check_log_file
-    from divisi.model.config import ModelConfig
     from divisi.model.text import TextCodec
 
     model_dir = settings.model.model_dir
-    config = ModelConfig.load(model_dir).with_mtp(False)
+    config = used_model(settings, model_dir)
     fitted = fit(settings, config, num_gpus)
     codec = TextCodec.load(model_dir)
     if codec.template is not None:

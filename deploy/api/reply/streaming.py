@@ -145,6 +145,8 @@ class GenerationResponse(Response):
                 answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
                 answer.parts += delta.parts
                 answer.reasoning_tokens += delta.reasoning_tokens
+                answer.drafted += delta.drafted
+                answer.accepted += delta.accepted
         for answer, pieces in zip(answers, texts, strict=True):
             answer.text = "".join(pieces)
         body = self._writer.whole(answers)
