@@ -225,6 +225,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefill_tokens=self._prefill_tokens,
             generated_tokens=self._generated_tokens,
+            drafted_tokens=dict(scheduler.drafts.drafted),
+            accepted_tokens=dict(scheduler.drafts.accepted),
             step_seconds=self._stopwatch.totals(),
         )
 

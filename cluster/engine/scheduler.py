@@ -24,6 +24,7 @@ from collections.abc import Sequence as Seq
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from divisi.cluster.drafting import DraftPolicy, FixedDepth
+from divisi.cluster.engine.draft_counts import DraftCounts
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
 from divisi.cluster.engine.plan import MemoryOps, Outcome, PlanLayout, Run, RunKind, StepPlan
@@ -79,6 +80,7 @@ class Scheduler:
             num_tables=config.max_seqs,
         )
         self.preemptions = 0
+        self.drafts = DraftCounts()
         self.running: list[Sequence] = []
         """In order of arrival."""
         self.waiting: deque[Sequence] = deque()
@@ -277,6 +279,9 @@ class Scheduler:
         if run.num_drafts:
             sequence.drafted += run.num_drafts
             sequence.accepted += accepted
+            span = sequence.triggers.inside
+            in_call = span is not None and span.max_draft_tokens is not None
+            self.drafts.note("tools" if in_call else "chat", run.num_drafts, accepted)
             self.memory.trim(sequence.holding, sequence.length)
 
     def _commit_scan(self, run: Run) -> None:

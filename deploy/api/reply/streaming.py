@@ -95,6 +95,7 @@ class GenerationResponse(Response):
         self._stream = stream
         self._reasons = ["cancelled"] * len(calls)
         self._begun: set[int] = set()
+        self._drafted = self._accepted = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request; returns after the last byte, or after the clean-up when the client has left."""
@@ -117,7 +118,8 @@ class GenerationResponse(Response):
         finally:
             prompt_tokens = sum(len(self._calls[index].request.prompt) for index in self._begun)
             self._clock.close(prompt_tokens, self._reasons)
-            generated = Generated(prompt_tokens, self._clock.tokens, self._clock.first_token_s, self._reasons)
+            times = self._clock.tokens, self._clock.first_token_s
+            generated = Generated(prompt_tokens, *times, self._reasons, self._drafted, self._accepted)
             note_generated(scope, generated)
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -126,6 +128,8 @@ class GenerationResponse(Response):
             async for index, delta in merged:
                 self._begun.add(index)
                 self._clock.tick(len(delta.token_ids))
+                self._drafted += delta.drafted
+                self._accepted += delta.accepted
                 if self._ticket is not None:
                     self._ticket.progress(index, len(delta.token_ids))
                 if delta.finish_reason is not None:

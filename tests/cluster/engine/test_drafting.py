@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from divisi.cluster.engine.plan import Run
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape
+from divisi.cluster.triggers import Span
+from divisi.deploy.stat_rows import stat_rows
 from divisi.kernels.select import select_kernels
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
@@ -258,3 +260,27 @@ def test_an_engine_that_is_never_allowed_to_draft_has_no_draft_rows(checkpoint: 
         worker.engine.run(plan, worker.end)
 
 
+
+
+def test_counts_by_place_are_those_of_the_answers(checkpoint: Path) -> None:
+    """What events, the engine's statistics and their rows in /metrics say is one count."""
+    worker = Worker(checkpoint, 3)
+    requests = prompts(2, 40)
+    plain = Worker(checkpoint, 0).serve(*requests)
+    script(worker, {request.prompt[0]: tokens_of(plain[request.request_id]) for request in requests}, 0.7)
+    # The second stands in a call, inside of which one token is drafted at most.
+    inside = Span(VOCAB, VOCAB, opened=True, max_draft_tokens=1)
+    found = worker.serve(requests[0], replace(requests[1], spans=(inside,)))
+    ends = [found[request.request_id][-1] for request in requests]
+    stats = worker.engine.stats()
+    assert set(stats.drafted_tokens) == {"chat 1", "chat 2", "chat 3", "tools 1"}
+    for part, end in zip(("chat", "tools"), ends, strict=True):
+        drafted, accepted = (
+            sum(count for key, count in counts.items() if key.startswith(part))
+            for counts in (stats.drafted_tokens, stats.accepted_tokens)
+        )
+        assert (drafted, accepted) == (end.drafted, end.accepted)
+        assert 0 < accepted < drafted
+    rows = stat_rows({"attention:0": asdict(stats)})
+    told = {row.labels: row.value for row in rows if row.name == "accepted_tokens"}
+    assert told[("slice", "tools"), ("position", "1"), ("worker", "0")] == ends[1].accepted
