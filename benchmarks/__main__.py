@@ -1,4 +1,4 @@
-"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `same`, `pairs`: two checkouts."""
+"""`python -m divisi.benchmarks [speed | http | drafts]`: the tables of benchmarks/README.md; `same`, `pairs`: two checkouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from divisi.benchmarks import machine, speed, split_step
+from divisi.benchmarks import drafting, machine, speed, split_step
 from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.model.random_checkpoint import write_random_checkpoint
@@ -56,9 +56,10 @@ def _measure() -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["speed", "http"],
+        choices=["speed", "http", "drafts"],
         default="speed",
-        help="speed of the model beside transformers (default), or the cost of a streamed token in the HTTP process",
+        help="speed of the model beside transformers (default), the cost of a streamed token in the HTTP process, or "
+        "multi-token prediction on the demo model",
     )
     parser.add_argument(
         "--model", type=Path, help="checkpoint folder; without it, a random one of configs/bench-s.json"
@@ -69,6 +70,10 @@ def _measure() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.what == "drafts":
+        print(machine.describe())
+        print(drafting.report(options.rounds, options.quick))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = options.model or _random_model(Path(scratch))
         print(machine.describe())
