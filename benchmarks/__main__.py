@@ -1,4 +1,4 @@
-"""`python -m divisi.benchmarks [speed | http | drafts]`: the tables of benchmarks/README.md; `same`, `pairs`: two checkouts."""
+"""`python -m divisi.benchmarks [speed | http | drafts]`: the tables of the README; `same`, `pairs`: two checkouts."""
 
 from __future__ import annotations
 
