@@ -120,7 +120,8 @@ def _conversations(count: int) -> list[Request]:
     folder = checkpoint_dir()
     template = ChatTemplate((folder / "chat_template.jinja").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    stops = frozenset(tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>"))
+    ends = (tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>"))
+    stops = frozenset(token for token in ends if token is not None)
     cases = [case for skill in _SKILLS for case in make_cases(skill, count // len(_SKILLS), seed=16)]
     found = []
     for number, case in enumerate(cases[:: len(_SKILLS)] + cases[1 :: len(_SKILLS)]):

@@ -40,7 +40,13 @@ CUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+QUICK = ("per expert", "packed beside per expert")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.verify) for name in VARIANTS],
+)
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MtpOracle]:
     path = tmp_path_factory.mktemp("mtp")
     changes, layouts = VARIANTS[request.param]

@@ -18,7 +18,7 @@ from tests.sim.test_engine_sim import Trace, run_traces
 from tests.support import tiny_grammar
 from tests.support.fake_runner import FakeRunner, _Layer
 
-TRACES = 60
+TRACES = 45
 TRACES_FULL = 600
 
 

@@ -140,10 +140,10 @@ def prompts(count: int, max_tokens: int, **more: Any) -> list[Request]:
 @pytest.mark.parametrize(
     ("dtype", "deterministic", "drafts"),
     [
-        ("float32", False, 1),
         ("float32", False, 5),
-        ("bfloat16", False, 3),
-        ("bfloat16", True, 5),
+        ("bfloat16", True, 3),
+        pytest.param("float32", False, 1, marks=pytest.mark.verify),
+        pytest.param("bfloat16", False, 3, marks=pytest.mark.verify),
         pytest.param("float32", True, 2, marks=pytest.mark.verify),
         pytest.param("bfloat16", False, 2, marks=pytest.mark.verify),
         pytest.param("bfloat16", False, 5, marks=pytest.mark.verify),
@@ -174,10 +174,12 @@ def test_memory_is_bit_for_bit_that_of_a_run_without(
         assert compared > 5
 
 
-@pytest.mark.parametrize("right", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "right", [0.0, 0.5, pytest.param(0.9, marks=pytest.mark.verify), pytest.param(1.0, marks=pytest.mark.verify)]
+)
 def test_every_number_of_drafts_can_stand(checkpoint: Path, right: float, full_tier: bool) -> None:
     """A scripted drafter, ragged limits side by side: the tokens of a run without, and counts that add up."""
-    length, drafts, stood = 2000 if full_tier else 120, 5, Counter[int]()
+    length, drafts, stood = 2000 if full_tier else 100, 5, Counter[int]()
     requests = prompts(4, length)
     sizes = {"max_model_len": 2 * length, "kv_memory": 2**24, "max_step_tokens": 40}
     plain = Worker(checkpoint, 0, **sizes).serve(*requests)
