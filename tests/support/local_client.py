@@ -77,7 +77,14 @@ class LocalClient:
 
 
 @contextmanager
-def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 16) -> Iterator[LocalClient]:
+def local_client(
+    model_dir: Path,
+    *,
+    max_model_len: int = 2048,
+    max_seqs: int = 16,
+    max_draft_tokens: int = 0,
+    adaptive_drafts: bool = True,
+) -> Iterator[LocalClient]:
     """A checkpoint served by an engine of this process, in fp32 on one thread."""
     spec = GangSpec(
         name="local-test",
@@ -93,6 +100,8 @@ def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 
         max_seqs=max_seqs,
         max_step_tokens=512,
         step_deadline_s=30.0,
+        max_draft_tokens=max_draft_tokens,
+        adaptive_drafts=adaptive_drafts,
     )
     changed = threading.Condition()
 
