@@ -82,6 +82,7 @@ class FailingExperts:
         return self._partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
 
 
+@pytest.mark.timeout(300)
 def test_an_abort_in_any_layer_of_any_pass_changes_no_token(requests: list[Request], plain: Answers) -> None:
     """Each costs an epoch; the step is run again from its first pass."""
     shape = GangShape(2, 2, colocated=True)

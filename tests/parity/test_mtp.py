@@ -90,6 +90,7 @@ def take(model: ModelSteps, text: list[int], cuts: list[int]) -> None:
     assert at == LENGTH
 
 
+@pytest.mark.timeout(1800)
 def test_the_demo_model_drafts_as_it_was_trained_to(
     full_tier: bool, record_result: Callable[[str, object], None]
 ) -> None:

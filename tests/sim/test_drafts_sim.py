@@ -26,6 +26,7 @@ def draft_trace(seed: int) -> Trace:
     return Trace(seed, 1 + seed % 6, tiny_grammar.grammars() if seed % 3 == 0 else None)
 
 
+@pytest.mark.timeout(1800)
 def test_random_traces(full_tier: bool) -> None:
     size = TRACES_FULL if full_tier else TRACES
     assert run_traces(range(size), draft_trace) > size // 4, "memory is not tight"

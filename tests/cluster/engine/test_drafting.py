@@ -174,6 +174,7 @@ def test_memory_is_bit_for_bit_that_of_a_run_without(
         assert compared > 5
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "right", [0.0, 0.5, pytest.param(0.9, marks=pytest.mark.verify), pytest.param(1.0, marks=pytest.mark.verify)]
 )
@@ -226,6 +227,7 @@ RULES: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.timeout(1800)
 def test_every_field_of_sampling_in_one_batch(checkpoint: Path, full_tier: bool) -> None:
     """The drafter is right often enough to matter; each request has its own limit."""
     rng, requests = random.Random(2), []

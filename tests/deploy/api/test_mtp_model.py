@@ -80,6 +80,7 @@ def shown(reply: dict[str, Any]) -> list[Any]:
     return [*choices, usage["completion_tokens"], usage["completion_tokens_details"]["reasoning_tokens"]]
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("adaptive", [False, pytest.param(True, marks=pytest.mark.verify)])
 def test_replies_are_those_of_a_server_without_drafts(
     adaptive: bool, full_tier: bool, record_result: Callable[[str, object], None]
