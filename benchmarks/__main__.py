@@ -1,5 +1,5 @@
-"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `same`, `pairs`: two checkouts;
-`served`, `steps`: a whole server."""
+"""`python -m divisi.benchmarks [speed | http | drafts]`: the tables of benchmarks/README.md; `same`, `pairs`: two
+checkouts; `served`, `steps`: a whole server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from divisi.benchmarks import machine, speed, split_step
+from divisi.benchmarks import drafting, machine, speed, split_step
 from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.benchmarks.model import bench_model
@@ -57,9 +57,10 @@ def _measure() -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["speed", "http"],
+        choices=["speed", "http", "drafts"],
         default="speed",
-        help="speed of the model beside transformers (default), or the cost of a streamed token in the HTTP process",
+        help="speed of the model beside transformers (default), the cost of a streamed token in the HTTP process, or "
+        "multi-token prediction on the demo model",
     )
     parser.add_argument(
         "--model", type=Path, help="checkpoint folder; without it, a random one of configs/bench-s.json"
@@ -70,6 +71,10 @@ def _measure() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.what == "drafts":
+        print(machine.describe())
+        print(drafting.report(options.rounds, options.quick))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = bench_model(options.model, Path(scratch))
         print(machine.describe())

@@ -11,13 +11,12 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import Qwen3NextForCausalLM, StaticCache
 
-from divisi.cluster.assembly import build_engine
+from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
-from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 
 CONTEXT = 16
@@ -54,8 +53,8 @@ class DivisiEngine:
     @classmethod
     def local(cls, model_dir: Path, dtype: Literal["bfloat16", "float32"]) -> DivisiEngine:
         """Everything in this process, with torch's number of threads."""
-        config = ModelConfig.load(model_dir)
         spec = gang_spec(model_dir, GangShape(1, 0), dtype, torch.get_num_threads())
+        config = served_config(spec)
         engine, experts = build_engine(spec, config)
         assert experts is not None, "a gang without shards has its own experts"
         return cls("divisi local", engine, LocalEnd(experts), config.vocab_size)

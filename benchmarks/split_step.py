@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from divisi.benchmarks.contenders import DivisiEngine, gang_spec
-from divisi.cluster.assembly import build_engine, load_shard, pass_layers, sharded_mode
+from divisi.cluster.assembly import build_engine, load_shard, pass_layers, served_config, sharded_mode
 from divisi.cluster.dispatch.groups import StoreServer, join_group
 from divisi.cluster.dispatch.protocol import Peers, WorkerEnd
 from divisi.cluster.gang.shard_loop import serve_steps
@@ -24,7 +24,6 @@ from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
-from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Pending
 
 _SHAPE = GangShape(1, 1)
@@ -77,7 +76,7 @@ class _Announcing:
 
 @contextlib.contextmanager
 def _split_gang(spec: GangSpec, threads: int) -> Iterator[DivisiEngine]:
-    config = ModelConfig.load(spec.model_dir)
+    config = served_config(spec)
     store = StoreServer("127.0.0.1")
     here = Address("127.0.0.1")
     membership = Membership(1, _SHAPE, ("worker", "shard"), (here, here), store.address)
@@ -100,7 +99,7 @@ def _split_gang(spec: GangSpec, threads: int) -> Iterator[DivisiEngine]:
 
 def _serve_shard(spec: GangSpec, membership: Membership, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
-    config = ModelConfig.load(spec.model_dir)
+    config = served_config(spec)
     with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
         experts = load_shard(spec, config, checkpoint, 0)
     group = join_group(membership, 1, _CPU, 60.0)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
-from divisi.cluster.dispatch.local import Local
+from divisi.cluster.dispatch.local import Local, LocalEnd
 from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
+from divisi.cluster.drafting import MostTokensPerSecond, StepTimes
+from divisi.cluster.engine.calibration import NoExperts, measure
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars
 from divisi.cluster.engine.memory_budget import MemoryBudget
@@ -35,6 +38,16 @@ from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.text.grammar_tokens import GrammarVocabulary
 from divisi.model.weights import Progress, load_weights
+
+
+def served_config(spec: GangSpec) -> ModelConfig:
+    """The model of a gang, with its MTP layer where the gang drafts. Raises ConfigError."""
+    return ModelConfig.load(spec.model_dir).with_mtp(spec.max_draft_tokens > 0)
+
+
+def max_rows(spec: GangSpec, config: ModelConfig) -> int:
+    """Most rows that a decoding sequence has in a step."""
+    return 1 + (spec.max_draft_tokens if config.mtp_layers else 0)
 
 
 def torch_dtype(spec: GangSpec) -> torch.dtype:
@@ -78,7 +91,7 @@ def sharded_mode(spec: GangSpec, config: ModelConfig) -> ShardedMode:
 
 def pass_layers(config: ModelConfig) -> PassLayers:
     """The layers whose experts a pass of each kind needs."""
-    return PassLayers(full=config.moe_layers)
+    return PassLayers(full=config.moe_layers, draft=config.draft_moe_layers)
 
 
 def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
@@ -127,6 +140,7 @@ def build_engine(
         max_seqs=spec.max_seqs,
         max_model_len=spec.max_model_len,
         dtype=dtype,
+        max_rows=max_rows(spec, config),
     )
     limits = SchedulerConfig(
         vocab_size=config.vocab_size,
@@ -136,19 +150,27 @@ def build_engine(
         num_slots=memory.num_slots,
         max_seqs=spec.max_seqs,
         max_step_tokens=spec.worker_step_tokens,
+        max_draft_tokens=max_rows(spec, config) - 1,
     )
     experts = None
+    grammars = load_grammars(spec.model_dir, config)
     with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
-        engine = assemble_engine(checkpoint, config, limits, kernels, dtype, device, progress, wake)
         if spec.shape.colocated:
             experts = load_shard(spec, config, checkpoint, index, progress)
         elif not spec.shape.expert_shards:
             all_ids = range(config.num_experts)
             experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
+        runner = load_runner(checkpoint, config, limits, kernels, dtype, device, progress)
+        times = None
+        if limits.max_draft_tokens and spec.adaptive_drafts:
+            alone = experts is not None and not spec.shape.colocated
+            times = measure(runner, LocalEnd(experts) if alone and experts else NoExperts(), limits, device)
+            runner.stopwatch = Stopwatch()
+    engine = assemble_engine(limits, runner, grammars, device, times, wake)
     return engine, experts
 
 
-def assemble_engine(
+def load_runner(
     checkpoint: Checkpoint,
     config: ModelConfig,
     limits: SchedulerConfig,
@@ -156,27 +178,48 @@ def assemble_engine(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
-    wake: Callable[[], None] = lambda: None,
-) -> Engine:
-    """An engine with the attention side's weights and memory for `limits`. Raises CheckpointError."""
-    stopwatch = Stopwatch()
-    model_dir = checkpoint.model_dir  # what the lambda keeps for good is not to be the open checkpoint
-    grammars = Grammars(
-        lambda: GrammarVocabulary.load(model_dir, config.vocab_size),
-        config.vocab_size,
-        threads=torch.get_num_threads(),
-    )
-    grammars.prepare()
+) -> ModelRunner:
+    """The attention side's weights with memory for `limits`. Raises CheckpointError."""
     weights = load_weights(checkpoint, config, dtype, device, progress)
     store = StateStore(
         config,
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         num_slots=limits.num_slots,
+        max_rows=1 + limits.max_draft_tokens,
         dtype=dtype,
         device=device,
     )
-    runner = ModelRunner(config, weights, store, kernels, stopwatch)
+    return ModelRunner(config, weights, store, kernels, Stopwatch())
+
+
+def load_grammars(model_dir: str | Path, config: ModelConfig) -> Grammars:
+    """Begins to read the tokenizer, in another thread."""
+    grammars = Grammars(
+        lambda: GrammarVocabulary.load(model_dir, config.vocab_size),
+        config.vocab_size,
+        threads=torch.get_num_threads(),
+    )
+    grammars.prepare()
+    return grammars
+
+
+def assemble_engine(
+    limits: SchedulerConfig,
+    runner: ModelRunner,
+    grammars: Grammars,
+    device: torch.device,
+    times: StepTimes | None = None,
+    wake: Callable[[], None] = lambda: None,
+) -> Engine:
+    """An engine over a runner. With `times`, drafts go as far as pays by them; without, as far as they may."""
     return Engine(
-        runner, Sampler(), Scheduler(limits), device=device, stopwatch=stopwatch, grammars=grammars, wake=wake
+        runner,
+        Sampler(),
+        Scheduler(limits, None if times is None else MostTokensPerSecond(times)),
+        device=device,
+        stopwatch=runner.stopwatch,
+        grammars=grammars,
+        times=times,
+        wake=wake,
     )

@@ -53,7 +53,8 @@ class Request:
     `stop_ids` end the answer and are not part of it; so do `content_stop_ids`, but only outside of `spans`.
     `logprobs`: None for none, 0 for the chosen token's only, n for the n best besides; `prompt_logprobs` the same
     for the prompt's tokens. Until `min_tokens` were generated, the stop ids of both kinds are masked. `grammar` is
-    an llguidance grammar, validated by the ingress, that the answer must follow.
+    an llguidance grammar, validated by the ingress, that the answer must follow. `max_draft_tokens` limits what the MTP
+    layer drafts in a step, 0 turns it off; None: as the gang does.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class Request:
     prompt_logprobs: int | None = None
     min_tokens: int = 0
     grammar: str | None = None
+    max_draft_tokens: int | None = None
     content_stop_ids: frozenset[int] = frozenset()
     spans: tuple[Span, ...] = ()
 
@@ -83,8 +85,9 @@ class TokenEvent:
     """Progress of one request. Exactly one event of a request is terminal: the one with a `finish_reason`.
 
     `prompt_logprobs` comes once, on the first event; its entry 0 is None, as nothing precedes the first token.
-    `error` says what went wrong where the reason is "error", or "rejected": what the request asks for leaves no token
-    to choose. `stop_id` is the stop id that ended the answer.
+    `drafted` and `accepted` count the tokens that the MTP layer has proposed for the answer so far, and those of them
+    that stood. `error` says what went wrong where the reason is "error", or "rejected": what the request asks for
+    leaves no token to choose. `stop_id` is the stop id that ended the answer.
     """
 
     request_id: str
@@ -94,3 +97,5 @@ class TokenEvent:
     finish_reason: EndReason | None = None
     error: str | None = None
     stop_id: int | None = None
+    drafted: int = 0
+    accepted: int = 0

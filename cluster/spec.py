@@ -39,6 +39,10 @@ class GangSpec:
     """Encrypts connections between nodes."""
     core_plan: CorePlan | None = None
     """Which cores the ranks keep to, where they are all on one machine and are to keep to any."""
+    max_draft_tokens: int = 0
+    """Most tokens that the MTP layer drafts for a sequence in a step; 0: its weights are left alone."""
+    adaptive_drafts: bool = True
+    """Whether fewer are drafted where that makes more tokens per second."""
 
     @property
     def worker_step_tokens(self) -> int:

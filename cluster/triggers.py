@@ -7,7 +7,7 @@ commit's list, in order, several of one step too; between steps `triggers.inside
     counts = triggers.take(token)    # for each committed token, and never for one that is merely proposed
     triggers.inside                  # the Span that the next token belongs to, or None
 
-What holds inside is a field of the `Span`, which whoever plans or commits reads off `inside`. So far that is one rule:
+What holds inside is a field of the `Span`, which whoever plans or commits reads off `inside`: how far drafts may go.
 `Request.content_stop_ids` end an answer only where `take` says that the token stands outside.
 """
 
@@ -22,13 +22,15 @@ class Span:
     """A part of an answer. The tokens `begin` and `end` open and close it and are themselves outside.
 
     An answer stands in one span at most: inside of it no token but `end` is a trigger. `opened`: the prompt ends inside
-    of it. `leading`: only the answer's first token opens it.
+    of it. `leading`: only the answer's first token opens it. `max_draft_tokens`: how far the MTP layer may run ahead
+    inside; None: as outside.
     """
 
     begin: int
     end: int
     opened: bool = False
     leading: bool = False
+    max_draft_tokens: int | None = None
 
 
 class Triggers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from divisi.deploy.settings import Settings, SettingsError
@@ -21,11 +22,21 @@ class Fit:
     dtype: DType
     max_model_len: int
     """Longest prompt plus answer; one such sequence fits into the KV pages of a worker."""
+    max_draft_tokens: int
+    """0 where the checkpoint has no MTP layer."""
     notes: tuple[str, ...] = ()
 
 
+def used_model(settings: Settings, model_dir: Path) -> ModelConfig:
+    """The model, with its MTP layer where it is to draft. Raises ConfigError."""
+    return ModelConfig.load(model_dir).with_mtp(settings.mtp.max_draft_tokens > 0)
+
+
 def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
-    """Fit a model into a cluster with `num_gpus` GPUs (infinity: not known yet). Raises SettingsError."""
+    """Fit a model into a cluster with `num_gpus` GPUs (infinity: not known yet); `config` is the `used_model`.
+
+    Raises SettingsError.
+    """
     gang, shape = settings.gang, settings.gang.shape
     if shape.expert_shards > config.num_experts:
         field = "attention_workers" if shape.colocated else "expert_shards"
@@ -50,7 +61,10 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
         dtype = "bfloat16"
         notes.append("The checkpoint is in float16, which the CPU kernels don't take: served in bfloat16")
     length, note = _max_model_len(settings, config, dtype)
-    return Fit(device, dtype, length, (*notes, note) if note else tuple(notes))
+    drafts = settings.mtp.max_draft_tokens if config.mtp_layers else 0
+    if settings.mtp.max_draft_tokens and not drafts:
+        notes.append("The checkpoint has no MTP layer (no mtp.* tensors): multi-token prediction is off")
+    return Fit(device, dtype, length, drafts, (*notes, note) if note else tuple(notes))
 
 
 def _check_kernels(settings: Settings, device: str) -> None:

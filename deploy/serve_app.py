@@ -20,7 +20,7 @@ from divisi.cluster.spec import GangSpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
 from divisi.deploy.core_use import JOINED
-from divisi.deploy.fit import fit
+from divisi.deploy.fit import fit, used_model
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.deploy.logs import configure_logs
 from divisi.deploy.serve_client import ServeEngineClient
@@ -139,6 +139,7 @@ def api_settings(settings: Settings, spec: GangSpec, ingress_id: str) -> ApiSett
         control_tokens_in_messages=settings.http.control_tokens_in_messages,
         headers_after_s=settings.http.headers_after_s,
         keepalive_s=settings.http.keepalive_s,
+        max_draft_tokens=spec.max_draft_tokens,
         metrics_open=settings.auth.metrics_open,
         names_requests=False,
         model_dir=spec.model_dir,
@@ -167,7 +168,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
     """
     # Not resolved: a link may lead elsewhere on the machines where the ranks run.
     model_dir = settings.model.model_dir.absolute()
-    config = ModelConfig.load(model_dir)
+    config = used_model(settings, model_dir)
     gang, cache, tls = settings.gang, settings.cache, settings.gang.tls
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:
@@ -189,6 +190,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         step_deadline_s=gang.step_deadline_s,
         secret_file=None if gang.secret_file is None else str(gang.secret_file),
         tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
+        max_draft_tokens=fitted.max_draft_tokens,
     )
 
 

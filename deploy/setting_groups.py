@@ -167,6 +167,13 @@ class CacheSettings(Group):
         return 2**30 if self.kv_memory is None else self.kv_memory
 
 
+class MtpSettings(Group):
+    """Multi-token prediction, where the checkpoint has the layer for it."""
+
+    max_draft_tokens: int = Field(default=3, ge=0, le=8)
+    """Most tokens drafted for an answer in a step; requests can ask for less. 0 turns it off and saves its memory."""
+
+
 class HttpSettings(Group):
     """Where the API listens and what it calls the model."""
 

@@ -35,6 +35,7 @@ from divisi.deploy.setting_groups import (
     LimitSettings,
     LogSettings,
     ModelSettings,
+    MtpSettings,
 )
 from divisi.model.demo import checkpoint_dir
 
@@ -52,6 +53,7 @@ class Settings(Group):
     model: ModelSettings
     gang: GangSettings = GangSettings()
     cache: CacheSettings = CacheSettings()
+    mtp: MtpSettings = MtpSettings()
     http: HttpSettings = HttpSettings()
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()

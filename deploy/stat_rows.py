@@ -14,6 +14,10 @@ _TOTALS = {
     "prefill_tokens": "Tokens computed in prefill chunks",
     "generated_tokens": "Tokens sampled",
 }
+_DRAFTS = {
+    "drafted_tokens": "Tokens proposed by the MTP layer, by slice of the answer and place in the step",
+    "accepted_tokens": "Proposed tokens that stood",
+}
 _GAUGES = {
     "running": ("requests_running", "Sequences that run"),
     "waiting": ("requests_waiting", "Sequences in the queue"),
@@ -36,7 +40,12 @@ def stat_rows(stats: Mapping[str, Stats]) -> tuple[StatRow, ...]:
         role, index = seat.split(":")
         label = ("worker" if role == "attention" else "shard", index)
         for name, value in numbers.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and name in _DRAFTS:
+                for key, count in value.items():
+                    part, place = key.split()
+                    labels = (("slice", part), ("position", place), label)
+                    rows.append(StatRow(name, count, labels, "counter", _DRAFTS[name]))
+            elif isinstance(value, Mapping):
                 parts = ((part, seconds) for part, seconds in value.items())
                 rows += [
                     StatRow(name, seconds, (("part", part), label), "counter", "Time in steps by part")

@@ -58,7 +58,14 @@ class Kernels(Protocol):
         self, rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int
     ) -> Tensor: ...
     def attention_decode(
-        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
+        self,
+        q_TQD: Tensor,
+        rows_TP: Tensor,
+        pool: KvPool,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        pages_SN: Tensor,
+        first: int = 0,
     ) -> Tensor: ...
     def attention_prefill(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor

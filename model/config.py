@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 
 from divisi.model.errors import ConfigError
 from divisi.model.hf_config import normalise
+from divisi.model.tensor_names import count_mtp_layers
 
 LayerType = Literal["linear_attention", "full_attention"]
 DType = Literal["bfloat16", "float32", "float16"]
@@ -63,6 +64,9 @@ class ModelConfig(BaseModel):
     hidden_act: Literal["silu"]
     dtype: DType
 
+    mtp_layers: int = 0
+    """Multi-token prediction layers beside the model's own, found by their tensors; 0 also where they are not used."""
+
     @property
     def linear_layers(self) -> tuple[int, ...]:
         """Indices of the Gated DeltaNet layers."""
@@ -81,16 +85,33 @@ class ModelConfig(BaseModel):
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers that one token leaves in the KV pages: its k and v in every full-attention layer."""
-        return 2 * self.num_key_value_heads * self.head_dim * len(self.full_layers)
+        """Numbers that one token leaves in the KV pages: its k and v in every layer with attention."""
+        return 2 * self.num_key_value_heads * self.head_dim * (len(self.full_layers) + self.mtp_layers)
+
+    @property
+    def mtp_index(self) -> int:
+        """What the MTP layer counts as among the layers: the one after the last."""
+        return self.num_hidden_layers
+
+    @property
+    def draft_moe_layers(self) -> tuple[int, ...]:
+        """Layers with routed experts that a draft goes through: the MTP layer, if it has any."""
+        return (self.mtp_index,) if self.mtp_layers and self.num_experts else ()
 
     def is_moe(self, layer: int) -> bool:
         """Whether the layer's feed-forward part is a mixture of experts."""
-        return layer in self.moe_layers
+        return layer in self.moe_layers or layer in self.draft_moe_layers
+
+    def with_mtp(self, wanted: bool) -> ModelConfig:
+        """The model with its MTP layer in use, or without. Raises ConfigError where it has more than one."""
+        if wanted and self.mtp_layers > 1:
+            remedy = "more than one MTP layer is not supported; turn multi-token prediction off (0 draft tokens)"
+            raise ConfigError("mtp.layers.1", f"{self.mtp_layers} layers", remedy)
+        return self if wanted or not self.mtp_layers else self.model_copy(update={"mtp_layers": 0})
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Self:
-        """Read `config.json` in a model directory. Raises ConfigError."""
+        """Read `config.json` in a model directory, and whether its weights have MTP layers. Raises ConfigError."""
         path = Path(model_dir) / "config.json"
         try:
             data = json.loads(path.read_bytes())  # bytes: json sees to byte order marks
@@ -100,12 +121,12 @@ class ModelConfig(BaseModel):
             raise ConfigError("file", str(path), f"is not valid JSON: {error}") from None
         if not isinstance(data, dict):
             raise ConfigError("file", str(path), "must hold a JSON object")
-        return cls.from_hf(data)
+        return cls.from_hf(data, count_mtp_layers(Path(model_dir)))
 
     @classmethod
-    def from_hf(cls, data: dict[str, Any]) -> Self:
+    def from_hf(cls, data: dict[str, Any], mtp_layers: int = 0) -> Self:
         """Read the content of a `config.json` in either spelling. Raises ConfigError."""
-        fields = normalise(data)
+        fields = normalise(data) | {"mtp_layers": mtp_layers}
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

@@ -44,9 +44,9 @@ class ExpertBank:
         device: torch.device,
         progress: Progress | None = None,
     ) -> Self:
-        """Read the given experts of every MoE layer, and nothing else. Raises CheckpointError."""
+        """Read the given experts of every MoE layer, of the MTP layer too, and nothing else. Raises CheckpointError."""
         layers: dict[int, LayerExperts] = {}
-        for layer in config.moe_layers:
+        for layer in (*config.moe_layers, *config.draft_moe_layers):
             gate_up_EFD, down_EDI = checkpoint.read_experts(layer, expert_ids, config, dtype)
             layers[layer] = gate_up_EFD.to(device), down_EDI.to(device)
             if progress is not None:

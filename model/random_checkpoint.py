@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from divisi.model.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from divisi.model.checkpoint.layout import ExpertLayout, Shape, expert_shapes, main_shapes, packed_shapes
 from divisi.model.config import ModelConfig
 from divisi.model.random_tokenizer import END_OF_TEXT, END_OF_TURN, write_random_tokenizer
+from divisi.model.tensor_names import INDEX_FILE, SINGLE_FILE
 
 _Draw = Callable[[Shape, torch.Generator], Tensor]
 
@@ -68,15 +68,18 @@ def write_random_checkpoint(
     *,
     tokenizer: bool = True,
     max_file_bytes: int = 2**31,
+    mtp: bool = False,
+    mtp_layout: ExpertLayout | None = None,
 ) -> ModelConfig:
     """Write config, weights, tokenizer and generation config to the directory `out`; return the model's config.
 
     The weights depend on the seed and on tensor names only, so that both expert layouts and any split over
-    files hold the same model. Above `max_file_bytes` the weights go to several files with an index.
+    files hold the same model. Above `max_file_bytes` the weights go to several files with an index. `mtp` adds an MTP
+    layer, whose experts are in `mtp_layout`, or in that of the rest.
     With a tokenizer, the config's special token ids are set to its own. Raises ConfigError.
     """
     config_json = dict(SMALL_CONFIG if config_json is None else config_json)
-    config = ModelConfig.from_hf(config_json)
+    config = ModelConfig.from_hf(config_json, int(mtp))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if tokenizer:
@@ -85,13 +88,15 @@ def write_random_checkpoint(
         stops = {"eos_token_id": [ids[END_OF_TURN], ids[END_OF_TEXT]], "pad_token_id": ids[END_OF_TEXT]}
         _write_json(out / "generation_config.json", stops)
     _write_json(out / "config.json", config_json)
-    _write_weights(out, config, seed, layout, max_file_bytes)
+    shapes = _all_shapes(config, layout, mtp_layout or layout)
+    _write_weights(out, config, seed, shapes, max_file_bytes)
     return config
 
 
-def _write_weights(out: Path, config: ModelConfig, seed: int, layout: ExpertLayout, max_file_bytes: int) -> None:
+def _write_weights(
+    out: Path, config: ModelConfig, seed: int, shapes: Mapping[str, Shape], max_file_bytes: int
+) -> None:
     dtype = getattr(torch, config.dtype)
-    shapes = _all_shapes(config, layout)
     files = _split(shapes, dtype.itemsize, max_file_bytes)
     if len(files) == 1:
         names = [SINGLE_FILE]
@@ -105,10 +110,10 @@ def _write_weights(out: Path, config: ModelConfig, seed: int, layout: ExpertLayo
         save_file(tensors, out / file, metadata={"format": "pt"})
 
 
-def _all_shapes(config: ModelConfig, layout: ExpertLayout) -> dict[str, Shape]:
+def _all_shapes(config: ModelConfig, layout: ExpertLayout, mtp_layout: ExpertLayout) -> dict[str, Shape]:
     shapes = main_shapes(config)
-    for layer in config.moe_layers:
-        if layout == "packed":
+    for layer in (*config.moe_layers, *config.draft_moe_layers):
+        if (mtp_layout if layer == config.mtp_index else layout) == "packed":
             shapes |= packed_shapes(config, layer)
         else:
             for expert in range(config.num_experts):
@@ -138,7 +143,8 @@ def _tensor(name: str, shape: Shape, config: ModelConfig, seed: int) -> Tensor:
 
 
 def _packed_expert(name: str, expert: int, config: ModelConfig, seed: int) -> Tensor:
-    parts = list(expert_shapes(config, int(name.split(".")[2]), expert).items())
+    layer = config.mtp_index if name.startswith("mtp.") else int(name.split(".")[2])
+    parts = list(expert_shapes(config, layer, expert).items())
     wanted = parts[:2] if name.endswith("gate_up_proj") else parts[2:]
     return torch.cat([_tensor(part, shape, config, seed) for part, shape in wanted])
 
@@ -157,7 +163,7 @@ def _distribution(name: str, config: ModelConfig) -> _Draw:
         return _normal(0.5)
     if name.endswith("linear_attn.norm.weight"):  # the only norm whose weight is not centred on zero
         return lambda shape, g: 1.0 + 0.1 * torch.randn(shape, generator=g)
-    if name.endswith(("norm.weight", ".bias")):
+    if name.endswith(("norm.weight", ".bias")) or ".pre_fc_norm_" in name:
         return _normal(0.1)
     gain = 2.0 if name.endswith("mlp.gate.weight") else 1.5 if ".experts." in name else 1.2
     return lambda shape, g: torch.randn(shape, generator=g) * (gain / math.sqrt(shape[-1]))

@@ -1,4 +1,4 @@
-"""One forward pass of the full model over a step's tokens.
+"""Passes over a step's tokens: of the full model, and of the MTP layer.
 
 Shapes: T rows, D model width, R rows whose logits are wanted, V vocabulary.
 """
@@ -15,6 +15,7 @@ from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.mixer import attention, delta_net
 from divisi.model.layers.mlp import dense, mixture
 from divisi.model.layers.rotary import Rotary
+from divisi.model.mtp import Drafted, MtpLayer
 from divisi.model.state import Pairs, StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import AttentionWeights, MlpWeights, Weights
@@ -40,6 +41,9 @@ class ModelRunner:
         device = weights.embed_VD.device
         self._activation_dtype = torch.float32 if device.type == "cpu" else weights.embed_VD.dtype
         self._rotary = Rotary(config, device)
+        self._mtp = None
+        if weights.mtp is not None:
+            self._mtp = MtpLayer(config, weights, weights.mtp, store, kernels, self._activation_dtype)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
@@ -66,9 +70,22 @@ class ModelRunner:
             else:
                 update_TD = mixture(kernels, layer.mlp, self._config, index, x_TD, dispatcher, self.stopwatch)
         assert update_TD is not None, "a model has at least one layer"
-        logits_RV = self._logits(residual_TD, update_TD, batch.logit_rows_R)
+        if self._mtp is None:
+            logits_RV = self._logits(residual_TD, update_TD, batch.logit_rows_R)
+        else:
+            h_TD = kernels.add_rms_norm(residual_TD, update_TD, self._weights.final_scale_D, eps)
+            self._mtp.record(h_TD, batch, cos_sin_TR)
+            self.stopwatch.lap("draft")
+            every = batch.logit_rows_R.shape[0] == batch.num_tokens
+            logits_RV = kernels.linear(h_TD if every else h_TD[batch.logit_rows_R], self._weights.head_VD).float()
         self.stopwatch.lap("other")
         return logits_RV
+
+    @torch.inference_mode()
+    def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
+        """One pass over the MTP layer, of decoding sequences of one row each; see `MtpLayer.draft`."""
+        assert self._mtp is not None, "only a model with an MTP layer drafts"
+        return self._mtp.draft(batch, self._rotary.cos_sin(batch.positions_T), hidden_SD, dispatcher, self.stopwatch)
 
     @torch.inference_mode()
     def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:

@@ -20,7 +20,7 @@ Pairs = Sequence[tuple[int, int]]
 
 
 class StateStore:
-    """One KvPool per full-attention layer, one DeltaState per linear layer.
+    """One KvPool per full-attention layer and the MTP layer, one DeltaState per linear layer, the last hidden states.
 
     `flush` and the copies take one pair or more, and change nothing more when they are done again.
     """
@@ -45,7 +45,7 @@ class StateStore:
                 torch.zeros(kv_shape, dtype=dtype, device=device),
                 page_size,
             )
-            for layer in config.full_layers
+            for layer in (*config.full_layers, *([config.mtp_index] if config.mtp_layers else []))
         }
         ring = ring_entries(max_rows, config.linear_conv_kernel_dim)
         shapes = [(num_slots, *shape) for shape in _slot_shapes(config, ring)]
@@ -60,6 +60,9 @@ class StateStore:
             )
             for layer in config.linear_layers
         }
+        hidden = (num_slots, _hidden_entries(config, max_rows), config.hidden_size)
+        self.hidden_SND = torch.zeros(hidden, device=device)
+        """fp32: the model's last output at the position p at entry p % N, as far as the MTP layer may need it."""
 
     def flush(self, kernels: Kernels, pairs: Pairs) -> None:
         """Replay rings: for each (slot, position), of distinct slots, until the slot's state stands at the position."""
@@ -68,25 +71,31 @@ class StateStore:
             kernels.gated_delta_flush(state, slots, upto)
 
     def copy_slots(self, pairs: Pairs) -> None:
-        """Copy slots with their rings: for each (from, to). None is both."""
-        _copy([tensor for state in self.delta.values() for tensor in state.tensors], pairs)
+        """Copy slots with their rings and hidden states: for each (from, to). None is both."""
+        _copy([self.hidden_SND, *(tensor for state in self.delta.values() for tensor in state.tensors)], pairs)
 
     def copy_pages(self, pairs: Pairs) -> None:
-        """Copy pages in every full-attention layer: for each (from, to). None is both."""
+        """Copy pages in every layer with attention: for each (from, to). None is both."""
         pools = [tensor for pool in self.kv.values() for tensor in (pool.key_PJD, pool.value_PJD)]
         _copy([tensor.unflatten(0, (self.num_pages, self.page_size)) for tensor in pools], pairs)
 
     @staticmethod
     def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one page costs over all full-attention layers."""
+        """Bytes that one page costs over all layers with attention."""
         return page_size * config.kv_values_per_token * dtype.itemsize
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, max_rows: int = 1) -> int:
-        """Bytes that one state slot with its ring costs over all linear layers."""
+        """Bytes that one state slot costs: rings over all linear layers, and hidden states for the MTP layer."""
         ring = ring_entries(max_rows, config.linear_conv_kernel_dim)
         floats = sum(torch.Size(shape).numel() for shape in _slot_shapes(config, ring))
-        return (4 * floats + 4) * len(config.linear_layers)
+        hidden = _hidden_entries(config, max_rows) * config.hidden_size
+        return (4 * floats + 4) * len(config.linear_layers) + 4 * hidden
+
+
+def _hidden_entries(config: ModelConfig, max_rows: int) -> int:
+    """A step reads the entry before its first row, and again when it is replayed, and writes those of its rows."""
+    return max_rows + 1 if config.mtp_layers else 0
 
 
 def _copy(tensors: Sequence[Tensor], pairs: Pairs) -> None:

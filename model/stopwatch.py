@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Literal
 
-Part = Literal["scheduler", "mixer", "router", "dispatch", "experts", "sampling", "other"]
+Part = Literal["scheduler", "mixer", "router", "dispatch", "experts", "draft", "sampling", "other"]
 
 
 class Stopwatch:
@@ -14,6 +14,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self._totals: dict[str, float] = {}
         self._last = perf_counter()
+        self.seconds = 0.0
+        """Over all parts."""
 
     def start(self) -> None:
         """Begin a stretch: what passed since the last lap belongs to no part."""
@@ -23,6 +25,7 @@ class Stopwatch:
         """Charge the time since the last lap (or start) to ``part``."""
         now = perf_counter()
         self._totals[part] = self._totals.get(part, 0.0) + now - self._last
+        self.seconds += now - self._last
         self._last = now
 
     def totals(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from divisi.kernels.attention.layout import QkNorm
 from divisi.kernels.gated_delta.layout import DeltaWeights
 from divisi.model.checkpoint import Checkpoint
+from divisi.model.checkpoint.layout import layer_prefix
 from divisi.model.config import ModelConfig
 
 Progress = Callable[[int], None]
@@ -68,6 +69,18 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class MtpWeights:
+    """The MTP layer. Its head and its embedding are the model's."""
+
+    embedding_scale_D: Tensor
+    hidden_scale_D: Tensor
+    fc_DE: Tensor
+    """E = 2 * D: an input is ``[embedding | hidden]``."""
+    layer: LayerWeights
+    final_scale_D: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
     """The model but for its routed experts. ``head_VD`` is ``embed_VD`` itself where they are tied."""
 
@@ -75,6 +88,7 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     final_scale_D: Tensor
     head_VD: Tensor
+    mtp: MtpWeights | None = None
 
 
 def load_weights(
@@ -107,11 +121,19 @@ class _Loader:
         layers = tuple(self._layer(index) for index in range(config.num_hidden_layers))
         final_scale_D = self._scale("model.norm.weight", config.hidden_size)
         head_VD = embed_VD if config.tie_word_embeddings else self._read("lm_head.weight", shape)
-        return Weights(embed_VD, layers, final_scale_D, head_VD)
+        mtp = self._mtp() if config.mtp_layers else None
+        return Weights(embed_VD, layers, final_scale_D, head_VD, mtp)
+
+    def _mtp(self) -> MtpWeights:
+        width = self._config.hidden_size
+        norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        embedding, hidden, final = (self._scale(f"mtp.{name}.weight", width) for name in norms)
+        fc = self._read("mtp.fc.weight", (width, 2 * width))
+        return MtpWeights(embedding, hidden, fc, self._layer(self._config.mtp_index), final)
 
     def _layer(self, index: int) -> LayerWeights:
-        prefix, width = f"model.layers.{index}", self._config.hidden_size
-        linear = self._config.layer_types[index] == "linear_attention"
+        prefix, width = layer_prefix(self._config, index), self._config.hidden_size
+        linear = index in self._config.linear_layers
         return LayerWeights(
             self._scale(f"{prefix}.input_layernorm.weight", width),
             self._delta_net(f"{prefix}.linear_attn") if linear else self._attention(f"{prefix}.self_attn"),

@@ -114,7 +114,7 @@ def serve(processes: Sequence[Inside], case: Case, model_dir: Path) -> list[Any]
 
 
 def _spec(model_dir: Path, case: Case) -> dict[str, object]:
-    config, dtype = ModelConfig.load(model_dir), getattr(torch, case.dtype)
+    config, dtype = ModelConfig.load(model_dir).with_mtp(False), getattr(torch, case.dtype)
     return {
         "dtype": case.dtype,
         "page_size": _PAGE_SIZE,

@@ -191,9 +191,15 @@ def _pool(draw: Draw, pages: int, heads: Heads) -> KvPool:
 
 
 def attention(
-    draw: Draw, name: str, operation: str, heads: Heads, lengths: Sequence[int], rows: Sequence[int]
+    draw: Draw,
+    name: str,
+    operation: str,
+    heads: Heads,
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    first: int = 0,
 ) -> Case:
-    """Runs over their own pages in a random order; what no run holds is NaN."""
+    """Runs over their own pages in a random order; what no run holds, and what stands before `first`, is NaN."""
     total = sum(rows)
     needed = [-(-(length + n) // heads.page) for length, n in zip(lengths, rows, strict=True)]
     order = iter(draw.order(sum(needed) + 3).tolist())
@@ -201,16 +207,17 @@ def attention(
     tables = torch.zeros((len(rows), max([*needed, 1])), dtype=torch.int32)
     for run, (length, n) in enumerate(zip(lengths, rows, strict=True)):
         tables[run, : needed[run]] = torch.tensor([next(order) for _ in range(needed[run])], dtype=torch.int32)
-        at = torch.arange(length + n)
+        at = torch.arange(first, length + n)
         kv_rows = (tables[run, at // heads.page].long() * heads.page + at % heads.page).to(draw.device)
         for tensor in (pool.key_PJD, pool.value_PJD):
-            tensor[kv_rows] = draw.normal(length + n, heads.key, heads.dim)
+            tensor[kv_rows] = draw.normal(len(at), heads.key, heads.dim)
     q, gate = draw.normal(total, heads.query, heads.dim), draw.normal(total, 2 * (heads.query + heads.key) * heads.dim)
     starts = draw.ints([sum(rows[:i]) for i in range(len(rows) + 1)])
     seen = [n * length + n * (n + 1) // 2 for length, n in zip(lengths, rows, strict=True)]
     held = sum(length + n for length, n in zip(lengths, rows, strict=True) if n)
     return Case(
-        operation, name, (q, gate, pool, starts, draw.ints(lengths), tables.to(draw.device)),
+        operation, name,
+        (q, gate, pool, starts, draw.ints(lengths), tables.to(draw.device), *([first] if first else [])),
         bytes=2 * held * heads.key * heads.dim * q.itemsize + 3 * q.nbytes,
         flops=4.0 * sum(seen) * heads.query * heads.dim,
     )  # fmt: skip

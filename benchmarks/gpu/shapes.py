@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from divisi.benchmarks.gpu import cases
@@ -28,9 +29,13 @@ CHECKED: Mapping[str, Make] = {
     "route with ties": partial(cases.route, tokens=7, experts=37, chosen=5, ties=True),
     "route to all": partial(cases.route, tokens=1, experts=8, chosen=8),
     "inputs": partial(cases.attention_inputs, tokens=5, heads=SMALL_HEADS, pages=4),
+    "keys and values only": partial(cases.attention_inputs, tokens=3, heads=replace(SMALL_HEADS, query=0), pages=4),
     "odd inputs": partial(cases.attention_inputs, tokens=3, heads=ODD_HEADS, pages=3),
     "decode": partial(_small_decode, heads=SMALL_HEADS, lengths=[9, 0, 37], rows=[1, 1, 1]),
     "verify": partial(_small_decode, heads=ODD_HEADS, lengths=[5, 70, 0, 8], rows=[3, 4, 1, 0]),
+    "decode without the first key": partial(
+        _small_decode, heads=ODD_HEADS, lengths=[1, 70, 5], rows=[1, 1, 2], first=1
+    ),
     "decode of splits": partial(_small_decode, heads=Heads(2, 1, 16, 8, 64), lengths=[1300, 3], rows=[2, 1]),
     "prefill of wide heads": partial(_small_prefill, heads=Heads(1, 1, 264, 8, 4), lengths=[3], rows=[2]),
     "prefill": partial(_small_prefill, heads=SMALL_HEADS, lengths=[0, 13, 4], rows=[5, 0, 40]),

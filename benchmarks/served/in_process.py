@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from divisi.cluster.assembly import build_engine
+from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.spec import GangSpec
-from divisi.model.config import ModelConfig
 
 
 @dataclass
@@ -31,7 +29,7 @@ class EngineAlone:
 
     def __init__(self, spec: GangSpec) -> None:
         torch.set_num_threads(spec.threads or torch.get_num_threads())
-        self._engine, experts = build_engine(spec, ModelConfig.load(Path(spec.model_dir)))
+        self._engine, experts = build_engine(spec, served_config(spec))
         assert experts is not None, "a gang without shards has its own experts"
         self._end = LocalEnd(experts)
         self._asked = 0

@@ -13,25 +13,30 @@ Shapes: R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import islice
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from divisi.cluster.drafting import StepTimes
 from divisi.cluster.engine.grammar import Grammars, Guide
 from divisi.cluster.engine.plan import NO_OPS, Outcome, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.engine.step_batch import BatchBuilder
-from divisi.cluster.engine.step_sampling import Choice, Masks, StepSampler, tell_prompt
+from divisi.cluster.engine.step_drafts import Drafts, Row
+from divisi.cluster.engine.step_sampling import Choice, StepSampler, rows_of, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
+from divisi.cluster.passes import PassKind
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
+from divisi.model.mtp import Drafted
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import Pairs
 from divisi.model.stopwatch import Stopwatch
@@ -41,10 +46,14 @@ class Runner(Protocol):
     """The model and its memory: `model.runner.ModelRunner`, or a stand-in."""
 
     def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
-        """Run one step; return the fp32 logits [R, V] of `batch.logit_rows_R`, valid until the next call.
+        """Run a full pass; return the fp32 logits [R, V] of `batch.logit_rows_R`, valid until the next call.
 
         Running the same batch again after an aborted run gives the same logits and leaves the same state.
         """
+        ...
+
+    def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
+        """Run a draft pass, of one row per sequence; `hidden_SD` comes from the pass before, None in the first."""
         ...
 
     def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
@@ -64,9 +73,10 @@ class Engine:
         device: torch.device,
         stopwatch: Stopwatch,
         grammars: Grammars | None = None,
+        times: StepTimes | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without `grammars`, requests that have one are rejected.
+        """Without `grammars`, requests that have one are rejected. `times` is told how long passes take.
 
         `wake` is called, in any thread, when a request that waited for its grammar waits no more: plan again.
         """
@@ -76,10 +86,13 @@ class Engine:
         self._wake = wake
         self._sampler = StepSampler(sampler, grammars, device)
         self._stopwatch = stopwatch
+        self._times = times
         self._builder = BatchBuilder(scheduler.config, device)
         self._events: list[TokenEvent] = []
-        self._ran: tuple[Tensor, Masks | None] | None = None
-        """The logits of the step under way, and what masks them."""
+        self._drafts = Drafts()
+        """Of the step under way."""
+        self._logits_RV: Tensor | None = None
+        """Of the step under way, once all of its passes have run."""
         self._compiling: dict[str, tuple[Request, Future[Guide]]] = {}
         """Requests whose grammar is being compiled; not in the queue yet, so that they hold up nobody."""
         self._steps = self._aborted_steps = self._prefill_tokens = self._generated_tokens = 0
@@ -124,25 +137,48 @@ class Engine:
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """Run pass `index` of `plan.counts`. When this raises (StepAborted), run all passes of the plan again."""
         self._stopwatch.start()
-        first = next(number for number, rows in enumerate(plan.counts) if rows)  # others walk passes without it
-        if index == first and plan.ops != NO_OPS:
-            self._runner.prepare(*plan.ops)
-        batch = self._builder.build(plan)
-        masks = self._sampler.start(plan)
-        self._stopwatch.lap("scheduler")
+        begun = self._stopwatch.seconds
+        if index == 0:
+            self._drafts, self._logits_RV = Drafts(), None
+            self._sampler.start(plan)
+            if plan.ops != NO_OPS:
+                self._runner.prepare(*plan.ops)
         try:
-            self._ran = self._runner.forward(batch, dispatcher), masks
+            if index < len(plan.counts) - 1:
+                self._draft(plan, index, dispatcher)
+            else:
+                self._run_full(plan, dispatcher)
         except StepAborted:
             self._aborted_steps += 1
             raise
+        if self._times is not None and not plan.scans:
+            kind = PassKind.DRAFT if index < len(plan.counts) - 1 else PassKind.FULL
+            self._times.note(kind, plan.counts[index], self._stopwatch.seconds - begun)
+
+    def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
+        """One more draft of each sequence that drafts so far."""
+        drafts, rows = self._drafts, [Row(run, index) for run in plan.drafting[: plan.counts[index]]]
+        batch = self._builder.build_draft(plan, index, drafts)
+        self._sampler.ask(rows, drafts)
+        self._stopwatch.lap("scheduler")
+        hidden_SD = None if drafts.hidden_SD is None else drafts.hidden_SD[: len(rows)]
+        logits_SV, drafts.hidden_SD = self._runner.draft(batch, dispatcher, hidden_SD)
+        drafts.add((row.run for row in rows), self._sampler.draft(rows, logits_SV, drafts))
+        self._stopwatch.lap("sampling")
+
+    def _run_full(self, plan: StepPlan, dispatcher: Dispatcher) -> None:
+        batch = self._builder.build(plan, self._drafts)
+        self._sampler.ask(rows_of(plan.choosing), self._drafts)
+        self._stopwatch.lap("scheduler")
+        self._logits_RV = self._runner.forward(batch, dispatcher)
 
     @torch.inference_mode()
     def commit(self, plan: StepPlan) -> list[TokenEvent]:
         """Choose the tokens of a step whose passes have run, and make it final."""
-        assert self._ran is not None, "a step is committed once all of its passes have run"
-        (logits_RV, masks), self._ran = self._ran, None
+        assert self._logits_RV is not None, "a step is committed once all of its passes have run"
+        logits_RV, self._logits_RV = self._logits_RV, None
         self._stopwatch.start()
-        choice = self._sampler.choose(plan, logits_RV, masks)
+        choice = self._sampler.choose(plan, logits_RV, self._drafts)
         prompt_told = tell_prompt(plan, logits_RV)
         self._stopwatch.lap("sampling")
         events = self._commit(plan, choice, prompt_told)
@@ -189,6 +225,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefill_tokens=self._prefill_tokens,
             generated_tokens=self._generated_tokens,
+            drafted_tokens=dict(scheduler.drafts.drafted),
+            accepted_tokens=dict(scheduler.drafts.accepted),
             step_seconds=self._stopwatch.totals(),
         )
 
@@ -213,7 +251,7 @@ class Engine:
             sequence.prompt_logprobs += told
         outcomes = self._scheduler.commit(plan, choice.tokens, choice.ends)
         events = [
-            self._event(outcome, choice.logprobs.get(outcome.sequence), choice.failed.get(outcome.sequence))
+            self._event(outcome, choice.logprobs.get(outcome.sequence, ()), choice.failed.get(outcome.sequence))
             for outcome in outcomes
         ]
         self._steps += 1
@@ -221,16 +259,19 @@ class Engine:
         self._generated_tokens += sum([len(outcome.token_ids) for outcome in outcomes])
         return events
 
-    def _event(self, outcome: Outcome, logprob: TokenLogprob | None = None, error: str | None = None) -> TokenEvent:
+    def _event(
+        self, outcome: Outcome, told: Iterable[TokenLogprob] = (), error: str | None = None
+    ) -> TokenEvent:
         sequence, token_ids, reason, stop_id = outcome
         request = sequence.request
         logprobs = prompt_logprobs = None
         if request.logprobs is not None:
-            logprobs = (logprob,) if token_ids and logprob is not None else ()
+            logprobs = tuple(islice(told, len(token_ids)))  # a stop has one, and is none of them
         collected = sequence.prompt_logprobs
         failed = reason in ("rejected", "error")
         if collected is not None and len(collected) == len(request.prompt) and not failed and reason != "cancelled":
             prompt_logprobs = tuple(collected)
             sequence.prompt_logprobs = None
         error = error if failed else None  # a request that failed may have been cancelled meanwhile
-        return TokenEvent(request.request_id, token_ids, logprobs, prompt_logprobs, reason, error, stop_id)
+        counts = sequence.drafted, sequence.accepted
+        return TokenEvent(request.request_id, token_ids, logprobs, prompt_logprobs, reason, error, stop_id, *counts)

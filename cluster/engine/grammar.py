@@ -4,8 +4,8 @@ llguidance gives up the interpreter lock while it compiles and computes masks. I
 reaches beyond the answer whose grammar it is.
 
 A `Guide` follows one answer. What it allows depends on the grammar and the committed tokens alone: it catches up with
-these when a mask is wanted, never with a token that a step merely proposes. So an aborted step leaves nothing to undo,
-and a preempted sequence finds its guide where its tokens are.
+these when a mask is wanted. Tokens that a step merely proposes are taken by a copy of it. So an aborted step leaves
+nothing to undo, and a preempted sequence finds its guide where its tokens are.
 
 Shapes: G guides, B = ceil(V / 32) words of 32 tokens each, the lowest bit first.
 """
@@ -39,6 +39,14 @@ _OURS = "doesn't satisfy the grammar"
 
 
 @dataclass(slots=True)
+class Scout:
+    """A copy of a guide's matcher that has taken tokens which may not be committed."""
+
+    matcher: LLMatcher
+    taken: list[int]
+
+
+@dataclass(slots=True)
 class Guide:
     """Follows one answer through its grammar."""
 
@@ -48,6 +56,8 @@ class Guide:
     """Tokens of the answer that the matcher has taken."""
     error: str | None = None
     """Why the grammar can be followed no further."""
+    scout: Scout | None = None
+    """Has taken proposed tokens besides."""
     ends: EndReason = "error"
     """With an error, how it ends: "rejected" where the grammar asks for too much, "cancelled" where others do."""
 
@@ -62,7 +72,23 @@ class Guide:
         if self.matcher is not None and not self.error and missing:
             self.matcher.consume_tokens(list(missing))
             self.followed += len(missing)
+            self.scout = None
             self.check()
+
+    def look_ahead(self, proposed: Sequence[int]) -> LLMatcher | None:
+        """A matcher that has taken `proposed` after the committed tokens; None where the grammar cannot be followed.
+
+        The guide's own stays where it is: llguidance takes tokens back only in some grammars, and not always rightly.
+        """
+        if self.matcher is None or self.error:
+            return None
+        scout = self.scout
+        if scout is None or list(proposed[: len(scout.taken)]) != scout.taken:
+            scout = self.scout = Scout(self.matcher.deep_copy(), [])
+        if missing := list(proposed[len(scout.taken) :]):
+            scout.matcher.consume_tokens(missing)
+            scout.taken += missing
+        return None if scout.matcher.is_error() else scout.matcher
 
     def check(self) -> None:
         """Take note of what went wrong in the matcher, such as a limit that the grammar exceeds."""
@@ -81,15 +107,19 @@ class Guide:
             yield
         except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
             log.error("the grammar library failed: %r", error)
-            self.matcher, self.error = None, "the grammar library failed"
+            self.matcher, self.scout, self.error = None, None, "the grammar library failed"
 
 
 class Guided(NamedTuple):
-    """An answer and its guide: the committed `tokens` from `start` on, before which the prompt stands."""
+    """An answer and its guide: the committed `tokens` from `start` on, before which the prompt stands.
+
+    `proposed` are those that a step proposes to follow.
+    """
 
     guide: Guide
     tokens: Sequence[int]
     start: int
+    proposed: tuple[int, ...] = ()
 
 
 class Grammars:
@@ -146,10 +176,16 @@ class Grammars:
     def start(self, answers: Sequence[Guided]) -> Future[NDArray[np.int32]]:
         """Begin to compute the masks, int32 [G, B], of the tokens that may follow each answer.
 
-        A guide that has an `error`, now or before, gets a mask that allows nothing. The answers must stay as they are
-        until the masks are there; those of an earlier call are computed first.
+        A guide that has an `error`, now or before, gets a mask that allows nothing, and so does an answer whose
+        proposed tokens cannot be followed, which is no error. A guide comes once in a call. The answers must stay as
+        they are until the masks are there; those of an earlier call are computed first.
         """
         return self._masker.submit(self._masks, answers)
+
+    @property
+    def nothing(self) -> NDArray[np.int32]:
+        """A mask, int32 [B], that allows no token."""
+        return np.zeros(self._words, dtype=np.int32)
 
     def _compile(self, grammar: str) -> Guide:
         guide = Guide(None)
@@ -174,21 +210,26 @@ class Grammars:
 
     def _masks(self, answers: Sequence[Guided]) -> NDArray[np.int32]:
         masks_GB = np.zeros((len(answers), self._words), dtype=np.int32)
-        for guide, tokens, start in answers:
+        able: list[tuple[LLMatcher, int]] = []
+        for row, answer in enumerate(answers):
+            guide = answer.guide
             with guide.guarded():
-                guide.follow(tokens, start)
-        able = [(guide.matcher, row) for row, (guide, _, _) in enumerate(answers) if guide.matcher and not guide.error]
+                guide.follow(answer.tokens, answer.start)
+                matcher = guide.look_ahead(answer.proposed) if answer.proposed else guide.matcher
+                if matcher is not None and not guide.error:
+                    able.append((matcher, row))
         try:
             self._compute(able, masks_GB)
         except BaseException:  # noqa: BLE001 - whose fault it is shows one by one
             for matcher, row in able:
                 with answers[row].guide.guarded():
                     self._compute([(matcher, row)], masks_GB)
-        for (guide, _, _), mask_B in zip(answers, masks_GB, strict=True):
+        for matcher, row in able:
+            guide, mask_B = answers[row].guide, masks_GB[row]
             with guide.guarded():
                 guide.check()
-                _keep_open(guide, mask_B)
-            if guide.error:
+                _keep_open(guide.eos_ids, matcher, mask_B)
+            if guide.error or matcher.is_error():
                 mask_B[:] = 0  # llguidance lets an answer end where it fails
         return masks_GB
 
@@ -203,12 +244,12 @@ def _settle(promised: Future[Guide], guide: Guide) -> None:
         promised.set_result(guide)
 
 
-def _keep_open(guide: Guide, mask_B: NDArray[np.int32]) -> None:
+def _keep_open(eos_ids: frozenset[int], matcher: LLMatcher, mask_B: NDArray[np.int32]) -> None:
     """Take the end of the answer from a mask while the grammar is incomplete; it may name such a token inside."""
     words_B = mask_B.view(np.uint32)
-    for token_id in guide.eos_ids:
+    for token_id in eos_ids:
         word, bit = token_id // 32, np.uint32(1 << token_id % 32)
-        if words_B[word] & bit and not guide.is_complete:
+        if words_B[word] & bit and (matcher.is_error() or not matcher.is_accepting()):
             words_B[word] &= ~bit
 
 

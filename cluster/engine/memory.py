@@ -107,6 +107,12 @@ class Memory:
         holding.pages += page
         return True
 
+    def trim(self, holding: Holding, num_tokens: int) -> None:
+        """Return the pages past those that hold so many tokens."""
+        kept = pages_for(num_tokens, self.page_size)
+        self.pages.give_back(holding.pages[kept:])
+        del holding.pages[kept:]
+
     def settle(self, holding: Holding, slot: int) -> None:
         """Make `slot`, one of the spares, the sequence's own.
 

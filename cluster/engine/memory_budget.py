@@ -21,9 +21,9 @@ class MemoryBudget:
     """Tokens per page."""
     num_slots: int
     bytes_per_page: int
-    """Over all full-attention layers."""
+    """Over all layers with attention."""
     bytes_per_slot: int
-    """Over all linear layers, replay rings included."""
+    """Over all linear layers, replay rings included, and what the MTP layer keeps."""
 
     @classmethod
     def of(

@@ -33,7 +33,8 @@ class Leave(NamedTuple):
 class Run(NamedTuple):
     """Tokens `start:end` of one sequence in a step.
 
-    A ring run decodes; a scan run prefills, also where it is one row long.
+    A ring run decodes: its first row is that of the sequence's last token, those of drafts follow. A scan run prefills,
+    also where it is one row long.
     """
 
     sequence: Sequence
@@ -47,7 +48,7 @@ class Run(NamedTuple):
     logit_row: int
     """Where these begin among the step's rows of logits."""
     chooses: bool
-    """Whether its last row of logits chooses the sequence's next token."""
+    """Whether its last row of logits chooses the sequence's next token; of a ring run every row chooses one."""
     source: int = NOTHING
     """The slot that it reads."""
     leaves: tuple[Leave, ...] = ()
@@ -66,9 +67,15 @@ class Run(NamedTuple):
         return self.logit_positions[:-1] if self.chooses else self.logit_positions
 
     @property
-    def chosen_row(self) -> int:
-        """The row of logits that chooses the next token."""
-        return self.logit_row + len(self.logit_positions) - 1
+    def num_drafts(self) -> int:
+        """Tokens that are drafted for it."""
+        return self.num_rows - 1 if self.kind is RunKind.RING else 0
+
+    @property
+    def choosing_rows(self) -> range:
+        """The rows of logits that choose tokens, if it chooses any."""
+        end = self.logit_row + len(self.logit_positions)
+        return range(end - 1 - self.num_drafts, end)
 
 
 class MemoryOps(NamedTuple):
@@ -92,6 +99,8 @@ class StepPlan:
     rings: tuple[Run, ...]
     scans: tuple[Run, ...]
     num_rows: int
+    drafting: tuple[Run, ...] = ()
+    """The ring runs with drafts, those with the most first: a draft pass has a row of each that drafts so far."""
     growths: tuple[PageGrowth, ...] = ()
     ops: MemoryOps = NO_OPS
 
@@ -102,8 +111,9 @@ class StepPlan:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Rows by pass. There is one, over all layers."""
-        return (self.num_rows,)
+        """Rows by pass: of the draft passes, then of the one over all layers."""
+        most = self.drafting[0].num_drafts if self.drafting else 0
+        return (*[sum([run.num_drafts > ahead for run in self.drafting]) for ahead in range(most)], self.num_rows)
 
     @property
     def choosing(self) -> list[Run]:
@@ -112,60 +122,75 @@ class StepPlan:
 
 
 class PlanLayout:
-    """Lays out the rows of a step while it is planned: ring runs have to be added before scan runs."""
+    """What a step is to compute, collected while it is planned; `plan` lays out its rows."""
 
     def __init__(self, max_rows: int, max_prompt_logits: int) -> None:
         self.rows_left = max_rows
         self.prompt_logits_left = max_prompt_logits
-        self._rings: list[Run] = []
-        self._scans: list[Run] = []
-        self._rows = self._logit_rows = 0
+        self._rings: dict[Sequence, int] = {}
+        """How many tokens each is to draft."""
+        self._scans: list[tuple[Sequence, int]] = []
 
     @property
-    def num_rows(self) -> int:
-        """Rows laid out so far."""
-        return self._rows
+    def decoding(self) -> list[Sequence]:
+        """The sequences that decode, in the order of their rows."""
+        return [*self._rings]
 
-    def add_ring(self, sequence: Sequence, end: int) -> None:
-        """Rows from the committed length to `end`, all of which choose a token."""
-        assert not self._scans, "ring runs come first"
-        start = sequence.length
-        run = Run(sequence, RunKind.RING, start, end, self._rows, range(start, end), self._logit_rows, True,
-                  sequence.holding.slot)  # fmt: skip
-        self._rings.append(run)
-        self._take(run)
+    def add_ring(self, sequence: Sequence) -> None:
+        """One row, at the committed length."""
+        self._rings[sequence] = 0
+        self.rows_left -= 1
+
+    def add_drafts(self, sequence: Sequence, count: int) -> None:
+        """More rows for a sequence that decodes, for tokens to be drafted."""
+        self._rings[sequence] += count
+        self.rows_left -= count
 
     def add_scan(self, sequence: Sequence, end: int) -> None:
         """Rows from the committed length to `end`; leaves the state at `end` in the first of the spares."""
-        start, holding = sequence.length, sequence.holding
-        completes = end == len(sequence.tokens)
-        chooses = completes and end < sequence.max_length
-        prompt = sequence.prompt_positions(start, end)
-        run = Run(
-            sequence,
-            RunKind.SCAN,
-            start,
-            end,
-            self._rows,
-            (*prompt, end - 1) if chooses else prompt,
-            self._logit_rows,
-            chooses,
-            holding.source if start else NOTHING,
-            (Leave(end, holding.spares[0]),),
-            completes,
-        )
-        self._scans.append(run)
-        self._take(run)
-        self.prompt_logits_left -= len(prompt)
+        self._scans.append((sequence, end))
+        self.rows_left -= end - sequence.length
+        self.prompt_logits_left -= len(sequence.prompt_positions(sequence.length, end))
 
     def plan(self, growths: tuple[PageGrowth, ...], ops: MemoryOps) -> StepPlan:
-        """The plan as it was laid out."""
-        return StepPlan(tuple(self._rings), tuple(self._scans), self._rows, growths, ops)
+        """The plan: ring runs first, then scan runs."""
+        rings, scans, row, logit_row = [], [], 0, 0
+        for sequence, drafts in self._rings.items():
+            rings.append(_ring(sequence, drafts, row))
+            row += 1 + drafts
+        logit_row = row  # all rows of ring runs choose
+        for sequence, end in self._scans:
+            run = _scan(sequence, end, row, logit_row)
+            scans.append(run)
+            row += run.num_rows
+            logit_row += len(run.logit_positions)
+        drafting = sorted((run for run in rings if run.num_rows > 1), key=lambda run: -run.num_rows)
+        return StepPlan(tuple(rings), tuple(scans), row, tuple(drafting), growths, ops)
 
-    def _take(self, run: Run) -> None:
-        self._rows += run.num_rows
-        self._logit_rows += len(run.logit_positions)
-        self.rows_left -= run.num_rows
+
+def _ring(sequence: Sequence, drafts: int, row: int) -> Run:
+    start, end = sequence.length, sequence.length + 1 + drafts
+    return Run(sequence, RunKind.RING, start, end, row, range(start, end), row, True, sequence.holding.slot)
+
+
+def _scan(sequence: Sequence, end: int, row: int, logit_row: int) -> Run:
+    start, holding = sequence.length, sequence.holding
+    completes = end == len(sequence.tokens)
+    chooses = completes and end < sequence.max_length
+    prompt = sequence.prompt_positions(start, end)
+    return Run(
+        sequence,
+        RunKind.SCAN,
+        start,
+        end,
+        row,
+        (*prompt, end - 1) if chooses else prompt,
+        logit_row,
+        chooses,
+        holding.source if start else NOTHING,
+        (Leave(end, holding.spares[0]),),
+        completes,
+    )
 
 
 class Outcome(NamedTuple):

@@ -5,7 +5,8 @@ The rules, in order:
 1. Every decoding sequence gets its token. One that needs a page when none is free takes it from the latest arrival
    (perhaps itself), which goes back to the head of the queue and computes its tokens again later.
 2. Prefills fill what is left of the token budget, in order of arrival.
-3. The queue is admitted strictly in order of arrival, when a page table, two slots and all pages of the prefill are
+3. Drafts take what is left of the budget, and pages that are free; those go back with the step.
+4. The queue is admitted strictly in order of arrival, when a page table, two slots and all pages of the prefill are
    free, plus one page of headroom for each running sequence so that admission does not cause a preemption at once.
 
 So the sequences that run are always the earliest that are alive, the very earliest always advances, and none starves.
@@ -22,6 +23,8 @@ from collections.abc import Sequence as Seq
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from divisi.cluster.drafting import DraftPolicy, FixedDepth
+from divisi.cluster.engine.draft_counts import DraftCounts
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
 from divisi.cluster.engine.plan import MemoryOps, Outcome, PlanLayout, Run, RunKind, StepPlan
@@ -43,6 +46,7 @@ class SchedulerConfig(BaseModel):
     num_slots: int = Field(ge=SLOTS_TO_PREFILL, description="State slots; a prefilling sequence holds two.")
     max_seqs: int = Field(default=64, ge=1, description="Sequences that run at once.")
     max_step_tokens: int = Field(default=2048, ge=1)
+    max_draft_tokens: int = Field(default=0, ge=0, description="Drafts of one sequence in a step.")
     max_prompt_logit_rows: int = Field(
         default=128, ge=1, description="Prompt positions per step whose logits are kept for prompt log-probabilities."
     )
@@ -65,8 +69,10 @@ class SchedulerConfig(BaseModel):
 class Scheduler:
     """The queue, the running sequences and the pools of one attention worker."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, drafting: DraftPolicy | None = None) -> None:
+        """`drafting` decides how far drafts go within the limits; without one, all the way."""
         self.config = config
+        self._drafting = drafting or FixedDepth()
         self.memory = Memory(
             num_pages=config.num_pages,
             page_size=config.page_size,
@@ -74,6 +80,7 @@ class Scheduler:
             num_tables=config.max_seqs,
         )
         self.preemptions = 0
+        self.drafts = DraftCounts()
         self.running: list[Sequence] = []
         """In order of arrival."""
         self.waiting: deque[Sequence] = deque()
@@ -118,9 +125,10 @@ class Scheduler:
         layout = PlanLayout(self.config.max_step_tokens, self.config.max_prompt_logit_rows)
         self._plan_decodes(layout)
         self._plan_prefills(layout)
-        assert layout.num_rows, "the earliest request always advances"
+        self._plan_drafts(layout)
         ops = MemoryOps(page_copies=self.memory.take_copies())
         self.outstanding = layout.plan(self.memory.take_growths(), ops)
+        assert self.outstanding.num_rows, "the earliest request always advances"
         return self.outstanding
 
     def commit(
@@ -139,7 +147,7 @@ class Scheduler:
             sequence = run.sequence
             if run.kind is RunKind.RING:
                 assert len(chosen) <= run.num_rows, "a row chooses one token"
-                sequence.length = run.start + max(len(chosen), 1)
+                self._commit_ring(run, len(chosen))
             else:
                 self._commit_scan(run)
             if run.completes or sequence.cancelled:
@@ -187,7 +195,33 @@ class Scheduler:
                 continue  # prefilling, or preempted a moment ago
             if sequence.length == len(sequence.holding.pages) * page_size and not self._grow(sequence):
                 continue
-            layout.add_ring(sequence, sequence.length + 1)
+            layout.add_ring(sequence)
+
+    def _plan_drafts(self, layout: PlanLayout) -> None:
+        """Drafts take the rows and the free pages that nobody else wants in this step."""
+        if not self.config.max_draft_tokens:
+            return
+        decoding = [sequence for sequence in layout.decoding if self._most_drafts(sequence) > 0]
+        limits = [self._most_drafts(sequence) for sequence in decoding]
+        rows = self.config.max_step_tokens - layout.rows_left
+        depths = self._drafting.depths([sequence.drafter for sequence in decoding], limits, rows)
+        for sequence, depth in zip(decoding, depths, strict=True):
+            count = min(depth, layout.rows_left)
+            while (room := self._room(sequence)) < count and self.memory.grow(sequence.holding):
+                pass
+            if (count := min(count, room)) > 0:
+                layout.add_drafts(sequence, count)
+
+    def _most_drafts(self, sequence: Sequence) -> int:
+        """The limits of the gang, the request and its span, and one less than the tokens that it may still get."""
+        span = sequence.triggers.inside
+        wanted = (sequence.request.max_draft_tokens, None if span is None else span.max_draft_tokens)
+        limits = [limit for limit in wanted if limit is not None]
+        return min(self.config.max_draft_tokens, *limits, sequence.max_length - len(sequence.tokens) - 1)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens past the next one that its pages hold."""
+        return len(sequence.holding.pages) * self.config.page_size - sequence.length - 1
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a sequence one more page, preempting the latest arrivals for it; False if that was itself."""
@@ -235,6 +269,20 @@ class Scheduler:
         sequence.admitted = self.memory.acquire(len(sequence.tokens))
         self.running.append(sequence)
         return sequence
+
+    def _commit_ring(self, run: Run, num_chosen: int) -> None:
+        """Rows count up to the last that chose; pages that only the others needed go back."""
+        sequence = run.sequence
+        sequence.length = run.start + max(num_chosen, 1)
+        accepted = max(num_chosen - 1, 0)
+        self._drafting.note(sequence.drafter, run.num_drafts, accepted)
+        if run.num_drafts:
+            sequence.drafted += run.num_drafts
+            sequence.accepted += accepted
+            span = sequence.triggers.inside
+            in_call = span is not None and span.max_draft_tokens is not None
+            self.drafts.note("tools" if in_call else "chat", run.num_drafts, accepted)
+            self.memory.trim(sequence.holding, sequence.length)
 
     def _commit_scan(self, run: Run) -> None:
         sequence = run.sequence

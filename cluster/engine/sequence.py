@@ -8,6 +8,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from divisi.cluster.drafting import Drafter
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory import Holding
 from divisi.cluster.request import Request, TokenLogprob
@@ -48,6 +49,12 @@ class Sequence:
     """Follows the answer through the request's grammar, if it has one."""
     allowed_ids: NDArray[np.int64] | None = None
     """The request's `allowed_token_ids`, which may be as many as the vocabulary has, as the sampler wants them."""
+    drafted: int = 0
+    """Tokens that the MTP layer has proposed for it."""
+    accepted: int = 0
+    """Those that stood."""
+    drafter: Drafter = field(default_factory=Drafter)
+    """What is known of its drafts."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """Of the first tokens of the prompt, as far as chunks have been committed. None when not asked for, or sent."""
     triggers: Triggers = field(init=False)

@@ -23,5 +23,9 @@ class EngineStats:
     prefill_tokens: int
     """Tokens computed in prefill chunks, those computed again after a preemption included."""
     generated_tokens: int
+    drafted_tokens: dict[str, int]
+    """Tokens that the MTP layer proposed, by slice and place in the step: `chat 1`."""
+    accepted_tokens: dict[str, int]
+    """Those of them that stood; the answers' tokens all the same."""
     step_seconds: dict[str, float]
-    """Time in steps by part: scheduler, mixer, router, dispatch, experts, sampling, other."""
+    """Time in steps by part: scheduler, mixer, router, dispatch, experts, draft, sampling, other."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from divisi.cluster.engine.memory import PageGrowth
 from divisi.cluster.engine.plan import Run, StepPlan
 from divisi.cluster.engine.scheduler import SchedulerConfig
+from divisi.cluster.engine.step_drafts import Drafts
 from divisi.kernels.gated_delta.layout import Leaves
 from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 
@@ -54,12 +55,12 @@ class BatchBuilder:
         changed = torch.tensor([entries, values]).to(self._device)
         self._page_tables_MN.view(-1).index_copy_(0, changed[0], changed[1].int())
 
-    def build(self, plan: StepPlan) -> StepBatch:
-        """Lay out tokens, positions and memory of a plan's rows."""
+    def build(self, plan: StepPlan, drafts: Drafts) -> StepBatch:
+        """Lay out tokens, positions and memory of the rows of a plan's full pass."""
         ints, num_rows = self._ints, plan.num_rows
         ints.clear()
         positions, kv_rows = ints.reserve(num_rows), ints.reserve(num_rows)
-        self._fill_rings(plan.rings, ints[positions], ints[kv_rows])
+        self._fill_rings(plan.rings, drafts, ints[positions], ints[kv_rows])
         for run in plan.scans:
             self._fill_scan(run, ints[positions], ints[kv_rows])
         decode, prefill = self._decode_slices(plan.rings), self._prefill_slices(plan.scans)
@@ -74,14 +75,46 @@ class BatchBuilder:
             logit_rows_R=self._logit_rows(plan),
         )
 
-    def _fill_rings(self, runs: Sequence[Run], positions: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
-        size, count = self._page_size, _end(runs)
-        rows = [(run.sequence, position) for run in runs for position in range(run.start, run.end)]
-        self._token_ids[:count] = [sequence.tokens[position] for sequence, position in rows]
-        positions[:count] = [position for _, position in rows]
-        kv_rows[:count] = [
-            sequence.holding.pages[position // size] * size + position % size for sequence, position in rows
+    def build_draft(self, plan: StepPlan, index: int, drafts: Drafts) -> StepBatch:
+        """Lay out a draft pass: a row for each run that drafts so far, of its last token or its last draft."""
+        ints, runs = self._ints, plan.drafting[: plan.counts[index]]
+        count, size = len(runs), self._page_size
+        ints.clear()
+        at = [run.start + index for run in runs]
+        self._token_ids[:count] = [max(self._last_token(run, drafts), 0) for run in runs]
+        parts = [
+            ints.put(at),
+            ints.put([_kv_row(run, position, size) for run, position in zip(runs, at, strict=True)]),
+            ints.put([*range(count + 1)]),
+            ints.put([run.source for run in runs]),
+            ints.put([run.sequence.holding.table for run in runs]),
         ]
+        on_device = ints.to(self._device)
+        positions_T, kv_rows_T, starts_S1, slots_S, tables_S = (on_device[part] for part in parts)
+        return StepBatch(
+            token_ids_T=self._token_ids_T[:count].to(self._device),
+            positions_T=positions_T,
+            kv_rows_T=kv_rows_T,
+            decode=DecodeRows(starts_S1, positions_T, slots_S, self._pages(runs, tables_S)),
+            prefill=None,
+            decode_rows=count,
+            logit_rows_R=self._logit_rows_T[:count],
+        )
+
+    @staticmethod
+    def _last_token(run: Run, drafts: Drafts) -> int:
+        own = drafts.of(run)
+        return own[-1] if own else run.sequence.tokens[run.start]
+
+    def _fill_rings(
+        self, runs: Sequence[Run], drafts: Drafts, positions: NDArray[np.int32], kv_rows: NDArray[np.int32]
+    ) -> None:
+        size, count = self._page_size, _end(runs)
+        rows = [(run, position) for run in runs for position in range(run.start, run.end)]
+        tokens = [token for run in runs for token in (run.sequence.tokens[run.start], *drafts.of(run))]
+        self._token_ids[:count] = [max(token, 0) for token in tokens]
+        positions[:count] = [position for _, position in rows]
+        kv_rows[:count] = [_kv_row(run, position, size) for run, position in rows]
 
     def _fill_scan(self, run: Run, positions_T: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
         page_size, rows = self._page_size, slice(run.row, run.row + run.num_rows)
@@ -163,6 +196,10 @@ class _IntBuffer:
 
     def to(self, device: torch.device) -> Tensor:
         return self._host[: self._used].to(device)
+
+
+def _kv_row(run: Run, position: int, page_size: int) -> int:
+    return run.sequence.holding.pages[position // page_size] * page_size + position % page_size
 
 
 def _end(runs: Sequence[Run]) -> int:

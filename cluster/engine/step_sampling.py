@@ -5,24 +5,30 @@ Shapes: R rows of logits, V vocabulary, L rows whose log-probabilities are asked
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from divisi.cluster.engine.grammar import Grammars, Guided
-from divisi.cluster.engine.plan import StepPlan
+from divisi.cluster.engine.grammar import Grammars
+from divisi.cluster.engine.plan import Run, StepPlan
 from divisi.cluster.engine.sequence import Sequence
+from divisi.cluster.engine.step_drafts import Drafts, Row, StepMasks
 from divisi.cluster.request import EndReason, TokenLogprob
 from divisi.model.sampling.logit_rules import SequenceRules
-from divisi.model.sampling.sampler import NO_TOKEN, Logprobs, Sampler, SamplingBatch, SequenceSampling, token_logprobs
+from divisi.model.sampling.sampler import (
+    NO_TOKEN,
+    Logprobs,
+    Sampled,
+    Sampler,
+    SamplingBatch,
+    SequenceSampling,
+    token_logprobs,
+)
 from divisi.model.sampling.token_counts import History
-
-Masks = Future[NDArray[np.int32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,71 +40,127 @@ class Choice:
 
     tokens: list[list[int]] = field(default_factory=list)
     """By run, in the order of the plan's."""
-    logprobs: dict[Sequence, TokenLogprob] = field(default_factory=dict)
+    logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
+    """Of the tokens of a sequence's run."""
     ends: dict[Sequence, EndReason] = field(default_factory=dict)
     failed: dict[Sequence, str] = field(default_factory=dict)
 
 
 class StepSampler:
-    """Samples step after step, keeping the parameters as tensors for as long as the same sequences are sampled."""
+    """Samples step after step, keeping the parameters as tensors for as long as the same sequences are sampled.
+
+    A draft is chosen as the model's token in its place will be: by the same noise and rules, the drafts before it
+    counting as history. It stands if and only if the two are equal (Daliri et al. 2024, arXiv 2408.07978): every token
+    is the model's own choice.
+    """
 
     def __init__(self, sampler: Sampler, grammars: Grammars | None, device: torch.device) -> None:
         self._sampler = sampler
         self._grammars = grammars
         self._device = device
-        self._sampled: list[Sequence] = []
+        self._sampled: list[tuple[Sequence, int]] = []
         self._batch = SamplingBatch(())
-        self._guided: list[Sequence] = []
-        self._chosen_R: Tensor | None = None
+        self._draft_batches: dict[int, tuple[list[Sequence], SamplingBatch]] = {}
+        self._masks = StepMasks(None)
+        self._chosen: list[list[int]] = []
 
-    def start(self, plan: StepPlan) -> Masks | None:
-        """Begin what can be done while the model runs: masks by the requests' grammars."""
-        sampled = [run.sequence for run in plan.choosing]
+    def start(self, plan: StepPlan) -> None:
+        """A step begins, perhaps once more."""
+        runs = plan.choosing
+        sampled = [(run.sequence, 1 + run.num_drafts) for run in runs]
         if sampled and sampled != self._sampled:
-            rows = [_sequence_sampling(sequence) for sequence in sampled]
-            self._sampled, self._batch = sampled, SamplingBatch(rows, self._batch, self._device)
-            self._guided = [sampled[row] for row in self._batch.masked_rows]
-        if not sampled or not self._guided:
-            return None
-        assert self._grammars is not None, "a request with a grammar was accepted"
-        answers = []
-        for sequence in self._guided:
-            guide = sequence.guide
-            assert guide is not None, "a request with a grammar has a guide"
-            answers.append(Guided(guide, sequence.tokens, len(sequence.request.prompt)))
-        return self._grammars.start(answers)
+            sequences = [_sequence_sampling(run.sequence) for run in runs]
+            owners = [owner for owner, (_, rows) in enumerate(sampled) for _ in range(rows)]
+            self._sampled = sampled
+            self._batch = SamplingBatch(sequences, self._batch, self._device, owners)
+        self._masks = StepMasks(self._grammars)
 
-    def choose(self, plan: StepPlan, logits_RV: Tensor, masks: Masks | None) -> Choice:
-        """Sample the next token of each run that chooses one. The step may still be given up after this."""
-        choosing, sampled = plan.choosing, self._sampled
+    def ask(self, rows: Seq[Row], drafts: Drafts) -> None:
+        """Begin what can be done while the rows are computed: masks by the requests' grammars."""
+        self._masks.ask(rows, drafts)
+
+    def draft(self, rows: list[Row], logits_SV: Tensor, drafts: Drafts) -> list[int]:
+        """Choose one more draft for each of the rows' runs; NO_TOKEN where its rules leave none."""
+        batch = self._draft_batch(rows)
+        return self._sample(rows, batch, logits_SV, drafts).token_ids_R.tolist()
+
+    def choose(self, plan: StepPlan, logits_RV: Tensor, drafts: Drafts) -> Choice:
+        """Sample the next tokens of each run that chooses any. The step may still be given up after this."""
+        choosing = plan.choosing
+        self._chosen = []
         if not choosing:
             return Choice([[] for _ in plan.runs])
-        if len(sampled) != logits_RV.shape[0]:
-            logits_RV = logits_RV[[run.chosen_row for run in choosing]]
-        positions_R = np.array([len(sequence.tokens) for sequence in sampled])
-        found = self._sampler.sample(logits_RV, self._batch, positions_R, masks.result() if masks else None)
-        tokens: list[int] = found.token_ids_R.tolist()
-        stuck: list[Sequence] = []
-        if NO_TOKEN in tokens:
-            stuck = [sequence for sequence, token in zip(sampled, tokens, strict=True) if token == NO_TOKEN]
+        rows = rows_of(choosing)
+        if len(rows) != logits_RV.shape[0]:
+            logits_RV = logits_RV[[row for run in choosing for row in run.choosing_rows]]
+        found = self._sample(rows, self._batch, logits_RV, drafts)
+        proposed = iter(found.token_ids_R.tolist())
+        self._chosen = [_stands(run, [next(proposed) for _ in run.choosing_rows], drafts.of(run)) for run in choosing]
+        stuck = [run.sequence for run, tokens in zip(choosing, self._chosen, strict=True) if not tokens]
         ends = {sequence: _how_stuck(sequence) for sequence in stuck}
         failed = {sequence: _why_stuck(sequence) for sequence in stuck if ends[sequence] != "stop"}
-        self._chosen_R = found.token_ids_R
-        chosen = {run.row: [] if run.sequence in ends else [token] for run, token in zip(choosing, tokens, strict=True)}
-        by_run = [chosen.get(run.row, []) for run in plan.runs]
-        if found.logprobs is None:
-            return Choice(by_run, {}, ends, failed)
-        rows = self._batch.logprob_rows
-        asked = [sampled[row] for row in rows]
-        limits = [sequence.request.logprobs or 0 for sequence in asked]
-        told = _told(found.logprobs, [tokens[row] for row in rows], limits)
-        return Choice(by_run, dict(zip(asked, told, strict=True)), ends, failed)
+        by_row = {run.row: tokens for run, tokens in zip(choosing, self._chosen, strict=True)}
+        by_run = [by_row.get(run.row, []) for run in plan.runs]
+        return Choice(by_run, self._told(rows, found), ends, failed)
 
     def commit(self) -> None:
         """Count the tokens of a step that is final: those chosen last."""
-        if self._chosen_R is not None:
-            self._batch.add(self._chosen_R)
-            self._chosen_R = None
+        if self._batch.rules is None:
+            return
+        for place in range(max(map(len, self._chosen), default=0)):
+            column = [tokens[place] if place < len(tokens) else NO_TOKEN for tokens in self._chosen]
+            self._batch.add(torch.tensor(column, device=self._device))
+
+    def _sample(self, rows: list[Row], batch: SamplingBatch, logits_RV: Tensor, drafts: Drafts) -> Sampled:
+        positions_R = np.array([row.position for row in rows])
+        masks = self._masks.of([rows[index] for index in batch.masked_rows])
+        ahead_RA = None if batch.rules is None else drafts.ahead(rows)
+        if ahead_RA is not None:
+            ahead_RA = ahead_RA.to(self._device)
+        return self._sampler.sample(logits_RV, batch, positions_R, masks, ahead_RA)
+
+    def _draft_batch(self, rows: list[Row]) -> SamplingBatch:
+        """Parameters of a draft pass, kept while they need no history: that is the step's own batch's to follow."""
+        ahead, sequences = rows[0].ahead, [row.run.sequence for row in rows]
+        kept = self._draft_batches.get(ahead)
+        if kept is not None and kept[0] == sequences and kept[1].rules is None:
+            return kept[1]
+        parameters = [replace(_sequence_sampling(sequence), logprobs=None) for sequence in sequences]
+        batch = SamplingBatch(parameters, self._batch, self._device)
+        self._draft_batches[ahead] = sequences, batch
+        return batch
+
+    def _told(self, rows: list[Row], found: Sampled) -> dict[Sequence, list[TokenLogprob]]:
+        """The log-probabilities asked for, of tokens that were chosen."""
+        if found.logprobs is None:
+            return {}
+        asked = [rows[index].run.sequence for index in self._batch.logprob_rows]
+        token_ids = found.token_ids_R[self._batch.logprob_rows].tolist()
+        told: dict[Sequence, list[TokenLogprob]] = {}
+        limits = [sequence.request.logprobs or 0 for sequence in asked]
+        for sequence, entry in zip(asked, _told(found.logprobs, token_ids, limits), strict=True):
+            told.setdefault(sequence, []).append(entry)
+        return told
+
+
+def rows_of(runs: Iterable[Run]) -> list[Row]:
+    """The rows that choose tokens, of runs that do."""
+    return [Row(run, ahead) for run in runs for ahead in range(1 + run.num_drafts)]
+
+
+def _stands(run: Run, tokens: list[int], drafts: list[int]) -> list[int]:
+    """Of the model's choices at a run's rows those that follow from drafts that stand; nothing comes after a stop.
+
+    A row after drafts that is left without a token is none yet: it comes first in the next step.
+    """
+    chosen: list[int] = []
+    for token, draft in zip(tokens, [*drafts, NO_TOKEN], strict=True):
+        if token == NO_TOKEN:
+            break
+        chosen.append(token)
+        if token != draft or token in run.sequence.request.stop_ids:
+            break
+    return chosen
 
 
 def tell_prompt(plan: StepPlan, logits_RV: Tensor) -> dict[Sequence, list[TokenLogprob]]:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 
-from divisi.cluster.assembly import load_shard, shard_loop
+from divisi.cluster.assembly import load_shard, served_config, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
@@ -16,7 +16,6 @@ from divisi.cluster.ray.loading import prepare_process, reported
 from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
-from divisi.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class ExpertShardActor:
 
     def __init__(self, spec: GangSpec, index: int) -> None:
         host = prepare_process(spec)
-        config = ModelConfig.load(spec.model_dir)
+        config = served_config(spec)
         with (
             reported(spec.name, f"expert:{index}") as report,
             contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint,

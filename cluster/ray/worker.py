@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
-from divisi.cluster.assembly import build_engine, dispatch_mode, worker_network
+from divisi.cluster.assembly import build_engine, dispatch_mode, served_config, worker_network
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import GangNotReady
@@ -30,7 +30,6 @@ from divisi.cluster.spec import GangSpec
 from divisi.cluster.streams.places import stream_address, stream_places
 from divisi.cluster.streams.server import StreamServer
 from divisi.cluster.streams.wire import Report
-from divisi.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class AttentionRank:
         """
         self._spec = spec
         host = prepare_process(spec)
-        config = ModelConfig.load(spec.model_dir)
+        config = served_config(spec)
         self._inbox = EpochInbox()
         self._loading = True
         self._failure: str | None = None

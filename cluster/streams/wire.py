@@ -83,18 +83,22 @@ class Report:
 class Events:
     """What a step brought to the answers of one connection: columns, since most events are one token and nothing else.
 
-    `tokens` holds an event's ids, or its only id by itself. `details` has what else there is to an event, by its place.
+    `tokens` holds an event's ids, or its only id by itself. By an event's place `drafts` has the counts of an answer with
+    drafts, and `details` what else there is to an event.
     """
 
     numbers: list[int] = field(default_factory=list)
     tokens: list[int | Sequence[int]] = field(default_factory=list)
     details: dict[int, Sequence[Any]] = field(default_factory=dict)
+    drafts: dict[int, Sequence[int]] = field(default_factory=dict)
 
     def add(self, number: int, event: TokenEvent) -> None:
         """Append the next event of answer `number`."""
         if event.finish_reason is not None or event.logprobs is not None or event.prompt_logprobs is not None:
             told, prompt = _plain(event.logprobs), _plain(event.prompt_logprobs)
             self.details[len(self.numbers)] = (event.finish_reason, event.error, event.stop_id, told, prompt)
+        if event.drafted:
+            self.drafts[len(self.numbers)] = (event.drafted, event.accepted)
         self.numbers.append(number)
         ids = event.token_ids
         self.tokens.append(ids[0] if len(ids) == 1 else ids)
@@ -111,18 +115,20 @@ class Events:
 
     def _part(self, begin: int, end: int) -> Events:
         details = {place - begin: told for place, told in self.details.items() if begin <= place < end}
-        return Events(self.numbers[begin:end], self.tokens[begin:end], details)
+        drafts = {place - begin: counts for place, counts in self.drafts.items() if begin <= place < end}
+        return Events(self.numbers[begin:end], self.tokens[begin:end], details, drafts)
 
     def event(self, place: int, request_id: str) -> TokenEvent:
         """The event at a place."""
         found = self.tokens[place]
         ids = (found,) if isinstance(found, int) else tuple(found)
+        drafted, accepted = self.drafts.get(place, (0, 0))
         if place not in self.details:
-            return TokenEvent(request_id, ids, None)
+            return TokenEvent(request_id, ids, None, drafted=drafted, accepted=accepted)
         reason, error, stop_id, told, prompt = self.details[place]
         logprobs = None if told is None else tuple([_logprob(plain) for plain in told])
         prompt_logprobs = None if prompt is None else tuple([plain and _logprob(plain) for plain in prompt])
-        return TokenEvent(request_id, ids, logprobs, prompt_logprobs, reason, error, stop_id)
+        return TokenEvent(request_id, ids, logprobs, prompt_logprobs, reason, error, stop_id, drafted, accepted)
 
 
 Message = Submit | Cancel | Refused | Report | Events
@@ -132,7 +138,8 @@ def encode(message: Message) -> bytes:
     """A message as bytes."""
     match message:
         case Events():
-            fields: tuple[object, ...] = (_EVENTS, _NO_EXTENSIONS, message.numbers, message.tokens, message.details)
+            columns = (message.numbers, message.tokens, message.details, message.drafts)
+            fields: tuple[object, ...] = (_EVENTS, _NO_EXTENSIONS, *columns)
         case Submit(number, request):
             assert request is not None, "only a decoded message has a refusal"
             fields = (_SUBMIT, _NO_EXTENSIONS, number, _prompt_bytes(request.prompt), _plain_request(request))

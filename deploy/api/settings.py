@@ -34,6 +34,8 @@ class ApiSettings(BaseModel):
     """Changes when what computes the answers does."""
     metadata: dict[str, str | int] = {}
     """What /v1/metadata tells of the model."""
+    max_draft_tokens: int = Field(default=0, ge=0)
+    """What the gang drafts for an answer in a step; 0: nothing."""
     retry_after_s: int = Field(default=1, ge=1)
     """`Retry-After` of a 503; a 429 carries what the engine says."""
     status_timeout_s: float = Field(default=2.0, gt=0)

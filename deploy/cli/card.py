@@ -75,4 +75,5 @@ def memory_budget(settings: Settings, fitted: Fit, config: ModelConfig) -> Memor
         max_seqs=cache.max_seqs,
         max_model_len=fitted.max_model_len,
         dtype=getattr(torch, fitted.dtype),
+        max_rows=1 + fitted.max_draft_tokens,
     )

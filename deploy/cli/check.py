@@ -36,14 +36,13 @@ def check_deployment(settings: Settings, num_gpus: float, gpu_memory: int | None
     # Late: `divisi --help` should not take the seconds that importing torch takes.
     from divisi.cluster.door import Secret, TlsFiles
     from divisi.deploy.cli.card import kv_memory_left
-    from divisi.deploy.fit import fit
+    from divisi.deploy.fit import fit, used_model
     from divisi.deploy.limits import KeyFile
     from divisi.deploy.logs import check_log_file
-    from divisi.model.config import ModelConfig
     from divisi.model.text import TextCodec
 
     model_dir = settings.model.model_dir
-    config = ModelConfig.load(model_dir)
+    config = used_model(settings, model_dir)
     fitted = fit(settings, config, num_gpus)
     codec = TextCodec.load(model_dir)
     if codec.template is not None:

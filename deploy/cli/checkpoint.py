@@ -33,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--layout", choices=("published", "packed"), default="published",
         help="a tensor per expert, or all experts of a layer in one (default: published)",
     )  # fmt: skip
+    random.add_argument("--mtp", action="store_true", help="with a multi-token prediction layer")
     random.set_defaults(run=run)
 
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from divisi.model.random_checkpoint import write_random_checkpoint
 
     try:
-        config = write_random_checkpoint(args.out, config_json, args.seed, args.layout)
+        config = write_random_checkpoint(args.out, config_json, args.seed, args.layout, mtp=args.mtp)
     except OSError as error:
         raise SettingsError(f"--out: cannot write {error.filename or args.out}: {error.strerror}") from None
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))

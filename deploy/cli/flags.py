@@ -28,6 +28,7 @@ _FIELDS = {
     "page_size": ("cache", "page_size"),
     "max_seqs": ("cache", "max_seqs"),
     "max_step_tokens": ("cache", "max_step_tokens"),
+    "mtp_max_draft_tokens": ("mtp", "max_draft_tokens"),
     "host": ("http", "host"),
     "port": ("http", "port"),
     "served_model_name": ("http", "served_model_name"),
@@ -96,6 +97,11 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--page-size", metavar="TOKENS", help="tokens per KV page (default: 16)")
     cache.add_argument("--max-seqs", metavar="N", help="sequences that run at once (default: 32)")
     cache.add_argument("--max-step-tokens", metavar="N", help="token budget of one step (default: 512)")
+    mtp = parser.add_argument_group("multi-token prediction")
+    mtp.add_argument(
+        "--mtp-max-draft-tokens", metavar="N",
+        help="most tokens drafted for an answer in a step, 0 to 8; 0 is off (default: 3 where the model can draft)",
+    )  # fmt: skip
 
 
 def add_connection_flags(parser: argparse.ArgumentParser) -> None:

@@ -86,7 +86,7 @@ def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoin
         },
         "ranks": [_rank(role, settings, fitted, config, checkpoint) for role in roles],
         "notes": list(fitted.notes),
-        "mtp": {"tensors": len(mtp), "bytes": sum(mtp), "loaded": False},
+        "mtp": {"tensors": len(mtp), "bytes": sum(mtp), "max_draft_tokens": fitted.max_draft_tokens},
     }
 
 
@@ -140,7 +140,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     )
     lines += report["notes"]
     if mtp["tensors"]:
-        lines.append(f"MTP layer: {mtp['tensors']} tensors, {_size(mtp['bytes'])}, recognised and not loaded")
+        use = f"drafts up to {mtp['max_draft_tokens']} tokens" if mtp["max_draft_tokens"] else "off and not loaded"
+        lines.append(f"MTP layer: {mtp['tensors']} tensors, {_size(mtp['bytes'])}, {use}")
     return lines
 
 

@@ -78,17 +78,17 @@ static void add_values(const KV* values, long stride, const float* p, long ldp, 
 struct Block { long run, row, count; };  // rows of one run that are worked on together
 
 // The queries of one KV head in `count` rows, of which the first sees `visible` tokens and each later one a token more. Page
-// by page, with a running softmax (Milakov & Gimelshein 2018). Rows share the reading of a page, but what each gets depends on
+// by page, with a running softmax (Milakov & Gimelshein 2018), from position `first` on. Rows share the reading of a page, but what each gets depends on
 // its own query and position alone: sums over tokens run in their order, page by page, whatever rows are beside it.
 template <class KV>
 struct Attend {
-  long page_size, group, kvh, d;
+  long page_size, group, kvh, d, first;
   float scale;
   std::vector<const float*> queries;
   std::vector<float> top, total, scores, acc;
 
-  Attend(long page_size, long group, long kvh, long d, long most)
-      : page_size(page_size), group(group), kvh(kvh), d(d), scale(1.0f / sqrtf((float)d)), queries(most * group),
+  Attend(long page_size, long group, long kvh, long d, long first, long most)
+      : page_size(page_size), group(group), kvh(kvh), d(d), first(first), scale(1.0f / sqrtf((float)d)), queries(most * group),
         top(most * group), total(most * group), scores(most * group * page_size), acc(most * group * d) {}
 
   void operator()(const float* q, long count, long visible, const KV* keys, const KV* values, const int32_t* pages) {
@@ -96,17 +96,19 @@ struct Attend {
     for (long g = 0; g < m; g++) queries[g] = q + (g / group * kvh * group + g % group) * d;
     for (long g = 0; g < m; g++) { top[g] = -INFINITY; total[g] = 0.0f; }
     memset(acc.data(), 0, m * d * sizeof(float));
-    for (long at = 0; at < last; at += page_size) {
-      long n = last - at < page_size ? last - at : page_size, base = (long)pages[at / page_size] * page_size * kvh * d;
+    for (long at = first / page_size * page_size; at < last; at += page_size) {
+      long skip = first > at ? first - at : 0, n = last - at < page_size ? last - at : page_size, base = (long)pages[at / page_size] * page_size * kvh * d;
       dot_block<KV>(queries.data(), m, keys + base, kvh * d, n, d, scores.data(), page_size);
       for (long r = 0; r < count; r++) {
-        long own = visible + r - at < n ? visible + r - at : n;
+        long own = (visible + r - at < n ? visible + r - at : n) - skip;
         if (own <= 0) continue;
         long g = r * group, end = g + group;
-        for (long i = g; i < end; i++) soften(i, own);
-        for (; g + 4 <= end; g += 4) add_values<4>(values + base, kvh * d, &scores[g * page_size], page_size, own, d, &acc[g * d]);
-        for (; g + 2 <= end; g += 2) add_values<2>(values + base, kvh * d, &scores[g * page_size], page_size, own, d, &acc[g * d]);
-        for (; g < end; g++) add_values<1>(values + base, kvh * d, &scores[g * page_size], page_size, own, d, &acc[g * d]);
+        const KV* seen = values + base + skip * kvh * d;
+        float* weights = scores.data() + skip;
+        for (long i = g; i < end; i++) soften(i, weights + i * page_size, own);
+        for (; g + 4 <= end; g += 4) add_values<4>(seen, kvh * d, weights + g * page_size, page_size, own, d, &acc[g * d]);
+        for (; g + 2 <= end; g += 2) add_values<2>(seen, kvh * d, weights + g * page_size, page_size, own, d, &acc[g * d]);
+        for (; g < end; g++) add_values<1>(seen, kvh * d, weights + g * page_size, page_size, own, d, &acc[g * d]);
       }
     }
     for (long g = 0; g < m; g++)
@@ -114,8 +116,8 @@ struct Attend {
   }
 
   // Scores of one query against a page become weights; what it summed before is scaled to the new maximum.
-  void soften(long g, long n) {
-    float *s = &scores[g * page_size], *o = &acc[g * d], best = top[g];
+  void soften(long g, float* s, long n) {
+    float *o = &acc[g * d], best = top[g];
     for (long i = 0; i < n; i++) s[i] *= scale;
     for (long i = 0; i < n; i++) best = s[i] > best ? s[i] : best;
     float keep = top[g] == -INFINITY ? 0.0f : fast_exp(top[g] - best);
@@ -129,8 +131,8 @@ struct Attend {
 
 template <class KV>
 static void attend_runs(const float* q, const float* rows, const KV* keys, const KV* values, long page_size, const int32_t* starts,
-                        const int32_t* lengths, const int32_t* pages, long max_pages, float* out, long runs, long qh,
-                        long kvh, long d, int threads) {
+                        const int32_t* lengths, const int32_t* pages, long max_pages, long first, float* out, long runs,
+                        long qh, long kvh, long d, int threads) {
   constexpr long MOST = 8;
   long group = qh / kvh, width = (2 * qh + 2 * kvh) * d;
   std::vector<Block> blocks;
@@ -140,7 +142,7 @@ static void attend_runs(const float* q, const float* rows, const KV* keys, const
   }
 #pragma omp parallel num_threads(threads)
   {
-    Attend<KV> attend(page_size, group, kvh, d, MOST);
+    Attend<KV> attend(page_size, group, kvh, d, first, MOST);
 #pragma omp for schedule(dynamic) collapse(2)
     for (long b = 0; b < (long)blocks.size(); b++)
       for (long h = 0; h < kvh; h++) {
@@ -157,11 +159,11 @@ static void attend_runs(const float* q, const float* rows, const KV* keys, const
 
 extern "C" void divisi_attention(const float* q, const float* rows, const void* keys, const void* values, int kv_is_bf16,
                                  long page_size, const int32_t* starts, const int32_t* lengths, const int32_t* pages, long max_pages,
-                                 float* out, long runs, long qh, long kvh, long d, int threads) {
+                                 long first, float* out, long runs, long qh, long kvh, long d, int threads) {
   if (kv_is_bf16)
-    attend_runs(q, rows, (const bf16*)keys, (const bf16*)values, page_size, starts, lengths, pages, max_pages, out, runs, qh,
-                kvh, d, threads);
+    attend_runs(q, rows, (const bf16*)keys, (const bf16*)values, page_size, starts, lengths, pages, max_pages, first, out, runs,
+                qh, kvh, d, threads);
   else
-    attend_runs(q, rows, (const float*)keys, (const float*)values, page_size, starts, lengths, pages, max_pages, out, runs, qh,
-                kvh, d, threads);
+    attend_runs(q, rows, (const float*)keys, (const float*)values, page_size, starts, lengths, pages, max_pages, first, out, runs,
+                qh, kvh, d, threads);
 }

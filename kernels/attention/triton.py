@@ -89,6 +89,7 @@ def attention_split_fwd_kernel(
     p_q, p_key, p_value, p_starts, p_lengths, p_pages, p_part, p_part_max, p_part_sum,
     scale, pages_stride, num_splits,
     Q: tl.constexpr, J: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of one run's keys for all its rows and the query heads of key head j; unnormalised results."""
@@ -99,6 +100,7 @@ def attention_split_fwd_kernel(
     length = tl.load(p_lengths + i_s)
     begin = i_split * SPLIT
     end = tl.minimum(begin + SPLIT, length + num_rows)
+    begin = tl.maximum(begin, FIRST)
     if begin < end:
         i_d = tl.arange(0, BLOCK_D)
         for i_m in range(0, num_rows * GROUP, BLOCK_M):
@@ -189,11 +191,20 @@ def attention_prefill_fwd_kernel(
 
 
 def attention_decode(
-    q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor, *, chip: Chip
+    q_TQD: Tensor,
+    rows_TP: Tensor,
+    pool: KvPool,
+    starts_S1: Tensor,
+    lengths_S: Tensor,
+    pages_SN: Tensor,
+    first: int = 0,
+    *,
+    chip: Chip,
 ) -> Tensor:
     """See ``attend_runs`` in reference.py. Rows past the last run's are padding: their output is zero."""
     if q_TQD.shape[2] > _MOST_DIM:
-        return _by_reference(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN)
+        return _by_reference(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN, first)
+    assert first < _SPLIT, "every split has keys"
     (tokens, heads, dim), kv_heads, runs = q_TQD.shape, pool.key_PJD.shape[1], lengths_S.shape[0]
     most_keys = pages_SN.shape[1] * pool.page_size
     split = max(_SPLIT, triton.next_power_of_2(triton.cdiv(most_keys, _MOST_SPLITS)))
@@ -212,7 +223,7 @@ def attention_decode(
     attention_split_fwd_kernel[(splits, kv_heads, runs)](
         q_TQD, pool.key_PJD, pool.value_PJD, starts_S1, lengths_S, pages_SN, part_TQZD, part_max_TQZ, part_sum_TQZ,
         _scale(dim), pages_SN.stride(0), splits, Q=heads, J=kv_heads, D=dim, PAGE=pool.page_size, SPLIT=split,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d, STAGES=tiles.stages,
+        FIRST=first, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d, STAGES=tiles.stages,
         PRECISION=_precision(pool), num_warps=tiles.warps,
     )  # fmt: skip
     gate_TX = rows_TP[:, heads * dim :]

@@ -185,14 +185,21 @@ class NativeKernels:
         return q_TQD
 
     def attention_decode(
-        self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
+        self,
+        q_TQD: Tensor,
+        rows_TP: Tensor,
+        pool: KvPool,
+        starts_S1: Tensor,
+        lengths_S: Tensor,
+        pages_SN: Tensor,
+        first: int = 0,
     ) -> Tensor:
         tokens, heads, dim = q_TQD.shape
         out_TX = torch.empty((tokens, heads * dim))
         self._library.divisi_attention(
             _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(),
             pool.key_PJD.dtype is torch.bfloat16, pool.page_size, _pointer(starts_S1), _pointer(lengths_S),
-            pages_SN.data_ptr(), pages_SN.stride(0), out_TX.data_ptr(), lengths_S.shape[0], heads,
+            pages_SN.data_ptr(), pages_SN.stride(0), first, out_TX.data_ptr(), lengths_S.shape[0], heads,
             pool.key_PJD.shape[1], dim, torch.get_num_threads(),
         )  # fmt: skip
         return out_TX

@@ -1,7 +1,8 @@
-"""Names and shapes of the tensors of `Qwen3NextForCausalLM`, as published."""
+"""Names and shapes of the tensors of `Qwen3NextForCausalLM` and its MTP layer, as published."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from divisi.model.config import ModelConfig
@@ -12,7 +13,7 @@ EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def main_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every tensor of the main model but the routed experts': what an attention worker holds."""
+    """Every tensor but the routed experts': what an attention worker holds. With the MTP layer's, where it is used."""
     hidden = config.hidden_size
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
@@ -21,43 +22,44 @@ def main_shapes(config: ModelConfig) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     for layer, kind in enumerate(config.layer_types):
-        prefix = f"model.layers.{layer}."
-        mixer = _full_attention(config) if kind == "full_attention" else _linear_attention(config)
-        ffn = _moe(config) if config.is_moe(layer) else _mlp("mlp.", hidden, config.intermediate_size)
-        norms: dict[str, Shape] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-        shapes |= {prefix + name: shape for name, shape in (norms | mixer | ffn).items()}
+        shapes |= _layer(config, layer, _full_attention if kind == "full_attention" else _linear_attention)
+    if config.mtp_layers:
+        norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        shapes |= {f"mtp.{name}.weight": (hidden,) for name in norms}
+        shapes |= {"mtp.fc.weight": (hidden, 2 * hidden)} | _layer(config, config.mtp_index, _full_attention)
     return shapes
+
+
+def layer_prefix(config: ModelConfig, layer: int) -> str:
+    """What the names of a layer's tensors begin with; the layer after the last is the MTP layer."""
+    return "mtp.layers.0" if layer == config.mtp_index else f"model.layers.{layer}"
 
 
 def expert_shapes(config: ModelConfig, layer: int, expert: int) -> dict[str, Shape]:
     """One routed expert of one layer, a tensor per projection."""
     hidden, inner = config.hidden_size, config.moe_intermediate_size
-    gate, up, down = (expert_name(layer, expert, part) for part in EXPERT_PARTS)
+    prefix = f"{layer_prefix(config, layer)}.mlp.experts.{expert}"
+    gate, up, down = (f"{prefix}.{part}.weight" for part in EXPERT_PARTS)
     return {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
 
 
 def packed_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     """All routed experts of one layer in two tensors; in `gate_up_proj` the gate's rows come first."""
     experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    return {
-        packed_name(layer, "gate_up_proj"): (experts, 2 * inner, hidden),
-        packed_name(layer, "down_proj"): (experts, hidden, inner),
-    }
-
-
-def expert_name(layer: int, expert: int, part: str) -> str:
-    """Name of an expert's projection in the published layout."""
-    return f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
-
-
-def packed_name(layer: int, part: str) -> str:
-    """Name of a layer's packed projections."""
-    return f"model.layers.{layer}.mlp.experts.{part}"
+    prefix = f"{layer_prefix(config, layer)}.mlp.experts"
+    return {f"{prefix}.gate_up_proj": (experts, 2 * inner, hidden), f"{prefix}.down_proj": (experts, hidden, inner)}
 
 
 def belongs_to_main_model(name: str) -> bool:
     """Whether a tensor's name says that the main model uses it (buffers of old exports are no weights)."""
     return name.startswith(("model.", "lm_head.")) and not name.endswith(".inv_freq")
+
+
+def _layer(config: ModelConfig, layer: int, mixer: Callable[[ModelConfig], dict[str, Shape]]) -> dict[str, Shape]:
+    hidden, prefix = config.hidden_size, layer_prefix(config, layer)
+    ffn = _moe(config) if config.is_moe(layer) else _mlp("mlp.", hidden, config.intermediate_size)
+    norms: dict[str, Shape] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    return {f"{prefix}.{name}": shape for name, shape in (norms | mixer(config) | ffn).items()}
 
 
 def _full_attention(config: ModelConfig) -> dict[str, Shape]:

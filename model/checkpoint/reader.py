@@ -17,13 +17,10 @@ from torch import Tensor
 
 from divisi.model.checkpoint.index import DTYPE_BYTES, TensorInfo, read_index
 from divisi.model.checkpoint.layout import (
-    EXPERT_PARTS,
     Shape,
     belongs_to_main_model,
-    expert_name,
     expert_shapes,
     main_shapes,
-    packed_name,
     packed_shapes,
 )
 from divisi.model.config import ModelConfig
@@ -83,7 +80,7 @@ class Checkpoint:
         count, hidden, inner = len(expert_ids), config.hidden_size, config.moe_intermediate_size
         gate_up_EFD = torch.empty((count, 2 * inner, hidden), dtype=dtype)
         down_EDI = torch.empty((count, hidden, inner), dtype=dtype)
-        if self.is_packed(layer):
+        if self._is_packed(config, layer):
             outputs = (gate_up_EFD, down_EDI)
             for out, (name, shape) in zip(outputs, packed_shapes(config, layer).items(), strict=True):
                 self.check(name, shape)
@@ -97,16 +94,6 @@ class Checkpoint:
                 self._copy(out, self._view(name, None), self.tensors[name])
         return gate_up_EFD, down_EDI
 
-    def is_packed(self, layer: int) -> bool:
-        """Whether a layer's experts are in the packed form. Raises CheckpointError where both forms are there."""
-        packed = packed_name(layer, "down_proj") in self.tensors
-        if packed and expert_name(layer, 0, EXPERT_PARTS[2]) in self.tensors:
-            raise CheckpointError(
-                f"{packed_name(layer, 'down_proj')}: found beside {expert_name(layer, 0, EXPERT_PARTS[2])}; "
-                f"expected the packed or the per-expert form, not both"
-            )
-        return packed
-
     def check(self, name: str, shape: Shape) -> None:
         """Raise CheckpointError unless the tensor is there, of this shape, in a dtype that is read."""
         info = self._info(name)
@@ -118,14 +105,14 @@ class Checkpoint:
             raise CheckpointError(f"{name}: expected dtype BF16, F16 or F32, found {info.dtype} in {info.file.name}")
 
     def check_all(self, config: ModelConfig) -> None:
-        """Check names, shapes and dtypes of the whole main model by the headers. Raises CheckpointError.
+        """Check names, shapes and dtypes of the whole model by the headers. Raises CheckpointError.
 
-        Tensors of the MTP layer (`mtp.*`) and those outside the main model are left alone; one that looks like
-        part of the main model but is not expected is an error, since config.json then describes another model.
+        Those of the MTP layer are checked where the config uses it. What else is outside the main model is left alone;
+        what looks like part of it but is not expected is an error, since config.json then describes another model.
         """
         expected = main_shapes(config)
-        for layer in config.moe_layers:
-            if self.is_packed(layer):
+        for layer in (*config.moe_layers, *config.draft_moe_layers):
+            if self._is_packed(config, layer):
                 expected |= packed_shapes(config, layer)
             else:
                 for expert in range(config.num_experts):
@@ -141,6 +128,15 @@ class Checkpoint:
                     f"{name}: expected no such tensor by config.json, found one of shape {list(info.shape)} "
                     f"in {info.file.name}; does config.json belong to these weights?"
                 )
+
+    def _is_packed(self, config: ModelConfig, layer: int) -> bool:
+        """Whether a layer's experts are in the packed form. Raises CheckpointError where both forms are there."""
+        packed, single = [*packed_shapes(config, layer)][-1], [*expert_shapes(config, layer, 0)][-1]
+        if packed in self.tensors and single in self.tensors:
+            raise CheckpointError(
+                f"{packed}: found beside {single}; expected the packed or the per-expert form, not both"
+            )
+        return packed in self.tensors
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

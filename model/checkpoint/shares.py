@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from divisi.model.checkpoint.index import TensorInfo
-from divisi.model.checkpoint.layout import expert_shapes, main_shapes, packed_name, packed_shapes
+from divisi.model.checkpoint.layout import expert_shapes, main_shapes, packed_shapes
 from divisi.model.config import DTYPE_BYTES, ModelConfig
 from divisi.model.placement import Role
 
@@ -28,8 +28,8 @@ def rank_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, 
         for name, shape in main_shapes(config).items():
             add(name, shape)
     if role.experts:
-        for layer in config.moe_layers:
-            if tensors is not None and packed_name(layer, "down_proj") in tensors:
+        for layer in (*config.moe_layers, *config.draft_moe_layers):
+            if tensors is not None and all(name in tensors for name in packed_shapes(config, layer)):
                 for name in packed_shapes(config, layer):
                     label = f"{name}[{role.experts.start}:{role.experts.stop}]"
                     share[label] = tensors[name].num_bytes * len(role.experts) // config.num_experts

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from divisi.model.checkpoint.index import SINGLE_FILE
 from divisi.model.checkpoint.layout import EXPERT_PARTS
 from divisi.model.config import ModelConfig
 from divisi.model.demo.network import Network
 from divisi.model.demo.tokenizer import END_OF_TEXT, END_OF_TURN
+from divisi.model.tensor_names import SINGLE_FILE
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],

@@ -9,7 +9,6 @@ from random import Random
 import torch
 from tqdm import tqdm
 
-from divisi.model.checkpoint.index import SINGLE_FILE
 from divisi.model.config import ModelConfig
 from divisi.model.demo.corpus.conversation import render
 from divisi.model.demo.corpus.mixture import Mix, make_conversation
@@ -19,6 +18,7 @@ from divisi.model.demo.network import Network
 from divisi.model.demo.network.induction import plant_induction
 from divisi.model.demo.tokenizer import train_tokenizer, write_tokenizer
 from divisi.model.demo.train import TASTE, Job, Stage, train
+from divisi.model.tensor_names import SINGLE_FILE
 from divisi.model.text.template import ChatTemplate
 
 _CONVERSATIONS = 12_000

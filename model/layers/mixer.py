@@ -24,16 +24,20 @@ def attention(
     x_TD: Tensor,
     cos_sin_TR: Tensor,
     batch: StepBatch,
+    first: int = 0,
 ) -> Tensor:
-    """Write the step's keys and values to their pages and attend; return ``y_TD``."""
-    rows_TP = _biased(kernels.linear(x_TD, weights.rows_PD), weights.rows_bias_P)
+    """Write the step's keys and values to their pages and attend; return ``y_TD``.
+
+    ``first`` is the first position that a sequence has keys and values of, for batches of decoding rows alone.
+    """
+    rows_TP = biased(kernels.linear(x_TD, weights.rows_PD), weights.rows_bias_P)
     q_TQD = kernels.attention_inputs(rows_TP, cos_sin_TR, weights.norm, pool, batch.kv_rows_T, num_heads)
     parts = []
     if batch.decode is not None:
         rows, decode = slice(0, batch.decode_rows), batch.decode
         parts.append(
             kernels.attention_decode(
-                q_TQD[rows], rows_TP[rows], pool, decode.starts_S1, decode.lengths_S, decode.pages_SN
+                q_TQD[rows], rows_TP[rows], pool, decode.starts_S1, decode.lengths_S, decode.pages_SN, first
             )
         )
     if batch.prefill is not None:
@@ -43,7 +47,7 @@ def attention(
                 q_TQD[rows], rows_TP[rows], pool, prefill.starts_S1, prefill.lengths_S, prefill.pages_SN
             )
         )
-    return _biased(kernels.linear(_joined(parts), weights.out_DX), weights.out_bias_D)
+    return biased(kernels.linear(_joined(parts), weights.out_DX), weights.out_bias_D)
 
 
 def delta_net(kernels: Kernels, weights: DeltaNetWeights, state: DeltaState, x_TD: Tensor, batch: StepBatch) -> Tensor:
@@ -71,5 +75,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _biased(x_TN: Tensor, bias_N: Tensor | None) -> Tensor:
+def biased(x_TN: Tensor, bias_N: Tensor | None) -> Tensor:
+    """A projection's output with its bias, if it has one."""
     return x_TN if bias_N is None else x_TN + bias_N

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from divisi.model.sampling.token_counts import History, TokenCounts
+from divisi.model.sampling.token_counts import History, TokenCounts, counted_ahead
 
 _ANY = -1
 """Stands in a bad word's prefix where every token matches, since the prefix is shorter than the longest."""
@@ -96,10 +96,17 @@ class RuleBatch:
             known = previous._penalties if previous else None
             self._penalties = _Penalties(sequences, histories, owners, known, device)
 
-    def apply_(self, logits_RV: Tensor, positions_R: NDArray[np.int64], masks: NDArray[np.int32] | None) -> None:
+    def apply_(
+        self,
+        logits_RV: Tensor,
+        positions_R: NDArray[np.int64],
+        masks: NDArray[np.int32] | None,
+        ahead_RA: Tensor | None = None,
+    ) -> None:
         """Change the logits in place, for tokens at `positions_R`.
 
         `masks`: int32 [M, ceil(V / 32)], the bits of the tokens allowed in each `masked` row, the lowest bit first.
+        `ahead_RA`: see `Sampler.sample`.
         """
         if len(self._masked_rows_M):
             assert masks is not None, "rows with a mask get one in each step"
@@ -113,16 +120,16 @@ class RuleBatch:
             kept_F = logits_RV[rows_F, ids_F]
             logits_RV.index_fill_(0, self._limited_rows, -torch.inf)
             logits_RV[rows_F, ids_F] = kept_F
-        self._bad_words.ban_(logits_RV)
+        self._bad_words.ban_(logits_RV, ahead_RA)
         self._mask_early_stops_(logits_RV, positions_R)
         if len(self._biases_F):
             rows_F, ids_F = self._biased_2F
             logits_RV[rows_F, ids_F] += self._biases_F
         if self._penalties is not None:
-            self._penalties.apply_(logits_RV)
+            self._penalties.apply_(logits_RV, ahead_RA)
 
     def add(self, token_ids_S: Tensor) -> None:
-        """Count the next token of each sequence, once it is committed."""
+        """Count the next token of each sequence, once it is committed; below 0 where there is none."""
         self._bad_words.add(token_ids_S)
         if self._penalties is not None:
             self._penalties.add(token_ids_S)
@@ -164,10 +171,15 @@ class _BadWords:
         tails = [_tail(history, self._length) if words else [] for history in histories]
         self._tails_ST = torch.tensor(tails, dtype=torch.int64, device=device)
 
-    def ban_(self, logits_RV: Tensor) -> None:
+    def ban_(self, logits_RV: Tensor, ahead_RA: Tensor | None) -> None:
         if not len(self._rows_W):
             return
-        matches_WT = (self._prefixes_WT == self._tails_ST[self._owners_W]) | (self._prefixes_WT == _ANY)
+        tails_WT = self._tails_ST[self._owners_W]
+        if ahead_RA is not None and self._length:
+            ahead_WA = ahead_RA[self._rows_W]
+            columns_T = torch.arange(self._length, device=ahead_WA.device)
+            tails_WT = torch.cat([tails_WT, ahead_WA], 1).gather(1, (ahead_WA >= 0).sum(1)[:, None] + columns_T)
+        matches_WT = (self._prefixes_WT == tails_WT) | (self._prefixes_WT == _ANY)
         ban_W = torch.zeros(len(self._rows_W), device=logits_RV.device)
         ban_W.masked_fill_(matches_WT.all(dim=1), -torch.inf)
         # Added, since several words of a row may end in the same token.
@@ -175,7 +187,9 @@ class _BadWords:
 
     def add(self, token_ids_S: Tensor) -> None:
         if self._length:
-            self._tails_ST = torch.cat([self._tails_ST[:, 1:], token_ids_S[:, None]], dim=1)
+            token_ids_S1 = token_ids_S[:, None]
+            moved_ST = torch.cat([self._tails_ST[:, 1:], token_ids_S1], dim=1)
+            self._tails_ST = torch.where(token_ids_S1 >= 0, moved_ST, self._tails_ST)
 
 
 class _Penalties:
@@ -203,10 +217,12 @@ class _Penalties:
         columns = torch.tensor(values, dtype=torch.float32, device=device).T[:, :, None]
         self._repetition_P1, self._frequency_P1, self._presence_P1 = columns
 
-    def apply_(self, logits_RV: Tensor) -> None:
+    def apply_(self, logits_RV: Tensor, ahead_RA: Tensor | None) -> None:
         ids_PH, counts_PH = self._counts.ids_QH, self._counts.counts_QH
         if len(self._places_P) != len(self._sequences_Q):
             ids_PH, counts_PH = ids_PH[self._places_P], counts_PH[self._places_P]
+        if ahead_RA is not None:
+            ids_PH, counts_PH = counted_ahead(ids_PH, counts_PH, ahead_RA[self._rows_P])
         logits_PH = logits_RV[self._rows_P[:, None], ids_PH]
         scale_PH = torch.where(logits_PH > 0, 1 / self._repetition_P1, self._repetition_P1)
         logits_PH = logits_PH * scale_PH - self._frequency_P1 * counts_PH - self._presence_P1 * (counts_PH > 0)

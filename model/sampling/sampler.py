@@ -98,7 +98,7 @@ class SamplingBatch:
         self.most_logprobs = max((row.logprobs or 0 for row in rows), default=0)
 
     def add(self, token_ids_S: Tensor) -> None:
-        """Take note of the sequences' next tokens, once they are committed."""
+        """Take note of the sequences' next tokens, once they are committed; NO_TOKEN where there is none."""
         if self.rules is not None:
             self.rules.add(token_ids_S[self._ruled_sequences])
 
@@ -176,10 +176,13 @@ class Sampler:
         batch: SamplingBatch,
         positions_R: NDArray[np.int64],
         masks: NDArray[np.int32] | None = None,
+        ahead_RA: Tensor | None = None,
     ) -> Sampled:
         """Choose the tokens that stand at `positions_R` of their sequences. The logits (fp32) are left as they are.
 
-        `masks`: see `RuleBatch.apply_`, for `batch.masked_rows`. A row of which the rules leave no token gets NO_TOKEN.
+        `masks`: see `RuleBatch.apply_`, for `batch.masked_rows`. `ahead_RA`: tokens before each row's that are not
+        committed (int64), the earliest first, then NO_TOKEN; rules see them as history. A row of which the rules leave
+        no token gets NO_TOKEN.
         Log-probabilities are of the logits as they came, before any rule.
         """
         assert logits_RV.shape[0] == batch.size == len(positions_R)
@@ -194,7 +197,7 @@ class Sampler:
             rows = torch.from_numpy(batch.ruled.rows).to(device)
             positions = positions_R[batch.ruled.rows]
             changed_RV = logits_RV[rows]
-            batch.rules.apply_(changed_RV, positions, masks)
+            batch.rules.apply_(changed_RV, positions, masks, None if ahead_RA is None else ahead_RA[rows])
             chosen_R = _choose(changed_RV, batch.ruled, positions)
             nothing_R = changed_RV.gather(-1, chosen_R[:, None])[:, 0] == -torch.inf
             token_ids_R[rows] = chosen_R.masked_fill_(nothing_R, NO_TOKEN)

@@ -49,7 +49,7 @@ class TokenCounts:
         self._added = 0
 
     def add(self, token_ids_Q: Tensor) -> None:
-        """Count one more token of each row's answer."""
+        """Count one more token of each row's answer; none where it is below 0."""
         if self.ids_QH.shape[1] == max(self._sizes) + self._added:
             self.ids_QH = torch.cat([self.ids_QH, self.ids_QH[:, :1].expand(-1, _ROOM)], dim=1)
             self.counts_QH = torch.cat([self.counts_QH, self.counts_QH[:, :1].expand(-1, _ROOM)], dim=1)
@@ -57,7 +57,7 @@ class TokenCounts:
         ids_Q1 = token_ids_Q[:, None]
         same_QH = self.ids_QH == ids_Q1
         self.counts_QH += same_QH
-        is_new_Q1 = ~same_QH.any(dim=1, keepdim=True)
+        is_new_Q1 = ~same_QH.any(dim=1, keepdim=True) & (ids_Q1 >= 0)
         # A token that is not new overwrites padding with padding.
         for values_QH, new_Q1 in ((self.ids_QH, ids_Q1), (self.counts_QH, torch.ones_like(ids_Q1).float())):
             padding_Q1 = values_QH[:, :1]
@@ -70,6 +70,19 @@ class TokenCounts:
             return None
         size = int(self._sizes_Q1[row])
         return self.ids_QH[row, :size], self.counts_QH[row, :size]
+
+
+def counted_ahead(ids_PH: Tensor, counts_PH: Tensor, ahead_PA: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's tokens and counts with A more tokens of its answer, as if they had been added; below 0: none."""
+    for column_P1 in ahead_PA.split(1, dim=1):
+        is_there_P1 = column_P1 >= 0
+        ids_P1 = torch.where(is_there_P1, column_P1, ids_PH[:, :1])  # padding, as everywhere
+        same_PH = ids_PH == ids_P1
+        counts_PH = counts_PH + (same_PH & is_there_P1)
+        known_P1 = torch.where(same_PH, counts_PH, 0.0).amax(dim=1, keepdim=True)
+        count_P1 = torch.where(same_PH.any(dim=1, keepdim=True), known_P1, 1.0)
+        ids_PH, counts_PH = torch.cat([ids_PH, ids_P1], dim=1), torch.cat([counts_PH, count_P1], dim=1)
+    return ids_PH, counts_PH
 
 
 def _counted(history: History, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from divisi.deploy.fit import fit
 from divisi.deploy.serve_app import gang_spec
 from divisi.deploy.settings import Settings, SettingsError
 from divisi.model.config import ModelConfig
+from divisi.model.errors import ConfigError
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 
 POSITIONS = int(SMALL_CONFIG["max_position_embeddings"])
@@ -29,7 +30,23 @@ PAGE = 16 * CONFIG.kv_values_per_token * 2
 
 def settings(*, dtype: str = "auto", length: int | None = None, device: str = "cpu", **cache: object) -> Settings:
     model = {"model_dir": "/m", "dtype": dtype, "max_model_len": length}
-    return Settings.from_args({"model": model, "gang": {"device": device}, "cache": cache})
+    off = {"max_draft_tokens": 0}  # of a model that cannot draft, a note would say so
+    return Settings.from_args({"model": model, "gang": {"device": device}, "cache": cache, "mtp": off})
+
+
+def test_drafts_need_an_mtp_layer() -> None:
+    drafting = Settings.from_args({"model": {"model_dir": "/m"}, "gang": {"device": "cpu"}})
+    without = fit(drafting, CONFIG, 0)
+    assert (without.max_draft_tokens, len(without.notes)) == (0, 1)
+    assert "no MTP layer" in without.notes[0]
+    with_layer = ModelConfig.from_hf(SMALL_CONFIG, 1)
+    assert (fit(drafting, with_layer, 0).max_draft_tokens, fit(drafting, with_layer, 0).notes) == (3, ())
+    assert with_layer.kv_values_per_token > CONFIG.kv_values_per_token
+    assert with_layer.with_mtp(False) == CONFIG
+    two = ModelConfig.from_hf(SMALL_CONFIG, 2)
+    with pytest.raises(ConfigError, match=r"mtp.layers.1 = '2 layers': more than one MTP layer is not supported"):
+        two.with_mtp(True)
+    assert two.with_mtp(False) == CONFIG
 
 
 @pytest.mark.parametrize(("dtype", "pages"), [("bfloat16", 20), ("float32", 10)])

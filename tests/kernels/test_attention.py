@@ -43,6 +43,15 @@ def test_runs(kernels: Kernels, operation: str, dtype: torch.dtype, heads: int, 
     check_runs(getattr(kernels, operation), dtype, (heads, kv_heads, dim), 12, lengths, counts, tables, every=1)
 
 
+@pytest.mark.parametrize("first", [1, 3, 4, 6])
+def test_a_run_that_begins_to_see_later(kernels: Kernels, first: int) -> None:
+    """What stands before is NaN, within a page or over several."""
+    torch.manual_seed(first)
+    tables = [[7, 2, 5, 1], [3, 0, 9, 8], [11, 4, 6, 10]]
+    lengths, counts = [9, first, first + 1], [3, 1, 2]
+    check_runs(kernels.attention_decode, torch.float32, (4, 2, 24), 12, lengths, counts, tables, every=1, first=first)
+
+
 @pytest.mark.parametrize("length", [0, 1, 13])
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_long_runs(kernels: Kernels, length: int, tokens: int) -> None:
@@ -61,6 +70,7 @@ def check_runs(
     counts: list[int],
     tables: list[list[int]],
     every: int,
+    first: int = 0,
 ) -> None:
     """Run s has counts[s] rows from position lengths[s] on; every so many rows are compared."""
     heads, kv_heads, dim = shape
@@ -68,13 +78,17 @@ def check_runs(
     memory = [torch.randn(2, sum(run), kv_heads, dim).to(dtype) for run in zip(lengths, counts, strict=True)]
     for table, (keys, values) in zip(tables, memory, strict=True):
         fill(pool, table, keys, values)
+        for position in range(first):
+            row = table[position // PAGE] * PAGE + position % PAGE
+            pool.key_PJD[row] = pool.value_PJD[row] = torch.nan
     starts = [0, *accumulate(counts)]
     q, rows = torch.randn(starts[-1], heads, dim), torch.randn(starts[-1], 2 * (heads + kv_heads) * dim)
-    actual = attend(q, rows, pool, *(torch.tensor(ints, dtype=torch.int32) for ints in (starts, lengths, tables)))
+    ints = (torch.tensor(values, dtype=torch.int32) for values in (starts, lengths, tables))
+    actual = attend(q, rows, pool, *ints, *([first] if first else []))
     for run, (keys, values) in enumerate(memory):
         for row in range(starts[run], starts[run + 1], every):
             gate, end = rows[row, heads * dim : 2 * heads * dim], lengths[run] + row - starts[run] + 1
-            expect_close("attention", actual[row], expected(q[row], keys[:end], values[:end], gate), dtype)
+            expect_close("attention", actual[row], expected(q[row], keys[first:end], values[first:end], gate), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,3 +109,17 @@ def test_inputs(native: Kernels, reference: Kernels, dtype: torch.dtype, rotary:
     tolerance = {"atol": 1e-5, "rtol": 1e-5 if dtype is torch.float32 else 8e-3}
     torch.testing.assert_close(pools[0].key_PJD, pools[1].key_PJD, equal_nan=True, **tolerance)
     assert torch.equal(pools[0].value_PJD.nan_to_num(), pools[1].value_PJD.nan_to_num())
+
+
+def test_inputs_without_queries(kernels: Kernels) -> None:
+    """A row of keys and values alone leaves the bits that it leaves among queries and gates."""
+    torch.manual_seed(0)
+    heads, kv_heads, dim, tokens = 4, 2, 12, 3
+    norm = QkNorm(torch.randn(dim), torch.randn(dim), 1e-6)
+    rows, angles = torch.randn(tokens, 2 * (heads + kv_heads) * dim), torch.randn(tokens, 3)
+    cos_sin, kv_rows = torch.cat([angles.cos(), angles.sin()], -1), torch.tensor([3, 9, 4], dtype=torch.int32)
+    whole, part = (make_pool(3, kv_heads, dim, torch.float32) for _ in range(2))
+    kernels.attention_inputs(rows, cos_sin, norm, whole, kv_rows, heads)
+    kernels.attention_inputs(rows[:, 2 * heads * dim :].contiguous(), cos_sin, norm, part, kv_rows, 0)
+    assert torch.equal(whole.key_PJD.nan_to_num(), part.key_PJD.nan_to_num())
+    assert torch.equal(whole.value_PJD.nan_to_num(), part.value_PJD.nan_to_num())

@@ -59,7 +59,7 @@ def test_defaults_are_those_of_transformers() -> None:
     assert list(ours.layer_types) == theirs.layer_types
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.rotary_dim == int(theirs.head_dim * theirs.rope_parameters["partial_rotary_factor"])
-    derived = {"layer_types", "rope_theta", "rotary_dim", "moe_layers", "dtype"}
+    derived = {"layer_types", "rope_theta", "rotary_dim", "moe_layers", "dtype", "mtp_layers"}
     for name in set(ModelConfig.model_fields) - derived:
         assert getattr(ours, name) == getattr(theirs, name), name
 

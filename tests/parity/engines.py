@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from divisi.cluster.assembly import assemble_engine
+from divisi.cluster.assembly import assemble_engine, load_grammars, load_runner
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.scheduler import SchedulerConfig
@@ -67,6 +67,7 @@ def local_engine(
         max_seqs=max_seqs,
         max_step_tokens=max_step_tokens,
     )
-    engine = assemble_engine(checkpoint, config, limits, kernels, dtype, CPU)
+    runner = load_runner(checkpoint, config, limits, kernels, dtype, CPU)
+    engine = assemble_engine(limits, runner, load_grammars(path, config), CPU)
     bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)
     return LocalEngine(engine, LocalEnd(bank))

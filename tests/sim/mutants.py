@@ -99,7 +99,8 @@ class PrefersTheLatestDecodes(Scheduler):
     def plan(self) -> StepPlan | None:
         plan = super().plan()
         if plan is not None and len(plan.rings) > 1:
-            self.outstanding = plan = replace(plan, rings=plan.rings[1:], num_rows=plan.num_rows - 1)
+            num_rows = plan.num_rows - plan.rings[0].num_rows
+            self.outstanding = plan = replace(plan, rings=plan.rings[1:], num_rows=num_rows)
         return plan
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 
 from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.grammar import Grammars
 from divisi.cluster.engine.memory import NOTHING
 from divisi.cluster.engine.plan import Leave, Run, StepPlan
 from divisi.cluster.engine.pool import Pool
@@ -18,8 +23,22 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.stopwatch import Stopwatch
-from tests.support.fake_runner import VOCAB, FailingDispatcher, FakeRunner, PlainDispatcher, solo_answer
+from tests.support import tiny_grammar
+from tests.support.fake_runner import (
+    VOCAB,
+    FailingDispatcher,
+    FailsAtLast,
+    FakeRunner,
+    PlainDispatcher,
+    solo_answer,
+)
+from tests.support.ruled_engine import answer, make, serve
 
+GRAMMARS = (
+    tiny_grammar.regex("[ab]{4,9}(c[0-9]+){1,3}"),
+    tiny_grammar.schema({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+    'start: thought "end"\nthought[max_tokens=5]: /[a-z]*/',
+)
 TRACES = 100
 TRACES_FULL = 1_500
 
@@ -27,8 +46,9 @@ TRACES_FULL = 1_500
 class Trace:
     """One engine and the traffic that a seed gives it."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, max_draft_tokens: int = 0, source: Grammars | None = None) -> None:
+        """`source` reads the grammars that some requests then have."""
+        self.random, self.source = random.Random(seed), source
         pick = self.random.randint
         page_size = self.random.choice([1, 2, 4])
         self.max_len = pick(8, 60)
@@ -43,14 +63,33 @@ class Trace:
             max_seqs=max_seqs,
             max_step_tokens=pick(max_seqs, max_seqs + 24),
             max_prompt_logit_rows=pick(1, 8),
+            max_draft_tokens=max_draft_tokens,
         )
         self.scheduler = Scheduler(self.config)
-        runner = FakeRunner(num_pages=self.config.num_pages, page_size=page_size, num_slots=self.config.num_slots)
-        device = torch.device("cpu")
-        self.engine = Engine(runner, Sampler(), self.scheduler, device=device, stopwatch=Stopwatch())
+        self.woken = Event()
+        self.engine = Engine(
+            self._runner(),
+            Sampler(),
+            self.scheduler,
+            device=torch.device("cpu"),
+            stopwatch=Stopwatch(),
+            grammars=source,
+            wake=self.woken.set,
+        )
         self.accepted: dict[str, Request] = {}
         self.events: dict[str, list[TokenEvent]] = {}
         self.arrivals = pick(1, 14)
+
+    def _runner(self) -> FakeRunner:
+        config, seed = self.config, self.random.getrandbits(32) if self.config.max_draft_tokens else 0
+        return FakeRunner(
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            num_slots=config.num_slots,
+            max_rows=1 + config.max_draft_tokens,
+            right=random.Random(seed).choice([0.0, 0.5, 0.9, 1.0]),
+            seed=seed,
+        )
 
     def run(self) -> None:
         """Serve all arrivals to the end and check every answer."""
@@ -62,6 +101,9 @@ class Trace:
             if plan is not None:
                 self._step(plan)
                 self._check()
+            elif self.engine.stats().waiting:
+                assert self.woken.wait(30)
+                self.woken.clear()
             elif not self.arrivals:
                 break
         else:
@@ -92,11 +134,32 @@ class Trace:
                 top_k=self.random.choice([0, 3]),
                 top_p=self.random.choice([1.0, 0.8]),
                 seed=self.random.getrandbits(64),
+                **(self._rules() if self.config.max_draft_tokens else {}),
             ),
             stop_ids=frozenset(pick(0, VOCAB - 1) for _ in range(self.random.choice([0, 0, 1]))),
             logprobs=self.random.choice([None, None, 2]),
             prompt_logprobs=self.random.choice([None, None, 1]),
+            **(self._more() if self.config.max_draft_tokens else {}),
         )
+
+    def _more(self) -> dict[str, Any]:
+        """Fields that matter where tokens are drafted: limits of it, rules that look back, grammars."""
+        pick = self.random.choice
+        fields: dict[str, Any] = {"max_draft_tokens": pick([None, None, 0, 1, 2]), "min_tokens": pick([0, 0, 5])}
+        if self.source is not None and pick([True, False, False]):
+            fields["grammar"] = pick(GRAMMARS)
+        return fields
+
+    def _rules(self) -> dict[str, Any]:
+        rng = self.random
+        fields: list[dict[str, Any]] = [
+            {},
+            {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.4},
+            {"bad_words": tuple(tuple(rng.choices(range(VOCAB), k=rng.randint(1, 3))) for _ in range(20))},
+            {"logit_bias": tuple((token, 2.0) for token in rng.sample(range(VOCAB), 4)), "min_p": 0.02},
+            {"allowed_token_ids": tuple(sorted(rng.sample(range(VOCAB), 6))), "frequency_penalty": 1.0},
+        ]
+        return rng.choice(fields)
 
     def _maybe_cancel(self) -> None:
         if self.accepted and self.random.random() < 0.05:
@@ -106,11 +169,16 @@ class Trace:
     def _step(self, plan: StepPlan) -> None:
         while self.random.random() < 0.15:
             with pytest.raises(StepAborted):
-                self.engine.run(plan, FailingDispatcher(self.random.randint(0, 1)))
+                self.engine.run(plan, self._failing(plan))
             self._maybe_cancel()
             self._check()
         self._maybe_cancel()
         self._note(self.engine.run(plan, PlainDispatcher()))
+
+    def _failing(self, plan: StepPlan) -> PlainDispatcher:
+        if self.config.max_draft_tokens:
+            return FailsAtLast(self.random.randrange(len(plan.counts) + 1))
+        return FailingDispatcher(self.random.randint(0, 1))
 
     def _note(self, events: list[TokenEvent]) -> None:
         for event in events:
@@ -137,8 +205,12 @@ class Trace:
             self._check_waiting(sequence)
         live = {sequence.request.request_id for sequence in [*running, *waiting]}
         ended = {name for name, events in self.events.items() if events and events[-1].finish_reason}
+        live |= set(self.engine._compiling)
         assert live | ended == set(self.accepted), "a request is lost"
         assert not live & ended, "a finished request is still served"
+
+    def _expected(self, request: Request) -> list[int]:
+        return undrafted(request, self.max_len)
 
     @staticmethod
     def _check_waiting(sequence: Sequence) -> None:
@@ -152,26 +224,37 @@ class Trace:
             events = self.events[name]
             assert sum(event.finish_reason is not None for event in events) == 1
             tokens = [token for event in events for token in event.token_ids]
-            expected = solo_answer(request, self.max_len)
+            expected = self._expected(request)
             if events[-1].finish_reason == "cancelled":
                 assert tokens == expected[: len(tokens)]
                 continue
             assert tokens == expected
             told = [event.prompt_logprobs for event in events if event.prompt_logprobs is not None]
-            assert len(told) == (request.prompt_logprobs is not None)
+            fails = events[-1].finish_reason == "rejected"  # its rules and its grammar exclude each other
+            assert len(told) == (request.prompt_logprobs is not None) or fails
             assert all(len(entries) == len(request.prompt) for entries in told)
 
 
-def run_traces(seeds: range) -> int:
+def run_traces(seeds: range, trace_of: Callable[[int], Trace] = Trace) -> int:
     preemptions = 0
     for seed in seeds:
-        trace = Trace(seed)
+        trace = trace_of(seed)
         try:
             trace.run()
         except Exception as error:  # whatever it is, the seed must be told
             raise AssertionError(f"trace of seed {seed} fails: {error!r}") from error
         preemptions += trace.scheduler.preemptions
     return preemptions
+
+
+@cache
+def undrafted(request: Request, max_len: int) -> list[int]:
+    """The tokens that a request gets alone, without drafts."""
+    if request.grammar is None:
+        return solo_answer(request, max_len)
+    alone = replace(request, max_draft_tokens=0)
+    engine = make(tiny_grammar.grammars(), max_model_len=max_len)
+    return answer(serve(engine, [alone])[request.request_id])
 
 
 @pytest.mark.parametrize("quarter", range(4))

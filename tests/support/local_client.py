@@ -8,14 +8,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from divisi.cluster.assembly import build_engine
+from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.api import GangStatus
-from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 
 
@@ -78,7 +77,14 @@ class LocalClient:
 
 
 @contextmanager
-def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 16) -> Iterator[LocalClient]:
+def local_client(
+    model_dir: Path,
+    *,
+    max_model_len: int = 2048,
+    max_seqs: int = 16,
+    max_draft_tokens: int = 0,
+    adaptive_drafts: bool = True,
+) -> Iterator[LocalClient]:
     """A checkpoint served by an engine of this process, in fp32 on one thread."""
     spec = GangSpec(
         name="local-test",
@@ -95,6 +101,8 @@ def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 
         max_seqs=max_seqs,
         max_step_tokens=512,
         step_deadline_s=30.0,
+        max_draft_tokens=max_draft_tokens,
+        adaptive_drafts=adaptive_drafts,
     )
     changed = threading.Condition()
 
@@ -102,7 +110,7 @@ def local_client(model_dir: Path, *, max_model_len: int = 2048, max_seqs: int = 
         with changed:
             changed.notify()
 
-    engine, experts = build_engine(spec, ModelConfig.load(model_dir), wake=wake)
+    engine, experts = build_engine(spec, served_config(spec), wake=wake)
     assert experts is not None
     client = LocalClient(engine, LocalEnd(experts), changed)
     thread = threading.Thread(target=client.run, name="engine")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
+from divisi.model.mtp import Drafted
 from divisi.model.runner import ModelRunner
 from divisi.model.state import StateStore
 from divisi.model.weights import load_weights
@@ -71,6 +72,26 @@ class ModelSteps:
         """Begin all sequences anew."""
         for held in self.held:
             held.length = 0
+
+    def draft(self, tokens: Mapping[int, int], ahead: int, hidden: Tensor | None) -> Drafted:
+        """One pass over the MTP layer: a token of each sequence, so many positions past the committed length."""
+        runs = [_Run(replace(held, length=held.length + ahead), [token], 0) for held, token in self._of(tokens)]
+        positions = [run.held.length for run in runs]
+        batch = StepBatch(
+            token_ids_T=torch.tensor([*tokens.values()]),
+            positions_T=_ints(positions),
+            kv_rows_T=_ints(
+                run.held.pages[at // PAGE] * PAGE + at % PAGE for run, at in zip(runs, positions, strict=True)
+            ),
+            decode=_decode_rows(runs),
+            prefill=None,
+            decode_rows=len(runs),
+            logit_rows_R=torch.arange(len(runs)),
+        )
+        return self.runner.draft(batch, self.dispatcher, hidden)
+
+    def _of(self, tokens: Mapping[int, int]) -> list[tuple[_Held, int]]:
+        return [(self.held[index], token) for index, token in tokens.items()]
 
     def step(
         self,

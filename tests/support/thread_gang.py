@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 
-from divisi.cluster.assembly import build_engine, dispatch_mode, load_shard, shard_loop, transport, worker_network
+from divisi.cluster.assembly import (
+    build_engine,
+    dispatch_mode,
+    load_shard,
+    served_config,
+    shard_loop,
+    transport,
+    worker_network,
+)
 from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.dispatch.protocol import ShardedMode
 from divisi.cluster.dispatch.wire import Transport
@@ -28,7 +36,6 @@ from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
-from divisi.model.config import ModelConfig
 
 HOST = "127.0.0.1"
 NewMode = Callable[[Transport], ShardedMode]
@@ -58,7 +65,7 @@ class Worker:
     """One attention worker in a thread; collects the events of its requests."""
 
     def __init__(self, spec: GangSpec, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
-        config = ModelConfig.load(spec.model_dir)
+        config = served_config(spec)
         self.coordinator = coordinator
         self._listener = listen(HOST)
         self._inbox = EpochInbox()
@@ -134,7 +141,7 @@ class Shard:
     """One expert shard in a thread."""
 
     def __init__(self, spec: GangSpec, index: int, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
-        config = ModelConfig.load(spec.model_dir)
+        config = served_config(spec)
         experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), index)
         self._inbox = EpochInbox()
         self._watch = SeatWatch(

@@ -75,6 +75,15 @@ class UsageOptions(Body):
     """As `stream_options.include_usage`."""
 
 
+class MtpOptions(Body):
+    """How far multi-token prediction may run ahead. It changes no token, only the time."""
+
+    max_draft_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
+    """Most tokens drafted in a step; 0 is off, None as the server does. More than its limit counts as that."""
+    tool_call_draft_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
+    """The same inside of tool calls, where None is 0."""
+
+
 class GenerationBody(SamplingFields):
     """Fields of both generating endpoints."""
 
@@ -96,6 +105,7 @@ class GenerationBody(SamplingFields):
     stream_options: StreamOptions | None = None
     usage: UsageOptions | None = None
     return_token_ids: bool | None = None
+    mtp: MtpOptions | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -55,13 +55,17 @@ class AnswerForms:
         forced = bool(tools) and is_forced(body.tool_choice)
         return ParseRule(self._tags, thinks, opened, names, body.parallel_tool_calls is False, forced)
 
-    def spans(self, parse: ParseRule) -> tuple[Span, ...]:
-        """Where in an answer the stop ids that the client named mean nothing: in its thinking and its calls."""
+    def spans(self, body: ChatBody, parse: ParseRule) -> tuple[Span, ...]:
+        """Where in an answer the stop ids that the client named mean nothing: in its thinking and its calls.
+
+        Calls are drafted token by token unless the client allows more.
+        """
         spans: list[Span] = []
         if parse.thinks:
             spans.append(Span(self._ids[THINK], self._ids[THINK_END], opened=parse.opened, leading=True))
         if parse.names:
-            spans.append(Span(self._ids[CALL], self._ids[CALL_END]))
+            drafts = (body.mtp and body.mtp.tool_call_draft_tokens) or 0
+            spans.append(Span(self._ids[CALL], self._ids[CALL_END], max_draft_tokens=drafts))
         return tuple(spans)
 
     async def content_grammar(self, body: GenerationBody) -> str | None:

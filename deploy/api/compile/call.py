@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from divisi.cluster.request import Request, Sampling
-from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from divisi.deploy.api.body.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    MtpOptions,
+    TokenizeBody,
+)
 from divisi.deploy.api.body.reasoning import thinking_of
 from divisi.deploy.api.body.tools import Tool, offered
 from divisi.deploy.api.compile.answer_form import AnswerForms
@@ -81,7 +88,7 @@ class Compiler:
         calls = self._calls(body, sampling, answer_id, prompt, max_tokens, logprobs, grammar, choices=body.n or 1)
         if parse is None:
             return calls
-        spans = self._forms.spans(parse)
+        spans = self._forms.spans(body, parse)
         return [replace(call, parse=parse, request=replace(call.request, spans=spans)) for call in calls]
 
     async def completion(self, body: CompletionBody) -> list[Call]:
@@ -204,6 +211,7 @@ class Compiler:
                     prompt_logprobs=prompt_logprobs,
                     min_tokens=body.min_tokens or 0,
                     grammar=grammar,
+                    max_draft_tokens=self._max_draft_tokens(body.mtp),
                 ),
                 answer_id=answer_id,
                 stops=body.stops,
@@ -214,6 +222,13 @@ class Compiler:
             )
             for index in range(first, first + choices)
         ]
+
+    def _max_draft_tokens(self, asked: MtpOptions | None) -> int | None:
+        """What the client asks for within the server's limit; None where the server drafts nothing."""
+        limit = self._settings.max_draft_tokens
+        if not limit:
+            return None
+        return limit if asked is None or asked.max_draft_tokens is None else min(limit, asked.max_draft_tokens)
 
     def _truncated(self, body: GenerationBody, prompt: list[int], wanted: int | None) -> list[int]:
         """The last tokens of a prompt, as many as the request keeps."""

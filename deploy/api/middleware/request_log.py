@@ -23,6 +23,8 @@ class Generated:
     completion_tokens: int
     first_token_s: float | None
     finish_reasons: Sequence[str]
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def note_generated(scope: Scope, generated: Generated) -> None:
@@ -82,4 +84,7 @@ def _fields(scope: Scope, status: int, duration_s: float) -> dict[str, object]:
         fields["completion_tokens"] = found.completion_tokens
         fields["first_token_s"] = None if found.first_token_s is None else round(found.first_token_s, 6)
         fields["finish_reasons"] = list(found.finish_reasons)
+        if found.drafted_tokens:
+            fields["drafted_tokens"] = found.drafted_tokens
+            fields["accepted_tokens"] = found.accepted_tokens
     return fields

@@ -44,6 +44,10 @@ class Delta:
     parts: list[ChatPart] = field(default_factory=list)
     """Reasoning, content and tool calls, where the call is to be parsed."""
     reasoning_tokens: int = 0
+    drafted: int = 0
+    """Tokens that the MTP layer proposed."""
+    accepted: int = 0
+    """Those of them that stood."""
 
 
 class Answer:
@@ -59,6 +63,7 @@ class Answer:
         """Tokens still to come whose text no stop string may end."""
         self._offset = 0
         self._started = False
+        self._drafted = self._accepted = 0
 
     def push(self, event: TokenEvent) -> Delta:
         """Take one event. Raises AnswerError, RequestRejected or GangNotReady where the engine gave the answer up."""
@@ -69,6 +74,8 @@ class Answer:
         if event.finish_reason == "cancelled":
             raise GangNotReady("the server cancelled the answer; send the request again")
         delta = Delta("", [])
+        delta.drafted, delta.accepted = event.drafted - self._drafted, event.accepted - self._accepted
+        self._drafted, self._accepted = event.drafted, event.accepted
         if not self._started:
             self._started = True
             delta.prompt_logprobs = event.prompt_logprobs

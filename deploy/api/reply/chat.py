@@ -14,7 +14,7 @@ from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.compile.parsing import ReasoningPart
 from divisi.deploy.api.reply.answer import Delta, PlacedToken
 from divisi.deploy.api.reply.streaming import DONE
-from divisi.deploy.api.reply.usage import MIN_LOGPROB, spell_prompt_logprobs, usage
+from divisi.deploy.api.reply.usage import MIN_LOGPROB, Drafts, spell_prompt_logprobs, usage
 from divisi.model.text import Tokenizer
 from divisi.model.text.tool_calls import CallPart, RevokedPart, TextPart
 
@@ -34,6 +34,7 @@ class ChatWriter:
         self._prompt_logprobs = body.prompt_logprobs
         self._usage_at_end, self._usage_always = body.include_usage, body.continuous_usage
         self._completion_tokens = 0
+        self._drafts = Drafts(body.mtp, calls[0].request)
         self._reasoning_tokens = 0
         self._reasoning_shown = body.include_reasoning is not False
         self._parsed = calls[0].parse is not None
@@ -56,6 +57,7 @@ class ChatWriter:
     def chunk(self, index: int, delta: Delta) -> bytes:
         """Text as it comes; then the finish chunk."""
         self._completion_tokens += len(delta.token_ids)
+        self._drafts.add(delta)
         self._reasoning_tokens += delta.reasoning_tokens
         events = b""
         added = self._added(delta)
@@ -82,6 +84,8 @@ class ChatWriter:
     def whole(self, answers: Sequence[Delta]) -> bytes:
         """A `chat.completion` object."""
         self._completion_tokens = sum(len(answer.token_ids) for answer in answers)
+        for answer in answers:
+            self._drafts.add(answer)
         self._reasoning_tokens = sum(answer.reasoning_tokens for answer in answers)
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         reply: dict[str, Any] = {"object": "chat.completion", **self._base, "choices": choices, "usage": self._usage()}
@@ -111,8 +115,9 @@ class ChatWriter:
         return b'],"usage":' + to_json(self._usage()) + b"}\n\n"
 
     def _usage(self) -> dict[str, Any]:
-        reasoning_tokens = self._reasoning_tokens if self._thinks else None
-        return usage(len(self._calls[0].request.prompt), self._completion_tokens, reasoning_tokens)
+        reasoning = {"reasoning_tokens": self._reasoning_tokens} if self._thinks else {}
+        details = reasoning | self._drafts.details()
+        return usage(len(self._calls[0].request.prompt), self._completion_tokens, details)
 
     def _added(self, delta: Delta) -> dict[str, Any]:
         """The delta of a parsed answer; empty where nothing is to be shown."""

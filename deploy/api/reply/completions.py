@@ -12,7 +12,7 @@ from divisi.deploy.api.body.protocol import CompletionBody
 from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.reply.answer import Delta, PlacedToken
 from divisi.deploy.api.reply.streaming import DONE
-from divisi.deploy.api.reply.usage import MIN_LOGPROB, spell_prompt_logprobs, usage
+from divisi.deploy.api.reply.usage import MIN_LOGPROB, Drafts, spell_prompt_logprobs, usage
 from divisi.model.text import Tokenizer
 
 _TEXT_END = b',"logprobs":null,"finish_reason":null,"stop_reason":null}'
@@ -33,6 +33,7 @@ class CompletionWriter:
         self._usage_at_end, self._usage_always = body.include_usage, body.continuous_usage
         self._prompt_tokens = sum(len(call.request.prompt) for call in calls[:: self._made])
         self._completion_tokens = 0
+        self._drafts = Drafts(body.mtp, calls[0].request)
         self._unopened = set(range(len(calls)))
         self._base: dict[str, Any] = {
             "id": calls[0].answer_id,
@@ -51,6 +52,7 @@ class CompletionWriter:
     def chunk(self, index: int, delta: Delta) -> bytes:
         """One chunk per delta that has something to show."""
         self._completion_tokens += len(delta.token_ids)
+        self._drafts.add(delta)
         extended = self._logprobs_wanted or self._ids_wanted
         if delta.finish_reason is None and not extended:
             if not delta.text:
@@ -71,6 +73,8 @@ class CompletionWriter:
     def whole(self, answers: Sequence[Delta]) -> bytes:
         """A `text_completion` object."""
         self._completion_tokens = sum(len(answer.token_ids) for answer in answers)
+        for answer in answers:
+            self._drafts.add(answer)
         choices: list[dict[str, Any]] = []
         for first in range(0, len(answers), self._made):
             for call, answer in self._best(first, answers):
@@ -110,7 +114,7 @@ class CompletionWriter:
         return b'],"usage":' + to_json(self._usage()) + b"}\n\n"
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._prompt_tokens, self._completion_tokens)
+        return usage(self._prompt_tokens, self._completion_tokens, self._drafts.details())
 
     def _logprobs(self, tokens: Sequence[PlacedToken]) -> dict[str, Any]:
         name_of = self._tokenizer.name_of

@@ -95,6 +95,7 @@ class GenerationResponse(Response):
         self._stream = stream
         self._reasons = ["cancelled"] * len(calls)
         self._begun: set[int] = set()
+        self._drafted = self._accepted = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request; returns after the last byte, or after the clean-up when the client has left."""
@@ -117,7 +118,8 @@ class GenerationResponse(Response):
         finally:
             prompt_tokens = sum(len(self._calls[index].request.prompt) for index in self._begun)
             self._clock.close(prompt_tokens, self._reasons)
-            generated = Generated(prompt_tokens, self._clock.tokens, self._clock.first_token_s, self._reasons)
+            times = self._clock.tokens, self._clock.first_token_s
+            generated = Generated(prompt_tokens, *times, self._reasons, self._drafted, self._accepted)
             note_generated(scope, generated)
 
     async def _deltas(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
@@ -129,6 +131,8 @@ class GenerationResponse(Response):
                     self._begun.add(index)
                     tokens = sum([len(delta.token_ids) for delta in deltas])
                     self._clock.tick(tokens)
+                    self._drafted += sum([delta.drafted for delta in deltas])
+                    self._accepted += sum([delta.accepted for delta in deltas])
                     if self._ticket is not None:
                         self._ticket.progress(index, tokens)
                     if (reason := deltas[-1].finish_reason) is not None:
@@ -149,6 +153,8 @@ class GenerationResponse(Response):
                     answer.prompt_logprobs = answer.prompt_logprobs or delta.prompt_logprobs
                     answer.parts += delta.parts
                     answer.reasoning_tokens += delta.reasoning_tokens
+                    answer.drafted += delta.drafted
+                    answer.accepted += delta.accepted
         for answer, pieces in zip(answers, texts, strict=True):
             answer.text = "".join(pieces)
         body = self._writer.whole(answers)

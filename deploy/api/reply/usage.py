@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from divisi.cluster.request import TokenLogprob
+from divisi.cluster.request import Request, TokenLogprob
+from divisi.deploy.api.body.protocol import MtpOptions
+from divisi.deploy.api.reply.answer import Delta
 from divisi.model.text import Tokenizer
 
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
 
 
-def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None = None) -> dict[str, Any]:
-    """OpenAI's `usage` object. Completion tokens are those of the answer; the stop id that ends it isn't one.
+class Drafts:
+    """What was drafted for the answers of a request; told where the server drafts at all."""
 
-    `reasoning_tokens`: how many of them are thinking, told where the model thinks at all.
-    """
-    details = {} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
+    def __init__(self, asked: MtpOptions | None, request: Request) -> None:
+        """The worker is asked for what the client asks, within the server's limit."""
+        self._limit, self._named = request.max_draft_tokens, asked is not None
+        self._drafted = self._accepted = 0
+
+    def add(self, delta: Delta) -> None:
+        """Count one more piece of an answer."""
+        self._drafted += delta.drafted
+        self._accepted += delta.accepted
+
+    def details(self) -> dict[str, int]:
+        """Entries of `completion_tokens_details`; the limit, too, where the client named one. None of it is billed."""
+        if self._limit is None:
+            return {}
+        told = {
+            "accepted_prediction_tokens": self._accepted,
+            "rejected_prediction_tokens": self._drafted - self._accepted,
+        }
+        return told | ({"max_draft_tokens": self._limit} if self._named else {})
+
+
+def usage(prompt_tokens: int, completion_tokens: int, details: Mapping[str, int]) -> dict[str, Any]:
+    """OpenAI's `usage` object. Completion tokens are those of the answer; the stop id that ends it isn't one."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        **details,
+        **({"completion_tokens_details": details} if details else {}),
     }
 
 

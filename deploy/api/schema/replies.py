@@ -33,7 +33,10 @@ class ErrorBody(Reply):
 class CompletionDetails(Reply):
     """What completion tokens were for."""
 
-    reasoning_tokens: int
+    reasoning_tokens: int | None = None
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+    max_draft_tokens: int | None = None
 
 
 class Usage(Reply):

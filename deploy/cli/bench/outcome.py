@@ -29,12 +29,16 @@ class Outcome:
     input_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
+    accepted_tokens: int | None = None
+    """Of the output: drafts of the server that stood."""
 
     def take(self, event: Mapping[str, Any], now: float) -> None:
         """Take in one event of the stream: when it came, whether it shows anything, and its usage."""
         if usage := event.get("usage"):
             self.input_tokens = usage.get("prompt_tokens")
             self.output_tokens = usage.get("completion_tokens")
+            details = usage.get("completion_tokens_details") or {}
+            self.accepted_tokens = details.get("accepted_prediction_tokens")
             self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         for choice in event.get("choices") or ():
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
@@ -81,6 +85,7 @@ class Outcome:
             "input_tokens": self.input_tokens,
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
+            "accepted_tokens": self.accepted_tokens,
         }
 
 
@@ -123,6 +128,13 @@ class Distribution:
         return {"count": self.count, "mean": self.mean, **marks, "max": self.max}
 
 
+def _tokens_per_step(outcomes: Iterable[Outcome]) -> float | None:
+    """A draft that stands saves a step."""
+    told = [(each.output_tokens or 0, each.accepted_tokens) for each in outcomes if each.accepted_tokens is not None]
+    steps = sum(tokens - accepted for tokens, accepted in told)
+    return sum(tokens for tokens, _ in told) / steps if steps else None
+
+
 @dataclass(frozen=True)
 class Summary:
     """The numbers of a run. Latencies are those of the requests that ended well; rates are over `seconds`."""
@@ -138,6 +150,8 @@ class Summary:
     input_tokens: int
     cached_tokens: int | None
     output_tokens: int
+    tokens_per_step: float | None
+    """Of an answer, where the server says how many of its tokens were drafted."""
     without_usage: int
     """Requests that ended well, but whose tokens the server did not count; they add nothing to the token rates."""
     finish_reasons: dict[str, int] = field(default_factory=dict)
@@ -161,6 +175,7 @@ class Summary:
             input_tokens=sum(outcome.input_tokens or 0 for outcome in good),
             cached_tokens=sum(cached) if cached else None,
             output_tokens=sum(outcome.output_tokens or 0 for outcome in good),
+            tokens_per_step=_tokens_per_step(good),
             without_usage=sum(outcome.output_tokens is None for outcome in good),
             finish_reasons=dict(Counter(outcome.finish_reason or "none" for outcome in good)),
         )
@@ -182,6 +197,7 @@ class Summary:
             "input_tokens": self.input_tokens,
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
+            "tokens_per_step": self.tokens_per_step,
             "requests_without_usage": self.without_usage,
             "ttft": self.ttft.record(),
             "itl": self.itl.record(),

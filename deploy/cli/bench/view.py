@@ -38,11 +38,12 @@ def _count(name: str, value: int, style: str) -> tuple[str, str]:
 
 def _rates(summary: Summary) -> Text:
     cached = "" if summary.cached_tokens is None else f" ({summary.cached_tokens} of them cached)"
+    steps = "" if summary.tokens_per_step is None else f", {summary.tokens_per_step:.2f} tokens per step"
     known = summary.without_usage < summary.counts["ok"] or not summary.counts["ok"]
     output = f"{summary.per_second(summary.output_tokens):.1f}" if known else "unknown"
     return Text(
         f"{summary.per_second(summary.counts['ok']):.2f} requests/s, {output} output tokens/s; "
-        f"{summary.input_tokens} tokens in{cached}, {summary.output_tokens} out"
+        f"{summary.input_tokens} tokens in{cached}, {summary.output_tokens} out{steps}"
     )
 
 

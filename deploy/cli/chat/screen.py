@@ -98,4 +98,8 @@ class Screen:
             seconds = self._clock() - self._first
             if tokens is not None and tokens > 1 and seconds > 0:
                 parts.append(f"{(tokens - 1) / seconds:.1f} tokens/s")
+        details = answer.usage.get("completion_tokens_details") or {}
+        accepted, rejected = (details.get(f"{kind}_prediction_tokens") or 0 for kind in ("accepted", "rejected"))
+        if accepted or rejected:
+            parts.append(f"{accepted} of {accepted + rejected} drafts stood")
         return "[" + ", ".join(parts) + "]"

@@ -41,8 +41,8 @@ EVENTS = [
     TokenEvent("a", (1,), None),
     TokenEvent("b", (), None, finish_reason="error", error="the worker failed"),
     TokenEvent("c", (151_935, 0), (LOGPROB, replace(LOGPROB, top=())), None, "stop", None, 9),
-    TokenEvent("d", (4, 5, 6), None),
-    TokenEvent("e", (), (), (None, LOGPROB), "length"),
+    TokenEvent("d", (4, 5, 6), None, drafted=11, accepted=7),
+    TokenEvent("e", (), (), (None, LOGPROB), "length", drafted=3),
 ]
 
 

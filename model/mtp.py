@@ -1,0 +1,145 @@
+"""The multi-token prediction layer: drafts from the model's last outputs, and its memory of committed tokens.
+
+The entry of position j, at its row of the KV pool, comes from h of position j - 1 and the embedding of token j, so that
+a page depends on its own prefix only; position 0 has none. An entry is `fc` and the key and value projection: no
+attention, no experts. Every step writes those of all its rows from the true h, whatever was drafted before; what drafts
+wrote past the committed length is scratch.
+
+Shapes: T rows, D model width, S sequences, N entries of hidden states in a slot, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from divisi.kernels.select import Kernels
+from divisi.model.batch import StepBatch
+from divisi.model.config import ModelConfig
+from divisi.model.dispatcher import Dispatcher
+from divisi.model.layers.mixer import attention, biased
+from divisi.model.layers.mlp import dense, mixture
+from divisi.model.state import StateStore
+from divisi.model.stopwatch import Stopwatch
+from divisi.model.weights import AttentionWeights, MlpWeights, MtpWeights, Weights
+
+_FIRST = 1
+"""The first position that has an entry."""
+
+
+class Drafted(NamedTuple):
+    """What one pass over the MTP layer gives, row by row."""
+
+    logits_SV: Tensor
+    """fp32: of the token after the row's."""
+    hidden_SD: Tensor
+    """What the next pass goes on from, in place of the model's h."""
+
+
+class MtpLayer:
+    """The layer's weights over one worker's memory."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        layer: MtpWeights,
+        store: StateStore,
+        kernels: Kernels,
+        dtype: torch.dtype,
+    ) -> None:
+        """`dtype` is that of activations."""
+        self._dtype = dtype
+        self._config, self._weights, self._layer = config, weights, layer
+        self._store, self._kernels = store, kernels
+        mixer = layer.layer.mixer
+        assert isinstance(mixer, AttentionWeights), "the MTP layer is one of full attention"
+        self._mixer = mixer
+        queries = 2 * config.num_attention_heads * config.head_dim
+        self._kv_rows_PD = mixer.rows_PD[queries:]
+        self._kv_bias_P = None if mixer.rows_bias_P is None else mixer.rows_bias_P[queries:]
+
+    def record(self, h_TD: Tensor, batch: StepBatch, cos_sin_TR: Tensor) -> None:
+        """Write what a step's rows leave: their entries, and h (the model's final-norm outputs) to the slots."""
+        x_TD = self._input(batch.token_ids_T, self._h_before(h_TD, batch))
+        normed_TD = self._kernels.rms_norm(x_TD, self._layer.layer.input_scale_D, self._config.rms_norm_eps)
+        kv_TP = biased(self._kernels.linear(normed_TD, self._kv_rows_PD), self._kv_bias_P)
+        pool = self._store.kv[self._config.mtp_index]
+        self._kernels.attention_inputs(kv_TP, cos_sin_TR, self._mixer.norm, pool, batch.kv_rows_T, 0)
+        self._keep(h_TD, batch)
+
+    def draft(
+        self,
+        batch: StepBatch,
+        cos_sin_TR: Tensor,
+        hidden_SD: Tensor | None,
+        dispatcher: Dispatcher,
+        stopwatch: Stopwatch,
+    ) -> Drafted:
+        """One pass over decoding sequences of one row each; `hidden_SD` is that of the pass before, None in the first.
+
+        Raises what the dispatcher raises when the step cannot be finished.
+        """
+        kernels, layer, config = self._kernels, self._layer.layer, self._config
+        if hidden_SD is None:
+            assert batch.decode is not None, "decoding sequences draft"
+            hidden_SD = self._kept(batch.decode.slots_S, batch.decode.lengths_S)
+        residual_TD = self._input(batch.token_ids_T, hidden_SD)
+        x_TD = kernels.rms_norm(residual_TD, layer.input_scale_D, config.rms_norm_eps)
+        pool, heads = self._store.kv[config.mtp_index], config.num_attention_heads
+        mixed_TD = attention(kernels, self._mixer, pool, heads, x_TD, cos_sin_TR, batch, _FIRST)
+        stopwatch.lap("draft")
+        x_TD = kernels.add_rms_norm(residual_TD, mixed_TD, layer.mlp_scale_D, config.rms_norm_eps)
+        if isinstance(layer.mlp, MlpWeights):
+            update_TD = dense(kernels, layer.mlp, x_TD)
+        else:
+            update_TD = mixture(kernels, layer.mlp, config, config.mtp_index, x_TD, dispatcher, stopwatch)
+        out_TD = kernels.add_rms_norm(residual_TD, update_TD, self._layer.final_scale_D, config.rms_norm_eps)
+        logits_SV = kernels.linear(out_TD, self._weights.head_VD).float()
+        stopwatch.lap("draft")
+        return Drafted(logits_SV, out_TD)
+
+    def _input(self, token_ids_T: Tensor, h_TD: Tensor) -> Tensor:
+        """``fc`` of each row's embedding and the h before it."""
+        eps = self._config.rms_norm_eps
+        embedded_TD = self._weights.embed_VD[token_ids_T].to(self._dtype)
+        parts = (
+            self._kernels.rms_norm(embedded_TD, self._layer.embedding_scale_D, eps),
+            self._kernels.rms_norm(h_TD, self._layer.hidden_scale_D, eps),
+        )
+        return self._kernels.linear(torch.cat(parts, dim=-1), self._layer.fc_DE)
+
+    def _kept(self, slots_S: Tensor, positions_S: Tensor) -> Tensor:
+        """h before each position, from the slots; zero before position 0, where nothing reads what comes of it."""
+        entries_S = (positions_S.long() - 1) % self._store.hidden_SND.shape[1]
+        kept_SD = self._store.hidden_SND[slots_S.long().clamp(min=0), entries_S]
+        return torch.where(positions_S[:, None] > 0, kept_SD, 0.0).to(self._dtype)
+
+    def _h_before(self, h_TD: Tensor, batch: StepBatch) -> Tensor:
+        before_TD = torch.empty_like(h_TD)
+        before_TD[1:] = h_TD[:-1]
+        if (decode := batch.decode) is not None:
+            firsts_S = decode.starts_S1[:-1].long()
+            before_TD[firsts_S] = self._kept(decode.slots_S, decode.lengths_S)
+        if (prefill := batch.prefill) is not None:
+            firsts_S = prefill.starts_S1[:-1].long() + batch.decode_rows
+            before_TD[firsts_S] = self._kept(prefill.sources_S, prefill.lengths_S)
+        return before_TD
+
+    def _keep(self, h_TD: Tensor, batch: StepBatch) -> None:
+        """A ring run's rows go to its slot by their positions; a scan run's state takes the row it ends with along."""
+        hidden_SND = self._store.hidden_SND
+        entries = hidden_SND.shape[1]
+        if (decode := batch.decode) is not None:
+            count = batch.decode_rows
+            slots_T = torch.repeat_interleave(decode.slots_S.long(), decode.starts_S1.diff(), output_size=count)
+            hidden_SND[slots_T, batch.positions_T[:count].long() % entries] = h_TD[:count].float()
+        if (prefill := batch.prefill) is not None:
+            leaves = prefill.leaves
+            count = leaves.slots_L.shape[0]
+            first_rows_S = (prefill.starts_S1[:-1] - prefill.lengths_S).long() + batch.decode_rows
+            last_L = leaves.positions_L.long() - 1
+            of_leaf_L = torch.repeat_interleave(first_rows_S, leaves.starts_S1.diff(), output_size=count)
+            hidden_SND[leaves.slots_L.long(), last_L % entries] = h_TD[of_leaf_L + last_L].float()
