@@ -138,6 +138,7 @@ def _spec(model_dir: Path, most: int, adaptive: bool) -> GangSpec:
         dtype="bfloat16",
         device="cpu",
         threads=torch.get_num_threads(),
+        kernels="auto",
         deterministic=False,
         shape=GangShape(1, 0),
         max_model_len=4096,

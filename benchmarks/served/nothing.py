@@ -93,7 +93,7 @@ class IdleEngine:
         return EngineStats(
             running=len(self._running), waiting=0, queued_tokens=0, free_pages=1, total_pages=1, free_slots=1,
             total_slots=1, steps=self._steps, aborted_steps=0, preemptions=0, prefill_tokens=0,
-            generated_tokens=self._generated, step_seconds={},
+            generated_tokens=self._generated, drafted_tokens={}, accepted_tokens={}, step_seconds={},
         )  # fmt: skip
 
 

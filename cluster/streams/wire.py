@@ -83,8 +83,8 @@ class Report:
 class Events:
     """What a step brought to the answers of one connection: columns, since most events are one token and nothing else.
 
-    `tokens` holds an event's ids, or its only id by itself. By an event's place `drafts` has the counts of an answer with
-    drafts, and `details` what else there is to an event.
+    `tokens` holds an event's ids, or its only id by itself. By an event's place, `drafts` has the counts of an answer
+    with drafts, and `details` what else there is to an event.
     """
 
     numbers: list[int] = field(default_factory=list)
