@@ -139,7 +139,12 @@ def _request(spec: Message) -> Any:
     """A request of the checkout's own classes."""
     request = _module("divisi.cluster.request")
     values = {name: _frozen(value) for name, value in spec.items()}
-    values["stop_ids"] = frozenset(values.get("stop_ids", ()))
+    for name in ("stop_ids", "content_stop_ids"):
+        if name in values:
+            values[name] = frozenset(values[name])
+    if "spans" in values:
+        span = _module("divisi.cluster.triggers").Span
+        values["spans"] = tuple(span(**found) for found in values["spans"])
     return request.Request(**values | {"sampling": request.Sampling(**values["sampling"])})
 
 

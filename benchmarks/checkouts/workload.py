@@ -45,7 +45,7 @@ class Workload:
 
     def _choices(self, index: int, plain: bool) -> list[Spec]:
         rng = random.Random(f"{self._seed} {index}")
-        base = self._plain_request(rng)
+        base = self._kept(self._plain_request(rng))
         if not plain:
             base |= self._kept(self._rules(rng, base))
         sampling = {"temperature": 0.0} if plain else self._kept(self._sampling(rng))
@@ -69,6 +69,12 @@ class Workload:
         if rng.random() < 0.1:
             request["prompt_logprobs"] = rng.choice((0, 3))
             request["max_tokens"] = rng.choice((0, 1, 12))
+        if rng.random() < 0.2:
+            begin, end = rng.sample(range(self._vocabulary), 2)
+            request["content_stop_ids"] = self._some_ids(rng, 40)
+            request["spans"] = [{"begin": begin, "end": end, "opened": rng.random() < 0.5}]
+        if rng.random() < 0.2:
+            request["max_draft_tokens"] = rng.choice((0, 1, 3))
         return request
 
     def _rules(self, rng: random.Random, request: Spec) -> Spec:

@@ -58,7 +58,16 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
         "--max-model-len", metavar="TOKENS",
         help="longest prompt plus answer (default: the model's, or what --kv-memory holds)",
     )  # fmt: skip
-    gang = parser.add_argument_group("gang")
+    _add_gang_flags(parser.add_argument_group("gang"))
+    _add_memory_flags(parser.add_argument_group("memory, for each attention worker"))
+    mtp = parser.add_argument_group("multi-token prediction")
+    mtp.add_argument(
+        "--mtp-max-draft-tokens", metavar="N",
+        help="most tokens drafted for an answer in a step, 0 to 8; 0 is off (default: 3 where the model can draft)",
+    )  # fmt: skip
+
+
+def _add_gang_flags(gang: argparse._ArgumentGroup) -> None:
     gang.add_argument(
         "--topology", choices=("local", "split", "colocated"),
         help="local: one process; split: workers and shards apart; colocated: each worker holds a share of the experts "
@@ -86,7 +95,9 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="the same bits whatever else is served beside a request, at a slower prefill; on CPUs (default: off)",
     )
-    cache = parser.add_argument_group("memory, for each attention worker")
+
+
+def _add_memory_flags(cache: argparse._ArgumentGroup) -> None:
     cache.add_argument(
         "--kv-memory", metavar="SIZE",
         help="for KV pages, as in 512MiB or 16GiB (default: what a GPU here has left; without one 1GiB)",
@@ -97,11 +108,6 @@ def add_deployment_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--page-size", metavar="TOKENS", help="tokens per KV page (default: 16)")
     cache.add_argument("--max-seqs", metavar="N", help="sequences that run at once (default: 32)")
     cache.add_argument("--max-step-tokens", metavar="N", help="token budget of one step (default: 512)")
-    mtp = parser.add_argument_group("multi-token prediction")
-    mtp.add_argument(
-        "--mtp-max-draft-tokens", metavar="N",
-        help="most tokens drafted for an answer in a step, 0 to 8; 0 is off (default: 3 where the model can draft)",
-    )  # fmt: skip
 
 
 def add_connection_flags(parser: argparse.ArgumentParser) -> None:

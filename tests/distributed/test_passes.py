@@ -22,6 +22,7 @@ from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import listen
 from divisi.cluster.gang.shard_loop import ShardLoop
+from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop, WorkerNetwork
 from divisi.cluster.passes import Pass, PassKind, PassLayers
@@ -213,7 +214,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
                 CountedEngine([CountedPlan(counts)]),
             )
             mode = Watched(worker_mode(shape, index), rank.log, fault)
-            network = WorkerNetwork(listener, CPU, 10.0, LAYERS, 1)
+            network = WorkerNetwork(listener, CPU, 10.0, LAYERS, CoreShare(1))
             loop = WorkerLoop(engine, mode, rank.inbox, rank.watch, network, lambda events: gang.committed.release())
             rank.start(loop.run)
             stack.callback(rank.close)
@@ -222,7 +223,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
         for index in range(len(shape.shard_ranks)):
             rank = Rank(coordinator, Candidate("expert", Address(HOST), index))
             mode, experts = Watched(Broadcast(TRANSPORT), rank.log, fault), DenseExperts(WEIGHTS, shares[index])
-            rank.start(ShardLoop(experts, mode, LAYERS, CPU, 1, rank.inbox, rank.watch).run)
+            rank.start(ShardLoop(experts, mode, LAYERS, CPU, CoreShare(1), rank.inbox, rank.watch).run)
             stack.callback(rank.close)
             gang.shards.append(rank)
         yield gang
