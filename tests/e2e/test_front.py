@@ -142,9 +142,7 @@ def test_a_killed_manager_is_back_and_no_client_notices(
 
 
 @pytest.mark.verify
-def test_a_killed_haproxy_is_back(
-    front: Cluster, record_result: Callable[[str, object], None]
-) -> None:
+def test_a_killed_haproxy_is_back(front: Cluster, record_result: Callable[[str, object], None]) -> None:
     (victim,) = haproxies(front)
     victim.kill()
     victim.wait(5)
