@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from tests.parts import PARTS, part_of
+from tests.side_by_side import group_of, servers_first
 
 if TYPE_CHECKING:
     from tests.parity.oracle import Excuses
@@ -43,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell's background jobs ignore Ctrl-C, and so would the programs that tests start there and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_RECORDS] = {}
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+        os.nice(5)  # servers under test, which the first worker starts, come first
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,6 +59,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted := config.getoption("--part"):
         config.hook.pytest_deselected(items=[item for item in items if item.stash[_PART] != wanted])
         items[:] = [item for item in items if item.stash[_PART] == wanted]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item.path.relative_to(TESTS).as_posix())))
+        items.sort(key=lambda item: servers_first(item.path.relative_to(TESTS).as_posix()))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ TABLE = {
     "sim": "step",
     "test_architecture.py": "step",
     "test_parts.py": "step",
+    "test_side_by_side.py": "step",
     "test_wheel.py": "faults",
 }
 
