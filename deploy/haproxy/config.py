@@ -71,6 +71,11 @@ def confine(config: str, place: Place) -> str:
     return edited
 
 
+def has_servers(config: str) -> bool:
+    """Whether it names a replica."""
+    return re.search(r"^\s*server ", config, re.M) is not None
+
+
 def admin_socket(config: str) -> str:
     """Path of the admin socket. Raises ConfigError."""
     found = re.search(r"^\s*stats socket (\S+)", config, re.M)

@@ -11,9 +11,10 @@ import socket
 import sys
 from pathlib import Path
 
-from divisi.deploy.haproxy.config import Place, admin_socket, confine
+from divisi.deploy.haproxy.config import Place, admin_socket, confine, has_servers
 
 _ANSWER_S = 1.0
+_KNOWN = "known.cfg"
 
 
 def main(arguments: list[str]) -> None:
@@ -23,8 +24,10 @@ def main(arguments: list[str]) -> None:
         place = Place.load(folder)
         file = Path(options[options.index("-f") + 1])
         config = confine(file.read_text(encoding="utf-8"), place)
+        is_first = "-sf" not in options
+        config = _with_known_replicas(config, file.with_name(_KNOWN), is_first)
         file.write_text(config, encoding="utf-8")
-        if "-sf" not in options:
+        if is_first:
             options += _take_over(admin_socket(config))
         # Ray ends what is in the process group of a manager that was killed. An HAProxy alone goes on until the next
         # manager's takes over, and ends with the server as its keeper's descendant.
@@ -32,6 +35,20 @@ def main(arguments: list[str]) -> None:
         if place.cores:
             os.sched_setaffinity(0, place.cores)
     os.execv(binary, [binary, *options])
+
+
+def _with_known_replicas(config: str, known: Path, is_first: bool) -> str:
+    """The configuration, or the last one that had replicas, where a new manager has not been told of any yet.
+
+    Ray starts a manager in place of one that died with none, and would answer 503 until it tells it a moment later.
+    """
+    if has_servers(config):
+        known.write_text(config, encoding="utf-8")
+    elif is_first and known.exists():
+        return known.read_text(encoding="utf-8")
+    else:
+        known.unlink(missing_ok=True)
+    return config
 
 
 def _take_over(path: str) -> list[str]:

@@ -1,7 +1,8 @@
 """What Ray's manager of HAProxy does, without Ray: `haproxy_manager.py PORT BACKEND_PORT...`, in its environment.
 
-Prints the pid of HAProxy once it runs; for each line on standard input, which names backend ports, it tells HAProxy of
-these and prints the new pid. Ends HAProxy at the end of the input.
+Without a backend's port it knows of no application yet, as one that Ray has just started. Prints the pid of HAProxy
+once it runs; for each line on standard input, which names backend ports, it tells HAProxy of these and prints the new
+pid. Ends HAProxy at the end of the input.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ async def main(port: int, replicas: list[str]) -> None:
         server_state_base=os.path.dirname(socket_path),
         server_state_file=os.path.join(os.path.dirname(socket_path), "server-state"),
     )
-    api = HAProxyApi(config, backends(replicas), below_node(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC))
+    api = HAProxyApi(config, backends(replicas) if replicas else {}, below_node(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC))
     await api.start()
     while True:
         assert api._proc is not None

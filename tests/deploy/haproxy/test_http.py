@@ -121,12 +121,28 @@ def test_streams_outlive_a_change_of_replicas_and_a_killed_manager(replica: Repl
         os.kill(manager.process.pid, signal.SIGKILL)
         manager.process.wait()
         assert httpx.get(f"{manager.url}/echo", timeout=SOON_S).status_code == 200
+        manager.replicas = []  # Ray tells a new manager later
         manager.start()  # nothing else can listen: it takes over from the one that was left alone
         pids.append(manager.pid)
         assert len(set(pids)) == 3
         replica.next()
         assert b"data: x\n\n" in read_until(client, b"\r\n")
         assert httpx.get(f"{manager.url}/echo", timeout=SOON_S).json()["port"] == replica.port
+
+
+def test_a_new_manager_serves_with_the_replicas_that_the_last_one_knew(replica: Replica) -> None:
+    with managed(replica.port) as manager:
+        for blow in (signal.SIGKILL, signal.SIGTERM):
+            assert manager.process is not None
+            os.kill(manager.process.pid, signal.SIGKILL)
+            manager.process.wait()
+            if blow == signal.SIGTERM:
+                os.kill(manager.pid, blow)  # HAProxy is gone as well
+            manager.replicas = []
+            manager.start()
+            assert httpx.get(f"{manager.url}/echo", timeout=SOON_S).status_code == 200
+        manager.tell()
+        assert httpx.get(f"{manager.url}/echo", timeout=SOON_S).status_code == 503
 
 
 @pytest.mark.verify
