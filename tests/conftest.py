@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -36,6 +37,11 @@ _PART = pytest.StashKey[str]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--verify", action="store_true", help="full tier: store results in tests/results/verify-*.{json,md}"
+    )
+    parser.addoption(
+        "--again",
+        action="store_true",
+        help="with --verify: replace the stored results of the tests that run, no others",
     )
     parser.addoption("--part", choices=PARTS, help="only the tests of this part of the full tier, see tests/parts.py")
 
@@ -113,7 +119,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--verify") and not session.config.option.collectonly:
         for part, records in session.config.stash[_RECORDS].items():
-            _store(part, records)
+            _store(part, _amended(part, records) if session.config.getoption("--again") else records)
 
 
 def _records_of(config: pytest.Config, part: str) -> dict[str, dict[str, Any]]:
@@ -137,6 +143,13 @@ def _store(part: str, records: dict[str, dict[str, Any]]) -> None:
     (RESULTS / f"verify-{part}.md").write_text(_markdown(report), encoding="utf-8")
 
 
+def _amended(part: str, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The results as stored, with those of tests that ran again in place of theirs; the older say their commit."""
+    stored = json.loads((RESULTS / f"verify-{part}.json").read_text(encoding="utf-8"))
+    kept = {test: {"commit": stored["commit"], **entry} for test, entry in stored["tests"].items()}
+    return {test: records.get(test, entry) for test, entry in (kept | records).items()}
+
+
 def _commit() -> str:
     """The commit, with a mark where the tree differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -152,6 +165,7 @@ def _markdown(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
         "",
         ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items()),
+        *_older(report["tests"]),
         "",
         "| test | outcome | s | measured |",
         "|---|---|---|---|",
@@ -162,3 +176,9 @@ def _markdown(report: dict[str, Any]) -> str:
             shown = "; ".join(f"{name} = {value}" for name, value in numbers.items()).replace("|", "\\|")
             lines.append(f"| {test} | {entry.get('outcome', 'error')} | {entry['seconds']} | {shown} |")
     return "\n".join(lines) + "\n"
+
+
+def _older(tests: dict[str, dict[str, Any]]) -> list[str]:
+    """A line on the results that are of other commits."""
+    counts = Counter(entry["commit"] for entry in tests.values() if "commit" in entry)
+    return [f"Of these at {commit}: {count}" for commit, count in counts.items()]

@@ -246,7 +246,7 @@ def test_the_matrix(
 
 
 @pytest.mark.verify
-@pytest.mark.parametrize("line", [None, "Starting Ray", "Starting 1 attention", "gang: "])
+@pytest.mark.parametrize("line", [None, "Starting a Ray", "Starting 1 attention", "gang: "])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_while_it_starts(small_model: Path, tmp_path: Path, line: str | None, number: int) -> None:
     status = 0 if number == signal.SIGTERM else -number
