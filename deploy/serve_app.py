@@ -40,6 +40,8 @@ _LEAVE_S = 5.0
 """For a worker to leave the gang, after its answers."""
 # Requests are logged by the API, with what only it knows.
 _NO_ACCESS_LOG = {"enable_access_log": False}
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""For ingress replicas: Serve hands each piece of an answer from the application's thread to its own otherwise."""
 
 
 class Ingress:
@@ -214,7 +216,7 @@ def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
     )
     ingress = _deployment(serve.ingress()(Ingress)).options(
         num_replicas=settings.http.ingress_replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
         max_ongoing_requests=_UNLIMITED,
         graceful_shutdown_timeout_s=grace + _LAST_WORDS_S,
         logging_config=_NO_ACCESS_LOG,

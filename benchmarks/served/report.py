@@ -39,7 +39,7 @@ COMPLETIONS = "/v1/completions"
 _FEW_STREAMS = 8
 Table = dict[Mix, dict[str, Figures]]
 
-# Of the issue of room: processor time in ms per token at 32 streams, and what the way over HTTP may cost.
+# What is wanted: processor time in ms per token at 32 streams, and what the way over HTTP may cost.
 _LIMITS = {"beyond": 0.05, "ingress": 0.10, "front": 0.05}
 _GAPS = {1: 1.4, 32: 1.6}
 _RATES = {1: 0.68, 8: 0.68, 32: 0.70}
