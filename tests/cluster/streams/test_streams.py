@@ -290,7 +290,7 @@ threading.Event().wait()
 
 
 async def test_the_streams_of_a_killed_process_learn_of_it_at_once(
-    tmp_path: Path, record_result: Callable[[str, object], None]
+    tmp_path: Path, record_result: Callable[[str, object], None], full_tier: bool
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="d") as folder:
         path = f"{folder}/worker"
@@ -313,7 +313,7 @@ async def test_the_streams_of_a_killed_process_learn_of_it_at_once(
                 process.kill()
     assert {end.error for end in ends} == {"the attention worker was lost"}
     record_result("ms until 64 streams of a killed process knew", round(1000 * took, 1))
-    assert took < 0.5, "0.1 s on a machine that has time"
+    assert took < (0.1 if full_tier else 0.5), "the quick tier runs beside other tests"
 
 
 async def test_a_worker_that_comes_again_is_found_again(worker: ScriptedWorker, tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_a_new_manager_serves_with_the_replicas_that_the_last_one_knew(replica: 
 
 
 @pytest.mark.verify
+@pytest.mark.timeout(300)
 def test_a_stream_may_be_silent_for_minutes(manager: Manager, replica: Replica) -> None:
     with connection(manager) as client:
         client.settimeout(SOON_S + 200)
