@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from divisi.model.errors import DivisiError
 
-__all__ = ["DivisiError", "GangNotReady", "Overloaded", "RequestRejected", "StepAborted"]
+__all__ = [
+    "AnswerLost",
+    "DivisiError",
+    "GangNotReady",
+    "Overloaded",
+    "RequestRejected",
+    "StepAborted",
+    "WorkerLeft",
+    "WorkerLost",
+]
 
 
 class StepAborted(DivisiError):
@@ -40,3 +49,15 @@ class Overloaded(DivisiError):
 
 class GangNotReady(DivisiError):
     """The gang cannot serve now: it is starting, or refilling a seat."""
+
+
+class WorkerLost(DivisiError):
+    """The worker that computed an answer is gone, or cannot go on. Another can, from what has come."""
+
+
+class WorkerLeft(DivisiError):
+    """The worker that computed an answer hands it back, in good order. Another can go on from what has come."""
+
+
+class AnswerLost(DivisiError):
+    """An answer that has begun can be brought to no end."""

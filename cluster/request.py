@@ -54,7 +54,9 @@ class Request:
     `logprobs`: None for none, 0 for the chosen token's only, n for the n best besides; `prompt_logprobs` the same
     for the prompt's tokens. Until `min_tokens` were generated, the stop ids of both kinds are masked. `grammar` is
     an llguidance grammar, validated by the ingress, that the answer must follow. `max_draft_tokens` limits what the MTP
-    layer drafts in a step, 0 turns it off; None: as the gang does.
+    layer drafts in a step, 0 turns it off; None: as the gang does. `answered` are the answer's first tokens, where another
+    worker has begun it: they count as generated and are not told again. `arrived` is when the request came to its
+    ingress, in seconds of this process's monotonic clock (the wire carries its age): who came first is served first.
     """
 
     request_id: str
@@ -69,6 +71,8 @@ class Request:
     max_draft_tokens: int | None = None
     content_stop_ids: frozenset[int] = frozenset()
     spans: tuple[Span, ...] = ()
+    answered: tuple[int, ...] = ()
+    arrived: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,8 @@ class TokenEvent:
     `prompt_logprobs` comes once, on the first event; its entry 0 is None, as nothing precedes the first token.
     `drafted` and `accepted` count the tokens that the MTP layer has proposed for the answer so far, and those of them
     that stood. `error` says what went wrong where the reason is "error", or "rejected": what the request asks for
-    leaves no token to choose. `stop_id` is the stop id that ended the answer.
+    leaves no token to choose. `stop_id` is the stop id that ended the answer. `index` counts the answer's tokens before
+    these.
     """
 
     request_id: str
@@ -99,3 +104,4 @@ class TokenEvent:
     stop_id: int | None = None
     drafted: int = 0
     accepted: int = 0
+    index: int = 0

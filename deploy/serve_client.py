@@ -7,13 +7,14 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from divisi.cluster.errors import GangNotReady
+from divisi.cluster.errors import AnswerLost, GangNotReady, WorkerLeft, WorkerLost
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.secret import gang_secret
@@ -21,7 +22,8 @@ from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.streams.client import WorkerConnection
 from divisi.cluster.streams.workers import WorkerConnections
-from divisi.deploy.api.engine_client import GangStatus
+from divisi.deploy.api.engine_client import GangStatus, StatRow
+from divisi.deploy.journal import Journal
 from divisi.deploy.limits import Gate
 from divisi.deploy.routing import QueuedTokens, WorkerReport
 from divisi.deploy.stat_rows import stat_rows
@@ -34,6 +36,8 @@ _CONNECT_S = 1.0
 _RESEND_S = 3.0
 """While the gang serves, a request that a worker refuses goes to another: by then its report says that it does."""
 _RESEND_EVERY_S = 0.1
+_RESUME_S = 600.0
+"""An answer that a lost worker has begun waits so long for another one, which may have weights to load."""
 
 
 class ServeEngineClient:
@@ -51,23 +55,33 @@ class ServeEngineClient:
         self._status = GangStatus(False, "starting")
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
+        self._resumed_requests = self._recomputed_tokens = 0
 
     async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """See EngineClient."""
         if self._reporting is None or self._reporting.done():
             self._reporting = asyncio.create_task(self._report_open())
-        give_up_at = time.monotonic() + _RESEND_S
+        now = time.monotonic()
+        journal, give_up_at = Journal(replace(request, arrived=now)), now + _RESEND_S
         while True:
-            await self.check_ready()
+            if not journal.resumed:
+                await self.check_ready()
             try:
-                async with contextlib.aclosing(self._stream(request)) as batches:
+                async with contextlib.aclosing(self._stream(journal.attempt())) as batches:
                     async for events in batches:
-                        yield events
+                        if fresh := journal.take(events):
+                            yield fresh
                 return
             except GangNotReady:  # this worker's word only, before any event
                 if time.monotonic() > give_up_at:
                     raise
-            await asyncio.sleep(_RESEND_EVERY_S)
+                await asyncio.sleep(_RESEND_EVERY_S)
+            except (WorkerLost, WorkerLeft) as error:
+                self._recomputed_tokens += journal.interrupted(error)
+                self._resumed_requests += 1
+                await asyncio.sleep(journal.stand_back_s)
+                give_up_at = time.monotonic() + _RESUME_S
+                await self._wait_for_a_worker(give_up_at)
 
     async def status(self) -> GangStatus:
         """See EngineClient."""
@@ -79,16 +93,32 @@ class ServeEngineClient:
         except (CoordinatorLost, RayError) as error:
             self._coordinator = None
             reason = str(error) if isinstance(error, CoordinatorLost) else "the coordinator has stopped"
-            self._status = GangStatus(False, reason)
+            self._status = GangStatus(False, reason, self._own_rows())
         else:
             self._connections.name(found.streams)
             failures = [f"{who} could not load: {text}" for who, text in sorted(found.failures.items())]
             ready, reasons = found.ready, [found.reason, *failures]
             if ready and not await self._connections.wait_until_able(_CONNECT_S):
                 ready, reasons = False, ["no attention worker can be reached from this ingress", *failures]
-            self._status = GangStatus(ready, "; ".join(reasons), stat_rows(found.stats))
+            self._status = GangStatus(ready, "; ".join(reasons), stat_rows(found.stats) + self._own_rows())
         self._checked_at = asked_at
         return self._status
+
+    def _own_rows(self) -> tuple[StatRow, ...]:
+        counts = (
+            ("resumed_requests", self._resumed_requests, "Times that an answer went on with another worker"),
+            ("recomputed_tokens", self._recomputed_tokens, "Tokens of their prompts and answers, computed again for it"),
+        )
+        return tuple(StatRow(name, n, (("ingress", self._ingress_id),), "counter", text) for name, n, text in counts)
+
+    async def _wait_for_a_worker(self, give_up_at: float) -> None:
+        """For an answer that has begun: whether the gang as a whole serves is not asked, as it will again."""
+        while not self._connections.able():
+            if time.monotonic() > give_up_at:
+                raise AnswerLost(f"no attention worker could go on with the answer within {_RESUME_S:g} s")
+            with contextlib.suppress(GangNotReady):
+                await self.check_ready()  # which names the workers that there are now
+            await self._connections.wait_until_able(_RESEND_EVERY_S)
 
     async def _report_open(self) -> None:
         """Report now and then while anything is open, and once more at its end; the answer says when it has to end."""
@@ -151,4 +181,5 @@ class ServeEngineClient:
         }
         if not reports:
             raise GangNotReady("no attention worker takes requests now")
-        return self._queues.choose(reports, request.request_id, len(request.prompt))
+        tokens = len(request.prompt) + len(request.answered)
+        return self._queues.choose(reports, request.request_id, tokens)

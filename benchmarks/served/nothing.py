@@ -53,7 +53,7 @@ class IdleEngine:
         if request.request_id in self._running:
             raise RequestRejected(f"request id {request.request_id!r} is already being served")
         tokens = expected_tokens(self._plain, request.prompt, request.max_tokens)
-        self._running[request.request_id] = request, tokens[::-1]
+        self._running[request.request_id] = request, tokens[len(request.answered) :][::-1]
         self._pace_s = request.sampling.seed / 1e6
 
     def cancel(self, request_id: str) -> None:
@@ -76,11 +76,11 @@ class IdleEngine:
         self._steps += 1
         self._generated += len(self._running)
         events = []
-        for name, (_, left) in list(self._running.items()):
-            token = left.pop()
+        for name, (request, left) in list(self._running.items()):
+            index, token = request.max_tokens - len(left), left.pop()
             if not left:
                 del self._running[name]
-            events.append(TokenEvent(name, (token,), None, finish_reason=None if left else "length"))
+            events.append(TokenEvent(name, (token,), None, finish_reason=None if left else "length", index=index))
         return events
 
     def take_events(self) -> list[TokenEvent]:

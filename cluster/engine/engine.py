@@ -102,7 +102,7 @@ class Engine:
         if request.request_id in self._compiling:
             raise RequestRejected(f"request id {request.request_id!r} is already being served")
         if request.grammar is None:
-            self._scheduler.submit(request)
+            self._queue(request)
             return
         if self._grammars is None:
             raise RequestRejected("this worker cannot follow a grammar: send the request without one")
@@ -192,16 +192,8 @@ class Engine:
             self.run_pass(plan, index, dispatcher)
         return self.commit(plan)
 
-    def fail_all(self, message: str) -> None:
-        """End every request with an error, for a worker that cannot go on; drops the plan under way."""
-        self._events += [self._event(outcome, error=message) for outcome in self._scheduler.end_all("error")]
-        for request_id, (_, guide) in self._compiling.items():
-            guide.cancel()
-            self._events.append(TokenEvent(request_id, (), None, finish_reason="error", error=message))
-        self._compiling.clear()
-
     def take_events(self) -> list[TokenEvent]:
-        """Return the events that no step caused since the last call: cancellations and failures."""
+        """Return the events that no step caused since the last call: cancellations, and grammars that fail."""
         self._queue_compiled()
         events, self._events = self._events, []
         return events
@@ -211,7 +203,7 @@ class Engine:
         scheduler = self._scheduler
         pages, slots = scheduler.memory.pages, scheduler.memory.slots
         live = [*scheduler.running, *scheduler.waiting]
-        compiling = [request.prompt for request, _ in self._compiling.values()]
+        compiling = [request.prompt + request.answered for request, _ in self._compiling.values()]
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(compiling),
@@ -230,6 +222,15 @@ class Engine:
             step_seconds=self._stopwatch.totals(),
         )
 
+    def _queue(self, request: Request, guide: Guide | None = None) -> None:
+        """Queue a request; an answer that another worker has brought to its full length ends without a step."""
+        answered = len(request.answered)
+        if answered and len(request.prompt) + answered >= self._scheduler.check(request):
+            full = TokenEvent(request.request_id, (), None, finish_reason="length", index=answered)
+            self._events.append(full)
+        else:
+            self._scheduler.submit(request, guide)
+
     def _queue_compiled(self) -> None:
         """Queue the requests whose grammar is compiled, in order of arrival; those without a guide end here."""
         for request_id, (request, compiled) in list(self._compiling.items()):
@@ -239,7 +240,7 @@ class Engine:
             guide = compiled.result()
             if guide.error is None:
                 # The end of the text ends the answer, even where the request would ignore it.
-                self._scheduler.submit(replace(request, stop_ids=request.stop_ids | guide.eos_ids), guide)
+                self._queue(replace(request, stop_ids=request.stop_ids | guide.eos_ids), guide)
             else:
                 self._events.append(TokenEvent(request_id, (), None, finish_reason=guide.ends, error=guide.error))
 
@@ -273,5 +274,5 @@ class Engine:
             prompt_logprobs = tuple(collected)
             sequence.prompt_logprobs = None
         error = error if failed else None  # a request that failed may have been cancelled meanwhile
-        counts = sequence.drafted, sequence.accepted
+        counts = sequence.drafted, sequence.accepted, sequence.num_generated - len(token_ids)
         return TokenEvent(request.request_id, token_ids, logprobs, prompt_logprobs, reason, error, stop_id, *counts)

@@ -40,6 +40,8 @@ def _numbers(sampling: Sampling) -> Iterator[tuple[str, float]]:
 def _token_ids(request: Request) -> Iterator[tuple[str, Iterable[int]]]:
     sampling = request.sampling
     yield "the prompt", (min(request.prompt), max(request.prompt))
+    if answered := request.answered:
+        yield "answered", (min(answered), max(answered))
     if allowed := sampling.allowed_token_ids:
         yield "allowed_token_ids", (min(allowed), max(allowed))
     yield "logit_bias", (token for token, _ in sampling.logit_bias)

@@ -3,13 +3,15 @@
 The rules, in order:
 
 1. Every decoding sequence gets its token. One that needs a page when none is free takes it from the latest arrival
-   (perhaps itself), which goes back to the head of the queue and computes its tokens again later.
+   (perhaps itself), which goes back to the queue and computes its tokens again later.
 2. Prefills fill what is left of the token budget, in order of arrival.
 3. Drafts take what is left of the budget, and pages that are free; those go back with the step.
 4. The queue is admitted strictly in order of arrival, when a page table, two slots and all pages of the prefill are
    free, plus one page of headroom for each running sequence so that admission does not cause a preemption at once.
 
-So the sequences that run are always the earliest that are alive, the very earliest always advances, and none starves.
+Arrival is that at the ingress: an answer that another worker has begun keeps its place among those of this one. It may
+be older than what runs when it comes; that goes on, and nothing is admitted before it. So the earliest of those that
+run always advances, and none starves (tests/sim/ledger.py has the bound and its proof).
 
 A step is planned, run as often as it takes, and committed. What planning changes (admission, pages, preemption) stands
 on its own: pages taken for a step that aborts stay with their sequences and serve the replay.
@@ -17,9 +19,11 @@ on its own: pages taken for a step that aborts stay with their sequences and ser
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from operator import attrgetter
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,6 +36,9 @@ from divisi.cluster.engine.request_check import check_request
 from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import EndReason, Request
+
+
+_BY_ARRIVAL = attrgetter("arrival")
 
 
 class SchedulerConfig(BaseModel):
@@ -84,7 +91,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of arrival."""
         self.waiting: deque[Sequence] = deque()
-        """In order of arrival; all arrived after the running ones."""
+        """In order of arrival."""
         self.outstanding: StepPlan | None = None
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -92,12 +99,13 @@ class Scheduler:
     def submit(self, request: Request, guide: Guide | None = None) -> Sequence:
         """Queue a request; `guide` belongs to its grammar. Raises RequestRejected, see `check`."""
         max_length = self.check(request)
-        sequence = Sequence(request, self._arrivals, list(request.prompt), max_length, guide=guide)
+        arrival = request.arrived, self._arrivals
+        sequence = Sequence(request, arrival, [*request.prompt, *request.answered], max_length, guide=guide)
         if request.prompt_logprobs is not None:
             sequence.prompt_logprobs = [None]
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_BY_ARRIVAL)
         return sequence
 
     def cancel(self, request_id: str) -> Outcome | None:
@@ -153,14 +161,6 @@ class Scheduler:
             if run.completes or sequence.cancelled:
                 outcomes.append(self._advance(sequence, chosen, ends.get(sequence), run.chooses))
         self._forget_finished(outcomes)
-        return outcomes
-
-    def end_all(self, reason: EndReason) -> list[Outcome]:
-        """Drop the plan under way and end every request, in order of arrival."""
-        self.outstanding = None
-        outcomes = [self._finish(sequence, reason) for sequence in [*self.running, *self.waiting]]
-        self.running.clear()
-        self.waiting.clear()
         return outcomes
 
     def check(self, request: Request) -> int:
@@ -237,7 +237,7 @@ class Scheduler:
         self._release(sequence)
         sequence.status = Status.WAITING
         sequence.length = 0
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_BY_ARRIVAL)
 
     def _plan_prefills(self, layout: PlanLayout) -> None:
         if not layout.rows_left:
@@ -267,7 +267,7 @@ class Scheduler:
         sequence = self.waiting.popleft()
         sequence.status = Status.PREFILL
         sequence.admitted = self.memory.acquire(len(sequence.tokens))
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_BY_ARRIVAL)
         return sequence
 
     def _commit_ring(self, run: Run, num_chosen: int) -> None:

@@ -32,10 +32,10 @@ class Sequence:
     """
 
     request: Request
-    arrival: int
-    """Number of the request in order of arrival."""
+    arrival: tuple[float, int]
+    """When it came to its ingress, and its number here, which decides between equals."""
     tokens: list[int]
-    """The prompt, then what was generated."""
+    """The prompt, then what was generated, here or by another worker before."""
     max_length: int
     """Tokens at which the answer is cut: the prompt's plus the request's limit, or the model's context."""
     status: Status = Status.WAITING
@@ -62,6 +62,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.triggers = Triggers(self.request.spans)
+        for token in self.request.answered:
+            self.triggers.take(token)
         if (ids := self.request.sampling.allowed_token_ids) is not None:
             self.allowed_ids = np.array(ids, dtype=np.int64)
 

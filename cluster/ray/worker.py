@@ -135,14 +135,11 @@ class AttentionRank:
     def _run(self) -> None:
         try:
             self._loop.run()
-        except Exception as error:  # an engine in an unknown state must not go on, and its requests must end
+        except Exception as error:  # an engine in an unknown state must not go on; its requests can, elsewhere
             log.exception("the step loop failed")
             self._failure = f"{type(error).__name__}: {error}"
-            try:
-                self._engine.fail_all("the attention worker failed")
-                self._streams.deliver(self._engine.take_events())
-            finally:
-                self._watch.stop("its step loop failed")
+            self._streams.fail()
+            self._watch.stop("its step loop failed")
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         # Numbers first: who has read an answer's end finds the answer in /metrics.

@@ -10,9 +10,10 @@ import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Callable
 
 from divisi.cluster.door import MAX_FRAME, Channel, ChannelClosed
-from divisi.cluster.errors import DivisiError, GangNotReady
+from divisi.cluster.errors import DivisiError, GangNotReady, WorkerLeft, WorkerLost
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.streams.death import is_ending
 from divisi.cluster.streams.wire import Cancel, Events, Refused, Report, Submit, WireError, decode, encode
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 MAX_UNREAD = 32_768
 """Tokens of an answer, alternatives counted, that may wait for its reader."""
 _LOOK_EVERY_S = 0.02
+SILENT_S = 3.0
+"""A worker that says nothing for so long, not even that it lives, is stopped or cut off."""
+_LATE_S = 0.5
+"""An ingress that has not looked for so long was idle or stopped: what workers said meanwhile may wait to be read."""
 
 
 class TokenStream:
@@ -71,12 +76,12 @@ class TokenStream:
             self._wake()
 
     def refuse(self, error: DivisiError) -> None:
-        """There will be no answer."""
+        """There will be no answer, or no more of it than has come."""
         self._refusal, self.ended = error, True
         self._wake()
 
     async def take(self) -> list[TokenEvent]:
-        """All events since the last call, at least one. Raises the worker's refusal."""
+        """All events since the last call, at least one. Raises the worker's refusal, after what has come."""
         while not self._events:
             if self._refusal is not None:
                 raise self._refusal
@@ -99,22 +104,30 @@ class WorkerConnection:
         self._watching: asyncio.Task[None] | None = None
         self._numbers = itertools.count(1)
         self._streams: dict[int, TokenStream] = {}
+        self._changed: Callable[[], None] = lambda: None
+        self._heard_at = 0.0
+        self.is_silent = False
+        """Whether the worker has said nothing for `SILENT_S` while it had answers to compute."""
         self.report: Report | None = None
         """The worker's last."""
         self.reported_at = 0.0
         """When it came, in seconds of the monotonic clock."""
 
-    async def run(self, reported: asyncio.Event) -> None:
-        """Receive until the connection ends; then its answers end, too. `reported` is set with every report."""
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Receive until the connection ends; its answers are lost then. `changed` is called with every report, and while
+        the worker is silent."""
+        self._changed = changed
         try:
             while True:
-                for payload in await self._channel.receive():
+                payloads = await self._channel.receive()
+                self._heard_at, self.is_silent = time.monotonic(), False
+                for payload in payloads:
                     match decode(payload):
                         case Events() as events:
                             self._sort(events)
                         case Report() as report:
-                            self.report, self.reported_at = report, time.monotonic()
-                            reported.set()
+                            self.report, self.reported_at = report, self._heard_at
+                            changed()
                         case Refused(number) as refused:
                             if (stream := self._streams.pop(number, None)) is not None:
                                 stream.refuse(refused.error())
@@ -130,22 +143,22 @@ class WorkerConnection:
             if self._watching is not None:
                 self._watching.cancel()
             for stream in self._streams.values():
-                stream.fail("the attention worker was lost")
+                stream.refuse(WorkerLost("the attention worker was lost"))
             self._streams.clear()
 
     def open(self, request: Request) -> TokenStream:
         """Send a request. Raises GangNotReady when the connection has ended."""
         stream = TokenStream(request)
         stream.number = next(self._numbers)
-        payload = encode(Submit(stream.number, request))
+        payload = encode(Submit(stream.number, request, age_s=time.monotonic() - request.arrived))
         stream.long = len(payload) > MAX_FRAME
         try:
             self._channel.send([payload])
         except ChannelClosed as error:
             raise GangNotReady(str(error)) from error
         self._streams[stream.number] = stream
-        if self._process is not None and (self._watching is None or self._watching.done()):
-            self._watching = asyncio.create_task(self._watch(self._process))
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
         return stream
 
     def close(self, stream: TokenStream) -> None:
@@ -153,15 +166,33 @@ class WorkerConnection:
         if self._streams.pop(stream.number, None) is not None:
             self._cancel(stream)
 
+    def hand_over(self) -> None:
+        """Have all answers go on elsewhere; the worker drops them."""
+        reason: DivisiError = WorkerLeft("the attention worker is leaving")
+        if self.is_silent:
+            reason = WorkerLost(f"the attention worker has said nothing for {SILENT_S:g} s")
+        for stream in self._streams.values():
+            self._cancel(stream)
+            stream.refuse(reason)
+        self._streams.clear()
+
     def _cancel(self, stream: TokenStream) -> None:
         with contextlib.suppress(ChannelClosed):
             self._channel.send([encode(Cancel(stream.number, stream.long))])
 
-    async def _watch(self, process: int) -> None:
-        """While answers are open: end the connection as soon as the worker's process is being ended."""
+    async def _watch(self) -> None:
+        """While answers are open: end the connection as soon as the worker's process is being ended; notice silence."""
+        looked_at = 0.0
         while self._streams:
-            if is_ending(process):
+            now = time.monotonic()
+            if now - looked_at > _LATE_S:
+                self._heard_at = now
+            looked_at = now
+            if self._process is not None and is_ending(self._process):
                 self._channel.abort()
+            elif now - self._heard_at > SILENT_S:
+                self.is_silent = True
+                self._changed()
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def _sort(self, events: Events) -> None:

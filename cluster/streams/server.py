@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 from divisi.cluster.door import Channel, ChannelClosed, Door, Place, Secret, TlsFiles, open_door
 from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
@@ -25,6 +25,7 @@ from divisi.cluster.streams.wire import Cancel, Events, Message, Refused, Report
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.25
+_BEAT_EVERY_S = 1.0
 _MUCH_UNSENT = 2**20
 _STUCK_S = 20.0
 """An ingress that has much unsent and takes nothing of it for so long loses its connection, and its answers end."""
@@ -110,12 +111,19 @@ class StreamServer:
         self._call(self._publish, events)
 
     def leave(self, grace_s: float) -> None:
-        """Take nothing new and say so, and wait until no answer is open, `grace_s` at most."""
+        """Take nothing new and say so, and wait until no answer is open, `grace_s` at most.
+
+        The ingresses take their answers elsewhere, as soon as there is another worker.
+        """
         self._call(self._begin_to_leave)
         self._empty.wait(grace_s)
 
+    def fail(self) -> None:
+        """Hand the open answers back: this worker cannot go on with any."""
+        self._call(self._hand_back, "failed", "the attention worker failed")
+
     def close(self) -> None:
-        """End the answers that are open, with an event that says so, and all connections."""
+        """Hand the open answers back, for another worker to go on with, and end all connections."""
         self._call(self._stop.set)
         if self._thread.is_alive():
             self._thread.join(_STOP_S)
@@ -146,14 +154,12 @@ class StreamServer:
         else:
             self._places = [door.place for door in doors]
             self._started.set_result(None)
-            reporting = asyncio.create_task(self._report())
+            telling = [asyncio.create_task(self._report()), asyncio.create_task(self._beat())]
             await self._stop.wait()
-            reporting.cancel()
+            for task in telling:
+                task.cancel()
             self._leaving = True
-            ends = [TokenEvent(name, (), None, finish_reason="cancelled") for name in self._answers]
-            for event in ends:
-                self._worker.cancel(event.request_id)
-            self._publish(ends)
+            self._hand_back("left", "the attention worker has left")
         finally:
             for door in doors:
                 await door.close()
@@ -207,6 +213,7 @@ class StreamServer:
             error = RequestRejected(f"request id {request.request_id!r} is already being served")
             ingress.tell(encode(Refused.by(number, error)))
             return
+        request = replace(request, arrived=time.monotonic() - message.age_s)
         self._answers[request.request_id] = (ingress, number)
         ingress.answers[number] = request.request_id
         self._stirred.set()
@@ -224,6 +231,13 @@ class StreamServer:
             del ingress.answers[number]
             self._forget(request_id)
             ingress.tell(encode(Refused.by(number, error)))
+
+    def _hand_back(self, why: Literal["left", "failed"], text: str) -> None:
+        for request_id, (ingress, number) in list(self._answers.items()):
+            del ingress.answers[number]
+            self._forget(request_id)
+            self._worker.cancel(request_id)
+            ingress.tell(encode(Refused(number, why, text)))
 
     def _forget(self, request_id: str) -> None:
         self._answers.pop(request_id, None)
@@ -258,13 +272,19 @@ class StreamServer:
         return "this attention worker is leaving" if self._leaving else self._worker.refusal()
 
     def _current(self) -> Report:
-        return replace(self._last, refusal=self._refusal())
+        return replace(self._last, refusal=self._refusal(), leaving=self._leaving)
 
-    def _tell_all(self) -> None:
-        if (report := self._current()) != self._told:
+    def _tell_all(self, again: bool = False) -> None:
+        if (report := self._current()) != self._told or again:
             self._told = report
             for ingress in list(self._ingresses):
                 ingress.tell(encode(report))
+
+    async def _beat(self) -> None:
+        """Show that this process lives, however long a step takes."""
+        while True:
+            await asyncio.sleep(_BEAT_EVERY_S)
+            self._tell_all(again=True)
 
     def _begin_to_leave(self) -> None:
         self._leaving = True

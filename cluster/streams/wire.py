@@ -1,12 +1,13 @@
 """What an ingress and an attention worker tell each other, as bytes: msgpack, never pickle. Imports no torch.
 
 A message is an array: its kind, a map of extensions, its fields. Extensions that a reader does not know are ignored;
-the trace context of a request and the index of an event have their place there. An answer is named by a number that its
+the trace context of a request has its place there. An answer is named by a number that its
 ingress gives it, counted up for each connection, so that a connection has no words for the answers of another.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +18,14 @@ import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from divisi.cluster.door import MAX_FRAME
-from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
+from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected, WorkerLeft, WorkerLost
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 
 _SUBMIT, _CANCEL, _EVENTS, _REFUSED, _REPORT = range(1, 6)
 _NO_EXTENSIONS: dict[str, object] = {}
 _REQUEST = TypeAdapter(Request)
+_APART = {"prompt", "answered", "arrived"}
+"""Fields of a request that do not travel with the others."""
 _SWAPS = sys.byteorder == "big"
 
 
@@ -32,11 +35,15 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Begin an answer. `refusal` is there instead of a request whose fields are of the wrong kind."""
+    """Begin an answer, or go on with one. `refusal` is there instead of a request whose fields are of the wrong kind.
+
+    `age_s` is how long ago the request came to its ingress: clocks of two machines have nothing in common.
+    """
 
     number: int
     request: Request | None
     refusal: str = ""
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +56,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An answer that will not begin."""
+    """An answer that will not begin or, where the worker has left or failed, not go on."""
 
     number: int
-    why: Literal["rejected", "not ready"]
+    why: Literal["rejected", "not ready", "left", "failed"]
     text: str
 
     @classmethod
@@ -62,7 +69,12 @@ class Refused:
 
     def error(self) -> DivisiError:
         """The worker's error."""
-        return RequestRejected(self.text) if self.why == "rejected" else GangNotReady(self.text)
+        return _REFUSALS.get(self.why, GangNotReady)(self.text)
+
+
+_REFUSALS: Mapping[str, type[DivisiError]] = {
+    "rejected": RequestRejected, "not ready": GangNotReady, "left": WorkerLeft, "failed": WorkerLost,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +89,23 @@ class Report:
     """Tokens for which it has pages that no sequence holds."""
     refusal: str = ""
     """Why it takes no requests: it has no seat, is leaving, or has failed. Empty where it does."""
+    leaving: bool = False
+    """Whether its open answers had better go on elsewhere."""
 
 
 @dataclass(slots=True)
 class Events:
     """What a step brought to the answers of one connection: columns, since most events are one token and nothing else.
 
-    `tokens` holds an event's ids, or its only id by itself. By an event's place, `drafts` has the counts of an answer
-    with drafts, and `details` what else there is to an event.
+    `tokens` holds an event's ids, or its only id by itself; `indices` how many of the answer come before. By an event's
+    place, `drafts` has the counts of an answer with drafts, and `details` what else there is to an event.
     """
 
     numbers: list[int] = field(default_factory=list)
     tokens: list[int | Sequence[int]] = field(default_factory=list)
     details: dict[int, Sequence[Any]] = field(default_factory=dict)
     drafts: dict[int, Sequence[int]] = field(default_factory=dict)
+    indices: list[int] = field(default_factory=list)
 
     def add(self, number: int, event: TokenEvent) -> None:
         """Append the next event of answer `number`."""
@@ -100,6 +115,7 @@ class Events:
         if event.drafted:
             self.drafts[len(self.numbers)] = (event.drafted, event.accepted)
         self.numbers.append(number)
+        self.indices.append(event.index)
         ids = event.token_ids
         self.tokens.append(ids[0] if len(ids) == 1 else ids)
 
@@ -116,19 +132,19 @@ class Events:
     def _part(self, begin: int, end: int) -> Events:
         details = {place - begin: told for place, told in self.details.items() if begin <= place < end}
         drafts = {place - begin: counts for place, counts in self.drafts.items() if begin <= place < end}
-        return Events(self.numbers[begin:end], self.tokens[begin:end], details, drafts)
+        return Events(self.numbers[begin:end], self.tokens[begin:end], details, drafts, self.indices[begin:end])
 
     def event(self, place: int, request_id: str) -> TokenEvent:
         """The event at a place."""
         found = self.tokens[place]
         ids = (found,) if isinstance(found, int) else tuple(found)
-        drafted, accepted = self.drafts.get(place, (0, 0))
+        counts = (*self.drafts.get(place, (0, 0)), self.indices[place])
         if place not in self.details:
-            return TokenEvent(request_id, ids, None, drafted=drafted, accepted=accepted)
+            return TokenEvent(request_id, ids, None, None, None, None, None, *counts)
         reason, error, stop_id, told, prompt = self.details[place]
         logprobs = None if told is None else tuple([_logprob(plain) for plain in told])
         prompt_logprobs = None if prompt is None else tuple([plain and _logprob(plain) for plain in prompt])
-        return TokenEvent(request_id, ids, logprobs, prompt_logprobs, reason, error, stop_id, drafted, accepted)
+        return TokenEvent(request_id, ids, logprobs, prompt_logprobs, reason, error, stop_id, *counts)
 
 
 Message = Submit | Cancel | Refused | Report | Events
@@ -138,18 +154,19 @@ def encode(message: Message) -> bytes:
     """A message as bytes."""
     match message:
         case Events():
-            columns = (message.numbers, message.tokens, message.details, message.drafts)
+            columns = (message.numbers, message.tokens, message.details, message.drafts, message.indices)
             fields: tuple[object, ...] = (_EVENTS, _NO_EXTENSIONS, *columns)
-        case Submit(number, request):
+        case Submit(number, request, _, age_s):
             assert request is not None, "only a decoded message has a refusal"
-            fields = (_SUBMIT, _NO_EXTENSIONS, number, _prompt_bytes(request.prompt), _plain_request(request))
+            ids = _id_bytes(request.prompt), _id_bytes(request.answered)
+            fields = (_SUBMIT, _NO_EXTENSIONS, number, *ids, age_s, _plain_request(request))
         case Cancel(number, before):
             fields = (_CANCEL, _NO_EXTENSIONS, number, before)
         case Refused(number, why, text):
             fields = (_REFUSED, _NO_EXTENSIONS, number, why, text)
         case Report():
             queue = (message.queued_tokens, message.unfinished, message.free_tokens)
-            fields = (_REPORT, _NO_EXTENSIONS, *queue, message.refusal)
+            fields = (_REPORT, _NO_EXTENSIONS, *queue, message.refusal, message.leaving)
     packed: bytes = msgpack.packb(fields)
     return packed
 
@@ -163,19 +180,18 @@ def decode(data: bytes) -> Message:
         raise WireError(f"a message cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _submit(number: int, prompt: bytes, fields: Mapping[str, Any]) -> Submit:
+def _submit(number: int, prompt: bytes, answered: bytes, age_s: float, fields: Mapping[str, Any]) -> Submit:
     if not isinstance(number, int):
         raise WireError(f"the number of an answer is {number!r}: it must be a whole number")
-    ids = array("I")
-    ids.frombytes(prompt)
-    if _SWAPS:
-        ids.byteswap()
+    if not isinstance(age_s, int | float) or not 0 <= age_s < math.inf:
+        raise WireError(f"the age of a request is {age_s!r}: it must be a number of seconds")
+    ids = {"prompt": _ids(prompt), "answered": _ids(answered)}
     try:
         request = _REQUEST.validate_python({**fields, "prompt": ()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         return Submit(number, None, f"{'.'.join(map(str, first['loc']))}: {first['msg']}, but it is {first['input']!r}")
-    return Submit(number, replace(request, prompt=tuple(ids)))
+    return Submit(number, replace(request, **ids), "", age_s)
 
 
 _DECODERS: Mapping[int, Callable[..., Message]] = {
@@ -183,18 +199,26 @@ _DECODERS: Mapping[int, Callable[..., Message]] = {
 }  # fmt: skip
 
 
-def _prompt_bytes(prompt: Sequence[int]) -> bytes:
-    ids = array("I", prompt)
+def _id_bytes(token_ids: Sequence[int]) -> bytes:
+    ids = array("I", token_ids)
     if _SWAPS:
         ids.byteswap()
     return ids.tobytes()
 
 
+def _ids(data: bytes) -> tuple[int, ...]:
+    ids = array("I")
+    ids.frombytes(data)
+    if _SWAPS:
+        ids.byteswap()
+    return tuple(ids)
+
+
 def _plain_request(request: Request) -> dict[str, Any]:
-    """All but the prompt, without what has its default."""
+    """All but the tokens and what is this process's own, without what has its default."""
     seed = request.sampling.seed % 2**64  # what counts of it, and what fits into an integer of msgpack
     request = replace(request, sampling=replace(request.sampling, seed=seed))
-    plain: dict[str, Any] = _REQUEST.dump_python(request, mode="json", exclude={"prompt"}, exclude_defaults=True)
+    plain: dict[str, Any] = _REQUEST.dump_python(request, mode="json", exclude=_APART, exclude_defaults=True)
     return plain
 
 

@@ -40,9 +40,10 @@ class WorkerConnections:
                 self._keeping[address] = asyncio.create_task(self._keep(address))
 
     def able(self) -> dict[WorkerConnection, Report]:
-        """The workers that take requests, and their last reports."""
+        """The workers that take requests, and their last reports; one that is silent only where all are."""
         reports = {connection: connection.report for connection in self._open.values()}
-        return {connection: report for connection, report in reports.items() if report and not report.refusal}
+        able = {connection: report for connection, report in reports.items() if report and not report.refusal}
+        return {connection: report for connection, report in able.items() if not connection.is_silent} or able
 
     async def wait_until_able(self, deadline_s: float) -> bool:
         """Wait until a worker takes requests; whether one does."""
@@ -80,12 +81,21 @@ class WorkerConnections:
                 told = ""
                 connection = self._open[address] = WorkerConnection(channel)
                 try:
-                    await connection.run(self._reported)
+                    await connection.run(self._changed)
                 except Exception:  # whatever it was, the worker is to be reached again
                     log.exception("the connection to %s failed", channel.peer)
                 finally:
                     del self._open[address]
             await asyncio.sleep(_RETRY_S)
+
+    def _changed(self) -> None:
+        """A worker has reported, or is silent: where another is able, those that leave or are silent hand over."""
+        self._reported.set()
+        able = [connection for connection in self.able() if not connection.is_silent]
+        for connection in list(self._open.values()):
+            leaves = connection.report is not None and connection.report.leaving
+            if able and (leaves or connection.is_silent):
+                connection.hand_over()
 
     async def _connect(self, address: StreamAddress) -> Channel:
         """Raises DoorError."""

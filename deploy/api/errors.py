@@ -5,7 +5,7 @@ DivisiError
 +-- AnswerError          an answer broke off inside the engine
 +-- TextError             (model/text) a conversation or text that cannot become a prompt
 +-- RequestTimedOut      (limits) below Overloaded: KeyLimitReached; below GangNotReady: ServerStopping
-+-- RequestRejected, Overloaded, GangNotReady, StepAborted   (cluster/errors)
++-- RequestRejected, Overloaded, GangNotReady, StepAborted, AnswerLost   (cluster/errors)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
-from divisi.cluster.errors import DivisiError, GangNotReady, Overloaded, RequestRejected, StepAborted
+from divisi.cluster.errors import AnswerLost, DivisiError, GangNotReady, Overloaded, RequestRejected, StepAborted
 from divisi.deploy.limits.errors import KeyLimitReached, RequestTimedOut, ServerStopping
 from divisi.model.text import TemplateError, TextError
 
@@ -88,6 +88,8 @@ def to_reply(error: BaseException, *, retry_after_s: int = 1) -> ErrorReply:
             return ErrorReply(503, str(error), "service_unavailable_error", None, "gang_not_ready", wait)
         case StepAborted():
             return ErrorReply(500, f"a step was aborted: {error}", SERVER_ERROR, None, "step_aborted")
+        case AnswerLost():
+            return ErrorReply(500, str(error), SERVER_ERROR, None, "answer_lost")
         case AnswerError():
             return ErrorReply(500, str(error), SERVER_ERROR, None, "answer_failed")
         case HTTPException():

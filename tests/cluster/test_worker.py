@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from divisi.cluster.door import Secret
-from divisi.cluster.errors import GangNotReady
+from divisi.cluster.errors import GangNotReady, WorkerLost
 from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.ray import worker as worker_module
@@ -179,7 +179,7 @@ def test_a_worker_that_leaves_keeps_its_seat_until_its_answers_have_ended(
     assert "missing attention:0" in coordinator.status().reason
 
 
-def test_a_worker_whose_step_fails_ends_its_answers_and_takes_no_more(
+def test_a_worker_whose_step_fails_hands_its_answers_back_and_takes_no_more(
     start: Callable[[], AttentionRank], coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank = start()
@@ -192,8 +192,8 @@ def test_a_worker_whose_step_fails_ends_its_answers_and_takes_no_more(
 
     async def ask() -> None:
         async with connected(rank) as connection, asyncio.timeout(10):
-            (end,) = await connection.open(Request("a", (1, 2, 3), 4, Sampling())).take()
-            assert (end.finish_reason, end.error) == ("error", "the attention worker failed")
+            with pytest.raises(WorkerLost, match="the attention worker failed"):
+                await connection.open(Request("a", (1, 2, 3), 4, Sampling())).take()
             with pytest.raises(GangNotReady, match=r"out of memory|no seat"):
                 await connection.open(Request("b", (1, 2, 3), 4, Sampling())).take()
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
+from divisi.cluster.errors import AnswerLost, GangNotReady, Overloaded, RequestRejected
 from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.engine_client import EngineClient
 from divisi.deploy.api.errors import AnswerError, to_reply
@@ -179,7 +179,7 @@ class GenerationResponse(Response):
                     raise
                 refused = isinstance(error, _REFUSALS)
                 self._fail("refused" if refused else "error")
-                if not refused and not isinstance(error, AnswerError):
+                if not refused and not isinstance(error, AnswerError | AnswerLost):
                     logger.error("a stream broke off", exc_info=error)
                 last = _error_event(error)
             await stream.send(last, last=True)

@@ -142,19 +142,6 @@ def test_cancelling_takes_effect_within_a_step() -> None:
     assert engine.stats().free_pages == engine.stats().total_pages
 
 
-def test_failing_ends_everything_with_the_message() -> None:
-    engine = make()
-    engine.submit(request("a"))
-    engine.submit(request("b"))
-    engine.plan()
-    engine.fail_all("a shard is gone")
-    assert [(e.request_id, e.finish_reason, e.error) for e in engine.take_events()] == [
-        ("a", "error", "a shard is gone"),
-        ("b", "error", "a shard is gone"),
-    ]
-    assert engine.plan() is None
-
-
 def test_logprobs_of_rows_that_ask() -> None:
     asks = request("a", logprobs=3, sampling=Sampling(temperature=0.5, top_k=4, seed=5))
     engine = make()

@@ -332,17 +332,6 @@ def test_the_largest_request_that_fits_is_served() -> None:
         scheduler.submit(request("a", prompt=20, max_tokens=14))
 
 
-def test_end_all_ends_every_request_once() -> None:
-    scheduler = make(max_seqs=2)
-    for name in "abc":
-        scheduler.submit(request(name))
-    step(scheduler)
-    scheduler.plan()
-    ended = scheduler.end_all("error")
-    assert [outcome.sequence.request.request_id for outcome in ended] == ["a", "b", "c"]
-    assert_all_free(scheduler)
-
-
 def test_a_step_must_hold_every_decode() -> None:
     with pytest.raises(ValidationError, match=r"max_step_tokens is 3 .* max_seqs = 4"):
         make(max_step_tokens=3)

@@ -16,15 +16,15 @@ from divisi.cluster.request import Request, Sampling, TokenEvent, TokenLogprob
 from divisi.cluster.streams.wire import Cancel, Events, Message, Refused, Report, Submit, WireError, decode, encode
 
 SAMPLING = Sampling(0.7, 5, 0.9, 2**64 - 1, 0.1, 1.5, -0.5, 0.25, ((3, -1e9), (9, 4.5)), (1, 2, 9), ((4,), (5, 6)))
-FULL = Request("a", (1, 2, 300_000), 7, SAMPLING, frozenset({0, 9}), 0, 3, 2, "start: /x/")
+FULL = Request("a", (1, 2, 300_000), 7, SAMPLING, frozenset({0, 9}), 0, 3, 2, "start: /x/", answered=(5, 200_000))
 PLAIN = Request("b", (0,), 1, Sampling())
 LOGPROB = TokenLogprob(5, -0.1, ((5, -0.1), (7, -math.inf)))
 
 
 @pytest.mark.parametrize(
     "message",
-    [Submit(1, FULL), Submit(2**40, PLAIN), Cancel(3), Cancel(4, True), Refused(5, "rejected", "too long"),
-     Report(4, 2, 100), Report(0, 0, 0, "no seat")],
+    [Submit(1, FULL), Submit(2**40, PLAIN, age_s=1.5), Cancel(3), Cancel(4, True), Refused(5, "rejected", "too long"),
+     Refused(6, "left", "gone"), Report(4, 2, 100), Report(0, 0, 0, "no seat"), Report(1, 1, 1, "leaving", True)],
     ids=lambda message: type(message).__name__,
 )  # fmt: skip
 def test_messages_come_back(message: Message) -> None:
@@ -41,7 +41,7 @@ EVENTS = [
     TokenEvent("a", (1,), None),
     TokenEvent("b", (), None, finish_reason="error", error="the worker failed"),
     TokenEvent("c", (151_935, 0), (LOGPROB, replace(LOGPROB, top=())), None, "stop", None, 9),
-    TokenEvent("d", (4, 5, 6), None, drafted=11, accepted=7),
+    TokenEvent("d", (4, 5, 6), None, drafted=11, accepted=7, index=70_000),
     TokenEvent("e", (), (), (None, LOGPROB), "length", drafted=3),
 ]
 
@@ -88,8 +88,8 @@ def test_a_refusal_keeps_its_kind(error: Exception) -> None:
      ({"request_id": 5}, "request_id: "), ({"stop_ids": [1.5]}, r"stop_ids.0: "), ({"nonsense": 1}, None)],
 )  # fmt: skip
 def test_a_request_of_the_wrong_kind_is_refused_by_its_field(changes: dict[str, object], complaint: str | None) -> None:
-    kind, extensions, number, prompt, fields = msgpack.unpackb(encode(Submit(1, FULL)))
-    found = decode(msgpack.packb((kind, extensions, number, prompt, fields | changes)))
+    *head, fields = msgpack.unpackb(encode(Submit(1, FULL)))
+    found = decode(msgpack.packb((*head, fields | changes)))
     assert isinstance(found, Submit)
     if complaint is None:  # a field of a later version
         assert found.request == FULL
