@@ -79,9 +79,9 @@ class ServeEngineClient:
             except (WorkerLost, WorkerLeft) as error:
                 self._recomputed_tokens += journal.interrupted(error)
                 self._resumed_requests += 1
-                await asyncio.sleep(journal.stand_back_s)
                 give_up_at = time.monotonic() + _RESUME_S
                 await self._wait_for_a_worker(give_up_at)
+                await asyncio.sleep(journal.stand_back_s)
 
     async def status(self) -> GangStatus:
         """See EngineClient."""

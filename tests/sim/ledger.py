@@ -1,7 +1,8 @@
 """What each request was told, held against the oracle, and how long the earliest one has been kept waiting.
 
-**The starvation bound.** At any moment let the *earliest* request be the one, of those that have no terminal event,
-that was accepted first. While a request is the earliest, it ends within
+**The starvation bound.** Age is arrival at the ingress; an answer that another worker has begun may be older than all
+that is here. At any moment let the *earliest* be the oldest of the requests that run. While a request is the earliest,
+it ends within
 
     own_steps = ceil(prompt / chunk) + max(answer - 1, 0)
 
@@ -9,14 +10,23 @@ committed steps, where `answer` is its longest possible answer and `chunk` the l
 prompt that fit a step: `max_step_tokens - (max_seqs - 1)` (everybody else decodes), or `max_prompt_logit_rows` where
 that is less and prompt log-probabilities are asked for.
 
-Proof. Queue and running sequences are in order of arrival, and so the earliest heads the running ones, or nothing runs
-and it heads the queue, where it is admitted at once, as it was accepted only because it fits alone. Preemption takes
-the latest, so the earliest keeps its memory. Each committed step gives it a chunk (`chunk` tokens or all that are left)
-or a decoded token. If it had `g` tokens of its answer when it became the earliest and has to compute them again, that
-takes ceil((prompt + g) / chunk) <= ceil(prompt / chunk) + g steps, and `g` fewer decodes follow.
+Proof. Running sequences are in order of age, and preemption takes the youngest, so that the earliest keeps its memory;
+if nothing runs, the head of the queue is admitted at once, as it was accepted only because it fits alone. Each
+committed step gives the earliest a chunk (`chunk` tokens or all that are left) or a decoded token. If it had `g` tokens
+of its answer when it became the earliest (from another worker, or before a preemption) and has to compute them again,
+that takes ceil((prompt + g) / chunk) <= ceil(prompt / chunk) + g steps, and `g` fewer decodes follow.
 
-So every committed step is charged to one request, none is charged more than its `own_steps`, and a request ends within
-the sum of `own_steps` of those that are unfinished when it arrives, its own included. Both are checked.
+Every committed step is charged to the earliest. It stays that until its end, or until an older one is admitted and
+*displaces* it, which only one that was begun elsewhere can; it may then be preempted, and its charge begins anew.
+
+The queue is in order of age too, and nothing is admitted before its head. What is charged while request R is unfinished
+is therefore R itself; what is older, here when R comes or coming later; or what is younger and ran when R came. Each is
+charged at most its `own_steps`, and once more whenever it is displaced. So R ends within
+
+    own_steps of R, of all that are unfinished when it comes and are older or run,
+    of all older ones that come later, and of each that is displaced meanwhile.
+
+Both bounds are checked.
 """
 
 from __future__ import annotations
@@ -26,7 +36,7 @@ from dataclasses import dataclass, field
 
 from divisi.cluster.engine.plan import Outcome
 from divisi.cluster.engine.scheduler import SchedulerConfig
-from divisi.cluster.engine.sequence import Sequence
+from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.request import EndReason, Request, TokenLogprob
 from tests.sim.hash_model import expected_answer
 from tests.sim.invariants import Fault, Violation
@@ -44,11 +54,13 @@ class Record:
     """The bound on the steps that are charged to it."""
     all_steps: int
     """The bound on the steps between its arrival and its end."""
+    age: tuple[float, int]
+    """Ascending by arrival at the ingress."""
     arrived_at_step: int
     charged: int = 0
+    """Steps since it became the earliest."""
     told: list[int] = field(default_factory=list)
     cancelled: bool = False
-    failed: bool = False
     prompt_logprobs: list[list[TokenLogprob | None]] = field(default_factory=list)
 
 
@@ -57,41 +69,50 @@ class Ledger:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._steps = 0
+        self._steps = self._accepted = 0
+        self._earliest: Record | None = None
         self.unfinished: dict[str, Record] = {}
-        """In order of arrival."""
         self.ended: Counter[str] = Counter()
         """Terminal events by their reason."""
         self.worst_wait = 0.0
         """The largest fraction of its bound that a request has taken."""
 
-    def accept(self, sequence: Sequence) -> None:
+    def accept(self, sequence: Sequence, request: Request) -> None:
         """A request was accepted."""
-        request = sequence.request
         tokens, reason, stop_id = expected_answer(request, self._config.max_model_len)
-        own = own_steps(request, self._config)
-        ahead = sum(record.own_steps for record in self.unfinished.values())
-        self.unfinished[request.request_id] = Record(sequence, tokens, reason, stop_id, own, ahead + own, self._steps)
+        own, age = own_steps(request, self._config), (request.arrived, self._accepted)
+        self._accepted += 1
+        ahead = 0
+        for other in self.unfinished.values():
+            if other.age < age or _runs(other):
+                ahead += other.own_steps
+            if age < other.age:
+                other.all_steps += own
+        record = Record(sequence, tokens, reason, stop_id, own, ahead + own, age, self._steps)
+        record.told += request.answered
+        self.unfinished[request.request_id] = record
 
     def cancel(self, request_id: str) -> None:
         """A request, if it is unfinished, is about to be cancelled."""
         if record := self.unfinished.get(request_id):
             record.cancelled = True
 
-    def fail(self) -> None:
-        """All are about to be ended with an error."""
-        for record in self.unfinished.values():
-            record.failed = True
-
-    def charge(self) -> str | None:
+    def charge(self) -> Record | None:
         """A step was planned: who is charged for it once it is committed."""
-        return next(iter(self.unfinished), None)
+        before = self._earliest
+        running = [record for record in self.unfinished.values() if _runs(record)]
+        self._earliest = now = min(running, key=lambda record: record.age, default=None)
+        if before is not None and now is not None and now.age < before.age and before in self.unfinished.values():
+            before.charged = 0
+            for record in self.unfinished.values():
+                record.all_steps += before.own_steps
+        return now
 
-    def committed(self, charged: str | None) -> None:
+    def committed(self, charged: Record | None) -> None:
         """A step was committed; what it did is told next."""
         self._steps += 1
-        if charged is not None and (record := self.unfinished.get(charged)):
-            record.charged += 1
+        if charged is not None:
+            charged.charged += 1
 
     def check_waits(self) -> None:
         """After a committed step: nobody waits too long, and who was cancelled has ended."""
@@ -110,7 +131,7 @@ class Ledger:
         record = self.unfinished.get(name)
         if record is None or record.sequence is not outcome.sequence:
             raise Violation(Fault.SECOND_TERMINAL, f"request {name}: {outcome[1:]}")
-        if record.cancelled and outcome.finish_reason != ("error" if record.failed else "cancelled"):
+        if record.cancelled and outcome.finish_reason != "cancelled":
             raise Violation(Fault.CANCEL_IGNORED, f"request {name}: {outcome[1:]}")
         record.told += outcome.token_ids
         if record.told != record.tokens[: len(record.told)]:
@@ -131,8 +152,7 @@ class Ledger:
 
     def _end(self, name: str, record: Record, outcome: Outcome) -> None:
         reason = outcome.finish_reason
-        asked = (reason == "cancelled" and record.cancelled) or (reason == "error" and record.failed)
-        if not asked:
+        if not (reason == "cancelled" and record.cancelled):
             expected = (record.tokens, record.reason, record.stop_id)
             if (record.told, reason, outcome.stop_id) != expected:
                 raise Violation(Fault.WRONG_ANSWER, f"request {name}: {record.told}, {outcome[2:]}, not {expected}")
@@ -143,6 +163,10 @@ class Ledger:
         self.ended[str(reason)] += 1
         self.worst_wait = max(self.worst_wait, (self._steps - record.arrived_at_step) / record.all_steps)
         del self.unfinished[name]
+
+
+def _runs(record: Record) -> bool:
+    return record.sequence.status in (Status.PREFILL, Status.DECODE)
 
 
 def own_steps(request: Request, config: SchedulerConfig) -> int:

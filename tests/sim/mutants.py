@@ -13,6 +13,7 @@ from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import EndReason, Request
 from tests.sim.invariants import Fault
+from tests.sim.ledger import Record
 from tests.sim.simulation import Simulation
 
 
@@ -64,12 +65,6 @@ class CancelsTheQueuedWithoutAWord(Scheduler):
         return None if outcome is not None and outcome.sequence.num_generated == 0 else outcome
 
 
-class FailsOnlyTheRunning(Scheduler):
-    def end_all(self, reason: EndReason) -> list[Outcome]:
-        running = list(self.running)
-        return [outcome for outcome in super().end_all(reason) if outcome.sequence in running]
-
-
 class AdmitsTheLatestFirst(Scheduler):
     def submit(self, request: Request) -> Sequence:
         sequence = super().submit(request)
@@ -113,6 +108,25 @@ class PausesTheRunningForTheQueue(Scheduler):
             return plan
         self.outstanding = replace(plan, rings=(), num_rows=sum(run.num_rows for run in plan.scans))
         return self.outstanding
+
+
+class ForgetsTheAge(Scheduler):
+    """An answer that was begun elsewhere comes after all that wait here."""
+
+    def submit(self, request: Request) -> Sequence:
+        return super().submit(replace(request, arrived=0.0))
+
+
+class MergesTheAnswerIntoThePrompt(Scheduler):
+    def submit(self, request: Request) -> Sequence:
+        done = len(request.answered)
+        prompt, left = request.prompt + request.answered, request.max_tokens - done
+        return super().submit(replace(request, prompt=prompt, answered=(), max_tokens=left) if done and request.prompt else request)
+
+
+class AnswersFromTheStart(Scheduler):
+    def submit(self, request: Request) -> Sequence:
+        return super().submit(replace(request, answered=()))
 
 
 class LeaksAPage(Scheduler):
@@ -294,9 +308,11 @@ class TakesPagesThatAreNotThere(Scheduler):
 class CommitsAbortedSteps(Simulation):
     """The loop takes the tokens of an attempt that did not get through for those of the step."""
 
-    def _abort(self, plan: StepPlan, charged: str | None) -> None:
-        super()._abort(plan, charged)
-        self._commit(plan, [[0] * run.chooses for run in plan.runs], charged)
+    def _step(self, plan: StepPlan, charged: Record | None) -> None:
+        if self._random.random() < self._workload.abort_rate:
+            self._commit(plan, [[0] * run.chooses for run in plan.runs], charged)
+        else:
+            super()._step(plan, charged)
 
 
 MUTANTS: tuple[tuple[type[Scheduler] | type[Simulation], Fault], ...] = (
@@ -307,12 +323,14 @@ MUTANTS: tuple[tuple[type[Scheduler] | type[Simulation], Fault], ...] = (
     (EndsTheCancelledBeforeTheStepDoes, Fault.GHOST),
     (EndsWithoutAWord, Fault.MISSING_TERMINAL),
     (CancelsTheQueuedWithoutAWord, Fault.MISSING_TERMINAL),
-    (FailsOnlyTheRunning, Fault.MISSING_TERMINAL),
     (AdmitsTheLatestFirst, Fault.STARVATION),
     (AdmitsTheShortestFirst, Fault.STARVATION),
     (PutsThePreemptedLast, Fault.STARVATION),
     (PrefersTheLatestDecodes, Fault.STARVATION),
     (PausesTheRunningForTheQueue, Fault.STARVATION),
+    (ForgetsTheAge, Fault.STARVATION),
+    (MergesTheAnswerIntoThePrompt, Fault.WRONG_ANSWER),
+    (AnswersFromTheStart, Fault.WRONG_ANSWER),
     (LeaksAPage, Fault.LEAKED_PAGE),
     (LeaksThePagesOfTheCancelled, Fault.LEAKED_PAGE),
     (FreesThePlannedAtOnce, Fault.FREED_TOO_EARLY),

@@ -13,7 +13,7 @@ from divisi.cluster.request import Request, TokenLogprob
 from tests.sim.clock import VirtualClock
 from tests.sim.hash_model import VOCAB, HashModel, is_complete
 from tests.sim.invariants import Fault, Violation, check_memory, check_plan, check_queues
-from tests.sim.ledger import Ledger
+from tests.sim.ledger import Ledger, Record
 from tests.sim.workload import make_workload
 
 _MAX_STEPS = 20_000
@@ -35,8 +35,6 @@ class Simulation:
             self._clock.at(time, lambda request=request: self._submit(request))  # type: ignore[misc]
         for time, name in work.cancellations:
             self._clock.at(time, lambda name=name: self._cancel(name))  # type: ignore[misc]
-        if work.failure is not None:
-            self._clock.at(work.failure, self._fail)
 
     def run(self) -> None:
         """Serve everything to its end. Raises Violation."""
@@ -56,11 +54,10 @@ class Simulation:
 
     def _serve(self) -> None:
         for _ in range(_MAX_STEPS):
-            charged = self._ledger.charge()
             plan = self._scheduler.plan()
             if plan is not None:
                 self._check()
-                self._step(plan, charged)
+                self._step(plan, self._ledger.charge())
             elif self._ledger.unfinished:
                 raise Violation(Fault.STARVATION, f"nothing is planned for {list(self._ledger.unfinished)}")
             elif self._clock.is_empty:
@@ -69,25 +66,21 @@ class Simulation:
                 self._clock.skip_to_next()
         raise Violation(Fault.STARVATION, f"the trace has not ended in {_MAX_STEPS} steps")
 
-    def _step(self, plan: StepPlan, charged: str | None) -> None:
+    def _step(self, plan: StepPlan, charged: Record | None) -> None:
         check_plan(self._scheduler, plan)
         self._model.grow(plan.growths)
         while self._random.random() < self._workload.abort_rate:
-            self._abort(plan, charged)
+            self._abort(plan)
             self._clock.pass_time(5.0)
-            if self._scheduler.outstanding is None:
-                return  # the worker has failed in the meantime
         self._clock.pass_time(1.0 + plan.num_rows / 8)
-        if self._scheduler.outstanding is None:
-            return
         self._commit(plan, self._model.attempt(plan), charged)
 
-    def _abort(self, plan: StepPlan, charged: str | None) -> None:
+    def _abort(self, plan: StepPlan) -> None:
         """An attempt that gets through a part of the step only; nothing of it may count."""
         self.counts["aborted steps"] += 1
         self._model.attempt(plan, self._random.randint(0, len(plan.runs)))
 
-    def _commit(self, plan: StepPlan, tokens: list[list[int]], charged: str | None) -> None:
+    def _commit(self, plan: StepPlan, tokens: list[list[int]], charged: Record | None) -> None:
         self.counts["steps"] += 1
         for run in plan.scans:
             collected, prompt = run.sequence.prompt_logprobs, run.sequence.tokens
@@ -125,7 +118,8 @@ class Simulation:
         else:
             if not fits:
                 raise Violation(Fault.WRONG_REFUSAL, f"{request} was accepted")
-            self._ledger.accept(sequence)
+            self._ledger.accept(sequence, request)
+            self.counts["begun elsewhere"] += bool(request.answered)
         self._check()
 
     def _fits(self, request: Request) -> bool:
@@ -148,14 +142,6 @@ class Simulation:
         if outcome is not None:
             self._ledger.tell(outcome)
         self._check()
-
-    def _fail(self) -> None:
-        self.counts["failures"] += 1
-        self._ledger.fail()
-        for outcome in self._scheduler.end_all("error"):
-            self._ledger.tell(outcome)
-        self._check()
-        assert self._scheduler.memory.pages.num_free == self._workload.config.num_pages
 
     def _check(self) -> None:
         check_queues(self._scheduler, [record.sequence for record in self._ledger.unfinished.values()])

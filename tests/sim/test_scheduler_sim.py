@@ -23,9 +23,9 @@ def test_random_traces(full_tier: bool, record_result: Callable[[str, object], N
     record_result("traces", traces)
     record_result("what happened", dict(sorted(counts.items())))
     record_result("largest part of the starvation bound", round(worst, 3))
-    for what in ("preemptions", "aborted steps", "cancellations during a step", "cancelled", "stop", "refused"):
+    for what in ("preemptions", "aborted steps", "cancellations during a step", "cancelled", "stop", "refused",
+                 "begun elsewhere"):  # fmt: skip
         assert counts[what] > traces / 4, f"{what}: {counts[what]} in {traces} traces, too few to mean anything"
-    assert counts["failures"] > traces / 50
 
 
 def test_a_trace_depends_on_nothing_but_its_seed() -> None:

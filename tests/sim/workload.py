@@ -1,14 +1,14 @@
-"""What happens to a scheduler in one trace: sizes, arrivals, cancellations, aborts, a failure; all from a seed."""
+"""What happens to a scheduler in one trace: sizes, arrivals, cancellations, aborts; all from a seed."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.triggers import Span
-from tests.sim.hash_model import VOCAB
+from tests.sim.hash_model import VOCAB, expected_answer
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,6 @@ class Workload:
     arrivals: tuple[tuple[float, Request], ...]
     cancellations: tuple[tuple[float, str], ...]
     """Some come before the request, after its end, twice, or name nobody."""
-    failure: float | None
-    """When the worker fails and ends every request with an error."""
     abort_rate: float
     """Probability that an attempt at a step aborts."""
 
@@ -33,15 +31,29 @@ def make_workload(rng: random.Random) -> Workload:
     arrivals: list[tuple[float, Request]] = []
     cancellations: list[tuple[float, str]] = []
     cancel_rate = rng.choice([0.0, 0.1, 0.4])
+    begun_rate = rng.choice([0.0, 0.2, 0.5])
     for number in range(rng.choice([rng.randint(1, 12), rng.randint(1, 40)])):
         now += rng.expovariate(1 / gap) if gap else 0.0
-        arrivals.append((now, _request(rng, config, str(number))))
+        request = replace(_request(rng, config, str(number)), arrived=now)
+        if rng.random() < begun_rate:
+            request = _begun(rng, config, request)
+        arrivals.append((now, request))
         while rng.random() < cancel_rate:
             cancellations.append((now - 2 + rng.expovariate(1 / 15), str(number)))
     if rng.random() < 0.1:
         cancellations.append((rng.uniform(0, now + 10), "nobody"))
-    failure = rng.uniform(0, now + 10) if rng.random() < 0.05 else None
-    return Workload(config, tuple(arrivals), tuple(cancellations), failure, rng.choice([0.0, 0.1, 0.3]))
+    return Workload(config, tuple(arrivals), tuple(cancellations), rng.choice([0.0, 0.1, 0.3]))
+
+
+def _begun(rng: random.Random, config: SchedulerConfig, request: Request) -> Request:
+    """A request that is older than it seems, and that another worker has begun to answer."""
+    answer, *_ = expected_answer(request, config.max_model_len)
+    room = min(request.max_tokens, config.max_model_len - len(request.prompt))
+    done = rng.randint(0, max(min(len(answer), room - 1), 0))
+    told = request.prompt_logprobs if not done else None
+    return replace(
+        request, arrived=request.arrived - rng.expovariate(1 / 20), answered=tuple(answer[:done]), prompt_logprobs=told
+    )
 
 
 def _config(rng: random.Random) -> SchedulerConfig:
