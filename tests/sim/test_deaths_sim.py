@@ -50,17 +50,21 @@ class WithoutAnIndexCheck(Journal):
         return super().take([replace(event, index=len(self._tokens)) for event in events])
 
 
-class MergesTheAnswerIntoThePrompt(Journal):
-    def attempt(self) -> Request:
-        found = super().attempt()
-        if not found.answered:
-            return found
-        prompt, left = found.prompt + found.answered, found.max_tokens - len(found.answered)
-        return replace(found, prompt=prompt, answered=(), max_tokens=left)
+class Shifts(Journal):
+    """For journals that send something else than they should, and place what comes so that nobody notices."""
+
+    shift = 0
 
     def take(self, events: Iterable[TokenEvent]) -> list[TokenEvent]:
-        before = len(self.attempt().prompt) - len(self.request.prompt)
-        return super().take([replace(event, index=event.index + before) for event in events])
+        return super().take([replace(event, index=event.index + self.shift) for event in events])
+
+
+class MergesTheAnswerIntoThePrompt(Shifts):
+    def attempt(self) -> Request:
+        found = super().attempt()
+        self.shift = len(found.answered)
+        prompt, left = found.prompt + found.answered, found.max_tokens - self.shift
+        return replace(found, prompt=prompt, answered=(), max_tokens=left)
 
 
 class LosesTheAge(Journal):
@@ -69,15 +73,11 @@ class LosesTheAge(Journal):
         return replace(found, arrived=found.arrived + 1000.0) if self.resumed else found
 
 
-class SendsItsFirstTokensOnly(Journal):
-    """The snapshot of the answer is one token old."""
-
+class SendsAllTokensButTheLast(Shifts):
     def attempt(self) -> Request:
         found = super().attempt()
+        self.shift = len(found.answered[-1:])
         return replace(found, answered=found.answered[:-1])
-
-    def take(self, events: Iterable[TokenEvent]) -> list[TokenEvent]:
-        return super().take([replace(event, index=event.index + bool(self.resumed)) for event in events])
 
 
 class AsksForThePromptAnew(Journal):
@@ -106,7 +106,7 @@ class Unfenced(World):
 @pytest.mark.parametrize(
     "mutant",
     [
-        WithoutAnIndexCheck, MergesTheAnswerIntoThePrompt, LosesTheAge, SendsItsFirstTokensOnly, AsksForThePromptAnew,
+        WithoutAnIndexCheck, MergesTheAnswerIntoThePrompt, LosesTheAge, SendsAllTokensButTheLast, AsksForThePromptAnew,
         NeverGivesUp, ForgetsFormerDrafts, Unfenced,
     ],
 )  # fmt: skip
