@@ -54,9 +54,9 @@ class Request:
     `logprobs`: None for none, 0 for the chosen token's only, n for the n best besides; `prompt_logprobs` the same
     for the prompt's tokens. Until `min_tokens` were generated, the stop ids of both kinds are masked. `grammar` is
     an llguidance grammar, validated by the ingress, that the answer must follow. `max_draft_tokens` limits what the MTP
-    layer drafts in a step, 0 turns it off; None: as the gang does. `answered` are the answer's first tokens, where another
-    worker has begun it: they count as generated and are not told again. `arrived` is when the request came to its
-    ingress, in seconds of this process's monotonic clock (the wire carries its age): who came first is served first.
+    layer drafts in a step, 0 turns it off; None: as the gang does. `answered` are the answer's first tokens, where
+    another worker has begun it: they count as generated and are not told again. `arrived` is when the request came to
+    its ingress, in seconds of this process's monotonic clock (the wire carries its age): who came first goes first.
     """
 
     request_id: str

@@ -107,7 +107,7 @@ class ServeEngineClient:
     def _own_rows(self) -> tuple[StatRow, ...]:
         counts = (
             ("resumed_requests", self._resumed_requests, "Times that an answer went on with another worker"),
-            ("recomputed_tokens", self._recomputed_tokens, "Tokens of their prompts and answers, computed again for it"),
+            ("recomputed_tokens", self._recomputed_tokens, "Tokens of prompt and answer, computed again for it"),
         )
         return tuple(StatRow(name, n, (("ingress", self._ingress_id),), "counter", text) for name, n, text in counts)
 

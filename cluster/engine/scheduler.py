@@ -37,7 +37,6 @@ from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import EndReason, Request
 
-
 _BY_ARRIVAL = attrgetter("arrival")
 
 

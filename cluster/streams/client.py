@@ -114,8 +114,10 @@ class WorkerConnection:
         """When it came, in seconds of the monotonic clock."""
 
     async def run(self, changed: Callable[[], None]) -> None:
-        """Receive until the connection ends; its answers are lost then. `changed` is called with every report, and while
-        the worker is silent."""
+        """Receive until the connection ends; its answers are lost then.
+
+        `changed` is called with every report, and while the worker is silent.
+        """
         self._changed = changed
         try:
             while True:

@@ -185,13 +185,13 @@ def _submit(number: int, prompt: bytes, answered: bytes, age_s: float, fields: M
         raise WireError(f"the number of an answer is {number!r}: it must be a whole number")
     if not isinstance(age_s, int | float) or not 0 <= age_s < math.inf:
         raise WireError(f"the age of a request is {age_s!r}: it must be a number of seconds")
-    ids = {"prompt": _ids(prompt), "answered": _ids(answered)}
+    prompt_ids, answered_ids = _ids(prompt), _ids(answered)
     try:
         request = _REQUEST.validate_python({**fields, "prompt": ()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         return Submit(number, None, f"{'.'.join(map(str, first['loc']))}: {first['msg']}, but it is {first['input']!r}")
-    return Submit(number, replace(request, **ids), "", age_s)
+    return Submit(number, replace(request, prompt=prompt_ids, answered=answered_ids), "", age_s)
 
 
 _DECODERS: Mapping[int, Callable[..., Message]] = {

@@ -289,11 +289,15 @@ async def test_an_answer_that_kills_its_workers_ends_with_an_error_that_says_so(
 
     worker.script = dies
     told: list[TokenEvent] = []
-    async with asyncio.timeout(30), aclosing(make().generate(request())) as batches:
-        with pytest.raises(AnswerLost, match="4 attention workers in a row were lost"):
+
+    async def follow() -> None:
+        async with asyncio.timeout(30), aclosing(make().generate(request())) as batches:
             async for events in batches:
-                told += events
+                told.extend(events)
                 lose(worker)
+
+    with pytest.raises(AnswerLost, match="4 attention workers in a row were lost"):
+        await follow()
     assert spelt(told) == [0]
     assert len(worker.requests) == 3 + 3, "two deaths before its token, four after it"
 

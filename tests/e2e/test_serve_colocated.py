@@ -122,7 +122,7 @@ def test_each_ingress_replica_counts_its_own_requests(colocated: Cluster) -> Non
 def test_one_rank_is_killed_and_replaced(
     colocated: Cluster, small_model: Path, record_result: Callable[[str, object], None], excuses: Excuses
 ) -> None:
-    """Its own answers end with an error, the other rank's go on when the seat is filled again."""
+    """Its own answers and the other rank's go on when the seat is filled again."""
     answers: list[Answer] = []
     threads: list[threading.Thread] = []
     # The ingress replicas learn of each other's requests by the workers' next report, so that the second may follow
@@ -137,16 +137,9 @@ def test_one_rank_is_killed_and_replaced(
     assert all(len(answer.tokens) < 500 for answer in answers), "too late to show anything"
     for thread in threads:
         thread.join(90)
-    whole = [answer for answer in answers if not answer.error]
-    broken = [answer for answer in answers if answer.error]
-    assert whole
-    assert broken
-    assert all("attention worker was lost" in answer.error for answer in broken)
+    assert [answer.error for answer in answers] == [""] * len(answers)
     oracle = oracle_of(small_model)
-    for answer in whole:
+    for answer in answers:
         expected = oracle.greedy(answer.prompt, answer.count)
         excuses.expect_same(oracle, answer.prompt, expected, answer.tokens, "an answer that a rank's death interrupted")
     record_result("seconds until the gang served again", round(colocated.wait_until_ready(60), 1))
-    again = Answer(colocated.url, broken[0].prompt, 20)
-    again.read()
-    assert again.tokens == oracle.greedy(again.prompt, 20)

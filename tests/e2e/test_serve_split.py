@@ -200,19 +200,17 @@ def test_an_answer_goes_on_when_the_coordinator_is_killed(
     cluster.wait_until_ready(60)
 
 
-def test_an_answer_ends_with_an_error_when_its_attention_worker_is_killed(
+def test_an_answer_goes_on_when_the_only_attention_worker_is_killed(
     cluster: Cluster, client: openai.OpenAI, record_result: Callable[[str, object], None]
 ) -> None:
-    want = complete(client, 10)
+    want = complete(client, 400)
     (worker,) = cluster.processes("AttentionWorker")
-    with pytest.raises(openai.APIError, match="attention worker was lost"):
-        answer_while_killing(client, worker)
-    begin = time.monotonic()
-    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 10, "it was not killed")
-    wait_for(lambda: httpx.get(f"{cluster.url}/v1/health/ready").status_code == 503, 20, "it never said that it cannot")
-    cluster.wait_until_ready(90)
-    record_result("seconds without service when the attention worker was killed", round(time.monotonic() - begin, 1))
-    assert complete(client, 10) == want
+    got, pause_s = answer_while_killing(client, worker)
+    record_result("seconds of pause when the only attention worker was killed", round(pause_s, 2))
+    assert got == want
+    assert metric(cluster, "resumed_requests_total") == [1.0]
+    assert metric(cluster, "recomputed_tokens_total")[0] > 4
+    cluster.wait_until_ready(30)
 
 
 def test_the_gang_comes_back_when_its_owner_is_killed(cluster: Cluster, client: openai.OpenAI) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,6 @@ from .test_serve_split import metric, wait_for
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(300)]
 
-LEARN_WITHIN_S = 0.5
-"""0.1 s on a machine that has time: 16 streams and their reader share two cores with both gangs of processes here."""
 SIZES = (
     "--max-queued-requests",
     "256",
@@ -56,6 +56,20 @@ def held(cluster: Cluster) -> list[list[float]]:
     return [metric(cluster, name) for name in HELD]
 
 
+def of_ingresses(cluster: Cluster, name: str) -> list[float]:
+    """What each of the two ingresses counts; a scrape meets either."""
+    found: dict[str, float] = {}
+
+    def both() -> bool:
+        page = httpx.get(f"{cluster.url}/metrics", timeout=10).text
+        rows = re.findall(rf'^divisi_{name}{{ingress="([^"]*)"}} (\S+)$', page, re.MULTILINE)
+        found.update((ingress, float(value)) for ingress, value in rows)
+        return len(found) == 2
+
+    wait_for(both, 20, "an ingress was never met")
+    return list(found.values())
+
+
 def body(number: int, tokens: int) -> dict[str, Any]:
     return {"model": "small", "prompt": [number + 10, 7, 8], "max_tokens": tokens, "temperature": 0, "stream": True,
             "ignore_eos": True, "return_token_ids": True}  # fmt: skip
@@ -68,18 +82,20 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     events: int = 0
     error: str = ""
-    ended_at: float = 0.0
+    times: list[float] = field(default_factory=list)
+    """When its events came."""
 
     def take(self, line: str) -> None:
         if not line.startswith("data: {"):
             return
         data = json.loads(line[6:])
         if "error" in data:
-            self.error, self.ended_at = data["error"]["message"], time.monotonic()
+            self.error = data["error"]["message"]
         for choice in data.get("choices", ()):
             found = choice.get("token_ids") or []
             self.tokens += found
             self.events += bool(found)
+            self.times.append(time.monotonic())
 
 
 async def read(http: httpx.AsyncClient, number: int, tokens: int, answer: Answer | None = None) -> Answer:
@@ -164,26 +180,24 @@ async def test_200_clients_that_leave_hold_nothing(servers: Cluster) -> None:
     )  # fmt: skip
 
 
-async def test_the_streams_of_a_killed_worker_learn_of_it_at_once(
+async def test_the_streams_of_a_killed_worker_go_on(
     servers: Cluster, record_result: Callable[[str, object], None]
 ) -> None:
     answers = [Answer() for _ in range(16)]
     async with clients(servers.url) as http:
+        alone = await asyncio.gather(*(read(http, number, 600) for number in range(16)))
         reading = [asyncio.create_task(read(http, number, 600, answer)) for number, answer in enumerate(answers)]
         async with asyncio.timeout(60):
             while not all(len(answer.tokens) >= 5 for answer in answers):
                 await asyncio.sleep(0.01)
         victim: psutil.Process = servers.processes("AttentionWorker")[0]
         os.kill(victim.pid, signal.SIGKILL)
-        killed_at = time.monotonic()
         await asyncio.gather(*reading)
-        lost = [answer for answer in answers if answer.error]
-        whole = [answer for answer in answers if not answer.error]
-        took = sorted(answer.ended_at - killed_at for answer in lost)
-        record_result("ms until the streams of a killed worker ended", [round(1000 * seconds) for seconds in took])
-        assert all("attention worker was lost" in answer.error for answer in lost)
-        assert lost
-        assert whole, "both workers had some"
-        assert took[-1] < LEARN_WITHIN_S
-        assert all(len(answer.tokens) == 600 for answer in whole), "those of the other go on"
-        assert (await read(http, 1, 5)).events == 5
+        assert [answer.error for answer in answers] == [""] * 16
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone], "nothing missing or twice"
+        gaps = [max(later - earlier for earlier, later in pairwise(answer.times)) for answer in answers]
+        record_result("longest pause of 16 streams on two workers, one killed, in seconds", round(max(gaps), 2))
+        resumed = sum(of_ingresses(servers, "resumed_requests_total"))
+        record_result("answers that went on with another worker", resumed)
+        assert 0 < resumed < 16, "both workers had some"
+        assert sum(of_ingresses(servers, "recomputed_tokens_total")) >= 8 * resumed

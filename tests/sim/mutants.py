@@ -121,7 +121,9 @@ class MergesTheAnswerIntoThePrompt(Scheduler):
     def submit(self, request: Request) -> Sequence:
         done = len(request.answered)
         prompt, left = request.prompt + request.answered, request.max_tokens - done
-        return super().submit(replace(request, prompt=prompt, answered=(), max_tokens=left) if done and request.prompt else request)
+        if done and request.prompt:
+            request = replace(request, prompt=prompt, answered=(), max_tokens=left)
+        return super().submit(request)
 
 
 class AnswersFromTheStart(Scheduler):

@@ -111,11 +111,9 @@ class Unfenced(World):
     ],
 )  # fmt: skip
 def test_a_planted_bug_is_caught(mutant: type[Journal] | type[World]) -> None:
+    world, journal = (mutant, Journal) if issubclass(mutant, World) else (World, mutant)
     with pytest.raises(AssertionError, match="trace of seed"):
-        if issubclass(mutant, World):
-            run_traces(range(TRACES_TO_CATCH), world=mutant)
-        else:
-            run_traces(range(TRACES_TO_CATCH), journal=mutant)
+        run_traces(range(TRACES_TO_CATCH), world, journal)
 
 
 def test_a_repeated_token_is_dropped_and_its_answer_whole() -> None:

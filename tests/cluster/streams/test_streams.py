@@ -294,7 +294,7 @@ async def test_an_ingress_that_was_stopped_itself_suspects_nobody(
             streams = {connection: connection.open(request("a")) for connection in connections.able()}
             await until(lambda: len(worker.requests) + len(other.requests) == 2)
             await asyncio.sleep(0.05)
-            time.sleep(0.6)  # noqa: ASYNC251 - nothing of this process runs meanwhile but the servers' threads
+            time.sleep(0.6)  # nothing of this process runs meanwhile but the threads of the servers
             await asyncio.sleep(0.05)
             worker.server.deliver([token("a", 1, "stop")])
             other.server.deliver([token("a", 1, "stop")])
