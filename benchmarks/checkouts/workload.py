@@ -75,6 +75,9 @@ class Workload:
             request["spans"] = [{"begin": begin, "end": end, "opened": rng.random() < 0.5}]
         if rng.random() < 0.2:
             request["max_draft_tokens"] = rng.choice((0, 1, 3))
+        if rng.random() < 0.15:
+            request["answered"] = [rng.randrange(10, self._vocabulary) for _ in range(rng.choice((1, 3, 12)))]
+            request["arrived"] = -float(rng.randrange(100))
         return request
 
     def _rules(self, rng: random.Random, request: Spec) -> Spec:
