@@ -537,8 +537,9 @@ async def test_200_ingresses_come_and_go_and_leave_nothing(worker: ScriptedWorke
             else:
                 channel.abort()
         await until(lambda: len(worker.server._ingresses) == 1)
-        await until(lambda: len(os.listdir("/proc/self/fd")) == files and len(asyncio.all_tasks()) == tasks)
-        assert threading.active_count() == threads
+        # At most: what other tests have left may go meanwhile.
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= files and len(asyncio.all_tasks()) <= tasks)
+        assert threading.active_count() <= threads
         assert set(worker.server._answers) == {"staying"}
         assert sorted(worker.cancelled) == sorted(taken.request_id for taken in worker.requests[1:])
         worker.server.deliver([token("staying", 1, "stop")])
