@@ -6,13 +6,14 @@ import contextlib
 import logging
 import os
 import threading
+from functools import partial
 
 from divisi.cluster.assembly import load_shard, served_config, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
-from divisi.cluster.ray.loading import prepare_process, reported
+from divisi.cluster.ray.loading import load_in_thread, own_host, reported
 from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
@@ -24,13 +25,13 @@ class ExpertShardActor:
     """Holds one seat `expert:index` for as long as the process lives; Ray restarts it, and it rejoins."""
 
     def __init__(self, spec: GangSpec, index: int) -> None:
-        host = prepare_process(spec)
+        host = own_host()
         config = served_config(spec)
         with (
             reported(spec.name, f"expert:{index}") as report,
             contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint,
         ):
-            experts = load_shard(spec, config, checkpoint, index, report)
+            experts = load_in_thread(spec, partial(load_shard, spec, config, checkpoint, index, report))
         self._bytes_read = checkpoint.bytes_read
         self._weight_bytes = experts.nbytes
         inbox = EpochInbox()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 
 from divisi.cluster.assembly import build_engine, dispatch_mode, served_config, worker_network
 from divisi.cluster.engine.plan import StepPlan
@@ -22,7 +23,7 @@ from divisi.cluster.gang.mesh import listen
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
-from divisi.cluster.ray.loading import prepare_process, reported
+from divisi.cluster.ray.loading import load_in_thread, own_host, reported
 from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address
@@ -50,7 +51,7 @@ class AttentionRank:
         to load.
         """
         self._spec = spec
-        host = prepare_process(spec)
+        host = own_host()
         config = served_config(spec)
         self._inbox = EpochInbox()
         self._loading = True
@@ -74,7 +75,8 @@ class AttentionRank:
                 seat = self._watch.wait_for_seat()
                 who, index = str(seat), seat.index
             with reported(spec.name, who) as report:
-                self._engine, experts = build_engine(spec, config, index, report, self._inbox.wake.set)
+                build = partial(build_engine, spec, config, index, report, self._inbox.wake.set)
+                self._engine, experts = load_in_thread(spec, build)
             self._open = stack.pop_all()
         mode, network = dispatch_mode(spec, config, experts), worker_network(spec, config, listener)
         self._loop = WorkerLoop[StepPlan](self._engine, mode, self._inbox, self._watch, network, self._deliver)
