@@ -180,7 +180,7 @@ def load_runner(
     progress: Progress | None = None,
 ) -> ModelRunner:
     """The attention side's weights with memory for `limits`. Raises CheckpointError."""
-    weights = load_weights(checkpoint, config, dtype, device, progress)
+    weights = load_weights(checkpoint, config, kernels, dtype, device, progress)
     store = StateStore(
         config,
         num_pages=limits.num_pages,

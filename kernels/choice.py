@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+from divisi.kernels.native.variants import VARIANTS
+
+IMPLEMENTATIONS = ("auto", "reference", "native", *VARIANTS, "triton")
 OPERATIONS = (
     "linear", "rms_norm", "add_rms_norm", "silu_mul", "route", "routed_experts", "gated_delta_decode",
     "gated_delta_prefill", "gated_delta_flush", "attention_inputs", "attention_decode", "attention_prefill",
@@ -33,7 +35,10 @@ class KernelChoice:
         for part in filter(None, (part.strip() for part in text.split(","))):
             operation, equals, name = part.rpartition("=")
             if name not in IMPLEMENTATIONS:
-                raise ValueError(f"kernels {name!r} are unknown; use 'auto', 'reference', 'native' or 'triton'")
+                variants = ", ".join(map(repr, VARIANTS))
+                raise ValueError(
+                    f"kernels {name!r} are unknown; use 'auto', 'reference', 'native' (one of {variants}) or 'triton'"
+                )
             if not equals:
                 general = name
             elif operation in OPERATIONS:

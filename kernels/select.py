@@ -16,9 +16,11 @@ from divisi.kernels.choice import OPERATIONS, KernelChoice
 from divisi.kernels.experts.reference import routed_experts
 from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
+from divisi.kernels.linear.layout import Matrix
 from divisi.kernels.linear.reference import linear
 from divisi.kernels.native.loader import load_library
 from divisi.kernels.native.ops import NativeKernels
+from divisi.kernels.native.variants import VARIANTS
 from divisi.kernels.norm.reference import add_rms_norm, rms_norm
 from divisi.kernels.router.reference import route
 
@@ -26,13 +28,15 @@ from divisi.kernels.router.reference import route
 class Kernels(Protocol):
     """The operations a model needs; each is specified by its reference."""
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor: ...
+    def pack_linear(self, weight_NK: Tensor) -> Matrix: ...
+    def pack_experts(self, gate_up_EFD: Tensor, down_EDI: Tensor) -> tuple[Matrix, Matrix]: ...
+    def linear(self, x_TK: Tensor, weight_NK: Matrix) -> Tensor: ...
     def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor: ...
     def add_rms_norm(self, residual_TD: Tensor, update_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor: ...
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor: ...
     def route(self, logits_TE: Tensor, num_chosen: int, normalise: bool) -> tuple[Tensor, Tensor]: ...
     def routed_experts(
-        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor
+        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Matrix, down_EDI: Matrix
     ) -> Tensor: ...
     def gated_delta_decode(
         self,
@@ -73,6 +77,8 @@ class Kernels(Protocol):
 
 
 _REFERENCE: Mapping[str, Callable[..., Any]] = {
+    "pack_linear": lambda weight_NK: weight_NK,
+    "pack_experts": lambda gate_up_EFD, down_EDI: (gate_up_EFD, down_EDI),
     "linear": linear,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -87,18 +93,21 @@ _REFERENCE: Mapping[str, Callable[..., Any]] = {
     "attention_prefill": attention.attend_runs,
 }
 
+_PACKERS = {"pack_linear": "linear", "pack_experts": "routed_experts"}
+"""How weights are laid out for the implementation of an operation, once, while they are loaded."""
+
 
 def select_kernels(device: torch.device, choice: str = "auto", *, deterministic: bool = False) -> Kernels:
     """Kernels for ``device``, chosen operation by operation. Uses torch's number of threads.
 
-    ``choice`` is ``auto``, ``reference``, ``native`` (C++, CPU) or ``triton`` (GPU), and after it, or alone, exceptions
+    ``choice`` is ``auto``, ``reference``, ``native`` (C++, CPU), one of its variants or ``triton`` (GPU), and after it, or alone, exceptions
     by operation, separated by commas: ``auto,route=reference``. An operation that an implementation leaves out is done
     by its reference. ``deterministic``: a row's result depends on its sequence alone, see NativeKernels. Raises
     ValueError for unknown names and for what the device cannot have.
     """
     told = KernelChoice.parse(choice)
     general, exceptions = told.general, told.exceptions
-    if deterministic and (exceptions or general not in ("auto", "native") or not _has_native(device)):
+    if deterministic and (exceptions or general not in ("auto", "native", *VARIANTS) or not _has_native(device)):
         raise ValueError(
             f"deterministic is on, but kernels {choice!r} on device {device.type!r} are not: it needs the C++ "
             "kernels, which g++ builds for a CPU; install g++ and use device 'cpu', or turn deterministic off"
@@ -112,7 +121,26 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
         if name != "auto" and op not in tables[name]:
             raise ValueError(f"kernels '{op}={name}': there is no such implementation; use '{op}=reference'")
     chosen = {op: tables[exceptions.get(op, general)].get(op, _REFERENCE[op]) for op in OPERATIONS}
+    for pack, op in _PACKERS.items():
+        chosen[pack] = tables[exceptions.get(op, general)].get(pack, _REFERENCE[pack])
     return cast(Kernels, SimpleNamespace(**chosen))
+
+
+def kernels_in_use(device: torch.device, choice: str = "auto") -> str:
+    """What ``choice`` comes to on the device, for people to read."""
+    told = KernelChoice.parse(choice)
+    names = {name: _in_use(name, device) for name in told.implementations}
+    others = [f"{op} by {names[name]}" for op, name in told.exceptions.items()]
+    return ", ".join([names[told.general], *others])
+
+
+def _in_use(name: str, device: torch.device) -> str:
+    if name == "reference":
+        return "references"
+    if device.type == "cuda":
+        return "triton" if _triton_table(device) is not None else "references"
+    library = load_library(name if name in VARIANTS else None)
+    return "references" if library is None else f"C++ {library.variant.name}"
 
 
 def _has_native(device: torch.device) -> bool:
@@ -121,13 +149,13 @@ def _has_native(device: torch.device) -> bool:
 
 def _table(name: str, device: torch.device, deterministic: bool) -> Mapping[str, Callable[..., Any]]:
     """What an implementation offers on the device."""
-    if name == "native" or (name == "auto" and device.type == "cpu"):
-        library = load_library() if device.type == "cpu" else None
+    if name in ("native", *VARIANTS) or (name == "auto" and device.type == "cpu"):
+        library = (load_library(name) if name in VARIANTS else load_library()) if device.type == "cpu" else None
         if library is not None:
             kernels = NativeKernels(library, deterministic)
-            return {op: getattr(kernels, op) for op in OPERATIONS if hasattr(kernels, op)}
-        if name == "native":
-            raise ValueError("kernels 'native' need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
+            return {op: getattr(kernels, op) for op in (*OPERATIONS, *_PACKERS) if hasattr(kernels, op)}
+        if name != "auto":
+            raise ValueError(f"kernels {name!r} need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         table = _triton_table(device)
         if table is not None:

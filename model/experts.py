@@ -11,13 +11,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from divisi.kernels.linear.layout import Matrix
 from divisi.kernels.select import Kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.weights import Progress
 
-LayerExperts = tuple[Tensor, Tensor]
-"""``gate_up_EFD`` and ``down_EDI`` of the experts held, in the order of their ids."""
+LayerExperts = tuple[Matrix, Matrix]
+"""``gate_up_EFD`` and ``down_EDI`` of the experts held, in the order of their ids, as the kernels want them."""
 
 
 class ExpertBank:
@@ -48,7 +49,7 @@ class ExpertBank:
         layers: dict[int, LayerExperts] = {}
         for layer in (*config.moe_layers, *config.draft_moe_layers):
             gate_up_EFD, down_EDI = checkpoint.read_experts(layer, expert_ids, config, dtype)
-            layers[layer] = gate_up_EFD.to(device), down_EDI.to(device)
+            layers[layer] = kernels.pack_experts(gate_up_EFD.to(device), down_EDI.to(device))
             if progress is not None:
                 progress(checkpoint.bytes_read)
         return cls(kernels, layers, expert_ids, config.num_experts)

@@ -57,15 +57,12 @@ class MtpLayer:
         mixer = layer.layer.mixer
         assert isinstance(mixer, AttentionWeights), "the MTP layer is one of full attention"
         self._mixer = mixer
-        queries = 2 * config.num_attention_heads * config.head_dim
-        self._kv_rows_PD = mixer.rows_PD[queries:]
-        self._kv_bias_P = None if mixer.rows_bias_P is None else mixer.rows_bias_P[queries:]
 
     def record(self, h_TD: Tensor, batch: StepBatch, cos_sin_TR: Tensor) -> None:
         """Write what a step's rows leave: their entries, and h (the model's final-norm outputs) to the slots."""
         x_TD = self._input(batch.token_ids_T, self._h_before(h_TD, batch))
         normed_TD = self._kernels.rms_norm(x_TD, self._layer.layer.input_scale_D, self._config.rms_norm_eps)
-        kv_TP = biased(self._kernels.linear(normed_TD, self._kv_rows_PD), self._kv_bias_P)
+        kv_TP = biased(self._kernels.linear(normed_TD, self._layer.kv_rows_PD), self._layer.kv_rows_bias_P)
         pool = self._store.kv[self._config.mtp_index]
         self._kernels.attention_inputs(kv_TP, cos_sin_TR, self._mixer.norm, pool, batch.kv_rows_T, 0)
         self._keep(h_TD, batch)
@@ -104,7 +101,7 @@ class MtpLayer:
     def _input(self, token_ids_T: Tensor, h_TD: Tensor) -> Tensor:
         """``fc`` of each row's embedding and the h before it."""
         eps = self._config.rms_norm_eps
-        embedded_TD = self._weights.embed_VD[token_ids_T].to(self._dtype)
+        embedded_TD = self._weights.embed(token_ids_T).to(self._dtype)
         parts = (
             self._kernels.rms_norm(embedded_TD, self._layer.embedding_scale_D, eps),
             self._kernels.rms_norm(h_TD, self._layer.hidden_scale_D, eps),

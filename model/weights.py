@@ -13,6 +13,8 @@ from torch import Tensor
 
 from divisi.kernels.attention.layout import QkNorm
 from divisi.kernels.gated_delta.layout import DeltaWeights
+from divisi.kernels.linear.layout import Matrix
+from divisi.kernels.select import Kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.checkpoint.layout import layer_prefix
 from divisi.model.config import ModelConfig
@@ -25,10 +27,10 @@ Progress = Callable[[int], None]
 class AttentionWeights:
     """A row is ``[q | gate | k | v]``, each with its heads side by side."""
 
-    rows_PD: Tensor
+    rows_PD: Matrix
     rows_bias_P: Tensor | None
     norm: QkNorm
-    out_DX: Tensor
+    out_DX: Matrix
     out_bias_D: Tensor | None
 
 
@@ -36,24 +38,24 @@ class AttentionWeights:
 class DeltaNetWeights:
     """A row is ``[q | k | v | z | b | a]``, each with its heads side by side."""
 
-    rows_PD: Tensor
+    rows_PD: Matrix
     delta: DeltaWeights
-    out_DX: Tensor
+    out_DX: Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class MlpWeights:
     """SwiGLU: the gate's rows, then up's."""
 
-    gate_up_FD: Tensor
-    down_DI: Tensor
+    gate_up_FD: Matrix
+    down_DI: Matrix
 
 
 @dataclass(frozen=True, slots=True)
 class MoeWeights:
     """Router and shared expert; the routed experts live in an ExpertBank."""
 
-    router_ED: Tensor
+    router_ED: Matrix
     """One row per expert, then the shared expert's gate: both read the same input, so they are one product."""
     shared: MlpWeights
 
@@ -74,32 +76,43 @@ class MtpWeights:
 
     embedding_scale_D: Tensor
     hidden_scale_D: Tensor
-    fc_DE: Tensor
+    fc_DE: Matrix
     """E = 2 * D: an input is ``[embedding | hidden]``."""
     layer: LayerWeights
+    kv_rows_PD: Matrix
+    """The layer's keys and values alone, once more: entries are written without queries."""
+    kv_rows_bias_P: Tensor | None
     final_scale_D: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The model but for its routed experts. ``head_VD`` is ``embed_VD`` itself where they are tied."""
+    """The model but for its routed experts. ``head_VD`` is ``embed_VD`` itself where they are tied.
 
-    embed_VD: Tensor
+    Matrices are laid out as the kernels that take them want it.
+    """
+
+    embed_VD: Matrix
     layers: tuple[LayerWeights, ...]
     final_scale_D: Tensor
-    head_VD: Tensor
+    head_VD: Matrix
     mtp: MtpWeights | None = None
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """The tokens' rows of the embedding [T, D]."""
+        return self.embed_VD[token_ids_T] if isinstance(self.embed_VD, Tensor) else self.embed_VD.rows(token_ids_T)
 
 
 def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
+    kernels: Kernels,
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
 ) -> Weights:
     """Read everything but the routed experts. Raises CheckpointError naming the tensor that is missing or misshapen."""
-    return _Loader(checkpoint, config, dtype, device, progress).weights()
+    return _Loader(checkpoint, config, kernels, dtype, device, progress).weights()
 
 
 class _Loader:
@@ -107,20 +120,25 @@ class _Loader:
         self,
         checkpoint: Checkpoint,
         config: ModelConfig,
+        kernels: Kernels,
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None,
     ) -> None:
+        self._pack = kernels.pack_linear
         self._checkpoint, self._config, self._dtype, self._device = checkpoint, config, dtype, device
         self._progress = progress
 
     def weights(self) -> Weights:
         config = self._config
         shape = (config.vocab_size, config.hidden_size)
-        embed_VD = self._read("model.embed_tokens.weight", shape)
+        tied = config.tie_word_embeddings
+        embed_VD: Matrix = self._read("model.embed_tokens.weight", shape)
+        if tied:
+            embed_VD = self._pack(embed_VD)
         layers = tuple(self._layer(index) for index in range(config.num_hidden_layers))
         final_scale_D = self._scale("model.norm.weight", config.hidden_size)
-        head_VD = embed_VD if config.tie_word_embeddings else self._read("lm_head.weight", shape)
+        head_VD = embed_VD if tied else self._pack(self._read("lm_head.weight", shape))
         mtp = self._mtp() if config.mtp_layers else None
         return Weights(embed_VD, layers, final_scale_D, head_VD, mtp)
 
@@ -128,8 +146,14 @@ class _Loader:
         width = self._config.hidden_size
         norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
         embedding, hidden, final = (self._scale(f"mtp.{name}.weight", width) for name in norms)
-        fc = self._read("mtp.fc.weight", (width, 2 * width))
-        return MtpWeights(embedding, hidden, fc, self._layer(self._config.mtp_index), final)
+        fc_DE = self._pack(self._read("mtp.fc.weight", (width, 2 * width)))
+        layer = self._layer(self._config.mtp_index)
+        assert isinstance(layer.mixer, AttentionWeights), "the MTP layer is one of full attention"
+        kv = self._key_values(f"{layer_prefix(self._config, self._config.mtp_index)}.self_attn")
+        bias_P = layer.mixer.rows_bias_P
+        if bias_P is not None:
+            bias_P = bias_P[-sum(len(rows) for rows in kv) :]
+        return MtpWeights(embedding, hidden, fc_DE, layer, self._pack(torch.cat(kv)), bias_P, final)
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, width = layer_prefix(self._config, index), self._config.hidden_size
@@ -148,7 +172,6 @@ class _Loader:
         heads, kv, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         q_name, out = f"{prefix}.q_proj", f"{prefix}.o_proj"
         q = self._split_query_gate(self._read(f"{q_name}.weight", (heads * 2 * dim, c.hidden_size)))
-        k, v = (self._read(f"{prefix}.{name}_proj.weight", (kv * dim, c.hidden_size)) for name in "kv")
         rows_bias_P = out_bias_D = None
         if c.attention_bias:
             q_bias = self._split_query_gate(self._read(f"{q_name}.bias", (heads * 2 * dim,)))
@@ -158,8 +181,13 @@ class _Loader:
         norm = QkNorm(
             self._scale(f"{prefix}.q_norm.weight", dim), self._scale(f"{prefix}.k_norm.weight", dim), c.rms_norm_eps
         )
-        out_DX = self._read(f"{out}.weight", (c.hidden_size, heads * dim))
-        return AttentionWeights(torch.cat([q, k, v]), rows_bias_P, norm, out_DX, out_bias_D)
+        rows_PD = self._pack(torch.cat([q, *self._key_values(prefix)]))
+        out_DX = self._pack(self._read(f"{out}.weight", (c.hidden_size, heads * dim)))
+        return AttentionWeights(rows_PD, rows_bias_P, norm, out_DX, out_bias_D)
+
+    def _key_values(self, prefix: str) -> list[Tensor]:
+        shape = (self._config.num_key_value_heads * self._config.head_dim, self._config.hidden_size)
+        return [self._read(f"{prefix}.{name}_proj.weight", shape) for name in "kv"]
 
     def _split_query_gate(self, rows: Tensor) -> Tensor:
         """``[q | gate]`` per head in the checkpoint; here all q, then all gates."""
@@ -184,7 +212,7 @@ class _Loader:
             c.rms_norm_eps,
         )
         out_DX = self._read(f"{prefix}.out_proj.weight", (c.hidden_size, heads * c.linear_value_head_dim))
-        return DeltaNetWeights(torch.cat([*qkvz, *ba]), delta, out_DX)
+        return DeltaNetWeights(self._pack(torch.cat([*qkvz, *ba])), delta, self._pack(out_DX))
 
     def _grouped(self, name: str, groups: int, sizes: list[int]) -> list[Tensor]:
         """Split rows that the checkpoint interleaves by key head into one block per kind."""
@@ -196,12 +224,13 @@ class _Loader:
         router = self._read(f"{prefix}.gate.weight", (c.num_experts, c.hidden_size))
         gate = self._read(f"{prefix}.shared_expert_gate.weight", (1, c.hidden_size))
         shared = self._mlp(f"{prefix}.shared_expert", c.shared_expert_intermediate_size)
-        return MoeWeights(torch.cat([router, gate]), shared)
+        return MoeWeights(self._pack(torch.cat([router, gate])), shared)
 
     def _mlp(self, prefix: str, inner: int) -> MlpWeights:
         width = self._config.hidden_size
         gate, up = (self._read(f"{prefix}.{name}_proj.weight", (inner, width)) for name in ("gate", "up"))
-        return MlpWeights(torch.cat([gate, up]), self._read(f"{prefix}.down_proj.weight", (width, inner)))
+        down = self._read(f"{prefix}.down_proj.weight", (width, inner))
+        return MlpWeights(self._pack(torch.cat([gate, up])), self._pack(down))
 
     def _scale(self, name: str, width: int) -> Tensor:
         """A zero-centred norm weight as the factor it stands for."""

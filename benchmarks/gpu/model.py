@@ -52,7 +52,7 @@ def log_probabilities(path: Path, kernels: str, dtype: torch.dtype, device: torc
         config, num_pages=_PAGES, page_size=_PAGE, num_slots=8, max_rows=_MAX_ROWS, dtype=dtype, device=device
     )
     bank = ExpertBank.load(checkpoint, config, range(config.num_experts), chosen, dtype, device)
-    runner = ModelRunner(config, load_weights(checkpoint, config, dtype, device), store, chosen)
+    runner = ModelRunner(config, load_weights(checkpoint, config, chosen, dtype, device), store, chosen)
     told = [runner.forward(batch, _Local(bank)) for batch in _steps(config.vocab_size, device)]
     return torch.log_softmax(torch.cat(told).float().cpu(), -1)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.attention.reference import attend_runs
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves, check_sources
+from divisi.kernels.linear.layout import Matrix, PackedMatrix, packed_values
+from divisi.kernels.native.loader import Library
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
@@ -33,18 +35,50 @@ class _Delta(ctypes.Structure):
 class NativeKernels:
     """Calls the library with as many threads as torch has in the calling thread at that time.
 
-    Torch takes over where it is faster: matrix products of many rows, and the attention of prefilling rows. Its results
-    depend on how many rows it is given. With ``deterministic`` it never does, and a row's result depends neither on the
-    rows beside it nor on how the prompt is cut, nor on whether the row is decoded or scanned.
+    Weights that are packed, which bf16 weights are where the processor has dot products of them, have one kernel for any
+    number of rows. With others torch takes over where it is faster: matrix products of many rows, and the attention of
+    prefilling rows. Its results depend on how many rows it is given. With ``deterministic`` it never does, and a row's
+    result depends neither on the rows beside it nor on how the prompt is cut, nor on whether the row is decoded or scanned.
     """
 
-    def __init__(self, library: ctypes.CDLL, deterministic: bool = False) -> None:
-        self._library = library
+    def __init__(self, library: Library, deterministic: bool = False) -> None:
+        self._library = library.functions
+        self._packs = library.variant.bf16
         self._deterministic = deterministic
         self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    def pack_linear(self, weight_NK: Tensor) -> Matrix:
+        if not self._packs or weight_NK.dtype is not torch.bfloat16:
+            return weight_NK
+        outputs, inputs = weight_NK.shape
+        return PackedMatrix(self._pack(weight_NK[None], outputs, halves=False)[0], outputs, inputs)
+
+    def pack_experts(self, gate_up_EFD: Tensor, down_EDI: Tensor) -> tuple[Matrix, Matrix]:
+        if not self._packs or gate_up_EFD.dtype is not torch.bfloat16:
+            return gate_up_EFD, down_EDI
+        _, width, inner = down_EDI.shape
+        gate_up = PackedMatrix(self._pack(gate_up_EFD, inner, halves=True), 2 * inner, width)
+        return gate_up, PackedMatrix(self._pack(down_EDI, width, halves=False), width, inner)
+
+    def _pack(self, weights_ENK: Tensor, outputs: int, *, halves: bool) -> Tensor:
+        count, rows, inputs = weights_ENK.shape
+        values = packed_values(outputs, inputs) * (2 if halves else 1)
+        packed = torch.empty((count, values), dtype=weights_ENK.dtype)
+        self._library.divisi_pack(
+            _pointer(weights_ENK), packed.data_ptr(), count, rows, inputs, halves, torch.get_num_threads()
+        )
+        return packed
+
+    def linear(self, x_TK: Tensor, weight_NK: Matrix) -> Tensor:
         tokens, inputs = x_TK.shape
+        if isinstance(weight_NK, PackedMatrix):
+            outputs = weight_NK.outputs
+            y_TN = torch.empty((tokens, outputs))
+            self._library.divisi_packed_linear(
+                _pointer(x_TK), weight_NK.data.data_ptr(), y_TN.data_ptr(), tokens, outputs, inputs,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            return y_TN
         if tokens >= _GEMM_ROWS and not self._deterministic:
             return self._gemm(x_TK, weight_NK)
         outputs = weight_NK.shape[0]
@@ -100,8 +134,11 @@ class NativeKernels:
         return ids_TK, gates_TK
 
     def routed_experts(
-        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Tensor, down_EDI: Tensor
+        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Matrix, down_EDI: Matrix
     ) -> Tensor:
+        if isinstance(gate_up_EFD, PackedMatrix):
+            return self._packed_experts(x_TD, local_ids_TK, gates_TK, gate_up_EFD, down_EDI)
+        assert isinstance(down_EDI, Tensor), "both are packed, or none"
         (tokens, chosen), (experts, width, inner) = local_ids_TK.shape, down_EDI.shape
         y_TD = torch.empty((tokens, width))
         inner_PI = torch.empty((tokens * chosen, inner))
@@ -110,6 +147,18 @@ class NativeKernels:
             _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), gate_up_EFD.data_ptr(), down_EDI.data_ptr(),
             gate_up_EFD.dtype is torch.bfloat16, inner_PI.data_ptr(), parts_PD.data_ptr(), y_TD.data_ptr(),
             tokens, chosen, width, inner, experts, torch.get_num_threads(),
+        )  # fmt: skip
+        return y_TD
+
+    def _packed_experts(
+        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up: PackedMatrix, down: Matrix
+    ) -> Tensor:
+        assert isinstance(down, PackedMatrix), "both are packed, or none"
+        tokens, chosen = local_ids_TK.shape
+        y_TD = torch.empty((tokens, down.outputs))
+        self._library.divisi_packed_experts(
+            _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), gate_up.data.data_ptr(), down.data.data_ptr(),
+            y_TD.data_ptr(), tokens, chosen, down.outputs, down.inputs, down.data.shape[0], torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
 

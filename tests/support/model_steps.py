@@ -61,7 +61,7 @@ class ModelSteps:
             config, num_pages=sequences * each, page_size=PAGE, num_slots=2 * sequences, max_rows=max_rows,
             dtype=dtype, device=CPU,
         )  # fmt: skip
-        runner = ModelRunner(config, load_weights(checkpoint, config, dtype, CPU), store, kernels)
+        runner = ModelRunner(config, load_weights(checkpoint, config, kernels, dtype, CPU), store, kernels)
         bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)
         # scattered, so that a mistake in a page table shows
         pages = torch.randperm(sequences * each, generator=torch.Generator().manual_seed(1)).view(sequences, each)

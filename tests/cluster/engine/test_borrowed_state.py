@@ -58,7 +58,7 @@ class Rig:
             max_step_tokens=CHUNK,
         )  # fmt: skip
         self.store = StateStore(config, num_pages=64, page_size=PAGE, num_slots=8, dtype=torch.float32, device=CPU)
-        runner = ModelRunner(config, load_weights(checkpoint, config, torch.float32, CPU), self.store, kernels)
+        runner = ModelRunner(config, load_weights(checkpoint, config, kernels, torch.float32, CPU), self.store, kernels)
         self.scheduler = Lender(limits)
         self.engine = Engine(runner, Sampler(), self.scheduler, device=CPU, stopwatch=Stopwatch())
         experts = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, torch.float32, CPU)

@@ -1,0 +1,128 @@
+// Routed SwiGLU experts on packed weights: tokens sorted by expert once; gate, up and SiLU in one tile; down summed into the rows.
+#include "bf16.h"
+#include <algorithm>
+#include <vector>
+
+struct Pair { int32_t token; float gate; };  // one choice of a token
+struct Item { long expert, first, count, panel; };  // pairs[first : first + count] and a panel of gate and up
+
+// Blocks of gate and up take turns in a panel: a tile holds both of the same inner channels.
+struct UpTile {
+  const Pair* pairs;
+  const bf16* x;
+  const bf16* w;
+  bf16* inner;
+  long inputs, width, column;
+
+  template <int M, int NB>
+  void run(long row) const {
+    const bf16* rows[M];
+    for (int m = 0; m < M; m++) rows[m] = x + pairs[row + m].token * 2 * inputs;
+    vf acc[M][NB]{};
+    multiply<M, NB>(rows, w, inputs, acc);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int b = 0; b + 1 < NB; b += 2) {
+        vf out = silu16(acc[m][b]) * acc[m][b + 1];
+        _mm256_storeu_si256((__m256i*)(inner + (row + m) * width + column + b / 2 * LANES), narrow(out));
+      }
+  }
+};
+
+struct DownTile {
+  const Pair* pairs;
+  const bf16* inner;
+  const bf16* w;
+  float* y;
+  long inputs, width, d, column;
+
+  template <int M, int NB>
+  void run(long row) const {
+    const bf16* rows[M];
+    for (int m = 0; m < M; m++) rows[m] = inner + (row + m) * width;
+    vf acc[M][NB]{};
+    multiply<M, NB>(rows, w, inputs, acc);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int b = 0; b < NB; b++) {
+        long at = column + b * LANES;
+        float* out = y + pairs[row + m].token * d + at;
+        __mmask16 there = lanes(d - at);
+        vf sum = fma(vf{} + pairs[row + m].gate, acc[m][b], (vf)_mm512_maskz_loadu_ps(there, out));
+        _mm512_mask_storeu_ps(out, there, (__m512)sum);
+      }
+  }
+};
+
+// Memory of the calling thread, which grows to the largest step.
+struct Scratch {
+  std::vector<long> begin, next;
+  std::vector<Pair> pairs;
+  std::vector<Item> items;
+  std::vector<bf16> x, inner;
+};
+
+// begin: where each expert's pairs start, in the order of tokens.
+static void sort_pairs(Scratch& s, const int32_t* ids, const float* gates, long t, long k, long experts) {
+  s.begin.assign(experts + 1, 0);
+  for (long p = 0; p < t * k; p++) if (ids[p] >= 0) s.begin[ids[p] + 1]++;
+  for (long e = 0; e < experts; e++) s.begin[e + 1] += s.begin[e];
+  s.next.assign(s.begin.begin(), s.begin.end() - 1);
+  s.pairs.resize(s.begin[experts]);
+  for (long p = 0; p < t * k; p++) if (ids[p] >= 0) s.pairs[s.next[ids[p]]++] = {(int32_t)(p / k), gates[p]};
+}
+
+// One panel of down for the tokens from `from` to `to`, expert by expert: a token's sum runs in the order of its experts' ids.
+static void down_panel(const Scratch& s, const bf16* down, long size, long panel, long from, long to, float* y, long d, long f,
+                       long experts) {
+  Packed shape{down, ceil_div(d, LANES), pairs_of(f)};
+  long column = panel * PANEL, width = padded(f), wide = d - column < PANEL ? d - column : PANEL;
+  for (long i = from; i < to; i++) memset(y + i * d + column, 0, wide * sizeof(float));
+  auto before = [](const Pair& pair, long token) { return pair.token < token; };
+  for (long e = 0; e < experts; e++) {
+    if (s.begin[e] == s.begin[e + 1]) continue;
+    const Pair *own = s.pairs.data() + s.begin[e], *end = s.pairs.data() + s.begin[e + 1];
+    const Pair *first = std::lower_bound(own, end, from, before), *last = std::lower_bound(first, end, to, before);
+    if (first == last) continue;
+    Packed packed{down + e * size, shape.blocks, shape.pairs};
+    const bf16* inner = s.inner.data() + (first - s.pairs.data()) * width;
+    tiles(last - first, packed.blocks_of(panel), DownTile{first, inner, packed.panel(panel), y, packed.pairs, width, d, column});
+  }
+}
+
+extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const float* gates, const void* gate_up,
+                                      const void* down, float* y, long t, long k, long d, long f, long experts, int threads) {
+  constexpr long TOKENS = 512;  // whose panel of sums stays in the cache
+  static thread_local Scratch scratch;
+  Scratch& s = scratch;
+  sort_pairs(s, ids, gates, t, k, experts);
+  Packed up{(const bf16*)gate_up, 2 * ceil_div(f, LANES), pairs_of(d)}, flat{(const bf16*)down, ceil_div(d, LANES), pairs_of(f)};
+  s.items.clear();
+  for (long e = 0; e < experts; e++)
+    for (long at = s.begin[e]; at < s.begin[e + 1]; at += ROWS)
+      for (long panel = 0; panel < up.panels(); panel++)
+        s.items.push_back({e, at, std::min(ROWS, s.begin[e + 1] - at), panel});
+  long in = 2 * up.pairs, width = padded(f), down_panels = flat.panels();
+  if ((long)s.x.size() < t * in) s.x.resize(t * in);
+  if (s.inner.size() < s.pairs.size() * width) s.inner.resize(s.pairs.size() * width);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (long i = 0; i < t; i++) round_row(x + i * d, s.x.data() + i * in, d);
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < (long)s.items.size(); i++) {
+      const Item& item = s.items[i];
+      Packed packed{up.data + item.expert * up.size(), up.blocks, up.pairs};
+      bf16* inner = s.inner.data() + item.first * width;
+      UpTile tile{&s.pairs[item.first], s.x.data(), packed.panel(item.panel), inner, up.pairs, width, item.panel * PANEL / 2};
+      tiles(item.count, packed.blocks_of(item.panel), tile);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (long i = 0; i < ceil_div(t, TOKENS) * down_panels; i++) {
+      long from = i / down_panels * TOKENS;
+      down_panel(s, flat.data, flat.size(), i % down_panels, from, std::min(from + TOKENS, t), y, d, f, experts);
+    }
+  }
+}

@@ -1,0 +1,69 @@
+// y[t, n] = x[t, :] . w[n, :] with w packed, x rounded to bf16; and the packing.
+#include "bf16.h"
+#include <vector>
+
+// One panel against rows of x.
+struct LinearTile {
+  const bf16* x;
+  const bf16* w;
+  float* y;
+  long pairs, n, column;
+
+  template <int M, int NB>
+  void run(long row) const {
+    const bf16* rows[M];
+    for (int m = 0; m < M; m++) rows[m] = x + (row + m) * 2 * pairs;
+    vf acc[M][NB]{};
+    multiply<M, NB>(rows, w, pairs, acc);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int b = 0; b < NB; b++) {
+        long at = column + b * LANES;
+        _mm512_mask_storeu_ps(y + (row + m) * n + at, lanes(n - at), (__m512)acc[m][b]);
+      }
+  }
+};
+
+extern "C" void divisi_packed_linear(const float* x, const void* w, float* y, long t, long n, long k, int threads) {
+  static thread_local std::vector<bf16> rounded;  // of the calling thread; it grows to the largest step
+  Packed packed{(const bf16*)w, ceil_div(n, LANES), pairs_of(k)};
+  long width = 2 * packed.pairs, panels = packed.panels();
+  if ((long)rounded.size() < t * width) rounded.resize(t * width);
+  bf16* to = rounded.data();
+  bool few = t * k <= 16384;
+  if (few) for (long i = 0; i < t; i++) round_row(x + i * k, to + i * width, k);
+#pragma omp parallel num_threads(threads)
+  {
+    if (!few)
+#pragma omp for schedule(static)
+      for (long i = 0; i < t; i++) round_row(x + i * k, to + i * width, k);
+#pragma omp for schedule(dynamic) nowait
+    for (long item = 0; item < ceil_div(t, ROWS) * panels; item++) {
+      long first = item / panels * ROWS, panel = item % panels, rows = t - first < ROWS ? t - first : ROWS;
+      LinearTile tile{to + first * width, packed.panel(panel), y + first * n, packed.pairs, n, panel * PANEL};
+      tiles(rows, packed.blocks_of(panel), tile);
+    }
+  }
+}
+
+// Packs `count` matrices [n, k]. With `halves` a matrix is two of n / 2 rows, gate and up, whose blocks take turns.
+extern "C" void divisi_pack(const void* from, void* to, long count, long n, long k, int halves, int threads) {
+  long part = halves ? n / 2 : n, blocks = ceil_div(part, LANES) * (halves ? 2 : 1), pairs = pairs_of(k);
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+  for (long e = 0; e < count; e++)
+    for (long b = 0; b < blocks; b++) {
+      const bf16* in = (const bf16*)from + e * n * k;
+      Packed packed{(bf16*)to + e * blocks * LANES * 2 * pairs, blocks, pairs};
+      long panel = b / BLOCKS, step = packed.blocks_of(panel) * 2 * LANES;
+      bf16* out = (bf16*)packed.panel(panel) + b % BLOCKS * 2 * LANES;
+      for (long l = 0; l < LANES; l++) {
+        long row = (halves ? b / 2 : b) * LANES + l;
+        const bf16* values = row < part ? in + (halves ? b % 2 * part + row : row) * k : nullptr;
+        for (long p = 0; p < pairs; p++) {
+          out[p * step + 2 * l] = values ? values[2 * p] : 0;
+          out[p * step + 2 * l + 1] = values && 2 * p + 1 < k ? values[2 * p + 1] : 0;
+        }
+      }
+    }
+}
