@@ -26,6 +26,7 @@ from divisi.deploy.logs import configure_logs
 from divisi.deploy.serve_client import ServeEngineClient
 from divisi.deploy.setting_groups import LogSettings
 from divisi.deploy.settings import Settings, SettingsError
+from divisi.kernels.choice import kernels_here
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
 from divisi.model.text.grammar import GrammarLimits
@@ -175,6 +176,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
     fitted = fit(settings, config, num_gpus)
     for note in fitted.notes:
         log.warning("%s", note)
+    log.info("kernels: %s", kernels_here(gang.kernels, fitted.device))
     return GangSpec(
         name=f"coordinator/{settings.served_model_name}",
         model_dir=str(model_dir),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from divisi.kernels.native.variants import VARIANTS
+from divisi.kernels.native.build import can_build
+from divisi.kernels.native.variants import VARIANTS, find_variant
 
 IMPLEMENTATIONS = ("auto", "reference", "native", *VARIANTS, "triton")
 OPERATIONS = (
@@ -19,6 +20,22 @@ def checked_choice(text: str) -> str:
     """The text, which KernelChoice understands. Raises ValueError."""
     KernelChoice.parse(text)
     return text
+
+
+def kernels_here(choice: str, device: str) -> str:
+    """What a choice comes to on a device (`cpu` or `cuda`) of this machine, for people to read; nothing is built for it."""
+    told = KernelChoice.parse(choice)
+    others = [f"{operation} by {_here(name, device)}" for operation, name in told.exceptions.items()]
+    return ", ".join([_here(told.general, device), *others])
+
+
+def _here(name: str, device: str) -> str:
+    if name == "reference" or device != "cpu":
+        return "the references" if name == "reference" else "Triton"
+    variant = find_variant(name if name in VARIANTS else None)
+    if not can_build(variant):
+        return "the references, since there is no g++"
+    return f"C++ {variant.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,23 +126,6 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
     return cast(Kernels, SimpleNamespace(**chosen))
 
 
-def kernels_in_use(device: torch.device, choice: str = "auto") -> str:
-    """What ``choice`` comes to on the device, for people to read."""
-    told = KernelChoice.parse(choice)
-    names = {name: _in_use(name, device) for name in told.implementations}
-    others = [f"{op} by {names[name]}" for op, name in told.exceptions.items()]
-    return ", ".join([names[told.general], *others])
-
-
-def _in_use(name: str, device: torch.device) -> str:
-    if name == "reference":
-        return "references"
-    if device.type == "cuda":
-        return "triton" if _triton_table(device) is not None else "references"
-    library = load_library(name if name in VARIANTS else None)
-    return "references" if library is None else f"C++ {library.variant.name}"
-
-
 def _has_native(device: torch.device) -> bool:
     return device.type == "cpu" and load_library() is not None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool
 from divisi.kernels.gated_delta.layout import DeltaState, ring_entries
+from divisi.kernels.native.huge_pages import advise_huge_pages
 from divisi.kernels.select import Kernels
 from divisi.model.config import ModelConfig
 
@@ -41,8 +42,8 @@ class StateStore:
         kv_shape = (num_pages * page_size, config.num_key_value_heads, config.head_dim)
         self.kv: dict[int, KvPool] = {
             layer: KvPool(
-                torch.zeros(kv_shape, dtype=dtype, device=device),
-                torch.zeros(kv_shape, dtype=dtype, device=device),
+                _zeros(kv_shape, device, dtype),
+                _zeros(kv_shape, device, dtype),
                 page_size,
             )
             for layer in (*config.full_layers, *([config.mtp_index] if config.mtp_layers else []))
@@ -51,10 +52,10 @@ class StateStore:
         shapes = [(num_slots, *shape) for shape in _slot_shapes(config, ring)]
         self.delta: dict[int, DeltaState] = {
             layer: DeltaState(
-                state_SHKV=torch.zeros(shapes[0], device=device),
-                conv_SRC=torch.zeros(shapes[1], device=device),
-                key_SRGK=torch.zeros(shapes[2], device=device),
-                delta_SRHV=torch.zeros(shapes[3], device=device),
+                state_SHKV=_zeros(shapes[0], device),
+                conv_SRC=_zeros(shapes[1], device),
+                key_SRGK=_zeros(shapes[2], device),
+                delta_SRHV=_zeros(shapes[3], device),
                 decay_SRH=torch.zeros(shapes[4], device=device),
                 position_S=torch.zeros(num_slots, dtype=torch.int32, device=device),
             )
@@ -91,6 +92,10 @@ class StateStore:
         floats = sum(torch.Size(shape).numel() for shape in _slot_shapes(config, ring))
         hidden = _hidden_entries(config, max_rows) * config.hidden_size
         return (4 * floats + 4) * len(config.linear_layers) + 4 * hidden
+
+
+def _zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return advise_huge_pages(torch.empty(tuple(shape), dtype=dtype, device=device)).zero_()
 
 
 def _hidden_entries(config: ModelConfig, max_rows: int) -> int:

@@ -53,8 +53,9 @@ def weight_bytes(role: Role, fitted: Fit, config: ModelConfig, checkpoint: Check
     """Of a rank's weights in memory."""
     from divisi.model.checkpoint import rank_tensors
     from divisi.model.config import DTYPE_BYTES
+    from divisi.model.packing import packing_bytes
 
-    total = 0
+    total = packing_bytes(config, role) if (fitted.device, fitted.dtype) == ("cpu", "bfloat16") else 0
     for label, num_bytes in rank_tensors(config, checkpoint.tensors, role).items():
         disk = checkpoint.tensors[label.partition("[")[0]]
         total += num_bytes * DTYPE_BYTES[fitted.dtype] // (2 if disk.dtype in ("BF16", "F16") else 4)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from divisi.deploy.cli.check import check_deployment
 from divisi.deploy.cli.flags import add_deployment_flags, load_settings
+from divisi.kernels.choice import kernels_here
 
 if TYPE_CHECKING:
     from divisi.deploy.fit import Fit
@@ -82,6 +83,7 @@ def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoin
             "experts_per_token": config.num_experts_per_tok,
             "device": fitted.device,
             "dtype": fitted.dtype,
+            "kernels": kernels_here(settings.gang.kernels, fitted.device),
             "max_model_len": fitted.max_model_len,
         },
         "ranks": [_rank(role, settings, fitted, config, checkpoint) for role in roles],
@@ -129,6 +131,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"{model['name']}: {model['layers']} layers ({model['linear_attention_layers']} linear attention, "
         f"{model['full_attention_layers']} full attention, {model['moe_layers']} with {model['experts']} experts, "
         f"top {model['experts_per_token']}), {model['dtype']}, up to {model['max_model_len']:,} tokens",
+        f"Kernels on a machine like this one: {model['kernels']}",
         "",
         *_table(report["ranks"]),
         "",

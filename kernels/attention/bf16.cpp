@@ -2,80 +2,110 @@
 // row is [q | gate | k | v].
 //
 // Keys are taken 64 at a time, from positions that are multiples of it, and laid out like a panel of weights, once for all
-// queries of a KV head in up to 128 / group rows. Queries and weights of values are rounded to bf16, sums and the running softmax
-// (Milakov & Gimelshein 2018) are fp32. Every 1,024 positions a softmax begins anew, and these are put together in their order,
+// queries in some rows. Queries and weights of values are rounded to bf16, sums and the running softmax
+// (Milakov & Gimelshein 2018) are fp32. Every 512 positions a softmax begins anew, and these are put together in their order,
 // by whichever threads they were computed: what a row gets depends on its own query and position alone.
 #include "bf16.h"
 #include "transpose.h"
 #include <algorithm>
 #include <vector>
 
-constexpr long KEYS = PANEL, SPAN = 1024, QUERIES = 128;
+constexpr long KEYS = PANEL, SPAN = 512, QUERIES = 256;
 constexpr size_t MOST_PARTS = 1 << 20;  // floats of spans that are computed apart
 
-struct Pool {  // the keys and values of one KV head in one run's pages
+struct Pool {  // the keys and values of one run's pages; a row holds all heads
   const bf16 *keys, *values;
   const int32_t* pages;
   long page_size, stride;
-  long row(long position) const { return ((long)pages[position / page_size] * page_size + position % page_size) * stride; }
+  // Where the rows of positions `from` to `to` lie, one after the other; without a division for each.
+  template <class Each>
+  void rows(long from, long to, Each each) const {
+    long page = from / page_size, offset = from % page_size;
+    for (long position = from; position < to; position++) {
+      each(position, ((long)pages[page] * page_size + offset) * stride);
+      if (++offset == page_size) { offset = 0; page++; }
+    }
+  }
 };
 
-// 64 keys and their values, packed as two matrices: keys [64, d] and, turned, values [d, 64]. Rows not from `from` to `to` are zero.
+// 64 keys and values of all heads, packed for each as two matrices: keys [64, d] and, turned, values [d, 64]. All heads at once,
+// so that memory is read row by row. Rows not from `from` to `to` are zero.
 struct KeyTile {
-  long d;
+  long d, heads, key_size, value_size;
   std::vector<vf> keys, values;
-  explicit KeyTile(long d) : d(d), keys(pairs_of(d) * BLOCKS), values(ceil_div(d, LANES) * KEYS / 2) {}
-  const bf16* key_panel() const { return (const bf16*)keys.data(); }
-  Packed turned() const { return {(const bf16*)values.data(), ceil_div(d, LANES), KEYS / 2}; }
+  KeyTile(long d, long heads)
+      : d(d), heads(heads), key_size(pairs_of(d) * BLOCKS), value_size(ceil_div(d, LANES) * KEYS / 2), keys(heads * key_size),
+        values(heads * value_size) {}
+  const bf16* key_panel(long head) const { return (const bf16*)&keys[head * key_size]; }
+  Packed turned(long head) const { return {(const bf16*)&values[head * value_size], ceil_div(d, LANES), KEYS / 2}; }
 
   void load(const Pool& pool, long at, long from, long to) {
-    const bf16 *key[KEYS], *value[KEYS];
-    for (long i = 0; i < KEYS; i++) {
-      bool there = at + i >= from && at + i < to;
-      long row = there ? pool.row(at + i) : 0;
-      key[i] = there ? pool.keys + row : nullptr;
-      value[i] = there ? pool.values + row : nullptr;
+    const bf16 *key[2 * KEYS]{}, *value[2 * KEYS]{};  // of this tile and of the next
+    pool.rows(std::max(at, from), std::min(at + 2 * KEYS, to), [&](long position, long row) {
+      key[position - at] = pool.keys + row;
+      value[position - at] = pool.values + row;
+    });
+    for (long b = 0; b < BLOCKS; b++) load_keys(b, key + b * LANES);
+    for (long p = 0; p < KEYS / 2; p++) {
+      load_values(p, value[2 * p], value[2 * p + 1]);
+      for (long i = KEYS + 2 * p; i < KEYS + 2 * p + 2; i++)
+        for (long c = 0; key[i] && c < pool.stride; c += 2 * LANES) {
+          _mm_prefetch((const char*)(key[i] + c), _MM_HINT_T1);
+          _mm_prefetch((const char*)(value[i] + c), _MM_HINT_T1);
+        }
     }
-    for (long b = 0; b < BLOCKS; b++)
+  }
+
+  void load_keys(long block, const bf16* const* key) {
+    for (long h = 0; h < heads; h++)
       for (long c = 0; c < d; c += 2 * LANES) {
         __m512i rows[LANES];
         __mmask32 wanted = d - c >= 32 ? 0xffffffff : (1u << (d - c)) - 1;
-        for (int l = 0; l < LANES; l++) {
-          const bf16* in = key[b * LANES + l];
-          rows[l] = in ? _mm512_maskz_loadu_epi16(wanted, in + c) : _mm512_setzero_si512();
-        }
+        for (int l = 0; l < LANES; l++)
+          rows[l] = key[l] ? _mm512_maskz_loadu_epi16(wanted, key[l] + h * d + c) : _mm512_setzero_si512();
         transpose16(rows);
         long first = c / 2, count = std::min(LANES, pairs_of(d) - first);
-        for (long p = 0; p < count; p++) keys[(first + p) * BLOCKS + b] = (vf)rows[p];
+        for (long p = 0; p < count; p++) keys[h * key_size + (first + p) * BLOCKS + block] = (vf)rows[p];
       }
-    Packed packed = turned();
-    for (long p = 0; p < KEYS / 2; p++)
+  }
+
+  void load_values(long pair, const bf16* even, const bf16* odd) {
+    Packed packed = turned(0);
+    for (long h = 0; h < heads; h++)
       for (long b = 0; b < packed.blocks; b++) {
         long panel = b / BLOCKS, c = b * LANES;
         auto half = [&](const bf16* in) {
-          return in ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(d - c), in + c)) : _mm512_setzero_si512();
+          return in ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(d - c), in + h * d + c)) : _mm512_setzero_si512();
         };
-        __m512i pair = _mm512_or_si512(half(value[2 * p]), _mm512_slli_epi32(half(value[2 * p + 1]), 16));
-        values[panel * BLOCKS * KEYS / 2 + p * packed.blocks_of(panel) + b % BLOCKS] = (vf)pair;
+        long at = panel * BLOCKS * KEYS / 2 + pair * packed.blocks_of(panel) + b % BLOCKS;
+        values[h * value_size + at] = (vf)_mm512_or_si512(half(even), _mm512_slli_epi32(half(odd), 16));
       }
   }
 };
 
-// A softmax on its way, of several queries: the largest score, the sum of weights, the weighted values.
+// 2 to the power of x, to 5e-5 of it, a fiftieth of what rounding to bf16 may cost; 0 for -inf.
+static inline __m512 powers(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
+  __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), p = _mm512_set1_ps(9.6180e-3f);
+  for (float c : {5.5503e-2f, 2.40226e-1f, 6.931472e-1f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+static inline float power(float x) { return _mm512_cvtss_f32(powers(_mm512_set1_ps(x))); }
+
+// A softmax on its way, of several queries: the largest score (in powers of 2), the sum of weights, the weighted values.
 struct Partial {
   long width;
   std::vector<float> top, total, sums;
   Partial(long queries, long width) : width(width), top(queries), total(queries), sums(queries * width) {}
-  void clear() {
-    std::fill(top.begin(), top.end(), -INFINITY);
-    std::fill(total.begin(), total.end(), 0.0f);
-    std::fill(sums.begin(), sums.end(), 0.0f);
+  void clear(long queries) {
+    std::fill_n(top.begin(), queries, -INFINITY);
+    std::fill_n(total.begin(), queries, 0.0f);
+    std::fill_n(sums.begin(), queries * width, 0.0f);
   }
   void add(const Partial& part, long queries) {
     for (long m = 0; m < queries; m++) {
       if (part.top[m] == -INFINITY) continue;
-      float best = std::max(top[m], part.top[m]), other = fast_exp(part.top[m] - best);
-      float keep = top[m] == -INFINITY ? 0.0f : fast_exp(top[m] - best);
+      float best = std::max(top[m], part.top[m]), other = power(part.top[m] - best), keep = power(top[m] - best);
       top[m] = best;
       total[m] = total[m] * keep + part.total[m] * other;
       for (long c = m * width; c < (m + 1) * width; c++) sums[c] = sums[c] * keep + part.sums[c] * other;
@@ -83,9 +113,9 @@ struct Partial {
   }
 };
 
-struct Queries {  // those of one KV head in `count` rows, of which the first sees `visible` positions and each later one more
+struct Rows {  // some rows of one run, of which the first sees `visible` positions and each later one more
   const float* q;
-  long stride, count, visible;
+  long count, visible;
 };
 
 struct ScoreTile {
@@ -129,90 +159,95 @@ struct ValueTile {
   }
 };
 
-struct Attend {  // what one thread works with
-  long group, d;
+// What one thread works with. Queries are in the order of KV heads, then rows, then those of a row that share the head.
+struct Attend {
+  long group, heads, d, width;
   float scale;
   KeyTile tile;
   std::vector<bf16> q, weights;
   std::vector<float> scores, keep;
-  Attend(long group, long d, long most)
-      : group(group), d(d), scale(1.0f / sqrtf((float)d)), tile(d), q(most * 2 * pairs_of(d)), weights(most * KEYS),
-        scores(most * KEYS), keep(most) {}
+  Attend(long group, long heads, long d, long rows)
+      : group(group), heads(heads), d(d), width(padded(d)), scale(1.44269504f / sqrtf((float)d)), tile(d, heads),
+        q(rows * group * heads * 2 * pairs_of(d)), weights(rows * group * KEYS), scores(rows * group * KEYS), keep(rows * group) {}
 
   // The softmax over positions `from` to `to` (`first` is the first that has a key), into `out`.
-  void span(const Queries& own, const Pool& pool, long first, long from, long to, Partial& out) {
+  void span(const Rows& own, const Pool& pool, long first, long from, long to, Partial& out) {
     long queries = own.count * group, pairs = pairs_of(d);
-    for (long m = 0; m < queries; m++) round_row(own.q + m / group * own.stride + m % group * d, &q[m * 2 * pairs], d);
-    out.clear();
+    for (long m = 0; m < queries * heads; m++) {
+      long head = m / queries * group + m % group, row = m % queries / group;
+      round_row(own.q + (row * heads * group + head) * d, &q[m * 2 * pairs], d);
+    }
+    out.clear(queries * heads);
     to = std::min(to, own.visible + own.count - 1);
     for (long at = from; at < to; at += KEYS) {
       tile.load(pool, at, first, to);
       long row = std::max(0L, at + 1 - own.visible) * group, count = queries - row;  // earlier rows see nothing here
-      tiles(count, BLOCKS, ScoreTile{&q[row * 2 * pairs], tile.key_panel(), &scores[row * KEYS], pairs});
-      for (long m = row; m < queries; m++) soften(m, first - at, own.visible + m / group - at, out);
-      Packed values = tile.turned();
-      for (long p = 0; p < values.panels(); p++) {
-        float* sums = &out.sums[row * out.width + p * PANEL];
-        tiles(count, values.blocks_of(p), ValueTile{&weights[row * KEYS], values.panel(p), &keep[row], sums, out.width});
+      for (long h = 0; h < heads; h++) {
+        long base = h * queries + row;
+        tiles(count, BLOCKS, ScoreTile{&q[base * 2 * pairs], tile.key_panel(h), scores.data(), pairs});
+        for (long m = 0; m < count; m++) soften(m, first - at, own.visible + (row + m) / group - at, base + m, out);
+        Packed values = tile.turned(h);
+        for (long p = 0; p < values.panels(); p++) {
+          float* sums = &out.sums[base * width + p * PANEL];
+          tiles(count, values.blocks_of(p), ValueTile{weights.data(), values.panel(p), keep.data(), sums, width});
+        }
       }
     }
   }
 
-  // Scores of one query become weights, of those from `from` to `to`; `keep` is what becomes of the sums before them.
-  void soften(long m, long from, long to, Partial& out) {
+  // Scores of one query (row m of `scores`) become weights, of those from `from` to `to`; `keep` is for the sums before them.
+  void soften(long m, long from, long to, long query, Partial& out) {
     uint64_t seen = to >= KEYS ? ~0ull : (1ull << to) - 1;
     if (from > 0) seen &= ~0ull << from;
-    vf s[BLOCKS];
-    __m512 most = _mm512_set1_ps(-INFINITY);
+    __m512 s[BLOCKS], most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (int b = 0; b < BLOCKS; b++) {
-      s[b] = (vf)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(seen >> b * LANES),
-                                    (__m512)(load(&scores[m * KEYS + b * LANES]) * scale));
-      most = _mm512_max_ps(most, (__m512)s[b]);
+      s[b] = _mm512_mul_ps((__m512)load(&scores[m * KEYS + b * LANES]), _mm512_set1_ps(scale));
+      if (~seen) s[b] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(seen >> b * LANES), s[b]);
+      most = _mm512_max_ps(most, s[b]);
     }
-    float best = std::max(out.top[m], _mm512_reduce_max_ps(most));
-    keep[m] = out.top[m] == -INFINITY ? 0.0f : fast_exp(out.top[m] - best);
-    out.top[m] = best;
-    vf sum{};
+    float before = out.top[query], best = std::max(before, _mm512_reduce_max_ps(most));
     for (int b = 0; b < BLOCKS; b++) {
-      __m256i weight = narrow(exp16(s[b] - best));
-      _mm256_storeu_si256((__m256i*)&weights[m * KEYS + b * LANES], weight);
-      sum += widen(weight);
+      __m512 weight = powers(_mm512_sub_ps(s[b], _mm512_set1_ps(best)));
+      sum = _mm512_add_ps(sum, weight);
+      _mm256_storeu_si256((__m256i*)&weights[m * KEYS + b * LANES], narrow((vf)weight));
     }
-    out.total[m] = out.total[m] * keep[m] + _mm512_reduce_add_ps((__m512)sum);
+    keep[m] = before == best ? 1.0f : power(before - best);
+    out.top[query] = best;
+    out.total[query] = out.total[query] * keep[m] + _mm512_reduce_add_ps(sum);
   }
 };
 
-struct Work { long run, row, count, head, from, to, part; };  // part: where its partial softmax goes; -1: it is the whole
+struct Work { long run, row, count, from, to, part; };  // part: where its partial softmax goes; -1: it is the whole
 
 extern "C" void divisi_tiled_attention(const float* q, const float* rows, const void* keys, const void* values, long page_size,
                                        const int32_t* starts, const int32_t* lengths, const int32_t* pages, long max_pages,
                                        long first, float* out, long runs, long qh, long kvh, long d, int threads) {
-  long group = qh / kvh, most = std::max(1L, QUERIES / group), width = padded(d);
+  long most = 1, width = padded(d);
+  for (long s = 0; s < runs; s++) most = std::max(most, (long)starts[s + 1] - starts[s]);
+  most = std::min(most, std::max(1L, QUERIES / qh));
   std::vector<Work> whole, work;
   size_t parts = 0;
   for (long s = 0; s < runs; s++)
-    for (long t = starts[s]; t < starts[s + 1]; t += most)
-      for (long h = 0; h < kvh; h++) {
-        long count = std::min(most, (long)starts[s + 1] - t), last = lengths[s] + t - starts[s] + count;
-        whole.push_back({s, t, count, h, 0, last, -1});
-        parts += ceil_div(last, SPAN) * count * group * (width + 2);
-      }
+    for (long t = starts[s]; t < starts[s + 1]; t += most) {
+      long count = std::min(most, (long)starts[s + 1] - t), last = lengths[s] + t - starts[s] + count;
+      whole.push_back({s, t, count, 0, last, -1});
+      parts += ceil_div(last, SPAN) * count * qh * (width + 2);
+    }
   std::vector<Partial> partial;
   if (parts > MOST_PARTS) work = whole;  // there is enough to do without cutting
   else
     for (Work& all : whole) {
-      long last = all.to;
-      if (last > SPAN) all.part = (long)partial.size();
-      for (long from = 0; from < last; from += SPAN) {
-        work.push_back({all.run, all.row, all.count, all.head, from, std::min(from + SPAN, last), -1});
-        if (last <= SPAN) continue;
-        work.back().part = (long)partial.size();
-        partial.emplace_back(all.count * group, width);
+      bool cut = all.to > SPAN;
+      if (cut) all.part = (long)partial.size();
+      for (long from = 0; from < all.to; from += SPAN) {
+        work.push_back({all.run, all.row, all.count, from, std::min(from + SPAN, all.to), cut ? (long)partial.size() : -1});
+        if (cut) partial.emplace_back(all.count * qh, width);
       }
     }
   auto finish = [&](const Work& w, const Partial& sum) {
-    for (long m = 0; m < w.count * group; m++) {
-      long row = w.row + m / group, head = w.head * group + m % group;
+    long group = qh / kvh, queries = w.count * group;
+    for (long m = 0; m < w.count * qh; m++) {
+      long row = w.row + m % queries / group, head = m / queries * group + m % group;
       const float *gate = rows + (row * (2 * qh + 2 * kvh) + qh + head) * d, *sums = &sum.sums[m * width];
       float* o = out + (row * qh + head) * d;
       float total = sum.total[m];
@@ -221,18 +256,18 @@ extern "C" void divisi_tiled_attention(const float* q, const float* rows, const 
   };
 #pragma omp parallel num_threads(threads)
   {
-    Attend attend(group, d, most * group);
-    Partial sum(most * group, width), part(most * group, width);
+    Attend attend(qh / kvh, kvh, d, most);
+    Partial sum(most * qh, width), part(most * qh, width);
 #pragma omp for schedule(dynamic)
     for (long i = (long)work.size() - 1; i >= 0; i--) {  // the last rows of a prompt have the most to see
       const Work& w = work[i];
-      Queries own{q + (w.row * qh + w.head * group) * d, qh * d, w.count, lengths[w.run] + w.row - starts[w.run] + 1};
-      Pool pool{(const bf16*)keys + w.head * d, (const bf16*)values + w.head * d, pages + w.run * max_pages, page_size, kvh * d};
+      Rows own{q + w.row * qh * d, w.count, lengths[w.run] + w.row - starts[w.run] + 1};
+      Pool pool{(const bf16*)keys, (const bf16*)values, pages + w.run * max_pages, page_size, kvh * d};
       if (w.part >= 0) { attend.span(own, pool, first, w.from, w.to, partial[w.part]); continue; }
       attend.span(own, pool, first, w.from, std::min(w.from + SPAN, w.to), sum);
       for (long from = w.from + SPAN; from < w.to; from += SPAN) {
         attend.span(own, pool, first, from, std::min(from + SPAN, w.to), part);
-        sum.add(part, w.count * group);
+        sum.add(part, w.count * qh);
       }
       finish(w, sum);
     }
@@ -240,8 +275,8 @@ extern "C" void divisi_tiled_attention(const float* q, const float* rows, const 
     for (long i = 0; i < (long)whole.size(); i++) {
       const Work& w = whole[i];
       if (w.part < 0) continue;
-      sum.clear();
-      for (long p = 0; p < ceil_div(w.to, SPAN); p++) sum.add(partial[w.part + p], w.count * group);
+      sum.clear(w.count * qh);
+      for (long p = 0; p < ceil_div(w.to, SPAN); p++) sum.add(partial[w.part + p], w.count * qh);
       finish(w, sum);
     }
   }

@@ -3,9 +3,7 @@
 #include <vector>
 
 static void norm_rotate(const float* in, const float* scale, const float* cos_sin, long d, long half, float eps, float* out) {
-  float s = 0;
-  for (long i = 0; i < d; i++) s += in[i] * in[i];
-  float f = 1.0f / sqrtf(s / d + eps);
+  float f = 1.0f / sqrtf(dot(in, in, d) / d + eps);
   for (long i = 0; i < d; i++) out[i] = in[i] * f * scale[i];
   for (long i = 0; i < half; i++) {
     float a = out[i], b = out[i + half], c = cos_sin[i], n = cos_sin[half + i];

@@ -31,56 +31,121 @@ static void mix_row(const Delta& a, Input input, float* mixed) {
   for (long i = 0; i < c; i++) mixed[i] = silu(mixed[i]);
   for (long g = 0; g < 2 * a.key_heads; g++) {
     float* v = mixed + g * a.key_dim;
-    float s = 0;
-    for (long i = 0; i < a.key_dim; i++) s += v[i] * v[i];
-    float f = 1.0f / sqrtf(s + 1e-6f);
+    float f = 1.0f / sqrtf(dot(v, v, a.key_dim) + 1e-6f);
     if (g < a.key_heads) f /= sqrtf((float)a.key_dim);
     for (long i = 0; i < a.key_dim; i++) v[i] *= f;
   }
 }
 
-static inline void apply(float* s, const float* k, const float* u, float g, long kd, long vd) {
+struct Written { const float *k, *u; float g; };  // what a token makes of the state: g S + k u^T
+struct Read { const float *k, *q, *v; float beta, g, kq; };  // what a token asks of the state before it
+
+// Fused alike in every place, so that a state has the same bits whichever of them wrote it.
+static inline vf applied(vf s, float k, vf u, float g) { return fma(vf{} + k, u, s * g); }
+static inline float applied(float s, float k, float u, float g) { return __builtin_fmaf(k, u, s * g); }
+
+// `count` tokens of one head, one after the other, for some columns of the state at a time. Each passes over them once: what the
+// token before it wrote is taken up (at first `last`, which may be null), and then it reads. Its delta goes to u, its output before
+// the norm to out. The last token's delta is not taken up.
+struct Scan {
+  float* s;
+  long kd, vd;
+  Written last;
+  const Read* tokens;
+  long count;
+  float *u, *out;
+  long u_step, out_step;
+
+  // C vectors of columns from j on.
+  template <int C>
+  void columns(long j) const {
+    Written before = last;
+    for (long t = 0; t < count; t++) {
+      if (before.k) pass<C, true>(before, tokens[t], j, u + t * u_step, out + t * out_step);
+      else pass<C, false>(before, tokens[t], j, u + t * u_step, out + t * out_step);
+      before = {tokens[t].k, u + t * u_step, tokens[t].g};
+    }
+  }
+
+  template <int C, bool LAST>
+  void pass(const Written& before, const Read& token, long j, float* delta, float* o) const {
+    vf sk[C]{}, sq[C]{}, written[C];
+    for (int c = 0; LAST && c < C; c++) written[c] = load(before.u + j + c * VL);
+    for (long i = 0; i < kd; i++)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) {
+        float* at = s + i * vd + j + c * VL;
+        vf row = load(at);
+        if (LAST) store(at, row = applied(row, before.k[i], written[c], before.g));
+        sk[c] = fma(row, vf{} + token.k[i], sk[c]);
+        sq[c] = fma(row, vf{} + token.q[i], sq[c]);
+      }
+    for (int c = 0; c < C; c++) {
+      vf d = fma(sk[c], vf{} - token.g, load(token.v + j + c * VL)) * token.beta;
+      store(delta + j + c * VL, d);
+      store(o + j + c * VL, fma(d, vf{} + token.kq, sq[c] * token.g));
+    }
+  }
+
+  void column(long j) const {
+    Written before = last;
+    for (long t = 0; t < count; t++) {
+      const Read& token = tokens[t];
+      float sk = 0, sq = 0;
+      for (long i = 0; i < kd; i++) {
+        float row = s[i * vd + j];
+        if (before.k) s[i * vd + j] = row = applied(row, before.k[i], before.u[j], before.g);
+        sk = __builtin_fmaf(row, token.k[i], sk);
+        sq = __builtin_fmaf(row, token.q[i], sq);
+      }
+      float d = __builtin_fmaf(sk, -token.g, token.v[j]) * token.beta;
+      u[t * u_step + j] = d;
+      out[t * out_step + j] = __builtin_fmaf(d, token.kq, sq * token.g);
+      before = {token.k, u + t * u_step, token.g};
+    }
+  }
+
+  void run() const {  // two vectors of columns of 128 rows stay in the first cache
+    long j = 0;
+    for (; j + 2 * VL <= vd; j += 2 * VL) columns<2>(j);
+    for (; j + VL <= vd; j += VL) columns<1>(j);
+    for (; j < vd; j++) column(j);
+  }
+};
+
+static void apply(float* s, const Written& token, long kd, long vd) {
   for (long i = 0; i < kd; i++) {
-    float f = k[i];
-    for (long j = 0; j < vd; j++) s[i * vd + j] = g * s[i * vd + j] + f * u[j];
+    long j = 0;
+    for (; j + VL <= vd; j += VL) store(s + i * vd + j, applied(load(s + i * vd + j), token.k[i], load(token.u + j), token.g));
+    for (; j < vd; j++) s[i * vd + j] = applied(s[i * vd + j], token.k[i], token.u[j], token.g);
   }
 }
 
-// One token of one head: delta u and gated, normalised output from the state before it.
-static void read_head(const Delta& a, const float* s, const float* row, const float* mixed, long h, float* u, float* decay,
-                      float* sq, float* out) {
-  long kd = a.key_dim, vd = a.value_dim, x = a.value_heads * vd, group = h / (a.value_heads / a.key_heads);
-  const float *q = mixed + group * kd, *k = q + a.key_heads * kd, *v = mixed + 2 * a.key_heads * kd + h * vd;
-  const float *z = row + a.channels() + h * vd, *b = row + a.channels() + x;
-  float beta = sigmoid(b[h]), dt = b[a.value_heads + h] + a.dt_bias[h];
+static Read asked(const Delta& a, const float* row, const float* mixed, long h) {
+  long kd = a.key_dim, vd = a.value_dim, group = h / (a.value_heads / a.key_heads);
+  const float *q = mixed + group * kd, *k = q + a.key_heads * kd, *b = row + a.channels() + a.value_heads * vd;
+  float dt = b[a.value_heads + h] + a.dt_bias[h];
   float g = expf(a.rate[h] * (dt > 20.0f ? dt : log1pf(expf(dt))));
-  memset(u, 0, vd * sizeof(float));
-  memset(sq, 0, vd * sizeof(float));
-  float kq = 0;
-  for (long i = 0; i < kd; i++) {
-    float ki = k[i], qi = q[i];
-    kq += ki * qi;
-    for (long j = 0; j < vd; j++) { u[j] += s[i * vd + j] * ki; sq[j] += s[i * vd + j] * qi; }
-  }
-  float square = 0;
-  for (long j = 0; j < vd; j++) {
-    u[j] = beta * (v[j] - g * u[j]);
-    sq[j] = g * sq[j] + kq * u[j];
-    square += sq[j] * sq[j];
-  }
-  float f = 1.0f / sqrtf(square / vd + a.eps);
-  for (long j = 0; j < vd; j++) out[h * vd + j] = sq[j] * f * a.norm[j] * silu(z[j]);
-  *decay = g;
+  return {k, q, mixed + 2 * a.key_heads * kd + h * vd, sigmoid(b[h]), g, dot(k, q, kd)};
+}
+
+// Norm and gate of one head's output.
+static void finish(const Delta& a, const float* row, long h, float* out) {
+  long vd = a.value_dim;
+  const float* z = row + a.channels() + h * vd;
+  float f = 1.0f / sqrtf(dot(out, out, vd) / vd + a.eps);
+  for (long j = 0; j < vd; j++) out[j] = out[j] * f * a.norm[j] * silu(z[j]);
+}
+
+// What the ring holds of position p.
+static Written entry_of(const Delta& a, long slot, long h, long p) {
+  long kd = a.key_dim, vd = a.value_dim, group = h / (a.value_heads / a.key_heads), entry = slot * a.ring + p % a.ring;
+  return {a.key + (entry * a.key_heads + group) * kd, a.delta + (entry * a.value_heads + h) * vd, a.decay[entry * a.value_heads + h]};
 }
 
 // Replays a head's ring up to position upto.
 static void replay(const Delta& a, long slot, long h, long upto) {
-  long kd = a.key_dim, vd = a.value_dim, group = h / (a.value_heads / a.key_heads);
-  for (long p = a.position[slot]; p < upto; p++) {
-    long entry = slot * a.ring + p % a.ring;
-    apply(a.slot_state(slot, h), a.key + (entry * a.key_heads + group) * kd, a.delta + (entry * a.value_heads + h) * vd,
-          a.decay[entry * a.value_heads + h], kd, vd);
-  }
+  for (long p = a.position[slot]; p < upto; p++) apply(a.slot_state(slot, h), entry_of(a, slot, h, p), a.key_dim, a.value_dim);
 }
 
 extern "C" void divisi_gated_delta_flush(const Delta* layer, const int32_t* slots, const int32_t* upto, long n) {
@@ -99,7 +164,7 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
   long kd = a.key_dim, vd = a.value_dim, c = a.channels(), kx = a.key_heads * kd, x = a.value_heads * vd;
 #pragma omp parallel num_threads(a.threads)
   {
-    std::vector<float> copy(kd * vd), sq(vd);
+    std::vector<float> copy(kd * vd);
 #pragma omp for schedule(static)
     for (long s = 0; s < sequences; s++) {
       float* conv = a.conv + slots[s] * a.ring * c;
@@ -113,17 +178,19 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
     for (long s = 0; s < sequences; s++)
       for (long h = 0; h < a.value_heads; h++) {
         if (starts[s] == starts[s + 1]) continue;
-        long group = h / (a.value_heads / a.key_heads), base = slots[s] * a.ring;
-        replay(a, slots[s], h, lengths[s]);
-        const float *state = a.slot_state(slots[s], h), *now = state;
-        for (long t = starts[s], p = lengths[s]; t < starts[s + 1]; t++, p++) {
-          long entry = base + p % a.ring;
-          float* u = a.delta + entry * x + h * vd;
-          float* g = a.decay + entry * a.value_heads + h;
-          read_head(a, now, rows + t * a.row_width(), mixed + t * c, h, u, g, sq.data(), out + t * x);
-          if (t + 1 == starts[s + 1]) break;  // nobody reads the state after the last row
-          if (now == state) { memcpy(copy.data(), state, kd * vd * sizeof(float)); now = copy.data(); }
-          apply(copy.data(), a.key + entry * kx + group * kd, u, *g, kd, vd);
+        long slot = slots[s], first = lengths[s];
+        float *state = a.slot_state(slot, h), *now = state;
+        bool behind = a.position[slot] < first;
+        if (behind) replay(a, slot, h, first - 1);  // the last one is taken up while the first row reads
+        for (long t = starts[s], p = first; t < starts[s + 1]; t++, p++) {
+          float *o = out + t * x + h * vd, *row = a.delta + (slot * a.ring + p % a.ring) * x + h * vd;
+          Read token = asked(a, rows + t * a.row_width(), mixed + t * c, h);
+          if (p == first + 1) { memcpy(copy.data(), state, kd * vd * sizeof(float)); now = copy.data(); }
+          bool take = p > first || behind;
+          Written last = take ? entry_of(a, slot, h, p - 1) : Written{};
+          Scan{now, kd, vd, last, &token, 1, row, o, 0, 0}.run();
+          a.decay[(slot * a.ring + p % a.ring) * a.value_heads + h] = token.g;
+          finish(a, rows + t * a.row_width(), h, o);
         }
       }
 #pragma omp for schedule(static)
@@ -147,7 +214,8 @@ extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows
   };
 #pragma omp parallel num_threads(a.threads)
   {
-    std::vector<float> u(vd), sq(vd);
+    std::vector<float> u;
+    std::vector<Read> tokens;
     for (long s = 0; s < runs; s++)
 #pragma omp for schedule(static) nowait
       for (long t = starts[s]; t < starts[s + 1]; t++)
@@ -156,18 +224,20 @@ extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows
 #pragma omp for schedule(dynamic) collapse(2)
     for (long s = 0; s < runs; s++)
       for (long h = 0; h < a.value_heads; h++) {
-        const float *k = mixed + kx + h / (a.value_heads / a.key_heads) * kd;
-        const float *before = sources[s] < 0 ? nullptr : a.slot_state(sources[s], h);
+        const float* before = sources[s] < 0 ? nullptr : a.slot_state(sources[s], h);
         long t = starts[s];
         for (long i = leaf_starts[s]; i < leaf_starts[s + 1]; i++) {
           float* state = a.slot_state(leaf_slots[i], h);
           if (before) memcpy(state, before, kd * vd * sizeof(float));
           else memset(state, 0, kd * vd * sizeof(float));
-          for (long end = starts[s] + leaf_positions[i] - lengths[s]; t < end; t++) {
-            float g;
-            read_head(a, state, rows + t * a.row_width(), mixed + t * c, h, u.data(), &g, sq.data(), out + t * x);
-            apply(state, k + t * c, u.data(), g, kd, vd);
-          }
+          long n = starts[s] + leaf_positions[i] - lengths[s] - t;
+          u.resize(n * vd);
+          tokens.clear();
+          for (long r = t; r < t + n; r++) tokens.push_back(asked(a, rows + r * a.row_width(), mixed + r * c, h));
+          Scan{state, kd, vd, {}, tokens.data(), n, u.data(), out + t * x + h * vd, vd, x}.run();
+          for (long r = t; r < t + n; r++) finish(a, rows + r * a.row_width(), h, out + r * x + h * vd);
+          if (n) apply(state, {tokens[n - 1].k, &u[(n - 1) * vd], tokens[n - 1].g}, kd, vd);
+          t += n;
           before = state;
         }
       }

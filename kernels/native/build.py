@@ -22,6 +22,10 @@ _ROUNDING = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _FLAGS = ("-std=c++17", "-O3", *_ROUNDING, "-fopenmp", "-fPIC", "-shared")
 
 
+CACHE = Path.home() / ".cache" / "divisi"
+"""Where they are kept that are compiled on first use."""
+
+
 class NoCompilerError(Exception):
     """There is no g++."""
 
@@ -39,7 +43,7 @@ def build(variant: Variant, directory: Path) -> Path:
     target = directory / library_name(variant)
     if target.exists():
         return target
-    compiler = shutil.which("g++") or shutil.which("c++")
+    compiler = _compiler()
     if compiler is None:
         raise NoCompilerError("no C++ compiler (g++) found")
     directory.mkdir(parents=True, exist_ok=True)
@@ -52,6 +56,22 @@ def build(variant: Variant, directory: Path) -> Path:
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
                 built.replace(target)
     return target
+
+
+def find(variant: Variant, cache: Path = CACHE) -> Path:
+    """The variant's library: built ahead, or else the cache's, compiled unless it is there. Raises as build_all does."""
+    ahead = BUILT_AHEAD / library_name(variant)
+    return ahead if ahead.exists() else build(variant, cache)
+
+
+def can_build(variant: Variant) -> bool:
+    """Whether `find` would have one, without compiling it."""
+    there = any((folder / library_name(variant)).exists() for folder in (BUILT_AHEAD, CACHE))
+    return there or _compiler() is not None
+
+
+def _compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("c++")
 
 
 def library_name(variant: Variant) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  loads its libgomp first, so that there is one pool of threads
 
-from divisi.kernels.native.build import BUILT_AHEAD, NoCompilerError, build, library_name, sources
+from divisi.kernels.native.build import CACHE, NoCompilerError, find, sources
 from divisi.kernels.native.variants import Variant, find_variant
 
 _log = logging.getLogger(__name__)
@@ -41,21 +41,17 @@ def load_library(name: str | None = None, cache_dir: Path | None = None) -> Libr
     """
     variant = find_variant(name)
     try:
-        functions = ctypes.CDLL(str(_find(variant, cache_dir or Path.home() / ".cache" / "divisi")))
+        functions = ctypes.CDLL(str(find(variant, cache_dir or CACHE)))
     except (OSError, NoCompilerError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the C++ kernels cannot be built (%s): the CPU runs on the slower PyTorch kernels", detail)
         return None
+    _log.info("C++ kernels: %s", variant.name)
     for source in sources(variant):
         for function_name, parameters in _DECLARATION.findall(source.read_text()):
             function = getattr(functions, function_name)
             function.argtypes, function.restype = [_argument(text) for text in parameters.split(",")], None
     return Library(variant, functions)
-
-
-def _find(variant: Variant, cache_dir: Path) -> Path:
-    built = BUILT_AHEAD / library_name(variant)
-    return built if built.exists() else build(variant, cache_dir)
 
 
 def _argument(parameter: str) -> type:

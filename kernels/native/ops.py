@@ -14,6 +14,7 @@ from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.attention.reference import attend_runs
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves, check_sources
 from divisi.kernels.linear.layout import Matrix, PackedMatrix, packed_values
+from divisi.kernels.native.huge_pages import advise_huge_pages
 from divisi.kernels.native.loader import Library
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
@@ -63,7 +64,7 @@ class NativeKernels:
     def _pack(self, weights_ENK: Tensor, outputs: int, *, halves: bool) -> Tensor:
         count, rows, inputs = weights_ENK.shape
         values = packed_values(outputs, inputs) * (2 if halves else 1)
-        packed = torch.empty((count, values), dtype=weights_ENK.dtype)
+        packed = advise_huge_pages(torch.empty((count, values), dtype=weights_ENK.dtype))
         self._library.divisi_pack(
             _pointer(weights_ENK), packed.data_ptr(), count, rows, inputs, halves, torch.get_num_threads()
         )
@@ -245,6 +246,13 @@ class NativeKernels:
     ) -> Tensor:
         tokens, heads, dim = q_TQD.shape
         out_TX = torch.empty((tokens, heads * dim))
+        if self._tiles(pool):
+            self._library.divisi_tiled_attention(
+                _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(), pool.page_size,
+                _pointer(starts_S1), _pointer(lengths_S), pages_SN.data_ptr(), pages_SN.stride(0), first,
+                out_TX.data_ptr(), lengths_S.shape[0], heads, pool.key_PJD.shape[1], dim, torch.get_num_threads(),
+            )  # fmt: skip
+            return out_TX
         self._library.divisi_attention(
             _pointer(q_TQD), _pointer(rows_TP), pool.key_PJD.data_ptr(), pool.value_PJD.data_ptr(),
             pool.key_PJD.dtype is torch.bfloat16, pool.page_size, _pointer(starts_S1), _pointer(lengths_S),
@@ -256,8 +264,12 @@ class NativeKernels:
     def attention_prefill(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor:
-        attend = self.attention_decode if self._deterministic else attend_runs
+        attend = self.attention_decode if self._deterministic or self._tiles(pool) else attend_runs
         return attend(q_TQD, rows_TP, pool, starts_S1, lengths_S, pages_SN)
+
+    def _tiles(self, pool: KvPool) -> bool:
+        """Whether scanned and decoded rows attend alike, tile by tile."""
+        return self._packs and pool.key_PJD.dtype is torch.bfloat16
 
 
 def _pointer(tensor: Tensor) -> int:

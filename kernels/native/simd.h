@@ -62,6 +62,14 @@ static inline void sums(const vf* v, float* out) {
     for (int i = 0; i < M; i++) store(out + i * VL, folded[i]);
 }
 static inline float sum(vf v) { float s[VL]; sums<1>(&v, s); return s[0]; }
+static inline float dot(const float* a, const float* b, long n) {
+  vf acc{};
+  long i = 0;
+  for (; i + VL <= n; i += VL) acc = fma(load(a + i), load(b + i), acc);
+  float s = sum(acc);
+  for (; i < n; i++) s = __builtin_fmaf(a[i], b[i], s);
+  return s;
+}
 
 static inline void put(float* p, float x) { *p = x; }
 static inline void put(bf16* p, float x) {  // round to nearest even, NaN stays NaN

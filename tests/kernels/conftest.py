@@ -7,7 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from divisi.kernels.linear.layout import PackedMatrix
+from divisi.kernels.native.variants import runnable_variants
 from divisi.kernels.select import Kernels, select_kernels
+
+BUILDS = [variant.name for variant in runnable_variants()] or ["native"]
+"""Every build of the C++ kernels that this machine can run."""
 
 # (operation, weight or cache dtype) -> absolute and relative tolerance against the fp32 reference on the same inputs
 TOLERANCE = {
@@ -22,6 +27,7 @@ TOLERANCE = {
     ("gated_delta", torch.float32): 5e-5,
     ("attention", torch.float32): 2e-5,
     ("attention", torch.bfloat16): 2e-5,
+    ("tiled attention", torch.bfloat16): 2e-2,  # queries and weights rounded to bf16, of up to four values of up to four
 }
 
 
@@ -41,9 +47,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="package")
-def native(two_threads: None) -> Kernels:
-    return select_kernels(torch.device("cpu"), "native")
+def packs(kernels: Kernels) -> bool:
+    """Whether they work on packed bf16 weights."""
+    return isinstance(kernels.pack_linear(torch.zeros(1, 1, dtype=torch.bfloat16)), PackedMatrix)
+
+
+@pytest.fixture(scope="package", params=BUILDS)
+def native(request: pytest.FixtureRequest, two_threads: None) -> Kernels:
+    return select_kernels(torch.device("cpu"), request.param)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +62,6 @@ def reference() -> Kernels:
     return select_kernels(torch.device("cpu"), "reference")
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=["reference", *BUILDS])
 def kernels(request: pytest.FixtureRequest, two_threads: None) -> Kernels:
     return select_kernels(torch.device("cpu"), request.param)

@@ -10,7 +10,7 @@ import torch
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.select import Kernels
-from tests.kernels.conftest import expect_close
+from tests.kernels.conftest import expect_close, packs
 
 PAGE = 4
 
@@ -34,22 +34,31 @@ def expected(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gate: to
     return torch.einsum("ql,lqd->qd", weights, values).flatten() * gate.sigmoid()
 
 
+def kind_of(kernels: Kernels, dtype: torch.dtype) -> str:
+    return "tiled attention" if dtype is torch.bfloat16 and packs(kernels) else "attention"
+
+
 @pytest.mark.parametrize("operation", ["attention_decode", "attention_prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 4), (4, 2, 24), (6, 2, 10), (16, 2, 64)])
 def test_runs(kernels: Kernels, operation: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     torch.manual_seed(heads)
     lengths, counts, tables = [9, 0, 0, 3], [1, 2, 0, 6], [[7, 2, 5], [0, 0, 0], [0, 0, 0], [11, 4, 9]]
-    check_runs(getattr(kernels, operation), dtype, (heads, kv_heads, dim), 12, lengths, counts, tables, every=1)
+    shape, kind = (heads, kv_heads, dim), kind_of(kernels, dtype)
+    check_runs(getattr(kernels, operation), dtype, shape, 12, lengths, counts, tables, every=1, kind=kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first", [1, 3, 4, 6])
-def test_a_run_that_begins_to_see_later(kernels: Kernels, first: int) -> None:
+def test_a_run_that_begins_to_see_later(kernels: Kernels, first: int, dtype: torch.dtype) -> None:
     """What stands before is NaN, within a page or over several."""
     torch.manual_seed(first)
     tables = [[7, 2, 5, 1], [3, 0, 9, 8], [11, 4, 6, 10]]
     lengths, counts = [9, first, first + 1], [3, 1, 2]
-    check_runs(kernels.attention_decode, torch.float32, (4, 2, 24), 12, lengths, counts, tables, every=1, first=first)
+    shape, kind = (4, 2, 24), kind_of(kernels, dtype)
+    check_runs(
+        kernels.attention_decode, dtype, shape, 12, lengths, counts, tables, every=1, first=first, kind=kind
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, 13])
@@ -71,6 +80,7 @@ def check_runs(
     tables: list[list[int]],
     every: int,
     first: int = 0,
+    kind: str = "attention",
 ) -> None:
     """Run s has counts[s] rows from position lengths[s] on; every so many rows are compared."""
     heads, kv_heads, dim = shape
@@ -88,7 +98,7 @@ def check_runs(
     for run, (keys, values) in enumerate(memory):
         for row in range(starts[run], starts[run + 1], every):
             gate, end = rows[row, heads * dim : 2 * heads * dim], lengths[run] + row - starts[run] + 1
-            expect_close("attention", actual[row], expected(q[row], keys[first:end], values[first:end], gate), dtype)
+            expect_close(kind, actual[row], expected(q[row], keys[first:end], values[first:end], gate), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -41,7 +41,7 @@ def expect_rows_alone(operation: Callable[[slice], torch.Tensor]) -> None:
 @pytest.mark.parametrize(("inputs", "outputs"), [(72, 29), (128, 96)])
 def test_linear(kernels: Kernels, dtype: torch.dtype, inputs: int, outputs: int) -> None:
     torch.manual_seed(1)
-    x, weight = torch.randn(MOST, inputs), torch.randn(outputs, inputs).to(dtype)
+    x, weight = torch.randn(MOST, inputs), kernels.pack_linear(torch.randn(outputs, inputs).to(dtype))
     expect_rows_alone(lambda rows: kernels.linear(x[rows], weight))
 
 
@@ -58,7 +58,7 @@ def test_norms_and_activation(kernels: Kernels) -> None:
 def test_route_and_experts(kernels: Kernels, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     logits, x = torch.randn(MOST, 11), torch.randn(MOST, 40)
-    gate_up, down = torch.randn(10, 2 * 23, 40).to(dtype), torch.randn(10, 40, 23).to(dtype)
+    gate_up, down = kernels.pack_experts(torch.randn(10, 2 * 23, 40).to(dtype), torch.randn(10, 40, 23).to(dtype))
 
     def routed(rows: slice) -> torch.Tensor:
         ids, gates = kernels.route(logits[rows, :10], 3, True)

@@ -1,0 +1,52 @@
+"""The memory plan of packed weights against the tensors that are held."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from divisi.kernels.linear.layout import PackedMatrix
+from divisi.kernels.native.variants import VARIANTS, runnable_variants
+from divisi.kernels.select import select_kernels
+from divisi.model.checkpoint import Checkpoint, rank_tensors
+from divisi.model.config import ModelConfig
+from divisi.model.demo import checkpoint_dir
+from divisi.model.experts import ExpertBank
+from divisi.model.packing import packing_bytes
+from divisi.model.placement import Role
+from divisi.model.weights import load_weights
+
+pytestmark = pytest.mark.skipif(
+    VARIANTS["avx512-bf16"] not in runnable_variants(), reason="the processor has no dot products of bf16"
+)
+CPU = torch.device("cpu")
+
+
+def held(part: object, seen: set[int]) -> int:
+    """Bytes of the bf16 tensors in dataclasses and tuples, each counted once."""
+    if isinstance(part, PackedMatrix):
+        part = part.data
+    if isinstance(part, Tensor):
+        counts = part.dtype is torch.bfloat16 and part.data_ptr() not in seen
+        seen.add(part.data_ptr())
+        return part.nbytes if counts else 0
+    if is_dataclass(part):
+        part = tuple(getattr(part, field.name) for field in fields(part))
+    return sum(held(entry, seen) for entry in part) if isinstance(part, tuple) else 0
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_what_is_planned_is_what_is_held(mtp: bool) -> None:
+    path: Path = checkpoint_dir()
+    config, checkpoint, kernels = ModelConfig.load(path).with_mtp(mtp), Checkpoint.open(path), select_kernels(CPU)
+    weights = load_weights(checkpoint, config, kernels, torch.bfloat16, CPU)
+    experts = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, torch.bfloat16, CPU)
+    (role,) = Role.all_of(config, 1, 0)
+    share = rank_tensors(config, checkpoint.tensors, role)
+    small = (".A_log", ".dt_bias", "norm.weight", "conv1d.weight", "norm_embedding.weight", "norm_hidden.weight")
+    matrices = sum(size for name, size in share.items() if not name.endswith(small))
+    assert held(weights, set()) + experts.nbytes == matrices + packing_bytes(config, role)
