@@ -23,7 +23,7 @@ def checked_choice(text: str) -> str:
 
 
 def kernels_here(choice: str, device: str) -> str:
-    """What a choice comes to on a device (`cpu` or `cuda`) of this machine, for people to read; nothing is built for it."""
+    """What a choice comes to on a device (`cpu` or `cuda`) of this machine, to be read; nothing is built."""
     told = KernelChoice.parse(choice)
     others = [f"{operation} by {_here(name, device)}" for operation, name in told.exceptions.items()]
     return ", ".join([_here(told.general, device), *others])

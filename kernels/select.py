@@ -100,10 +100,10 @@ _PACKERS = {"pack_linear": "linear", "pack_experts": "routed_experts"}
 def select_kernels(device: torch.device, choice: str = "auto", *, deterministic: bool = False) -> Kernels:
     """Kernels for ``device``, chosen operation by operation. Uses torch's number of threads.
 
-    ``choice`` is ``auto``, ``reference``, ``native`` (C++, CPU), one of its variants or ``triton`` (GPU), and after it, or alone, exceptions
-    by operation, separated by commas: ``auto,route=reference``. An operation that an implementation leaves out is done
-    by its reference. ``deterministic``: a row's result depends on its sequence alone, see NativeKernels. Raises
-    ValueError for unknown names and for what the device cannot have.
+    ``choice`` is ``auto``, ``reference``, ``native`` (C++, CPU), one of its builds or ``triton`` (GPU), and after it,
+    or alone, exceptions by operation, separated by commas: ``auto,route=reference``. An operation that an implementation
+    leaves out is done by its reference. ``deterministic``: a row's result depends on its sequence alone, see
+    NativeKernels. Raises ValueError for unknown names and for what the device cannot have.
     """
     told = KernelChoice.parse(choice)
     general, exceptions = told.general, told.exceptions

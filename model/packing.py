@@ -1,4 +1,4 @@
-"""What packed weights take beyond the checkpoint's values: zeros that fill up blocks, and what is held a second time."""
+"""What packed weights take beyond the checkpoint's values: zeros that fill up blocks, and what is held twice."""
 
 from __future__ import annotations
 

@@ -132,10 +132,8 @@ class _Loader:
     def weights(self) -> Weights:
         config = self._config
         shape = (config.vocab_size, config.hidden_size)
-        tied = config.tie_word_embeddings
-        embed_VD: Matrix = self._read("model.embed_tokens.weight", shape)
-        if tied:
-            embed_VD = self._pack(embed_VD)
+        tied, rows_VD = config.tie_word_embeddings, self._read("model.embed_tokens.weight", shape)
+        embed_VD = self._pack(rows_VD) if tied else rows_VD
         layers = tuple(self._layer(index) for index in range(config.num_hidden_layers))
         final_scale_D = self._scale("model.norm.weight", config.hidden_size)
         head_VD = embed_VD if tied else self._pack(self._read("lm_head.weight", shape))

@@ -1,4 +1,4 @@
-"""`python -m divisi.kernels.native [DIR]`: compiles every variant, into the package itself where no directory is named."""
+"""`python -m divisi.kernels.native [DIR]`: compiles every variant, into the package itself where no DIR is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels: `python -m divisi.kernels.native [DIR]` for all variants ahead of time, or one on first use.
+"""Compiles the C++ kernels: `python -m divisi.kernels.native [DIR]` for all variants ahead, or one on first use.
 
 A library's name holds a digest of the sources and flags, so that one of other sources is never taken for it.
 """
@@ -59,7 +59,7 @@ def build(variant: Variant, directory: Path) -> Path:
 
 
 def find(variant: Variant, cache: Path = CACHE) -> Path:
-    """The variant's library: built ahead, or else the cache's, compiled unless it is there. Raises as build_all does."""
+    """The variant's library: built ahead, or the cache's, compiled unless it is there. Raises as build_all does."""
     ahead = BUILT_AHEAD / library_name(variant)
     return ahead if ahead.exists() else build(variant, cache)
 

@@ -1,4 +1,4 @@
-"""Large memory in pages of 2 MiB: a processor that streams weights looks up an address per page, 512 times as often with small ones."""
+"""Large memory in pages of 2 MiB: who streams weights looks up an address a page, 512 times as often in small ones."""
 
 from __future__ import annotations
 

@@ -36,10 +36,10 @@ class _Delta(ctypes.Structure):
 class NativeKernels:
     """Calls the library with as many threads as torch has in the calling thread at that time.
 
-    Weights that are packed, which bf16 weights are where the processor has dot products of them, have one kernel for any
-    number of rows. With others torch takes over where it is faster: matrix products of many rows, and the attention of
-    prefilling rows. Its results depend on how many rows it is given. With ``deterministic`` it never does, and a row's
-    result depends neither on the rows beside it nor on how the prompt is cut, nor on whether the row is decoded or scanned.
+    Packed weights, which bf16 weights are where the processor has dot products of them, have one kernel for any number
+    of rows. With others torch takes over where it is faster: products of many rows, and the attention of prefilling
+    rows. Its results depend on how many rows it is given. With ``deterministic`` it never does, and a row's result
+    depends neither on the rows beside it nor on how the prompt is cut, nor on whether the row is decoded or scanned.
     """
 
     def __init__(self, library: Library, deterministic: bool = False) -> None:

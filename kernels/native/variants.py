@@ -40,7 +40,7 @@ OWN = Variant("own", ("-march=native",))
 
 
 def find_variant(name: str | None = None) -> Variant:
-    """The variant of that name, or the fastest that this processor can run. Raises ValueError where it cannot run it."""
+    """The variant of that name, or the fastest that this processor can run. Raises ValueError if it cannot run it."""
     runnable = runnable_variants()
     if name is None:
         return runnable[0] if runnable else OWN

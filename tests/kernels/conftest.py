@@ -27,7 +27,10 @@ TOLERANCE = {
     ("gated_delta", torch.float32): 5e-5,
     ("attention", torch.float32): 2e-5,
     ("attention", torch.bfloat16): 2e-5,
-    ("tiled attention", torch.bfloat16): 2e-2,  # queries and weights rounded to bf16, of up to four values of up to four
+    (
+        "tiled attention",
+        torch.bfloat16,
+    ): 2e-2,  # queries and weights rounded to bf16, of up to four values of up to four
 }
 
 

@@ -56,9 +56,7 @@ def test_a_run_that_begins_to_see_later(kernels: Kernels, first: int, dtype: tor
     tables = [[7, 2, 5, 1], [3, 0, 9, 8], [11, 4, 6, 10]]
     lengths, counts = [9, first, first + 1], [3, 1, 2]
     shape, kind = (4, 2, 24), kind_of(kernels, dtype)
-    check_runs(
-        kernels.attention_decode, dtype, shape, 12, lengths, counts, tables, every=1, first=first, kind=kind
-    )
+    check_runs(kernels.attention_decode, dtype, shape, 12, lengths, counts, tables, every=1, first=first, kind=kind)
 
 
 @pytest.mark.parametrize("length", [0, 1, 13])

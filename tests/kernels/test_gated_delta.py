@@ -16,7 +16,13 @@ from divisi.kernels.gated_delta.reference import gated_delta_decode
 from divisi.kernels.select import Kernels
 from tests.kernels.conftest import expect_close
 
-SHAPES = [(1, 1, 4, 4, 4), (2, 4, 8, 16, 4), (2, 2, 5, 7, 2), (1, 4, 24, 12, 3), (1, 2, 17, 54, 4)]  # G, H, K, V, conv taps
+SHAPES = [
+    (1, 1, 4, 4, 4),
+    (2, 4, 8, 16, 4),
+    (2, 2, 5, 7, 2),
+    (1, 4, 24, 12, 3),
+    (1, 2, 17, 54, 4),
+]  # G, H, K, V, conv taps
 SLOTS = 5
 
 

@@ -54,12 +54,23 @@ def test_weights_take_no_more_than_their_blocks(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "chosen", "experts", "width", "inner"),
-    [(0, 2, 3, 40, 23), (1, 1, 1, 8, 16), (1, 4, 8, 40, 23), (17, 3, 5, 64, 32), (130, 2, 4, 70, 33), (700, 8, 16, 48, 64)],
+    [
+        (0, 2, 3, 40, 23),
+        (1, 1, 1, 8, 16),
+        (1, 4, 8, 40, 23),
+        (17, 3, 5, 64, 32),
+        (130, 2, 4, 70, 33),
+        (700, 8, 16, 48, 64),
+    ],
 )
 def test_experts(kernels: Kernels, tokens: int, chosen: int, experts: int, width: int, inner: int) -> None:
     """Against fp32 sums of the same rounded inputs, the inner activations rounded too."""
     torch.manual_seed(tokens)
-    x, gate_up, down = rounded(tokens, width).float(), rounded(experts, 2 * inner, width), rounded(experts, width, inner)
+    x, gate_up, down = (
+        rounded(tokens, width).float(),
+        rounded(experts, 2 * inner, width),
+        rounded(experts, width, inner),
+    )
     ids = torch.rand(tokens, experts + 2).argsort(-1)[:, :chosen]
     ids, gates = torch.where(ids < experts, ids, -1).int(), torch.rand(tokens, chosen)
     actual = kernels.routed_experts(x, ids, gates, *kernels.pack_experts(gate_up, down))

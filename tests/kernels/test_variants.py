@@ -39,7 +39,7 @@ def test_the_fastest_that_runs_is_taken(monkeypatch: pytest.MonkeyPatch, flags: 
 
 def test_one_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on_processor(monkeypatch, AVX2)
-    with pytest.raises(ValueError, match="'avx512' need a processor with avx512bw, .*; use 'native'"):
+    with pytest.raises(ValueError, match=r"'avx512' need a processor with avx512bw, .*; use 'native'"):
         find_variant("avx512")
     with pytest.raises(ValueError, match="need a CPU"):
         select_kernels(torch.device("meta"), "avx2")
