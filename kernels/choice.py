@@ -11,7 +11,7 @@ from divisi.kernels.native.variants import VARIANTS, find_variant
 
 IMPLEMENTATIONS = ("auto", "reference", "native", *VARIANTS, "triton")
 OPERATIONS = (
-    "linear", "rms_norm", "add_rms_norm", "silu_mul", "route", "routed_experts", "gated_delta_decode",
+    "linear", "mlp", "rms_norm", "add_rms_norm", "silu_mul", "route", "routed_experts", "gated_delta_decode",
     "gated_delta_prefill", "gated_delta_flush", "attention_inputs", "attention_decode", "attention_prefill",
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
 from divisi.kernels.linear.layout import Matrix
 from divisi.kernels.linear.reference import linear
+from divisi.kernels.mlp.reference import mlp
 from divisi.kernels.native.loader import load_library
 from divisi.kernels.native.ops import NativeKernels
 from divisi.kernels.native.variants import VARIANTS
@@ -30,7 +31,9 @@ class Kernels(Protocol):
 
     def pack_linear(self, weight_NK: Tensor) -> Matrix: ...
     def pack_experts(self, gate_up_EFD: Tensor, down_EDI: Tensor) -> tuple[Matrix, Matrix]: ...
+    def pack_mlp(self, gate_up_FD: Tensor, down_DI: Tensor) -> tuple[Matrix, Matrix]: ...
     def linear(self, x_TK: Tensor, weight_NK: Matrix) -> Tensor: ...
+    def mlp(self, x_TD: Tensor, gate_up_FD: Matrix, down_DI: Matrix) -> Tensor: ...
     def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor: ...
     def add_rms_norm(self, residual_TD: Tensor, update_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor: ...
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor: ...
@@ -79,7 +82,9 @@ class Kernels(Protocol):
 _REFERENCE: Mapping[str, Callable[..., Any]] = {
     "pack_linear": lambda weight_NK: weight_NK,
     "pack_experts": lambda gate_up_EFD, down_EDI: (gate_up_EFD, down_EDI),
+    "pack_mlp": lambda gate_up_FD, down_DI: (gate_up_FD, down_DI),
     "linear": linear,
+    "mlp": mlp,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "silu_mul": silu_mul,
@@ -93,7 +98,7 @@ _REFERENCE: Mapping[str, Callable[..., Any]] = {
     "attention_prefill": attention.attend_runs,
 }
 
-_PACKERS = {"pack_linear": "linear", "pack_experts": "routed_experts"}
+_PACKERS = {"pack_linear": "linear", "pack_experts": "routed_experts", "pack_mlp": "mlp"}
 """How weights are laid out for the implementation of an operation, once, while they are loaded."""
 
 
@@ -101,8 +106,8 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
     """Kernels for ``device``, chosen operation by operation. Uses torch's number of threads.
 
     ``choice`` is ``auto``, ``reference``, ``native`` (C++, CPU), one of its builds or ``triton`` (GPU), and after it,
-    or alone, exceptions by operation, separated by commas: ``auto,route=reference``. An operation that an implementation
-    leaves out is done by its reference. ``deterministic``: a row's result depends on its sequence alone, see
+    or alone, exceptions by operation, separated by commas: ``auto,route=reference``. What an implementation leaves
+    out is done by its reference. ``deterministic``: a row's result depends on its sequence alone, see
     NativeKernels. Raises ValueError for unknown names and for what the device cannot have.
     """
     told = KernelChoice.parse(choice)

@@ -47,5 +47,4 @@ def _mlp(config: ModelConfig, layer: int) -> Iterator[tuple[int, int]]:
     if config.is_moe(layer):
         inner = config.shared_expert_intermediate_size
         yield config.num_experts + 1, width
-    yield 2 * inner, width
-    yield width, inner
+    yield from ((inner, width), (inner, width), (width, inner))

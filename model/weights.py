@@ -125,7 +125,7 @@ class _Loader:
         device: torch.device,
         progress: Progress | None,
     ) -> None:
-        self._pack = kernels.pack_linear
+        self._kernels, self._pack = kernels, kernels.pack_linear
         self._checkpoint, self._config, self._dtype, self._device = checkpoint, config, dtype, device
         self._progress = progress
 
@@ -228,7 +228,7 @@ class _Loader:
         width = self._config.hidden_size
         gate, up = (self._read(f"{prefix}.{name}_proj.weight", (inner, width)) for name in ("gate", "up"))
         down = self._read(f"{prefix}.down_proj.weight", (width, inner))
-        return MlpWeights(self._pack(torch.cat([gate, up])), self._pack(down))
+        return MlpWeights(*self._kernels.pack_mlp(torch.cat([gate, up]), down))
 
     def _scale(self, name: str, width: int) -> Tensor:
         """A zero-centred norm weight as the factor it stands for."""

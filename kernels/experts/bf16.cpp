@@ -64,9 +64,15 @@ struct Scratch {
   std::vector<bf16> x, inner;
 };
 
-// begin: where each expert's pairs start, in the order of tokens.
+// begin: where each expert's pairs start, in the order of tokens. Without ids all tokens are the only expert's, unweighted.
 static void sort_pairs(Scratch& s, const int32_t* ids, const float* gates, long t, long k, long experts) {
   s.begin.assign(experts + 1, 0);
+  if (!ids) {
+    s.begin[1] = t;
+    s.pairs.resize(t);
+    for (long i = 0; i < t; i++) s.pairs[i] = {(int32_t)i, 1.0f};
+    return;
+  }
   for (long p = 0; p < t * k; p++) if (ids[p] >= 0) s.begin[ids[p] + 1]++;
   for (long e = 0; e < experts; e++) s.begin[e + 1] += s.begin[e];
   s.next.assign(s.begin.begin(), s.begin.end() - 1);
@@ -107,10 +113,9 @@ extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const 
   long in = 2 * up.pairs, width = padded(f), down_panels = flat.panels();
   if ((long)s.x.size() < t * in) s.x.resize(t * in);
   if (s.inner.size() < s.pairs.size() * width) s.inner.resize(s.pairs.size() * width);
+  round_rows(x, s.x.data(), t, d, threads);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (long i = 0; i < t; i++) round_row(x + i * d, s.x.data() + i * in, d);
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < (long)s.items.size(); i++) {
       const Item& item = s.items[i];

@@ -11,7 +11,6 @@ struct Delta {  // one layer; field order is that of _Delta in native/ops.py
   const float *taps, *rate, *dt_bias, *norm;
   long ring, num_taps, key_heads, key_dim, value_heads, value_dim;
   float eps;
-  int threads;
   long channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
   long row_width() const { return channels() + value_heads * value_dim + 2 * value_heads; }
   float* slot_state(long slot, long h) const { return state + (slot * value_heads + h) * key_dim * value_dim; }
@@ -148,9 +147,10 @@ static void replay(const Delta& a, long slot, long h, long upto) {
   for (long p = a.position[slot]; p < upto; p++) apply(a.slot_state(slot, h), entry_of(a, slot, h, p), a.key_dim, a.value_dim);
 }
 
-extern "C" void divisi_gated_delta_flush(const Delta* layer, const int32_t* slots, const int32_t* upto, long n) {
+extern "C" void divisi_gated_delta_flush(const Delta* layer, const int32_t* slots, const int32_t* upto, long n,
+                                         int threads) {
   const Delta& a = *layer;
-#pragma omp parallel for num_threads(a.threads) schedule(static) collapse(2)
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
   for (long i = 0; i < n; i++)
     for (long h = 0; h < a.value_heads; h++) replay(a, slots[i], h, upto[i]);
   for (long i = 0; i < n; i++)
@@ -159,10 +159,10 @@ extern "C" void divisi_gated_delta_flush(const Delta* layer, const int32_t* slot
 
 // mixed: scratch [rows, channels]; out [rows, value_heads * value_dim]
 extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows, float* mixed, float* out, const int32_t* starts,
-                                          const int32_t* lengths, const int32_t* slots, long sequences) {
+                                          const int32_t* lengths, const int32_t* slots, long sequences, int threads) {
   const Delta& a = *layer;
   long kd = a.key_dim, vd = a.value_dim, c = a.channels(), kx = a.key_heads * kd, x = a.value_heads * vd;
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(threads)
   {
     std::vector<float> copy(kd * vd);
 #pragma omp for schedule(static)
@@ -203,7 +203,7 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
 // state is carried in the slot that the run leaves next, so that it is stored once for each and never rounded or copied out.
 extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows, float* mixed, float* out, const int32_t* starts,
                                            const int32_t* lengths, const int32_t* sources, const int32_t* leaf_starts,
-                                           const int32_t* leaf_positions, const int32_t* leaf_slots, long runs) {
+                                           const int32_t* leaf_positions, const int32_t* leaf_slots, long runs, int threads) {
   const Delta& a = *layer;
   long kd = a.key_dim, vd = a.value_dim, c = a.channels(), kx = a.key_heads * kd, x = a.value_heads * vd;
   // conv input `back` tokens before position p of run s: of the call's rows, of the source's ring, or none
@@ -212,7 +212,7 @@ extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows
     if (at >= first) return rows + (starts[s] + at - first) * a.row_width();
     return at < 0 ? nullptr : a.conv + (sources[s] * a.ring + at % a.ring) * c;
   };
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(threads)
   {
     std::vector<float> u;
     std::vector<Read> tokens;

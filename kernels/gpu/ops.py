@@ -13,6 +13,7 @@ from divisi.kernels.experts.triton import routed_experts
 from divisi.kernels.gated_delta.triton_decode import gated_delta_decode, gated_delta_flush
 from divisi.kernels.gated_delta.triton_prefill import gated_delta_prefill
 from divisi.kernels.gpu.chip import Chip
+from divisi.kernels.linear.reference import linear
 from divisi.kernels.norm.triton import add_rms_norm, rms_norm
 from divisi.kernels.router.triton import route
 
@@ -24,4 +25,5 @@ def triton_operations(chip: Chip) -> Mapping[str, Callable[..., Any]]:
         attention_decode, attention_prefill, routed_experts, gated_delta_decode, gated_delta_prefill, gated_delta_flush
     )  # fmt: skip
     table: dict[str, Callable[..., Any]] = {op.__name__: op for op in alike}
+    table["mlp"] = lambda x_TD, gate_up_FD, down_DI: linear(silu_mul(linear(x_TD, gate_up_FD)), down_DI)
     return table | {op.__name__: partial(op, chip=chip) for op in configured}

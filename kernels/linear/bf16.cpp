@@ -31,19 +31,12 @@ extern "C" void divisi_packed_linear(const float* x, const void* w, float* y, lo
   long width = 2 * packed.pairs, panels = packed.panels();
   if ((long)rounded.size() < t * width) rounded.resize(t * width);
   bf16* to = rounded.data();
-  bool few = t * k <= 16384;
-  if (few) for (long i = 0; i < t; i++) round_row(x + i * k, to + i * width, k);
-#pragma omp parallel num_threads(threads)
-  {
-    if (!few)
-#pragma omp for schedule(static)
-      for (long i = 0; i < t; i++) round_row(x + i * k, to + i * width, k);
-#pragma omp for schedule(dynamic) nowait
-    for (long item = 0; item < ceil_div(t, ROWS) * panels; item++) {
-      long first = item / panels * ROWS, panel = item % panels, rows = t - first < ROWS ? t - first : ROWS;
-      LinearTile tile{to + first * width, packed.panel(panel), y + first * n, packed.pairs, n, panel * PANEL};
-      tiles(rows, packed.blocks_of(panel), tile);
-    }
+  round_rows(x, to, t, k, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long item = 0; item < ceil_div(t, ROWS) * panels; item++) {
+    long first = item / panels * ROWS, panel = item % panels, rows = t - first < ROWS ? t - first : ROWS;
+    LinearTile tile{to + first * width, packed.panel(panel), y + first * n, packed.pairs, n, panel * PANEL};
+    tiles(rows, packed.blocks_of(panel), tile);
   }
 }
 

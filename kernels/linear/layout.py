@@ -16,7 +16,7 @@ BLOCKS = 4
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A bf16 matrix [N, K], or a stack of E alike, in the order of native/bf16.h; made by `pack_linear`, `pack_experts`."""
+    """A bf16 matrix [N, K], or a stack of E alike, in the order of native/bf16.h: what `pack_linear` makes of it."""
 
     data: Tensor
     """bf16, flat; of a stack [E, values of one matrix]."""

@@ -34,6 +34,11 @@ static inline void round_row(const float* in, bf16* out, long k) {
   }
 }
 
+static inline void round_rows(const float* in, bf16* out, long rows, long k, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * k > 16384)
+  for (long i = 0; i < rows; i++) round_row(in + i * k, out + i * 2 * pairs_of(k), k);
+}
+
 // acc[m][n] += the dot products of M rows of x with NB blocks of a panel over all pairs.
 template <int M, int NB>
 static inline __attribute__((always_inline)) void multiply(const bf16* const* x, const bf16* w, long pairs, vf (&acc)[M][NB]) {

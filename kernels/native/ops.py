@@ -19,6 +19,8 @@ from divisi.kernels.native.loader import Library
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
+_MOST_LAYERS = 1024
+"""That are remembered at once."""
 
 
 class _Delta(ctypes.Structure):
@@ -29,8 +31,26 @@ class _Delta(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("taps", "rate", "dt_bias", "norm")),
         *((name, ctypes.c_long) for name in ("ring", "num_taps", "key_heads", "key_dim", "value_heads", "value_dim")),
         ("eps", ctypes.c_float),
-        ("threads", ctypes.c_int),
     ]
+
+
+class _Layer:
+    """A delta layer's pointers. Holds the layer itself, so that the pointers stay good and its id is nobody else's."""
+
+    def __init__(self, state: DeltaState, weights: DeltaWeights | None) -> None:
+        dims = DeltaDims.of(state)
+        self._held = state, weights
+        self._struct = _Delta(
+            *map(Tensor.data_ptr, state.tensors), ring=state.ring, key_heads=dims.key_heads, key_dim=dims.key_dim,
+            value_heads=dims.value_heads, value_dim=dims.value_dim,
+        )  # fmt: skip
+        if weights is not None:
+            self._struct.taps, self._struct.num_taps = weights.conv_WC.data_ptr(), weights.conv_WC.shape[0]
+            self._struct.rate, self._struct.dt_bias = weights.rate_H.data_ptr(), weights.dt_bias_H.data_ptr()
+            self._struct.norm, self._struct.eps = weights.norm_V.data_ptr(), weights.eps
+        self.reference = ctypes.byref(self._struct)
+        self.widths = dims.conv_channels, dims.value_heads * dims.value_dim
+        """Of rows of conv outputs, and of what the layer puts out."""
 
 
 class NativeKernels:
@@ -47,6 +67,7 @@ class NativeKernels:
         self._packs = library.variant.bf16
         self._deterministic = deterministic
         self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._layers: dict[tuple[int, int], _Layer] = {}
 
     def pack_linear(self, weight_NK: Tensor) -> Matrix:
         if not self._packs or weight_NK.dtype is not torch.bfloat16:
@@ -60,6 +81,11 @@ class NativeKernels:
         _, width, inner = down_EDI.shape
         gate_up = PackedMatrix(self._pack(gate_up_EFD, inner, halves=True), 2 * inner, width)
         return gate_up, PackedMatrix(self._pack(down_EDI, width, halves=False), width, inner)
+
+    def pack_mlp(self, gate_up_FD: Tensor, down_DI: Tensor) -> tuple[Matrix, Matrix]:
+        if not self._packs or gate_up_FD.dtype is not torch.bfloat16:
+            return gate_up_FD, down_DI
+        return self.pack_experts(gate_up_FD[None], down_DI[None])
 
     def _pack(self, weights_ENK: Tensor, outputs: int, *, halves: bool) -> Tensor:
         count, rows, inputs = weights_ENK.shape
@@ -101,6 +127,11 @@ class NativeKernels:
         if weight_NK.dtype is torch.bfloat16 and self._bf16_gemm:
             return torch.nn.functional.linear(x_TK.bfloat16(), weight_NK).float()
         return torch.nn.functional.linear(x_TK, weight_NK.float())
+
+    def mlp(self, x_TD: Tensor, gate_up_FD: Matrix, down_DI: Matrix) -> Tensor:
+        if isinstance(gate_up_FD, PackedMatrix):  # the only expert, of all rows
+            return self._packed_experts(x_TD, None, None, gate_up_FD, down_DI)
+        return self.linear(self.silu_mul(self.linear(x_TD, gate_up_FD)), down_DI)
 
     def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
         return self._norm(x_TD, None, scale_D, eps)
@@ -152,14 +183,16 @@ class NativeKernels:
         return y_TD
 
     def _packed_experts(
-        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up: PackedMatrix, down: Matrix
+        self, x_TD: Tensor, ids_TK: Tensor | None, gates_TK: Tensor | None, gate_up: PackedMatrix, down: Matrix
     ) -> Tensor:
+        """Without ids all rows go to the only expert, unweighted."""
         assert isinstance(down, PackedMatrix), "both are packed, or none"
-        tokens, chosen = local_ids_TK.shape
+        tokens, chosen = (x_TD.shape[0], 1) if ids_TK is None else ids_TK.shape
+        ids, gates = (None if values is None else _pointer(values) for values in (ids_TK, gates_TK))
         y_TD = torch.empty((tokens, down.outputs))
         self._library.divisi_packed_experts(
-            _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), gate_up.data.data_ptr(), down.data.data_ptr(),
-            y_TD.data_ptr(), tokens, chosen, down.outputs, down.inputs, down.data.shape[0], torch.get_num_threads(),
+            _pointer(x_TD), ids, gates, gate_up.data.data_ptr(), down.data.data_ptr(), y_TD.data_ptr(),
+            tokens, chosen, down.outputs, down.inputs, down.data.shape[0], torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
 
@@ -172,10 +205,11 @@ class NativeKernels:
         lengths_S: Tensor,
         slots_S: Tensor,
     ) -> Tensor:
-        mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
+        layer = self._delta(state, weights)
+        mixed_TC, out_TX = (torch.empty((rows_TP.shape[0], width)) for width in layer.widths)
         self._library.divisi_gated_delta_decode(
-            ctypes.byref(self._delta(state, weights)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
-            starts_S1.data_ptr(), lengths_S.data_ptr(), slots_S.data_ptr(), slots_S.shape[0],
+            layer.reference, _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            starts_S1.data_ptr(), lengths_S.data_ptr(), slots_S.data_ptr(), slots_S.shape[0], torch.get_num_threads(),
         )  # fmt: skip
         return out_TX
 
@@ -190,35 +224,29 @@ class NativeKernels:
         leaves: Leaves,
     ) -> Tensor:
         check_sources(state, lengths_S, sources_S, leaves)
-        mixed_TC, out_TX = self._delta_buffers(rows_TP, state)
+        layer = self._delta(state, weights)
+        mixed_TC, out_TX = (torch.empty((rows_TP.shape[0], width)) for width in layer.widths)
         self._library.divisi_gated_delta_prefill(
-            ctypes.byref(self._delta(state, weights)), _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
+            layer.reference, _pointer(rows_TP), mixed_TC.data_ptr(), out_TX.data_ptr(),
             _pointer(starts_S1), _pointer(lengths_S), _pointer(sources_S), _pointer(leaves.starts_S1),
-            _pointer(leaves.positions_L), _pointer(leaves.slots_L), lengths_S.shape[0],
+            _pointer(leaves.positions_L), _pointer(leaves.slots_L), lengths_S.shape[0], torch.get_num_threads(),
         )  # fmt: skip
         return out_TX
 
     def gated_delta_flush(self, state: DeltaState, slots_N: Tensor, upto_N: Tensor) -> None:
-        layer = ctypes.byref(self._delta(state))
-        self._library.divisi_gated_delta_flush(layer, _pointer(slots_N), _pointer(upto_N), slots_N.shape[0])
+        layer, threads = self._delta(state), torch.get_num_threads()
+        self._library.divisi_gated_delta_flush(
+            layer.reference, _pointer(slots_N), _pointer(upto_N), slots_N.shape[0], threads
+        )
 
-    def _delta_buffers(self, rows_TP: Tensor, state: DeltaState) -> tuple[Tensor, Tensor]:
-        dims = DeltaDims.of(state)
-        tokens = rows_TP.shape[0]
-        return torch.empty((tokens, dims.conv_channels)), torch.empty((tokens, dims.value_heads * dims.value_dim))
-
-    def _delta(self, state: DeltaState, weights: DeltaWeights | None = None) -> _Delta:
-        dims = DeltaDims.of(state)
-        layer = _Delta(
-            *map(Tensor.data_ptr, state.tensors), ring=state.ring, key_heads=dims.key_heads, key_dim=dims.key_dim,
-            value_heads=dims.value_heads, value_dim=dims.value_dim,
-            threads=torch.get_num_threads(),
-        )  # fmt: skip
-        if weights is not None:
-            layer.taps, layer.num_taps = weights.conv_WC.data_ptr(), weights.conv_WC.shape[0]
-            layer.rate, layer.dt_bias = weights.rate_H.data_ptr(), weights.dt_bias_H.data_ptr()
-            layer.norm, layer.eps = weights.norm_V.data_ptr(), weights.eps
-        return layer
+    def _delta(self, state: DeltaState, weights: DeltaWeights | None = None) -> _Layer:
+        """What the C++ is told of a layer, made once for each."""
+        key = id(state), id(weights)
+        if key not in self._layers:
+            if len(self._layers) == _MOST_LAYERS:
+                self._layers.clear()
+            self._layers[key] = _Layer(state, weights)
+        return self._layers[key]
 
     def attention_inputs(
         self, rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int

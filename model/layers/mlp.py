@@ -17,7 +17,7 @@ from divisi.model.weights import MlpWeights, MoeWeights
 
 def dense(kernels: Kernels, weights: MlpWeights, x_TD: Tensor) -> Tensor:
     """SwiGLU; return ``y_TD``."""
-    return kernels.linear(kernels.silu_mul(kernels.linear(x_TD, weights.gate_up_FD)), weights.down_DI)
+    return kernels.mlp(x_TD, weights.gate_up_FD, weights.down_DI)
 
 
 def mixture(
