@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from divisi.deploy.settings import Settings, SettingsError
-from divisi.kernels.choice import KernelChoice
-from divisi.kernels.native.variants import VARIANTS
+from divisi.kernels.choice import CPU_IMPLEMENTATIONS, KernelChoice
 from divisi.model.config import DTYPE_BYTES, DType, ModelConfig
 
 _SHORTEST = 2
@@ -70,11 +69,11 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
 
 def _check_kernels(settings: Settings, device: str) -> None:
     choice, named = settings.gang.kernels, KernelChoice.parse(settings.gang.kernels).implementations
-    if settings.gang.deterministic and not named <= {"auto", "native", *VARIANTS}:
+    if settings.gang.deterministic and not named <= {"auto", *CPU_IMPLEMENTATIONS}:
         raise SettingsError(
             f"gang.kernels: {choice!r} are not deterministic; use 'auto', or leave gang.deterministic off"
         )
-    wrong = named & ({"triton"} if device == "cpu" else {"native", *VARIANTS})
+    wrong = named & ({"triton"} if device == "cpu" else CPU_IMPLEMENTATIONS)
     if wrong:
         other = "a GPU" if device == "cpu" else "a CPU"
         raise SettingsError(

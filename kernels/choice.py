@@ -10,9 +10,12 @@ from divisi.kernels.native.build import can_build
 from divisi.kernels.native.variants import VARIANTS, find_variant
 
 IMPLEMENTATIONS = ("auto", "reference", "native", *VARIANTS, "triton")
+CPU_IMPLEMENTATIONS = frozenset({"native", *VARIANTS})
+"""Those in C++."""
 OPERATIONS = (
-    "linear", "mlp", "rms_norm", "add_rms_norm", "silu_mul", "route", "routed_experts", "gated_delta_decode",
-    "gated_delta_prefill", "gated_delta_flush", "attention_inputs", "attention_decode", "attention_prefill",
+    "linear", "mlp", "rms_norm", "add_rms_norm", "silu_mul", "route", "routed_experts", "add_shared",
+    "gated_delta_decode", "gated_delta_prefill", "gated_delta_flush", "attention_inputs", "attention_decode",
+    "attention_prefill",
 )  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from divisi.kernels.activation.reference import silu_mul
 from divisi.kernels.attention import reference as attention
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.choice import OPERATIONS, KernelChoice
-from divisi.kernels.experts.reference import routed_experts
+from divisi.kernels.experts.reference import add_shared, routed_experts
 from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
 from divisi.kernels.linear.layout import Matrix
-from divisi.kernels.linear.reference import linear
+from divisi.kernels.linear.reference import embed, linear
 from divisi.kernels.mlp.reference import mlp
 from divisi.kernels.native.loader import load_library
 from divisi.kernels.native.ops import NativeKernels
@@ -33,6 +33,7 @@ class Kernels(Protocol):
     def pack_experts(self, gate_up_EFD: Tensor, down_EDI: Tensor) -> tuple[Matrix, Matrix]: ...
     def pack_mlp(self, gate_up_FD: Tensor, down_DI: Tensor) -> tuple[Matrix, Matrix]: ...
     def linear(self, x_TK: Tensor, weight_NK: Matrix) -> Tensor: ...
+    def embed(self, weight_NK: Matrix, rows_T: Tensor) -> Tensor: ...
     def mlp(self, x_TD: Tensor, gate_up_FD: Matrix, down_DI: Matrix) -> Tensor: ...
     def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor: ...
     def add_rms_norm(self, residual_TD: Tensor, update_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor: ...
@@ -41,6 +42,7 @@ class Kernels(Protocol):
     def routed_experts(
         self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Matrix, down_EDI: Matrix
     ) -> Tensor: ...
+    def add_shared(self, routed_TD: Tensor, shared_TD: Tensor, logits_T: Tensor) -> Tensor: ...
     def gated_delta_decode(
         self,
         rows_TP: Tensor,
@@ -84,12 +86,14 @@ _REFERENCE: Mapping[str, Callable[..., Any]] = {
     "pack_experts": lambda gate_up_EFD, down_EDI: (gate_up_EFD, down_EDI),
     "pack_mlp": lambda gate_up_FD, down_DI: (gate_up_FD, down_DI),
     "linear": linear,
+    "embed": embed,
     "mlp": mlp,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "silu_mul": silu_mul,
     "route": route,
     "routed_experts": routed_experts,
+    "add_shared": add_shared,
     "gated_delta_decode": gated_delta.gated_delta_decode,
     "gated_delta_prefill": gated_delta.gated_delta_prefill,
     "gated_delta_flush": gated_delta.gated_delta_flush,
@@ -98,8 +102,8 @@ _REFERENCE: Mapping[str, Callable[..., Any]] = {
     "attention_prefill": attention.attend_runs,
 }
 
-_PACKERS = {"pack_linear": "linear", "pack_experts": "routed_experts", "pack_mlp": "mlp"}
-"""How weights are laid out for the implementation of an operation, once, while they are loaded."""
+_COMPANIONS = {"pack_linear": "linear", "embed": "linear", "pack_experts": "routed_experts", "pack_mlp": "mlp"}
+"""What comes with the implementation of an operation: laying out its weights while they are loaded, reading rows."""
 
 
 def select_kernels(device: torch.device, choice: str = "auto", *, deterministic: bool = False) -> Kernels:
@@ -126,8 +130,8 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
         if name != "auto" and op not in tables[name]:
             raise ValueError(f"kernels '{op}={name}': there is no such implementation; use '{op}=reference'")
     chosen = {op: tables[exceptions.get(op, general)].get(op, _REFERENCE[op]) for op in OPERATIONS}
-    for pack, op in _PACKERS.items():
-        chosen[pack] = tables[exceptions.get(op, general)].get(pack, _REFERENCE[pack])
+    for companion, op in _COMPANIONS.items():
+        chosen[companion] = tables[exceptions.get(op, general)].get(companion, _REFERENCE[companion])
     return cast(Kernels, SimpleNamespace(**chosen))
 
 
@@ -141,7 +145,7 @@ def _table(name: str, device: torch.device, deterministic: bool) -> Mapping[str,
         library = (load_library(name) if name in VARIANTS else load_library()) if device.type == "cpu" else None
         if library is not None:
             kernels = NativeKernels(library, deterministic)
-            return {op: getattr(kernels, op) for op in (*OPERATIONS, *_PACKERS) if hasattr(kernels, op)}
+            return {op: getattr(kernels, op) for op in (*OPERATIONS, *_COMPANIONS) if hasattr(kernels, op)}
         if name != "auto":
             raise ValueError(f"kernels {name!r} need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
     if name == "triton" or (name == "auto" and device.type == "cuda"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.linear.layout import Matrix
+from divisi.kernels.native.memory import return_freed_memory
 from divisi.kernels.select import Kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
@@ -50,8 +51,10 @@ class ExpertBank:
         for layer in (*config.moe_layers, *config.draft_moe_layers):
             gate_up_EFD, down_EDI = checkpoint.read_experts(layer, expert_ids, config, dtype)
             layers[layer] = kernels.pack_experts(gate_up_EFD.to(device), down_EDI.to(device))
+            del gate_up_EFD, down_EDI
             if progress is not None:
                 progress(checkpoint.bytes_read)
+        return_freed_memory()
         return cls(kernels, layers, expert_ids, config.num_experts)
 
     @property

@@ -101,7 +101,7 @@ class MtpLayer:
     def _input(self, token_ids_T: Tensor, h_TD: Tensor) -> Tensor:
         """``fc`` of each row's embedding and the h before it."""
         eps = self._config.rms_norm_eps
-        embedded_TD = self._weights.embed(token_ids_T).to(self._dtype)
+        embedded_TD = self._kernels.embed(self._weights.embed_VD, token_ids_T).to(self._dtype)
         parts = (
             self._kernels.rms_norm(embedded_TD, self._layer.embedding_scale_D, eps),
             self._kernels.rms_norm(h_TD, self._layer.hidden_scale_D, eps),

@@ -52,7 +52,7 @@ class ModelRunner:
         Raises what the dispatcher raises when the step cannot be finished; the same batch may then be run again.
         """
         kernels, eps = self._kernels, self._config.rms_norm_eps
-        residual_TD = self._weights.embed(batch.token_ids_T).to(self._activation_dtype)
+        residual_TD = self._kernels.embed(self._weights.embed_VD, batch.token_ids_T).to(self._activation_dtype)
         cos_sin_TR = self._rotary.cos_sin(batch.positions_T)
         self.stopwatch.lap("other")
         update_TD: Tensor | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool
 from divisi.kernels.gated_delta.layout import DeltaState, ring_entries
-from divisi.kernels.native.huge_pages import advise_huge_pages
+from divisi.kernels.native.memory import advise_huge_pages
 from divisi.kernels.select import Kernels
 from divisi.model.config import ModelConfig
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from divisi.kernels.attention.layout import QkNorm
 from divisi.kernels.gated_delta.layout import DeltaWeights
 from divisi.kernels.linear.layout import Matrix
+from divisi.kernels.native.memory import return_freed_memory
 from divisi.kernels.select import Kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.checkpoint.layout import layer_prefix
@@ -98,10 +99,6 @@ class Weights:
     head_VD: Matrix
     mtp: MtpWeights | None = None
 
-    def embed(self, token_ids_T: Tensor) -> Tensor:
-        """The tokens' rows of the embedding [T, D]."""
-        return self.embed_VD[token_ids_T] if isinstance(self.embed_VD, Tensor) else self.embed_VD.rows(token_ids_T)
-
 
 def load_weights(
     checkpoint: Checkpoint,
@@ -112,7 +109,9 @@ def load_weights(
     progress: Progress | None = None,
 ) -> Weights:
     """Read everything but the routed experts. Raises CheckpointError naming the tensor that is missing or misshapen."""
-    return _Loader(checkpoint, config, kernels, dtype, device, progress).weights()
+    weights = _Loader(checkpoint, config, kernels, dtype, device, progress).weights()
+    return_freed_memory()
+    return weights
 
 
 class _Loader:

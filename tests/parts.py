@@ -11,8 +11,9 @@ from collections.abc import Sequence
 PARTS = {
     "clients": "independent clients in each topology",
     "faults": "start, stop and what fails on the way: processes, sockets, files, grammars",
+    "kernels": "kernels: every build that runs here, every number of rows, those of GPUs in an interpreter",
     "serve": "the API, the limits and the command line",
-    "step": "what a step computes: kernels, model, engine, gang, the comparison of two checkouts",
+    "step": "what a step computes: model, engine, gang, the comparison of two checkouts",
 }
 
 TABLE = {
@@ -27,7 +28,7 @@ TABLE = {
     "e2e/test_demo.py": "faults",
     "e2e/test_front.py": "faults",
     "e2e/test_shutdown.py": "faults",
-    "kernels": "step",
+    "kernels": "kernels",
     "model": "step",
     "parity": "step",
     "sim": "step",

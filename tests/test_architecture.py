@@ -24,7 +24,9 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 DEPLOY_MAY_IMPORT = (
     "divisi.kernels.choice", "divisi.model.config", "divisi.model.text", "divisi.model.errors", "divisi.model.demo",
 )  # fmt: skip
-CLI_MAY_IMPORT = ("divisi.model.checkpoint", "divisi.model.placement", "divisi.model.random_checkpoint")
+CLI_MAY_IMPORT = (
+    "divisi.model.checkpoint", "divisi.model.packing", "divisi.model.placement", "divisi.model.random_checkpoint",
+)  # fmt: skip
 MAY_IMPORT_RAY = re.compile(
     r"cluster/ray/|deploy/(serve_app|serve_client|local_run|ray_instance|shared_cluster)\.py"
 )

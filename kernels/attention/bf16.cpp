@@ -227,11 +227,13 @@ extern "C" void divisi_tiled_attention(const float* q, const float* rows, const 
   most = std::min(most, std::max(1L, QUERIES / qh));
   std::vector<Work> whole, work;
   size_t parts = 0;
+  long products = 0;
   for (long s = 0; s < runs; s++)
     for (long t = starts[s]; t < starts[s + 1]; t += most) {
       long count = std::min(most, (long)starts[s + 1] - t), last = lengths[s] + t - starts[s] + count;
       whole.push_back({s, t, count, 0, last, -1});
       parts += ceil_div(last, SPAN) * count * qh * (width + 2);
+      products += 2 * last * count * qh * d;
     }
   std::vector<Partial> partial;
   if (parts > MOST_PARTS) work = whole;  // there is enough to do without cutting
@@ -254,7 +256,7 @@ extern "C" void divisi_tiled_attention(const float* q, const float* rows, const 
       for (long c = 0; c < d; c++) o[c] = sums[c] / total * sigmoid(gate[c]);
     }
   };
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (products > ALONE)
   {
     Attend attend(qh / kvh, kvh, d, most);
     Partial sum(most * qh, width), part(most * qh, width);

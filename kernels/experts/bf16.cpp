@@ -114,7 +114,7 @@ extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const 
   if ((long)s.x.size() < t * in) s.x.resize(t * in);
   if (s.inner.size() < s.pairs.size() * width) s.inner.resize(s.pairs.size() * width);
   round_rows(x, s.x.data(), t, d, threads);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if ((long)s.pairs.size() * 3 * d * f > ALONE)
   {
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < (long)s.items.size(); i++) {

@@ -77,3 +77,13 @@ extern "C" void divisi_experts(const float* x, const int32_t* ids, const float* 
   else
     experts<float>(x, ids, gates, (const float*)gate_up, (const float*)down, inner, parts, y, t, k, d, f, num_experts, threads);
 }
+
+// y = routed + sigmoid(logit) * shared; the logits of two rows lie `stride` apart
+extern "C" void divisi_add_shared(const float* routed, const float* shared, const float* logits, long stride, float* y, long t,
+                                  long d, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (t * d > 65536)
+  for (long i = 0; i < t; i++) {
+    float gate = sigmoid(logits[i * stride]);
+    for (long j = 0; j < d; j++) y[i * d + j] = __builtin_fmaf(gate, shared[i * d + j], routed[i * d + j]);
+  }
+}

@@ -29,3 +29,8 @@ def routed_experts(
         out_TD = (silu(gate_TI) * up_TI) @ down_EDI[expert].T
         parts_TKD[rows, choices] = out_TD.float() * gates_TK[rows, choices, None]
     return parts_TKD.sum(1)
+
+
+def add_shared(routed_TD: Tensor, shared_TD: Tensor, logits_T: Tensor) -> Tensor:
+    """Return ``routed + sigmoid(logit) * shared`` in the dtype of ``shared``; ``logits_T`` may be strided."""
+    return shared_TD * torch.sigmoid(logits_T)[:, None] + routed_TD.to(shared_TD.dtype)

@@ -162,7 +162,7 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
                                           const int32_t* lengths, const int32_t* slots, long sequences, int threads) {
   const Delta& a = *layer;
   long kd = a.key_dim, vd = a.value_dim, c = a.channels(), kx = a.key_heads * kd, x = a.value_heads * vd;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (starts[sequences] * a.value_heads * 2 * kd * vd > ALONE / 2)
   {
     std::vector<float> copy(kd * vd);
 #pragma omp for schedule(static)

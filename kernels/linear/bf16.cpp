@@ -32,7 +32,7 @@ extern "C" void divisi_packed_linear(const float* x, const void* w, float* y, lo
   if ((long)rounded.size() < t * width) rounded.resize(t * width);
   bf16* to = rounded.data();
   round_rows(x, to, t, k, threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (t * n * k > ALONE)
   for (long item = 0; item < ceil_div(t, ROWS) * panels; item++) {
     long first = item / panels * ROWS, panel = item % panels, rows = t - first < ROWS ? t - first : ROWS;
     LinearTile tile{to + first * width, packed.panel(panel), y + first * n, packed.pairs, n, panel * PANEL};
@@ -59,4 +59,14 @@ extern "C" void divisi_pack(const void* from, void* to, long count, long n, long
         }
       }
     }
+}
+
+// Rows of a packed matrix [n, k] as floats.
+extern "C" void divisi_packed_rows(const void* w, const int64_t* rows, float* out, long t, long n, long k) {
+  Packed packed{(const bf16*)w, ceil_div(n, LANES), pairs_of(k)};
+  for (long i = 0; i < t; i++) {
+    long block = rows[i] / LANES, panel = block / BLOCKS, step = packed.blocks_of(panel) * 2 * LANES;
+    const bf16* in = packed.panel(panel) + (block % BLOCKS * LANES + rows[i] % LANES) * 2;
+    for (long c = 0; c < k; c++) out[i * k + c] = scalar(in + c / 2 * step + c % 2);
+  }
 }

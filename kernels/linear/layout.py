@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 LANES = 16
-BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +38,6 @@ class PackedMatrix:
     def nbytes(self) -> int:
         """Bytes held, with the zeros that fill up blocks and pairs."""
         return self.data.nbytes
-
-    def rows(self, indices_T: Tensor) -> Tensor:
-        """Some rows [T, K], unpacked; for an embedding that is the head's matrix too."""
-        pairs, blocks = -(-self.inputs // 2), -(-self.outputs // LANES)
-        block_T, lane_T = indices_T // LANES, indices_T % LANES
-        width_T = (blocks - block_T // BLOCKS * BLOCKS).clamp(max=BLOCKS)  # blocks of the panel
-        first_T = block_T // BLOCKS * (BLOCKS * LANES * pairs) + block_T % BLOCKS * LANES + lane_T
-        at_TP = first_T[:, None] + torch.arange(pairs, device=indices_T.device) * (width_T * LANES)[:, None]
-        return self.data.view(torch.int32)[at_TP].view(self.data.dtype)[:, : self.inputs]
 
 
 Matrix = Tensor | PackedMatrix

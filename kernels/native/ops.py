@@ -14,8 +14,8 @@ from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.attention.reference import attend_runs
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves, check_sources
 from divisi.kernels.linear.layout import Matrix, PackedMatrix, packed_values
-from divisi.kernels.native.huge_pages import advise_huge_pages
 from divisi.kernels.native.loader import Library
+from divisi.kernels.native.memory import advise_huge_pages
 
 # From this many rows on, a matrix product is bound by arithmetic and torch's blocked GEMM wins.
 _GEMM_ROWS = 48
@@ -128,6 +128,16 @@ class NativeKernels:
             return torch.nn.functional.linear(x_TK.bfloat16(), weight_NK).float()
         return torch.nn.functional.linear(x_TK, weight_NK.float())
 
+    def embed(self, weight_NK: Matrix, rows_T: Tensor) -> Tensor:
+        if isinstance(weight_NK, Tensor):
+            return weight_NK[rows_T]
+        out_TK = torch.empty((rows_T.shape[0], weight_NK.inputs))
+        self._library.divisi_packed_rows(
+            weight_NK.data.data_ptr(), _pointer(rows_T), out_TK.data_ptr(), rows_T.shape[0],
+            weight_NK.outputs, weight_NK.inputs,
+        )  # fmt: skip
+        return out_TK
+
     def mlp(self, x_TD: Tensor, gate_up_FD: Matrix, down_DI: Matrix) -> Tensor:
         if isinstance(gate_up_FD, PackedMatrix):  # the only expert, of all rows
             return self._packed_experts(x_TD, None, None, gate_up_FD, down_DI)
@@ -193,6 +203,15 @@ class NativeKernels:
         self._library.divisi_packed_experts(
             _pointer(x_TD), ids, gates, gate_up.data.data_ptr(), down.data.data_ptr(), y_TD.data_ptr(),
             tokens, chosen, down.outputs, down.inputs, down.data.shape[0], torch.get_num_threads(),
+        )  # fmt: skip
+        return y_TD
+
+    def add_shared(self, routed_TD: Tensor, shared_TD: Tensor, logits_T: Tensor) -> Tensor:
+        tokens, width = shared_TD.shape
+        y_TD = torch.empty((tokens, width))
+        self._library.divisi_add_shared(
+            _pointer(routed_TD), _pointer(shared_TD), logits_T.data_ptr(), logits_T.stride(0), y_TD.data_ptr(),
+            tokens, width, torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
 

@@ -5,7 +5,6 @@ Shapes: T rows, D model width, E experts.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from divisi.kernels.select import Kernels
@@ -38,9 +37,6 @@ def mixture(
     pending = dispatcher.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
     stopwatch.lap("dispatch")
     shared_TD = dense(kernels, weights.shared, x_TD)
-    # Strided on purpose: where a column is contiguous, torch's vector loop rounds otherwise than its tail.
-    shared_TD *= torch.sigmoid(logits_TE[:, config.num_experts :])
-    routed_TD = pending.combine()
-    y_TD = shared_TD + routed_TD.to(shared_TD.dtype)
+    y_TD = kernels.add_shared(pending.combine(), shared_TD, logits_TE[:, config.num_experts])
     stopwatch.lap("experts")
     return y_TD

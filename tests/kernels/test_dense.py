@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from divisi.kernels.select import Kernels
-from tests.kernels.conftest import expect_close
+from tests.kernels.conftest import expect_close, packs
 
 WEIGHT_DTYPES = [torch.float32, torch.bfloat16]
 
@@ -53,6 +53,24 @@ def test_silu_mul(native: Kernels, reference: Kernels, tokens: int, inner: int) 
     torch.manual_seed(3)
     gate_up = torch.randn(tokens, 2 * inner) * 10
     expect_close("activation", native.silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+def test_add_shared(native: Kernels, reference: Kernels) -> None:
+    torch.manual_seed(7)
+    logits, routed, shared = torch.randn(9, 5) * 10, torch.randn(9, 61), torch.randn(9, 61)
+    actual = native.add_shared(routed, shared, logits[:, 4])
+    expect_close("activation", actual, reference.add_shared(routed, shared, logits[:, 4]))
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_mlp(native: Kernels, reference: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    x, gate_up, down = torch.randn(9, 40), torch.randn(46, 40) / 6, torch.randn(40, 23) / 5
+    x, gate_up, down = (values.to(dtype).float() for values in (x, gate_up, down))
+    packed = native.pack_mlp(gate_up.to(dtype), down.to(dtype))
+    rounds = packs(native) and dtype is torch.bfloat16
+    actual, expected = native.mlp(x, *packed), reference.mlp(x, gate_up, down)
+    torch.testing.assert_close(actual, expected, atol=2e-2 if rounds else 2e-5, rtol=0)
 
 
 def test_silu_mul_extremes(native: Kernels) -> None:

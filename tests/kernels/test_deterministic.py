@@ -67,12 +67,10 @@ def test_route_and_experts(kernels: Kernels, dtype: torch.dtype) -> None:
     expect_rows_alone(routed)
 
 
-def test_shared_gate() -> None:
-    """The model's torch.sigmoid on a column of the router's logits: torch has a scalar and a vector path."""
+def test_shared_gate(kernels: Kernels) -> None:
     torch.manual_seed(4)
-    for experts in (8, 64):
-        logits = torch.randn(MOST, experts + 1)
-        expect_rows_alone(lambda rows, logits=logits, at=experts: torch.sigmoid(logits[rows].clone()[:, at:]))
+    logits, routed, shared = torch.randn(MOST, 9), torch.randn(MOST, 75), torch.randn(MOST, 75)
+    expect_rows_alone(lambda rows: kernels.add_shared(routed[rows], shared[rows], logits[rows, 8]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
