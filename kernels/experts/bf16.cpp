@@ -114,20 +114,27 @@ extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const 
   if ((long)s.x.size() < t * in) s.x.resize(t * in);
   if (s.inner.size() < s.pairs.size() * width) s.inner.resize(s.pairs.size() * width);
   round_rows(x, s.x.data(), t, d, threads);
-#pragma omp parallel num_threads(threads) if ((long)s.pairs.size() * 3 * d * f > ALONE)
+  auto up_item = [&](long i) {
+    const Item& item = s.items[i];
+    Packed packed{up.data + item.expert * up.size(), up.blocks, up.pairs};
+    bf16* inner = s.inner.data() + item.first * width;
+    UpTile tile{&s.pairs[item.first], s.x.data(), packed.panel(item.panel), inner, up.pairs, width, item.panel * PANEL / 2};
+    tiles(item.count, packed.blocks_of(item.panel), tile);
+  };
+  auto down_item = [&](long i) {
+    long from = i / down_panels * TOKENS;
+    down_panel(s, flat.data, flat.size(), i % down_panels, from, std::min(from + TOKENS, t), y, d, f, experts);
+  };
+  long up_items = (long)s.items.size(), down_items = ceil_div(t, TOKENS) * down_panels;
+  if ((long)s.pairs.size() * 3 * d * f <= ALONE) {
+    for_each(up_items, up_item);
+    return for_each(down_items, down_item);
+  }
+#pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic)
-    for (long i = 0; i < (long)s.items.size(); i++) {
-      const Item& item = s.items[i];
-      Packed packed{up.data + item.expert * up.size(), up.blocks, up.pairs};
-      bf16* inner = s.inner.data() + item.first * width;
-      UpTile tile{&s.pairs[item.first], s.x.data(), packed.panel(item.panel), inner, up.pairs, width, item.panel * PANEL / 2};
-      tiles(item.count, packed.blocks_of(item.panel), tile);
-    }
+    for (long i = 0; i < up_items; i++) up_item(i);
 #pragma omp for schedule(dynamic) nowait
-    for (long i = 0; i < ceil_div(t, TOKENS) * down_panels; i++) {
-      long from = i / down_panels * TOKENS;
-      down_panel(s, flat.data, flat.size(), i % down_panels, from, std::min(from + TOKENS, t), y, d, f, experts);
-    }
+    for (long i = 0; i < down_items; i++) down_item(i);
   }
 }

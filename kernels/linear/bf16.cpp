@@ -32,12 +32,15 @@ extern "C" void divisi_packed_linear(const float* x, const void* w, float* y, lo
   if ((long)rounded.size() < t * width) rounded.resize(t * width);
   bf16* to = rounded.data();
   round_rows(x, to, t, k, threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (t * n * k > ALONE)
-  for (long item = 0; item < ceil_div(t, ROWS) * panels; item++) {
+  auto work = [&](long item) {
     long first = item / panels * ROWS, panel = item % panels, rows = t - first < ROWS ? t - first : ROWS;
     LinearTile tile{to + first * width, packed.panel(panel), y + first * n, packed.pairs, n, panel * PANEL};
     tiles(rows, packed.blocks_of(panel), tile);
-  }
+  };
+  long items = ceil_div(t, ROWS) * panels;
+  if (t * n * k <= ALONE) return for_each(items, work);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (long item = 0; item < items; item++) work(item);
 }
 
 // Packs `count` matrices [n, k]. With `halves` a matrix is two of n / 2 rows, gate and up, whose blocks take turns.

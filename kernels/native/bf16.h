@@ -35,8 +35,10 @@ static inline void round_row(const float* in, bf16* out, long k) {
 }
 
 static inline void round_rows(const float* in, bf16* out, long rows, long k, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * k > 16384)
-  for (long i = 0; i < rows; i++) round_row(in + i * k, out + i * 2 * pairs_of(k), k);
+  auto round = [&](long i) { round_row(in + i * k, out + i * 2 * pairs_of(k), k); };
+  if (rows * k <= ALONE) return for_each(rows, round);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < rows; i++) round(i);
 }
 
 // acc[m][n] += the dot products of M rows of x with NB blocks of a panel over all pairs.

@@ -17,7 +17,7 @@ constexpr int VB = 16;
 #endif
 constexpr int VL = VB / 4;  // floats per vector
 constexpr long MANY = 16;  // from so many rows on, tiles of a product hold more of them
-constexpr long ALONE = 1 << 16;  // multiplications; fewer are done before other threads have woken up
+constexpr long ALONE = 1 << 16;  // multiplications; fewer are done before other threads have taken notice, and a team of one costs too
 constexpr long PREFETCH = 8192;  // bytes ahead; 16 to 29 GB/s on a 33 MB matrix, two Zen 3 cores
 typedef float vf __attribute__((vector_size(VB)));
 typedef uint32_t vu __attribute__((vector_size(VB)));
@@ -97,6 +97,9 @@ static inline float fast_exp(float x) {
 }
 static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 static inline float silu(float x) { return x * sigmoid(x); }
+
+template <class Each>
+static inline void for_each(long n, const Each& each) { for (long i = 0; i < n; i++) each(i); }
 
 // Dot products of TM rows of x with NR rows of w over k entries: out[m * ldo + n]. The first tile to touch rows of w also
 // asks for those that lie PREFETCH bytes on: short rows defeat the hardware's prefetcher.
