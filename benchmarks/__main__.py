@@ -1,5 +1,6 @@
 """`python -m divisi.benchmarks [speed | http | drafts]`: the tables of benchmarks/README.md; `same`, `pairs`: two
-checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress."""
+checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress; `profile`: a step by
+operation."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from divisi.benchmarks import drafting, machine, speed, split_step
+from divisi.benchmarks import drafting, machine, profile, speed, split_step
 from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.benchmarks.model import bench_model
@@ -34,7 +35,7 @@ class Command(Protocol):
 
 
 _COMMANDS: dict[str, Command] = {
-    "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports,
+    "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports, "profile": profile,
 }  # fmt: skip
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""

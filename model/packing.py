@@ -30,6 +30,16 @@ def packing_bytes(config: ModelConfig, role: Role) -> int:
     return _BYTES * (second + sum(packed_values(*shape) - shape[0] * shape[1] for shape in shapes))
 
 
+def matrices_of_a_token(config: ModelConfig) -> int:
+    """Values of the matrices that a token passes through, its experts among them; not the head."""
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        total += sum(rows * inputs for rows, inputs in (*_mixer(config, layer), *_mlp(config, layer)))
+    return total + len(config.moe_layers) * config.num_experts_per_tok * 3 * (
+        config.moe_intermediate_size * config.hidden_size
+    )
+
+
 def _mixer(config: ModelConfig, layer: int) -> Iterator[tuple[int, int]]:
     width = config.hidden_size
     if layer in config.linear_layers:

@@ -16,7 +16,7 @@ from divisi.model.checkpoint import Checkpoint, rank_tensors
 from divisi.model.config import ModelConfig
 from divisi.model.demo import checkpoint_dir
 from divisi.model.experts import ExpertBank
-from divisi.model.packing import packing_bytes
+from divisi.model.packing import matrices_of_a_token, packing_bytes
 from divisi.model.placement import Role
 from divisi.model.weights import load_weights
 
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     VARIANTS["avx512-bf16"] not in runnable_variants(), reason="the processor has no dot products of bf16"
 )
 CPU = torch.device("cpu")
+SMALL = (".A_log", ".dt_bias", "norm.weight", "conv1d.weight", "norm_embedding.weight", "norm_hidden.weight")
 
 
 def held(part: object, seen: set[int]) -> int:
@@ -47,6 +48,15 @@ def test_what_is_planned_is_what_is_held(mtp: bool) -> None:
     experts = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, torch.bfloat16, CPU)
     (role,) = Role.all_of(config, 1, 0)
     share = rank_tensors(config, checkpoint.tensors, role)
-    small = (".A_log", ".dt_bias", "norm.weight", "conv1d.weight", "norm_embedding.weight", "norm_hidden.weight")
-    matrices = sum(size for name, size in share.items() if not name.endswith(small))
+    matrices = sum(size for name, size in share.items() if not name.endswith(SMALL))
     assert held(weights, set()) + experts.nbytes == matrices + packing_bytes(config, role)
+
+
+def test_what_a_token_passes_through() -> None:
+    """All matrices but the embedding, the head and the experts that it does not take."""
+    config, checkpoint = ModelConfig.load(checkpoint_dir()).with_mtp(False), Checkpoint.open(checkpoint_dir())
+    (role,) = Role.all_of(config, 1, 0)
+    share = rank_tensors(config, checkpoint.tensors, role)
+    matrices = sum(size for name, size in share.items() if not name.endswith((*SMALL, "embed_tokens.weight")))
+    idle = (config.num_experts - config.num_experts_per_tok) * 3 * config.moe_intermediate_size * config.hidden_size
+    assert matrices_of_a_token(config) == matrices // 2 - idle * len(config.moe_layers)
