@@ -11,11 +11,12 @@ import torch
 
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
-from divisi.cluster.dispatch.local import Local, LocalEnd
+from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
-from divisi.cluster.drafting import MostTokensPerSecond, StepTimes
-from divisi.cluster.engine.calibration import NoExperts, measure
+from divisi.cluster.drafting import FixedDepth, MostTokensPerSecond
+from divisi.cluster.engine import times_file
+from divisi.cluster.engine.calibration import Agreeing, Calibration, Remembered
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars
 from divisi.cluster.engine.memory_budget import MemoryBudget
@@ -27,6 +28,7 @@ from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.gang.worker_loop import WorkerNetwork
 from divisi.cluster.passes import PassLayers
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.step_times import StepTimes
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
@@ -161,13 +163,33 @@ def build_engine(
             all_ids = range(config.num_experts)
             experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
         runner = load_runner(checkpoint, config, limits, kernels, dtype, device, progress)
-        times = None
-        if limits.max_draft_tokens and spec.adaptive_drafts:
-            alone = experts is not None and not spec.shape.colocated
-            times = measure(runner, LocalEnd(experts) if alone and experts else NoExperts(), limits, device)
-            runner.stopwatch = Stopwatch()
-    engine = assemble_engine(limits, runner, grammars, device, times, wake)
+    if not limits.max_draft_tokens or not spec.adaptive_drafts:
+        return assemble_engine(limits, runner, grammars, device, wake), experts
+    times = StepTimes()
+    calibration = Remembered(
+        _calibration(limits, runner, device, times),
+        lambda: times_file.TimesFile(times_file.CACHE, times_file.circumstances(spec, max_rows(spec, config))),
+        times,
+    )
+    engine = Engine(
+        runner,
+        Sampler(),
+        Scheduler(limits, MostTokensPerSecond(times)),
+        device=device,
+        stopwatch=runner.stopwatch,
+        grammars=grammars,
+        times=times,
+        rehearsal=calibration,
+        wake=wake,
+    )
     return engine, experts
+
+
+def _calibration(limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes) -> Calibration:
+    """Over the model and memory of `runner`, with an engine and a stopwatch of its own."""
+    apart, drafting = runner.timed_apart(), FixedDepth()
+    engine = Engine(apart, Agreeing(), Scheduler(limits, drafting), device=device, stopwatch=apart.stopwatch)
+    return Calibration(engine, drafting, limits, times)
 
 
 def load_runner(
@@ -209,17 +231,9 @@ def assemble_engine(
     runner: ModelRunner,
     grammars: Grammars,
     device: torch.device,
-    times: StepTimes | None = None,
     wake: Callable[[], None] = lambda: None,
 ) -> Engine:
-    """An engine over a runner. With `times`, drafts go as far as pays by them; without, as far as they may."""
+    """An engine over a runner whose drafts go as far as they may."""
     return Engine(
-        runner,
-        Sampler(),
-        Scheduler(limits, None if times is None else MostTokensPerSecond(times)),
-        device=device,
-        stopwatch=runner.stopwatch,
-        grammars=grammars,
-        times=times,
-        wake=wake,
+        runner, Sampler(), Scheduler(limits), device=device, stopwatch=runner.stopwatch, grammars=grammars, wake=wake
     )

@@ -1,57 +1,32 @@
 """How many tokens are drafted for whom: plain Python, without torch or a clock.
 
 Each draft that stands is one token more from a step, and each costs a row in the full pass and one in a draft pass.
-What rows cost is measured, never assumed: two tokens touch twice the experts of one, forty mostly the same, and at some
-sizes kernels change. How likely a draft is to stand is learnt from those before it, by sequence and position.
+What rows cost is measured (`step_times.py`), never assumed. How likely a draft is to stand is learnt from those before
+it, by sequence and position.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from divisi.cluster.passes import PassKind
+from divisi.cluster.step_times import StepTimes
 
 MOST_DRAFTS = 8
 _PRIOR = 4.0
 """Trials that what is known of all sequences counts for, in a new one."""
-_FADE = 0.9
-"""What a trial still counts when the next one has come."""
-_FIRST_GUESS = 0.7
+_FADE = 0.93
+"""What a step's trials still count in the next one. What is no longer tried is forgotten too, and so tried again."""
+_FIRST_GUESS = 0.85
+_KEPT_STEPS = 4
+"""For which a decision holds while the same sequences draft: it takes longer to compute than a small model's layer."""
 _PROBE_EVERY = 32
-"""Steps without a draft after which one is drafted to see how it fares: where nothing is drafted, nothing is learnt."""
-_WEIGHT = 0.1
-"""Of one measured step in the table."""
-
-
-class StepTimes:
-    """Seconds of a pass by its rows: measured at some sizes, in proportion between them, and kept up to date."""
-
-    def __init__(self, measured: Mapping[PassKind, Mapping[int, float]]) -> None:
-        self._rows = {kind: sorted(times) for kind, times in measured.items()}
-        self._seconds = {kind: [times[rows] for rows in sorted(times)] for kind, times in measured.items()}
-        self._scale = dict.fromkeys(measured, 1.0)
-
-    def of(self, kind: PassKind, rows: int) -> float:
-        """Seconds of a pass with so many rows; past the largest that was measured, in proportion to it."""
-        return self._scale[kind] * self._table(kind, rows)
-
-    def note(self, kind: PassKind, rows: int, seconds: float) -> None:
-        """A pass took so long: what others cost on the way, and longer texts, show here alone."""
-        ratio = seconds / max(self._table(kind, rows), 1e-9)
-        self._scale[kind] += _WEIGHT * (min(max(ratio, 0.1), 10.0) - self._scale[kind])
-
-    def _table(self, kind: PassKind, rows: int) -> float:
-        known, seconds = self._rows[kind], self._seconds[kind]
-        place = bisect_left(known, rows)
-        if place == len(known):
-            return seconds[-1] * rows / known[-1]
-        if place == 0 or known[place] == rows:
-            return seconds[place]
-        share = (rows - known[place - 1]) / (known[place] - known[place - 1])
-        return seconds[place - 1] + share * (seconds[place] - seconds[place - 1])
+"""Steps after which those that draft nothing draft one: where nothing is drafted, nothing is learnt."""
+_WORTHWHILE = 1.03
+"""Times as many tokens per second must be expected of drafts as of none: what isn't known of them is to their harm."""
+_LENT = 0.5
+"""Steps' worth of time that the drafts of one sequence may cost all those together that have none."""
 
 
 @dataclass(slots=True)
@@ -64,28 +39,52 @@ class Survival:
     def note(self, drafted: int, accepted: int) -> None:
         """So many were drafted in a step, and the first of them accepted."""
         for place in range(min(accepted + 1, drafted)):
-            self.tried[place] = self.tried[place] * _FADE + 1.0
-            self.stood[place] = self.stood[place] * _FADE + (place < accepted)
+            self.tried[place] += 1.0
+            self.stood[place] += place < accepted
+
+    def fade(self) -> None:
+        """A step has passed."""
+        self.tried = [count * _FADE for count in self.tried]
+        self.stood = [count * _FADE for count in self.stood]
 
     def chance(self, place: int, prior: float) -> float:
         """That the draft at a position stands if those before it do; `prior` is how likely that is in general."""
         return (self.stood[place] + _PRIOR * prior) / (self.tried[place] + _PRIOR)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Drafter:
     """What is known of one sequence's drafts."""
 
     survival: Survival = field(default_factory=Survival)
     idle_steps: int = 0
     """Since it drafted last."""
+    limit: int = 0
+    """Drafts that it may have in the step that is planned."""
+    context: int = 0
+    """Tokens before its first row in it."""
+
+
+class Company(NamedTuple):
+    """What else is in the step of those that may draft."""
+
+    plain: int = 0
+    """Sequences of this worker that decode and may not draft."""
+    prefill_rows: int = 0
+    elsewhere: int = 0
+    """Sequences of other workers that decode without drafts; drafts here make them wait."""
+    context: int = 0
+    """Tokens before the rows of those that may not draft."""
+
+
+ALONE = Company()
 
 
 class DraftPolicy(Protocol):
     """Decides how many tokens each of some sequences drafts in a step."""
 
-    def depths(self, drafters: Sequence[Drafter], limits: Sequence[int], rows: int) -> list[int]:
-        """Drafts for each, at most its limit; `rows` are those that the full pass has anyway."""
+    def depths(self, drafters: Sequence[Drafter], company: Company) -> list[int]:
+        """Drafts for each, at most its limit, of those that have one."""
         ...
 
     def note(self, drafter: Drafter, drafted: int, accepted: int) -> None:
@@ -94,45 +93,60 @@ class DraftPolicy(Protocol):
 
 
 class FixedDepth:
-    """As many as the limits allow."""
+    """As many as the limits allow, or `most` if that is less."""
 
-    def depths(self, drafters: Sequence[Drafter], limits: Sequence[int], rows: int) -> list[int]:
+    def __init__(self, most: int = MOST_DRAFTS) -> None:
+        self.most = most
+
+    def depths(self, drafters: Sequence[Drafter], company: Company) -> list[int]:
         """See DraftPolicy."""
-        return list(limits)
+        return [min(drafter.limit, self.most) for drafter in drafters]
 
     def note(self, drafter: Drafter, drafted: int, accepted: int) -> None:
         """See DraftPolicy."""
 
 
+class _Slot(NamedTuple):
+    """A draft that could be made. The one with the most tokens for its time sorts first, the earlier of equals."""
+
+    worth: float
+    """Minus the chance that it stands, for each second that it costs."""
+    place: int
+    drafter: int
+    chance: float
+    seconds: float
+    """For reading the tokens before it."""
+
+
 class MostTokensPerSecond:
-    """The drafts with which the batch's expected tokens per second are highest, by the table of step times."""
+    """The drafts with which the expected tokens per second of all sequences together are highest, by measured times.
+
+    Those that draft lend their time from those that don't, who get nothing for it. It is therefore limited: the drafts
+    of one sequence cost all others together no more than `_LENT` steps a step. One that drafts beside 16 that don't
+    slows them by a thirtieth; of eight beside eight, each step may take half as long again.
+    """
 
     def __init__(self, times: StepTimes) -> None:
         self._times = times
         self._all = Survival()
+        self._steps = 0
+        self._decided: tuple[Sequence[Drafter], Sequence[int], Company] = ((), (), ALONE)
+        self._depths: list[int] = []
 
-    def depths(self, drafters: Sequence[Drafter], limits: Sequence[int], rows: int) -> list[int]:
-        """See DraftPolicy. The likeliest come first; costs jump, so that every number of them is looked at."""
-        chances = [self._chances(drafter, limit) for drafter, limit in zip(drafters, limits, strict=True)]
-        slots = sorted(
-            ((chance, place, index) for index, of_one in enumerate(chances) for place, chance in enumerate(of_one)),
-            key=lambda slot: (-slot[0], slot[1]),
-        )
-        passes = [0] * MOST_DRAFTS
-        tokens, drafting = float(len(drafters)), 0.0
-        best, taken = tokens / self._times.of(PassKind.FULL, rows), 0
-        for count, (chance, place, _) in enumerate(slots, 1):
-            tokens += chance
-            drafting -= self._draft_seconds(passes[place])
-            passes[place] += 1
-            drafting += self._draft_seconds(passes[place])
-            rate = tokens / (drafting + self._times.of(PassKind.FULL, rows + count))
-            if rate > best:
-                best, taken = rate, count
-        depths = [0] * len(drafters)
-        for _, _, index in slots[:taken]:
-            depths[index] += 1
-        return [self._probed(*each) for each in zip(drafters, depths, limits, strict=True)]
+    def depths(self, drafters: Sequence[Drafter], company: Company) -> list[int]:
+        """See DraftPolicy. Until anything is measured, as far as the limits allow."""
+        limits = [drafter.limit for drafter in drafters]
+        if not self._times.is_known:
+            return limits
+        self._steps += 1
+        self._all.fade()
+        if self._steps % _PROBE_EVERY == 0:
+            self._decided = (), (), ALONE
+            return self._probed(self._chosen(drafters, company), drafters, company)
+        circumstances = drafters, limits, company._replace(context=0)
+        if self._steps % _KEPT_STEPS == 0 or circumstances != self._decided:
+            self._decided, self._depths = circumstances, self._chosen(drafters, company)
+        return self._depths
 
     def note(self, drafter: Drafter, drafted: int, accepted: int) -> None:
         """See DraftPolicy."""
@@ -140,20 +154,73 @@ class MostTokensPerSecond:
             drafter.idle_steps += 1
             return
         drafter.idle_steps = 0
+        drafter.survival.fade()
         drafter.survival.note(drafted, accepted)
         self._all.note(drafted, accepted)
 
-    def _chances(self, drafter: Drafter, limit: int) -> list[float]:
-        """That the first 1, 2, ... drafts all stand."""
-        found, all_stand = [], 1.0
-        for place in range(limit):
-            all_stand *= drafter.survival.chance(place, self._all.chance(place, _FIRST_GUESS))
-            found.append(all_stand)
-        return found
+    def _chosen(self, drafters: Sequence[Drafter], company: Company) -> list[int]:
+        priors = [_PRIOR * self._all.chance(place, _FIRST_GUESS) for place in range(MOST_DRAFTS)]
+        chances = []
+        for drafter in drafters:
+            stood, tried = drafter.survival.stood, drafter.survival.tried
+            chances.append([(stood[at] + priors[at]) / (tried[at] + _PRIOR) for at in range(drafter.limit)])
+        slots = self._slots(drafters, chances, company)
+        depths = [0] * len(drafters)
+        for slot in slots[: self._best(slots, drafters, company)]:
+            depths[slot.drafter] += 1
+        return depths
 
-    def _draft_seconds(self, rows: int) -> float:
-        return self._times.of(PassKind.DRAFT, rows) if rows else 0.0
+    def _slots(
+        self, drafters: Sequence[Drafter], chances: Sequence[Sequence[float]], company: Company
+    ) -> list[_Slot]:
+        """All drafts that could be made, the best first; of one sequence always the earlier before the later.
 
-    @staticmethod
-    def _probed(drafter: Drafter, depth: int, limit: int) -> int:
-        return 1 if not depth and limit and drafter.idle_steps >= _PROBE_EVERY else depth
+        `chances` are of a draft to stand if those before it do. What a row costs besides reading is taken as the same
+        for all here; `_best` counts exactly.
+        """
+        sequences, most = len(drafters) + company.plain, sum(map(len, chances))
+        full, draft, reading = self._times.full(sequences, most), self._times.draft(1), self._times.reading
+        row = (full[most] - full[0]) / most + draft[1] / len(drafters)
+        slots = []
+        for index, (drafter, of_one) in enumerate(zip(drafters, chances, strict=True)):
+            seconds, all_stand = drafter.context * (reading.more + reading.draft), 1.0
+            cost = max(row + seconds, 1e-9)
+            for place, chance in enumerate(of_one):
+                all_stand *= chance
+                slots.append(_Slot(-all_stand / cost, place, index, all_stand, seconds))
+        slots.sort()
+        return slots
+
+    def _best(self, slots: Sequence[_Slot], drafters: Sequence[Drafter], company: Company) -> int:
+        """How many of the slots to take. Costs jump, so that every number of them is looked at."""
+        times, sequences = self._times, len(drafters) + company.plain
+        full, draft = times.full(sequences, len(slots)), times.draft(len(drafters))
+        others = sequences + company.elsewhere
+        read = (company.context + sum([drafter.context for drafter in drafters])) * times.reading.first
+        alone = full[0] + read + times.prefill(company.prefill_rows)
+        best, taken, tokens, seconds = _WORTHWHILE * others / alone, 0, float(others), alone
+        passes, lent, before = [0] * MOST_DRAFTS, _LENT * alone, full[0]
+        for count, (_, place, _, chance, reading) in enumerate(slots, 1):
+            rows, after = passes[place], full[count]
+            passes[place] = rows + 1
+            tokens += chance
+            seconds += draft[rows + 1] - draft[rows] + after - before + reading
+            before = after
+            if tokens > best * seconds and (seconds - alone) * (others - passes[0]) <= lent * passes[0]:
+                best, taken = tokens / seconds, count
+        return taken
+
+    def _probed(self, depths: list[int], drafters: Sequence[Drafter], company: Company) -> list[int]:
+        """With one draft for those that had none for long, if drafts that all stand were worth their time."""
+        idle = [
+            index
+            for index, drafter in enumerate(drafters)
+            if not depths[index] and drafter.idle_steps >= _PROBE_EVERY // 2
+        ]
+        if not idle:
+            return depths
+        hoped = self._slots(drafters, [[1.0] * drafter.limit for drafter in drafters], company)
+        if self._best(hoped, drafters, company):
+            for index in idle:
+                depths[index] = 1
+        return depths

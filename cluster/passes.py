@@ -41,3 +41,12 @@ class PassLayers:
     def of(self, kind: PassKind) -> Sequence[int]:
         """The layers of one kind."""
         return self.full if kind is PassKind.FULL else self.draft
+
+
+def plain_elsewhere(passes: Sequence[Pass], worker: int) -> int:
+    """Sequences without drafts that others than `attention:worker` bring to a step; rows of prefills count as such."""
+    *drafts, full = passes
+    rows = sum(full.counts.values()) - full.rows(worker)
+    drafted = sum(sum(step_pass.counts.values()) - step_pass.rows(worker) for step_pass in drafts)
+    drafting = sum(drafts[0].counts.values()) - drafts[0].rows(worker) if drafts else 0
+    return rows - drafted - drafting

@@ -5,7 +5,8 @@ a page depends on its own prefix only; position 0 has none. An entry is `fc` and
 attention, no experts. Every step writes those of all its rows from the true h, whatever was drafted before; what drafts
 wrote past the committed length is scratch.
 
-Shapes: T rows, D model width, S sequences, N entries of hidden states in a slot, V vocabulary.
+Shapes: T rows, D model width, S sequences, N entries of hidden states in a slot, E those of all slots, L states that
+are left, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.select import Kernels
-from divisi.model.batch import StepBatch
+from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.mixer import attention, biased
@@ -57,15 +58,19 @@ class MtpLayer:
         mixer = layer.layer.mixer
         assert isinstance(mixer, AttentionWeights), "the MTP layer is one of full attention"
         self._mixer = mixer
+        hidden_SND = store.hidden_SND
+        self._entries = hidden_SND.shape[1]
+        self._hidden_ED = hidden_SND.view(-1, hidden_SND.shape[-1])
+        """All entries of all slots."""
 
     def record(self, h_TD: Tensor, batch: StepBatch, cos_sin_TR: Tensor) -> None:
         """Write what a step's rows leave: their entries, and h (the model's final-norm outputs) to the slots."""
-        x_TD = self._input(batch.token_ids_T, self._h_before(h_TD, batch))
+        before_TD = self._keep(h_TD, batch)
+        x_TD = self._input(batch.token_ids_T, before_TD)
         normed_TD = self._kernels.rms_norm(x_TD, self._layer.layer.input_scale_D, self._config.rms_norm_eps)
         kv_TP = biased(self._kernels.linear(normed_TD, self._layer.kv_rows_PD), self._layer.kv_rows_bias_P)
         pool = self._store.kv[self._config.mtp_index]
         self._kernels.attention_inputs(kv_TP, cos_sin_TR, self._mixer.norm, pool, batch.kv_rows_T, 0)
-        self._keep(h_TD, batch)
 
     def draft(
         self,
@@ -82,7 +87,8 @@ class MtpLayer:
         kernels, layer, config = self._kernels, self._layer.layer, self._config
         if hidden_SD is None:
             assert batch.decode is not None, "decoding sequences draft"
-            hidden_SD = self._kept(batch.decode.slots_S, batch.decode.lengths_S)
+            hidden_SD = self._hidden_ED.index_select(0, self._entry(batch.decode.slots_S, batch.decode.lengths_S - 1))
+            hidden_SD = hidden_SD.to(self._dtype)
         residual_TD = self._input(batch.token_ids_T, hidden_SD)
         x_TD = kernels.rms_norm(residual_TD, layer.input_scale_D, config.rms_norm_eps)
         pool, heads = self._store.kv[config.mtp_index], config.num_attention_heads
@@ -108,35 +114,44 @@ class MtpLayer:
         )
         return self._kernels.linear(torch.cat(parts, dim=-1), self._layer.fc_DE)
 
-    def _kept(self, slots_S: Tensor, positions_S: Tensor) -> Tensor:
-        """h before each position, from the slots; zero before position 0, where nothing reads what comes of it."""
-        entries_S = (positions_S.long() - 1) % self._store.hidden_SND.shape[1]
-        kept_SD = self._store.hidden_SND[slots_S.long().clamp(min=0), entries_S]
-        return torch.where(positions_S[:, None] > 0, kept_SD, 0.0).to(self._dtype)
+    def _entry(self, slots_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Where the slots keep h of the positions, int32. That of a position before the first is another's: unread."""
+        return slots_T * self._entries + positions_T % self._entries
 
-    def _h_before(self, h_TD: Tensor, batch: StepBatch) -> Tensor:
+    def _keep(self, h_TD: Tensor, batch: StepBatch) -> Tensor:
+        """Have the slots keep h of a step's rows; returns the h before each row.
+
+        A ring run's rows go to its slot, which has room for them and the one before; a scan run's state takes the row
+        along that it ends with.
+        """
+        parts = []
+        if batch.decode is not None:
+            rows = batch.decode_rows
+            parts.append(self._keep_rings(h_TD[:rows], batch.decode, batch.positions_T[:rows]))
+        if batch.prefill is not None:
+            parts.append(self._keep_scans(h_TD[batch.decode_rows :], batch.prefill))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _keep_rings(self, h_TD: Tensor, decode: DecodeRows, positions_T: Tensor) -> Tensor:
+        slots_T, rows = decode.slots_S, positions_T.shape[0]
+        if slots_T.shape[0] < rows:
+            slots_T = torch.repeat_interleave(slots_T, decode.starts_S1.diff(), output_size=rows)
+        bases_T = slots_T * self._entries
+        entries_T = (positions_T % self._entries).add_(bases_T)
+        self._hidden_ED.index_copy_(0, entries_T.long(), h_TD.float())
+        before_T = (positions_T - 1).remainder_(self._entries).add_(bases_T)
+        return self._hidden_ED.index_select(0, before_T).to(self._dtype)
+
+    def _keep_scans(self, h_TD: Tensor, prefill: PrefillRows) -> Tensor:
         before_TD = torch.empty_like(h_TD)
         before_TD[1:] = h_TD[:-1]
-        if (decode := batch.decode) is not None:
-            firsts_S = decode.starts_S1[:-1].long()
-            before_TD[firsts_S] = self._kept(decode.slots_S, decode.lengths_S)
-        if (prefill := batch.prefill) is not None:
-            firsts_S = prefill.starts_S1[:-1].long() + batch.decode_rows
-            before_TD[firsts_S] = self._kept(prefill.sources_S, prefill.lengths_S)
+        firsts_S = prefill.starts_S1[:-1].long()
+        kept_SD = self._hidden_ED.index_select(0, self._entry(prefill.sources_S.clamp(min=0), prefill.lengths_S - 1))
+        before_TD[firsts_S] = torch.where(prefill.lengths_S[:, None] > 0, kept_SD, 0.0).to(self._dtype)
+        leaves = prefill.leaves
+        last_L = leaves.positions_L - 1
+        offsets_S = prefill.starts_S1[:-1] - prefill.lengths_S
+        of_leaf_L = torch.repeat_interleave(offsets_S, leaves.starts_S1.diff(), output_size=last_L.shape[0])
+        entries_L = self._entry(leaves.slots_L, last_L).long()
+        self._hidden_ED.index_copy_(0, entries_L, h_TD.index_select(0, of_leaf_L + last_L).float())
         return before_TD
-
-    def _keep(self, h_TD: Tensor, batch: StepBatch) -> None:
-        """A ring run's rows go to its slot by their positions; a scan run's state takes the row it ends with along."""
-        hidden_SND = self._store.hidden_SND
-        entries = hidden_SND.shape[1]
-        if (decode := batch.decode) is not None:
-            count = batch.decode_rows
-            slots_T = torch.repeat_interleave(decode.slots_S.long(), decode.starts_S1.diff(), output_size=count)
-            hidden_SND[slots_T, batch.positions_T[:count].long() % entries] = h_TD[:count].float()
-        if (prefill := batch.prefill) is not None:
-            leaves = prefill.leaves
-            count = leaves.slots_L.shape[0]
-            first_rows_S = (prefill.starts_S1[:-1] - prefill.lengths_S).long() + batch.decode_rows
-            last_L = leaves.positions_L.long() - 1
-            of_leaf_L = torch.repeat_interleave(first_rows_S, leaves.starts_S1.diff(), output_size=count)
-            hidden_SND[leaves.slots_L.long(), last_L % entries] = h_TD[of_leaf_L + last_L].float()

@@ -100,6 +100,10 @@ class ModelRunner:
         if page_copies:
             self.store.copy_pages(page_copies)
 
+    def timed_apart(self) -> ModelRunner:
+        """The same weights and memory, with a stopwatch of its own."""
+        return ModelRunner(self._config, self._weights, self.store, self._kernels)
+
     def _mix(self, index: int, x_TD: Tensor, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
         mixer = self._weights.layers[index].mixer
         if isinstance(mixer, AttentionWeights):

@@ -83,6 +83,9 @@ class IdleEngine:
             events.append(TokenEvent(name, (token,), None, finish_reason=None if left else "length", index=index))
         return events
 
+    def beside(self, sequences: int) -> None:
+        """See StepEngine."""
+
     def take_events(self) -> list[TokenEvent]:
         """See Engine."""
         events, self._events = self._events, []

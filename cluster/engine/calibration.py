@@ -1,113 +1,139 @@
-"""Measures what passes cost by their rows, before a worker serves: the table that decides how far drafts go."""
+"""Finds out what steps take, by steps: an engine's own, over the same model, memory and gang, before it serves anybody.
+
+Sequences that mean nothing decode, so many at once with so many drafts each, for a few steps; all drafts stand, since
+what stands costs time too: the next step replays it. They run where requests will: inside an epoch, with the threads
+that it grants and the experts wherever they are. A table that was made before under the same circumstances is read from
+a file instead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from divisi.cluster.drafting import StepTimes
+from divisi.cluster.drafting import FixedDepth
+from divisi.cluster.engine.cells import Cell, Samples, cells
+from divisi.cluster.engine.engine import Engine
+from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.scheduler import SchedulerConfig
-from divisi.cluster.passes import PassKind
-from divisi.model.batch import DecodeRows, StepBatch
-from divisi.model.dispatcher import Dispatcher, Pending
-from divisi.model.mtp import Drafted
+from divisi.cluster.engine.times_file import TimesFile
+from divisi.cluster.request import Request, Sampling
+from divisi.cluster.step_times import StepTimes
+from divisi.model.dispatcher import Dispatcher
+from divisi.model.sampling.sampler import Sampled, Sampler, SamplingBatch
 
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 47, 48, 64, 96, 128, 192, 256)
-_REPEATS = 3
 _BUDGET_S = 6.0
 """For the whole table; what is left out then is estimated from the rest."""
 
 
-class Runner(Protocol):
-    """The model and its memory, of which nothing is in use yet."""
+class Agreeing(Sampler):
+    """Chooses as a sampler does, and then takes a token that depends on its sequence and position alone."""
 
-    def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
-        """Run a full pass."""
-        ...
-
-    def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
-        """Run a draft pass."""
-        ...
-
-
-class NoExperts:
-    """Stands for experts elsewhere, whose share of the time only steps of the gang can tell."""
-
-    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
-        """See Dispatcher."""
-        return _Nothing(x_TD)
+    def sample(
+        self,
+        logits_RV: Tensor,
+        batch: SamplingBatch,
+        positions_R: NDArray[np.int64],
+        masks: NDArray[np.int32] | None = None,
+        ahead_RA: Tensor | None = None,
+    ) -> Sampled:
+        """See Sampler. What was drafted stands; tokens differ, as do the experts that they visit."""
+        sampled = super().sample(logits_RV, batch, positions_R, masks, ahead_RA)
+        mixed_R = (positions_R.astype(np.uint64) * 7919 + batch.free.seeds_R * 104729) % logits_RV.shape[-1]
+        return Sampled(torch.from_numpy(mixed_R.astype(np.int64)), sampled.logprobs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Nothing:
-    x_TD: Tensor
+class Calibration:
+    """Runs the cells' steps one by one. See `engine.Rehearsal`."""
 
-    def combine(self) -> Tensor:
-        return torch.zeros(self.x_TD.shape, device=self.x_TD.device)
+    def __init__(self, engine: Engine, drafting: FixedDepth, config: SchedulerConfig, times: StepTimes) -> None:
+        """`engine` is one of its own, of which nobody knows; its sampler is `Agreeing`, its policy `drafting`.
 
+        What is found goes to `times`.
+        """
+        self._engine, self._drafting, self._times = engine, drafting, times
+        self._vocab_size = config.vocab_size
+        self._cells, self._samples = cells(config), Samples()
+        self._cell: Cell | None = None
+        self._begun = self._spent_s = 0.0
+        self._drafted_s: list[float] = []
 
-def measure(runner: Runner, dispatcher: Dispatcher, config: SchedulerConfig, device: torch.device) -> StepTimes:
-    """The best of a few runs each, of rows at the beginning of their texts. What they write counts for nothing."""
-    end = perf_counter() + _BUDGET_S
-    found: dict[PassKind, dict[int, float]] = {PassKind.FULL: {}, PassKind.DRAFT: {}}
-    most_rows = 1 + config.max_draft_tokens
-    for rows in _ROWS:
-        fits = rows <= min(config.max_step_tokens, config.max_seqs * most_rows)
-        for kind, each in ((PassKind.FULL, most_rows), (PassKind.DRAFT, 1)):
-            if not fits or (found[kind] and (perf_counter() > end or rows > config.max_seqs * each)):
-                continue
-            batch = _batch(rows, each, config, device)
-            found[kind][rows] = _best(_pass_of(runner, kind, batch, dispatcher), device)
-    return StepTimes(found)
+    def plan(self) -> StepPlan | None:
+        """See Rehearsal."""
+        while self._spent_s < _BUDGET_S:
+            self._begun = perf_counter()
+            unfinished = self._cell is not None and not self._samples.enough(self._cell)
+            if unfinished and (plan := self._engine.plan()) is not None:
+                return plan
+            self._end_cell()
+            if not self._begin(next(self._cells, None)):
+                break
+        self._end_cell()
+        self._times.learn(self._samples.measured())
+        return None
 
-
-def _pass_of(runner: Runner, kind: PassKind, batch: StepBatch, dispatcher: Dispatcher) -> Callable[[], object]:
-    if kind is PassKind.FULL:
-        return lambda: runner.forward(batch, dispatcher)
-    return lambda: runner.draft(batch, dispatcher, None)
-
-
-def _best(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(_REPEATS):
+    def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
+        """See Rehearsal. Raises StepAborted."""
+        if index == 0:
+            self._drafted_s = []
         start = perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(perf_counter() - start)
-    return min(times)
+        self._engine.run_pass(plan, index, dispatcher)
+        if index < len(plan.counts) - 1:
+            self._drafted_s.append(perf_counter() - start)
+
+    def commit(self, plan: StepPlan) -> None:
+        """See Rehearsal."""
+        self._engine.commit(plan)
+        seconds, cell = perf_counter() - self._begun, self._cell
+        self._spent_s += seconds
+        if cell is None or plan.scans or plan.num_rows != cell.rows:
+            return
+        self._samples.add(cell, seconds - sum(self._drafted_s), self._drafted_s)
+
+    def _begin(self, cell: Cell | None) -> bool:
+        """Queue the sequences of the next cell; False without one."""
+        self._cell = cell
+        if cell is None:
+            return False
+        self._drafting.most = cell.drafts
+        for number in range(cell.sequences):
+            prompt = tuple(token % self._vocab_size for token in range(cell.prompt))
+            self._engine.submit(Request(str(number), prompt, cell.answer, Sampling(temperature=0.0, seed=number)))
+        return True
+
+    def _end_cell(self) -> None:
+        self._engine.fail_all("it was measured")
+        self._engine.take_events()
 
 
-def _batch(rows: int, each: int, config: SchedulerConfig, device: torch.device) -> StepBatch:
-    """Rows of as few sequences as can have them, at their first positions, in pages and slots that may be shared."""
-    counts = [min(each, rows - first) for first in range(0, rows, each)]
-    needed = -(-each // config.page_size)
-    pages = [[(index * needed + page) % config.num_pages for page in range(needed)] for index in range(len(counts))]
-    positions = [position for count in counts for position in range(count)]
-    size = config.page_size
-    kv_rows = [
-        own[position // size] * size + position % size
-        for own, count in zip(pages, counts, strict=True)
-        for position in range(count)
-    ]
+class Remembered:
+    """A calibration that runs only where no file has its outcome, and leaves one. See `engine.Rehearsal`."""
 
-    def ints(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
+    def __init__(self, calibration: Calibration, file: Callable[[], TimesFile], times: StepTimes) -> None:
+        """`file` is asked for in the first plan: it depends on the threads that an epoch grants."""
+        self._calibration, self._find, self._times = calibration, file, times
+        self._file: TimesFile | None = None
 
-    starts = [sum(counts[:index]) for index in range(len(counts) + 1)]
-    pages_SN = torch.tensor(pages, dtype=torch.int32, device=device)
-    slots = [index % config.num_slots for index in range(len(counts))]
-    return StepBatch(
-        token_ids_T=torch.arange(rows, device=device) % config.vocab_size,
-        positions_T=ints(positions),
-        kv_rows_T=ints(kv_rows),
-        decode=DecodeRows(ints(starts), ints([0] * len(counts)), ints(slots), pages_SN),
-        prefill=None,
-        decode_rows=rows,
-        logit_rows_R=torch.arange(rows, device=device),
-    )
+    def plan(self) -> StepPlan | None:
+        """See Rehearsal."""
+        if self._file is None:
+            self._file = self._find()
+            if (measured := self._file.read()) is not None:
+                self._times.learn(measured)
+                return None
+        if (plan := self._calibration.plan()) is None:
+            self._file.write(self._times.measured)
+        return plan
+
+    def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
+        """See Rehearsal. Raises StepAborted."""
+        self._calibration.run_pass(plan, index, dispatcher)
+
+    def commit(self, plan: StepPlan) -> None:
+        """See Rehearsal."""
+        self._calibration.commit(plan)

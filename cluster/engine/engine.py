@@ -1,6 +1,6 @@
 """One attention worker's engine: requests in, token events out, one step at a time.
 
-Plain Python and tensors; no Ray, no clock, and no threads but those that work on grammars. The loop around it agrees
+Plain Python and tensors; no Ray, and no threads but those that work on grammars. The loop around it agrees
 on each step with the gang:
 
     plan = engine.plan()
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
+from time import perf_counter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from divisi.cluster.drafting import StepTimes
 from divisi.cluster.engine.grammar import Grammars, Guide
 from divisi.cluster.engine.plan import NO_OPS, Outcome, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
@@ -32,8 +32,8 @@ from divisi.cluster.engine.step_batch import BatchBuilder
 from divisi.cluster.engine.step_drafts import Drafts, Row
 from divisi.cluster.engine.step_sampling import Choice, StepSampler, rows_of, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
-from divisi.cluster.passes import PassKind
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
+from divisi.cluster.step_times import StepTimes
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.mtp import Drafted
@@ -61,6 +61,22 @@ class Runner(Protocol):
         ...
 
 
+class Rehearsal(Protocol):
+    """Steps that nobody asked for, before those of requests; as an engine's own, but without events."""
+
+    def plan(self) -> StepPlan | None:
+        """The next one; None when it is over."""
+        ...
+
+    def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
+        """Run one of its passes. Raises StepAborted."""
+        ...
+
+    def commit(self, plan: StepPlan) -> None:
+        """Its passes have run."""
+        ...
+
+
 class Engine:
     """Schedules, runs and commits the steps of one attention worker."""
 
@@ -74,9 +90,11 @@ class Engine:
         stopwatch: Stopwatch,
         grammars: Grammars | None = None,
         times: StepTimes | None = None,
+        rehearsal: Rehearsal | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without `grammars`, requests that have one are rejected. `times` is told how long passes take.
+        """Without `grammars`, requests that have one are rejected. `times` is told how long steps take; the
+        `rehearsal`'s come first.
 
         `wake` is called, in any thread, when a request that waited for its grammar waits no more: plan again.
         """
@@ -87,6 +105,9 @@ class Engine:
         self._sampler = StepSampler(sampler, grammars, device)
         self._stopwatch = stopwatch
         self._times = times
+        self._rehearsal = rehearsal
+        self._begun = self._drafting_s = 0.0
+        """When the step under way was planned, and what its draft passes took."""
         self._builder = BatchBuilder(scheduler.config, device)
         self._events: list[TokenEvent] = []
         self._drafts = Drafts()
@@ -125,8 +146,13 @@ class Engine:
 
         Returns at once: requests whose grammar is still being compiled have no part in it.
         """
+        if self._rehearsal is not None:
+            if (plan := self._rehearsal.plan()) is not None:
+                return plan
+            self._rehearsal = None
         self._queue_compiled()
         self._stopwatch.start()
+        self._begun = perf_counter()
         plan = self._scheduler.plan()
         if plan is not None:
             self._builder.grow(plan.growths)
@@ -136,10 +162,12 @@ class Engine:
     @torch.inference_mode()
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """Run pass `index` of `plan.counts`. When this raises (StepAborted), run all passes of the plan again."""
+        if self._rehearsal is not None:
+            self._rehearsal.run_pass(plan, index, dispatcher)
+            return
         self._stopwatch.start()
-        begun = self._stopwatch.seconds
         if index == 0:
-            self._drafts, self._logits_RV = Drafts(), None
+            self._drafts, self._logits_RV, self._drafting_s = Drafts(), None, 0.0
             self._sampler.start(plan)
             if plan.ops != NO_OPS:
                 self._runner.prepare(*plan.ops)
@@ -151,12 +179,10 @@ class Engine:
         except StepAborted:
             self._aborted_steps += 1
             raise
-        if self._times is not None and not plan.scans:
-            kind = PassKind.DRAFT if index < len(plan.counts) - 1 else PassKind.FULL
-            self._times.note(kind, plan.counts[index], self._stopwatch.seconds - begun)
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """One more draft of each sequence that drafts so far."""
+        start = perf_counter()
         drafts, rows = self._drafts, [Row(run, index) for run in plan.drafting[: plan.counts[index]]]
         batch = self._builder.build_draft(plan, index, drafts)
         self._sampler.ask(rows, drafts)
@@ -165,6 +191,10 @@ class Engine:
         logits_SV, drafts.hidden_SD = self._runner.draft(batch, dispatcher, hidden_SD)
         drafts.add((row.run for row in rows), self._sampler.draft(rows, logits_SV, drafts))
         self._stopwatch.lap("sampling")
+        seconds = perf_counter() - start
+        self._drafting_s += seconds
+        if self._times is not None:
+            self._times.note_draft(len(rows), sum([row.run.start for row in rows]), seconds)
 
     def _run_full(self, plan: StepPlan, dispatcher: Dispatcher) -> None:
         batch = self._builder.build(plan, self._drafts)
@@ -175,6 +205,9 @@ class Engine:
     @torch.inference_mode()
     def commit(self, plan: StepPlan) -> list[TokenEvent]:
         """Choose the tokens of a step whose passes have run, and make it final."""
+        if self._rehearsal is not None:
+            self._rehearsal.commit(plan)
+            return []
         assert self._logits_RV is not None, "a step is committed once all of its passes have run"
         logits_RV, self._logits_RV = self._logits_RV, None
         self._stopwatch.start()
@@ -184,7 +217,18 @@ class Engine:
         events = self._commit(plan, choice, prompt_told)
         self._sampler.commit()
         self._stopwatch.lap("scheduler")
+        if self._times is not None and not plan.scans:
+            first = sum([run.start for run in plan.rings])
+            more = sum([run.start * run.num_drafts for run in plan.drafting])
+            seconds = perf_counter() - self._begun - self._drafting_s
+            self._times.note_full(len(plan.rings), plan.num_rows, first, more, seconds)
         return events
+
+    def beside(self, sequences: int) -> None:
+        """So many sequences of other workers decode without drafts in the step that begins; rows of prefills may be
+        among them.
+        """
+        self._scheduler.elsewhere = min(sequences, self._scheduler.config.max_seqs)
 
     def run(self, plan: StepPlan, dispatcher: Dispatcher) -> list[TokenEvent]:
         """Run all passes of a step and commit it, where there is no gang to walk them with. Raises as `run_pass`."""

@@ -27,7 +27,7 @@ from operator import attrgetter
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from divisi.cluster.drafting import DraftPolicy, FixedDepth
+from divisi.cluster.drafting import Company, DraftPolicy, FixedDepth
 from divisi.cluster.engine.draft_counts import DraftCounts
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
@@ -85,6 +85,8 @@ class Scheduler:
             num_slots=config.num_slots,
             num_tables=config.max_seqs,
         )
+        self.elsewhere = 0
+        """Sequences of other workers that decode without drafts, and wait for those of this one."""
         self.preemptions = 0
         self.drafts = DraftCounts()
         self.running: list[Sequence] = []
@@ -200,10 +202,18 @@ class Scheduler:
         """Drafts take the rows and the free pages that nobody else wants in this step."""
         if not self.config.max_draft_tokens:
             return
-        decoding = [sequence for sequence in layout.decoding if self._most_drafts(sequence) > 0]
-        limits = [self._most_drafts(sequence) for sequence in decoding]
-        rows = self.config.max_step_tokens - layout.rows_left
-        depths = self._drafting.depths([sequence.drafter for sequence in decoding], limits, rows)
+        decoding, context = [], 0
+        for sequence in layout.decoding:
+            sequence.drafter.limit, sequence.drafter.context = self._most_drafts(sequence), sequence.length
+            if sequence.drafter.limit > 0:
+                decoding.append(sequence)
+            else:
+                context += sequence.length
+        if not decoding:
+            return
+        prefill_rows = self.config.max_step_tokens - layout.rows_left - len(layout.decoding)
+        company = Company(len(layout.decoding) - len(decoding), prefill_rows, self.elsewhere, context)
+        depths = self._drafting.depths([sequence.drafter for sequence in decoding], company)
         for sequence, depth in zip(decoding, depths, strict=True):
             count = min(depth, layout.rows_left)
             while (room := self._room(sequence)) < count and self.memory.grow(sequence.holding):

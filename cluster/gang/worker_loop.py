@@ -26,7 +26,7 @@ from divisi.cluster.gang.links import worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.threads import CoreShare
-from divisi.cluster.passes import PassLayers
+from divisi.cluster.passes import PassLayers, plain_elsewhere
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher
 
@@ -71,6 +71,10 @@ class StepEngine(Protocol[PlanT]):
 
     def take_events(self) -> Sequence[TokenEvent]:
         """Events that no step caused."""
+        ...
+
+    def beside(self, sequences: int) -> None:
+        """So many sequences of other workers decode without drafts in the step that begins."""
         ...
 
 
@@ -200,6 +204,7 @@ class WorkerLoop(Generic[PlanT]):
             return
         # Rows that were announced while the header was on its way are not in it.
         plan = self._plan if header.includes(seat) else None
+        self._engine.beside(plain_elsewhere(header.passes, seat))
         self._walk(header, seat, plan, end)
         if plan is None:
             return

@@ -1,4 +1,4 @@
-"""How far drafts go: by the table of times, by what stood before, within every limit."""
+"""How far drafts go: by what steps take, by what stood before, within every limit, and fair to those without."""
 
 from __future__ import annotations
 
@@ -7,78 +7,99 @@ from collections.abc import Callable
 
 import pytest
 
-from divisi.cluster.drafting import Drafter, FixedDepth, MostTokensPerSecond, StepTimes, Survival
-from divisi.cluster.passes import PassKind
+from divisi.cluster.drafting import ALONE, Company, Drafter, FixedDepth, MostTokensPerSecond, Survival
+from divisi.cluster.step_times import Measured, Reading, StepTimes
 
-FULL, DRAFT = PassKind.FULL, PassKind.DRAFT
-ROWS = (1, 2, 4, 8, 16, 32, 47, 48, 64, 128, 256)
-
-
-def times_by(full: Callable[[int], float], draft: Callable[[int], float]) -> StepTimes:
-    return StepTimes({FULL: {rows: full(rows) for rows in ROWS}, DRAFT: {rows: draft(rows) for rows in ROWS}})
+NUMBERS = (1, 2, 4, 8, 16, 32)
+EACH = (1, 2, 3, 4, 6, 9)
 
 
-FLAT = times_by(lambda rows: 1.0, lambda rows: 0.01)
-"""Rows cost nothing: as on a GPU that waits for memory."""
-DEAR = times_by(lambda rows: float(rows), lambda rows: 0.1 * rows)
-"""Every row costs the same."""
+def times_by(full: Callable[[int], float], draft: Callable[[int], float], reading: Reading = Reading()) -> StepTimes:  # noqa: B008
+    """By rows, whoever's they are."""
+    table = {sequences: {each: full(sequences * each) for each in EACH} for sequences in NUMBERS}
+    return StepTimes(Measured(table, {rows: draft(rows) for rows in NUMBERS}, reading))
 
 
-def taught(policy: MostTokensPerSecond, stood: list[int], drafted: int = 4) -> Drafter:
-    drafter = Drafter()
+def flat() -> StepTimes:
+    """Rows cost nothing: as on a GPU that waits for memory."""
+    return times_by(lambda rows: 1.0, lambda rows: 0.01)
+
+
+def dear() -> StepTimes:
+    """Every row costs the same."""
+    return times_by(lambda rows: float(rows), lambda rows: 0.1 * rows)
+
+
+def taught(policy: MostTokensPerSecond, stood: list[int], drafted: int = 4, limit: int = 5) -> Drafter:
+    drafter = Drafter(limit=limit)
     for accepted in stood:
         policy.note(drafter, drafted, accepted)
     return drafter
-
-
-def test_times_between_and_past_what_was_measured() -> None:
-    times = times_by(lambda rows: 1.0 + rows, lambda rows: 0.5)
-    assert times.of(FULL, 3) == 4.0
-    assert times.of(FULL, 48) == 49.0
-    assert times.of(FULL, 512) == 2 * 257.0
-    assert times.of(DRAFT, 100) == 0.5
-
-
-def test_times_follow_what_steps_take() -> None:
-    times = times_by(lambda rows: 1.0, lambda rows: 1.0)
-    for _ in range(60):
-        times.note(FULL, 4, 3.0)
-    assert times.of(FULL, 8) == pytest.approx(3.0, rel=0.01)
-    assert times.of(DRAFT, 8) == 1.0
 
 
 def test_survival_is_learnt_by_position_and_forgets() -> None:
     survival = Survival()
     assert survival.chance(0, 0.7) == 0.7
     for _ in range(40):
+        survival.fade()
         survival.note(4, 2)
     assert survival.chance(1, 0.5) > 0.8
     assert survival.chance(2, 0.5) < 0.2
     assert survival.chance(3, 0.5) == 0.5, "a draft behind a rejected one was not tried"
     for _ in range(40):
+        survival.fade()
         survival.note(4, 0)
     assert survival.chance(0, 0.5) < 0.2
 
 
+def test_what_is_no_longer_tried_is_forgotten() -> None:
+    survival = Survival()
+    for _ in range(10):
+        survival.note(2, 1)
+    assert survival.chance(1, 0.9) < 0.3
+    for _ in range(60):
+        survival.fade()
+    assert survival.chance(1, 0.9) > 0.85
+
+
 def test_cheap_rows_are_taken_and_dear_ones_are_not() -> None:
-    for times, good, bad in ((FLAT, 5, 5), (DEAR, 0, 0)):
+    for times, wanted in ((flat(), [5, 5]), (dear(), [0, 0])):
         policy = MostTokensPerSecond(times)
         drafters = [taught(policy, [4] * 30), taught(policy, [2] * 30)]
-        assert policy.depths(drafters, [5, 5], 2) == [good, bad]
+        assert policy.depths(drafters, ALONE) == wanted
+
+
+def test_drafts_go_all_the_way_until_something_is_measured() -> None:
+    policy = MostTokensPerSecond(StepTimes())
+    assert policy.depths([Drafter(limit=2), Drafter(limit=4)], ALONE) == [2, 4]
+
+
+def test_what_gains_next_to_nothing_is_left() -> None:
+    """A draft that always stands, in a step that takes 1.98 times as long."""
+    policy = MostTokensPerSecond(times_by(lambda rows: 0.02 + 0.98 * rows, lambda rows: 0.0))
+    assert policy.depths([taught(policy, [4] * 60)], ALONE) == [0]
 
 
 def test_who_is_right_more_often_drafts_further() -> None:
     policy = MostTokensPerSecond(times_by(lambda rows: 4.0 + rows, lambda rows: 0.05))
     right, wrong = taught(policy, [4] * 40), taught(policy, [0] * 40)
-    far, near = policy.depths([right, wrong], [4, 4], 2)
+    far, near = policy.depths([right, wrong], ALONE)
     assert far > near
+
+
+def test_who_has_read_more_drafts_less() -> None:
+    """Each row reads the tokens before it."""
+    policy = MostTokensPerSecond(times_by(lambda rows: 10.0 + 0.1 * rows, lambda rows: 0.05, Reading(0.01, 0.01, 0.001)))
+    short, long = taught(policy, [4] * 40), taught(policy, [4] * 40)
+    short.context, long.context = 10, 2000
+    assert policy.depths([short, long], ALONE) == [5, 0]
 
 
 def test_a_jump_in_costs_is_looked_over() -> None:
     """At 48 rows the kernels change and get cheaper: better past it than just below."""
     policy = MostTokensPerSecond(times_by(lambda rows: rows * (1.0 if rows < 48 else 0.2), lambda rows: 0.01))
-    drafters = [taught(policy, [4] * 40) for _ in range(30)]
-    assert 30 + sum(policy.depths(drafters, [3] * 30, 30)) >= 48
+    drafters = [taught(policy, [4] * 40, limit=3) for _ in range(16)]
+    assert 16 + sum(policy.depths(drafters, ALONE)) >= 48
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -92,38 +113,79 @@ def test_no_choice_beats_the_one_made(seed: int) -> None:
         lambda rows: 0.1 + 0.01 * rows,
     )
     policy = MostTokensPerSecond(times)
-    drafters = [taught(policy, [rng.randint(0, 4) for _ in range(12)]) for _ in range(rng.randint(1, 12))]
-    limits = [rng.randint(0, 5) for _ in drafters]
-    depths = policy.depths(drafters, limits, len(drafters))
+    # All draft, or those that don't would hold the others back.
+    drafters = [taught(policy, [rng.randint(2, 4) for _ in range(12)], limit=rng.randint(1, 5)) for _ in range(8)]
+    depths = policy.depths(drafters, ALONE)
+    limits = [drafter.limit for drafter in drafters]
     assert all(0 <= depth <= limit for depth, limit in zip(depths, limits, strict=True))
 
     def rate(chosen: list[int]) -> float:
-        tokens = sum(1 + sum(policy._chances(d, k)) for d, k in zip(drafters, chosen, strict=True))
-        drafting = sum(times.of(DRAFT, rows) for at in range(8) if (rows := sum(k > at for k in chosen)))
-        return tokens / (drafting + times.of(FULL, len(drafters) + sum(chosen)))
+        tokens = float(len(drafters))
+        for drafter, depth in zip(drafters, chosen, strict=True):
+            all_stand = 1.0
+            for place in range(depth):
+                all_stand *= drafter.survival.chance(place, policy._all.chance(place, 0.85))
+                tokens += all_stand
+        draft, full = times.draft(8), times.full(8, sum(chosen))
+        drafting = sum(draft[sum(depth > at for depth in chosen)] for at in range(5))
+        return tokens / (drafting + full[sum(chosen)])
 
     best = rate(depths)
-    for index in range(len(depths)):
-        if depths[index]:
-            assert rate([k - (i == index) for i, k in enumerate(depths)]) <= best + 1e-9 or len(drafters) > 1
     assert rate([0] * len(depths)) <= best + 1e-9
-    assert rate(limits) <= best + 1e-9
+    if min(depths) > 0:
+        for index in range(len(depths)):
+            assert rate([depth - (at == index) for at, depth in enumerate(depths)]) <= best + 1e-9
+    assert best * 1.03 >= rate(limits)
 
 
 def test_who_does_not_draft_is_tried_again_now_and_then() -> None:
-    policy = MostTokensPerSecond(DEAR)
-    drafter = taught(policy, [0] * 10)
+    policy = MostTokensPerSecond(times_by(lambda rows: 10.0 + rows, lambda rows: 1.0))
+    drafter = taught(policy, [0] * 60, limit=3)
     depths = []
     for _ in range(100):
-        (depth,) = policy.depths([drafter], [3], 1)
+        (depth,) = policy.depths([drafter], ALONE)
         policy.note(drafter, depth, 0)
         depths.append(depth)
     assert set(depths) == {0, 1}
     assert 2 <= sum(depths) <= 4
 
 
-def test_a_limit_of_nothing_is_never_exceeded() -> None:
-    policy = MostTokensPerSecond(FLAT)
-    drafter = Drafter(idle_steps=1000)
-    assert policy.depths([drafter], [0], 1) == [0]
-    assert FixedDepth().depths([drafter, drafter], [0, 5], 2) == [0, 5]
+def test_nobody_is_tried_where_even_the_best_drafts_would_not_pay() -> None:
+    policy = MostTokensPerSecond(dear())
+    drafter = taught(policy, [4] * 10, limit=3)
+    for _ in range(100):
+        (depth,) = policy.depths([drafter], ALONE)
+        policy.note(drafter, depth, 0)
+        assert depth == 0
+
+
+@pytest.mark.parametrize("company", [Company(plain=16), Company(elsewhere=16), Company(plain=8, elsewhere=8)])
+def test_one_that_drafts_slows_sixteen_others_by_a_thirtieth_at_most(company: Company) -> None:
+    """Eight more tokens in a step of 17, for half as much time again: more in all, and less for the sixteen."""
+    policy = MostTokensPerSecond(times_by(lambda rows: 10.0, lambda rows: 0.2))
+    drafter = taught(policy, [8] * 60, drafted=8, limit=8)
+    assert policy.depths([drafter], ALONE) == [8]
+    assert policy.depths([drafter], company) == [1]
+    dearer = MostTokensPerSecond(times_by(lambda rows: 10.0, lambda rows: 0.4))
+    assert dearer.depths([taught(dearer, [8] * 60, drafted=8, limit=8)], company) == [0]
+
+
+def test_many_that_draft_need_not_wait_for_one_that_does_not() -> None:
+    policy = MostTokensPerSecond(times_by(lambda rows: 10.0, lambda rows: 0.6))
+    drafters = [taught(policy, [8] * 60, drafted=8, limit=8) for _ in range(15)]
+    assert min(policy.depths(drafters, Company(plain=1))) >= 4
+
+
+def test_a_decision_holds_while_the_same_sequences_draft() -> None:
+    policy = MostTokensPerSecond(flat())
+    first, second = Drafter(limit=3), Drafter(limit=3)
+    assert policy.depths([first], ALONE) == [3]
+    assert policy.depths([first, second], ALONE) == [3, 3]
+    second.limit = 1
+    assert policy.depths([first, second], ALONE) == [3, 1]
+
+
+def test_fixed_depths_are_the_limits() -> None:
+    drafters = [Drafter(limit=0), Drafter(limit=5)]
+    assert FixedDepth().depths(drafters, ALONE) == [0, 5]
+    assert FixedDepth(2).depths(drafters, ALONE) == [0, 2]

@@ -137,6 +137,9 @@ class CountedEngine:
     def cancel(self, request_id: str) -> None:
         raise AssertionError
 
+    def beside(self, sequences: int) -> None:
+        """Of no interest here."""
+
     def take_events(self) -> Sequence[TokenEvent]:
         return ()
 

@@ -52,6 +52,9 @@ class IdleEngine:
     def commit(self, plan: StepPlan) -> Sequence[TokenEvent]:
         raise AssertionError("it never plans")
 
+    def beside(self, sequences: int) -> None:
+        """Of no interest here."""
+
     def take_events(self) -> Sequence[TokenEvent]:
         return ()
 

@@ -1,0 +1,149 @@
+"""What steps take, by what is in them: measured, interpolated, and kept up to date. Plain Python.
+
+Seconds of a draft pass depend on its rows. Those of all else in a step (planning, the full pass, choosing tokens)
+depend on how many sequences decode and on the rows of each: two tokens touch twice the experts of one, forty mostly
+the same, at some sizes kernels change, and each sequence has a state to be read and written whatever its rows. To both
+comes what attention reads: the tokens before each row.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_WEIGHT = 0.1
+"""Of one step in the factors that follow what steps take."""
+_WILDEST = 2.0
+"""Times the factor that one step may count as: a process that was put aside for a while says nothing of steps."""
+
+
+class Reading(NamedTuple):
+    """Seconds that a row takes longer for each token before it."""
+
+    first: float = 0.0
+    """The first row of a sequence in a full pass."""
+    more: float = 0.0
+    """Each further one, which shares the reading."""
+    draft: float = 0.0
+    """A row of a draft pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of steps that have run."""
+
+    full: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    """Of all but drafts, by decoding sequences and rows of each, at the beginning of their texts."""
+    draft: Mapping[int, float] = field(default_factory=dict)
+    """Of a draft pass, by its rows."""
+    reading: Reading = field(default_factory=Reading)
+
+
+class StepTimes:
+    """The table, a factor on each half of it, and what follows from both."""
+
+    def __init__(self, measured: Measured | None = None) -> None:
+        self._full: dict[int, _Curve] = {}
+        self._draft = _Curve({})
+        self._full_scale = self._draft_scale = 1.0
+        self._rows: dict[int, list[float]] = {}
+        """Of the full pass by sequences, then by rows past the first of each; without the factor."""
+        self.measured = Measured()
+        self.learn(measured or Measured())
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything has been measured."""
+        return bool(self._full) and bool(self._draft.places)
+
+    @property
+    def reading(self) -> Reading:
+        """As it is now."""
+        first, more, draft = self.measured.reading
+        return Reading(first * self._full_scale, more * self._full_scale, draft * self._draft_scale)
+
+    def learn(self, measured: Measured) -> None:
+        """Take over a table; empty: nothing is known."""
+        self.measured = measured
+        self._full = {sequences: _Curve(by_rows) for sequences, by_rows in sorted(measured.full.items()) if by_rows}
+        self._draft = _Curve(measured.draft)
+        self._rows.clear()
+
+    def full(self, sequences: int, most: int) -> list[float]:
+        """Seconds of all but drafts with 0, 1, ... `most` rows, or more, besides one of each sequence."""
+        rows = self._rows.get(sequences, [])
+        if len(rows) <= most:
+            rows = [self._table(sequences, sequences + more) for more in range(most + 1)]
+            self._rows[sequences] = rows
+        scale = self._full_scale
+        return [scale * seconds for seconds in rows]
+
+    def draft(self, most: int) -> list[float]:
+        """Seconds of a draft pass with 0, 1, ... `most` rows."""
+        scale = self._draft_scale
+        return [0.0, *(scale * self._draft.at(rows) for rows in range(1, most + 1))]
+
+    def prefill(self, rows: int) -> float:
+        """What rows of prefills add to a step, about: each as much as in the largest that was measured."""
+        sequences = next(reversed(self._full))
+        each, seconds = self._full[sequences].last
+        return self._full_scale * rows * seconds / (sequences * each)
+
+    def note_full(self, sequences: int, rows: int, read_first: int, read_more: int, seconds: float) -> None:
+        """All but the drafts of a step took so long: what others cost on the way shows here.
+
+        `read_first`, `read_more`: tokens before the first row of each sequence, and before all others.
+        """
+        if self.is_known:
+            reading = self.measured.reading
+            expected = self._table(sequences, rows) + reading.first * read_first + reading.more * read_more
+            self._full_scale = _followed(self._full_scale, seconds / expected)
+
+    def note_draft(self, rows: int, read: int, seconds: float) -> None:
+        """A draft pass took so long; `read`: tokens before its rows."""
+        if self.is_known:
+            expected = self._draft.at(rows) + self.measured.reading.draft * read
+            self._draft_scale = _followed(self._draft_scale, seconds / expected)
+
+    def _table(self, sequences: int, rows: int) -> float:
+        known, each = [*self._full], rows / sequences
+        place = bisect_left(known, sequences)
+        if place == len(known):
+            return self._full[known[-1]].at(each) * sequences / known[-1]
+        above = self._full[known[place]].at(each)
+        if place == 0:
+            return above
+        below = self._full[known[place - 1]].at(each)
+        share = (sequences - known[place - 1]) / (known[place] - known[place - 1])
+        return below + share * (above - below)
+
+
+class _Curve:
+    """Seconds at some places, in proportion between them and past the last, the first's before it."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        self.places = sorted(measured)
+        self._seconds = [max(measured[place], 1e-9) for place in self.places]
+
+    @property
+    def last(self) -> tuple[int, float]:
+        """The place furthest out, and its seconds."""
+        return self.places[-1], self._seconds[-1]
+
+    def at(self, place: float) -> float:
+        """Seconds at a place."""
+        places, seconds = self.places, self._seconds
+        after = bisect_left(places, place)
+        if after == len(places):
+            return seconds[-1] * place / places[-1]
+        if after == 0:
+            return seconds[0]
+        share = (place - places[after - 1]) / (places[after] - places[after - 1])
+        return seconds[after - 1] + share * (seconds[after] - seconds[after - 1])
+
+
+def _followed(scale: float, ratio: float) -> float:
+    return scale + _WEIGHT * (min(max(ratio, scale / _WILDEST), scale * _WILDEST) - scale)
+

@@ -1,0 +1,60 @@
+"""What steps take: between what was measured and past it, and kept up to date."""
+
+from __future__ import annotations
+
+import pytest
+
+from divisi.cluster.step_times import Measured, Reading, StepTimes
+
+FULL = {1: {1: 1.0, 3: 2.0}, 4: {1: 2.0, 3: 6.0}}
+"""By sequences and rows of each."""
+
+
+def test_nothing_is_known_before_both_halves_are() -> None:
+    assert not StepTimes().is_known
+    assert not StepTimes(Measured(FULL)).is_known
+    assert StepTimes(Measured(FULL, {1: 0.5})).is_known
+
+
+def test_between_and_past_what_was_measured() -> None:
+    times = StepTimes(Measured(FULL, {1: 0.5, 4: 0.8}))
+    assert times.full(1, 2) == [1.0, 1.5, 2.0]
+    assert times.full(4, 8)[8] == 6.0
+    assert times.full(2, 2)[0] == pytest.approx(1.0 + 1 / 3), "between one sequence and four"
+    assert times.full(2, 2)[2] == pytest.approx(1.5 + (4.0 - 1.5) / 3)
+    assert times.full(8, 0)[0] == 4.0, "in proportion to the most that were measured"
+    assert times.full(1, 5)[5] == 4.0, "in proportion to the deepest"
+    assert times.draft(8) == pytest.approx([0.0, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.6])
+    assert times.prefill(12) == 6.0
+
+
+def test_longer_lists_are_asked_for_later() -> None:
+    times = StepTimes(Measured(FULL, {1: 0.5}))
+    assert times.full(4, 0)[0] == 2.0
+    assert times.full(4, 8)[8] == 6.0
+
+
+def test_times_follow_what_steps_take() -> None:
+    times = StepTimes(Measured(FULL, {1: 0.5}, Reading(0.01, 0.005, 0.002)))
+    for _ in range(80):
+        times.note_full(4, 12, 100, 200, 3 * (6.0 + 1.0 + 1.0))
+        times.note_draft(1, 50, 0.5 * (0.5 + 0.1))
+    assert times.full(4, 0)[0] == pytest.approx(6.0, rel=0.01)
+    assert times.draft(1)[1] == pytest.approx(0.25, rel=0.01)
+    assert times.reading == pytest.approx((0.03, 0.015, 0.001), rel=0.01)
+
+
+def test_one_step_that_was_interrupted_says_little() -> None:
+    times = StepTimes(Measured(FULL, {1: 0.5}))
+    times.note_full(1, 1, 0, 0, 500.0)
+    assert times.full(1, 0)[0] == pytest.approx(1.1)
+    times.note_full(1, 1, 0, 0, 0.0)
+    assert times.full(1, 0)[0] > 1.0
+
+
+def test_a_new_table_takes_the_place_of_the_old_one() -> None:
+    times = StepTimes(Measured(FULL, {1: 0.5}))
+    assert times.full(1, 2)[0] == 1.0
+    times.learn(Measured({1: {1: 7.0}}, {1: 1.0}))
+    assert times.full(1, 2)[0] == 7.0
+    assert times.measured.full == {1: {1: 7.0}}
