@@ -52,6 +52,7 @@ bench: $(STAMP) ## the speed tables of benchmarks/README.md: the engine, a serve
 	$(BIN)/python -m divisi.benchmarks
 	$(BIN)/python -m divisi.benchmarks served
 	$(BIN)/python -m divisi.benchmarks steps
+	$(BIN)/python -m divisi.benchmarks drafts
 
 kernels: $(STAMP) ## what the compiler makes of the Triton kernels for each chip, to benchmarks/results/kernels.md
 	$(BIN)/python -m tests.support.kernel_report

@@ -1,6 +1,6 @@
-"""`python -m divisi.benchmarks [speed | http | drafts]`: the tables of benchmarks/README.md; `same`, `pairs`: two
-checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress; `profile`: a step by
-operation."""
+"""`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `drafts`: multi-token prediction;
+`same`, `pairs`: two checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress;
+`profile`: a step by operation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
-from divisi.benchmarks import drafting, machine, profile, speed, split_step
+from divisi.benchmarks import machine, profile, speed, split_step
 from divisi.benchmarks.checkouts import pairs, same
+from divisi.benchmarks.drafts import report as drafts
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.benchmarks.model import bench_model
 from divisi.benchmarks.served import report as served
@@ -35,7 +36,8 @@ class Command(Protocol):
 
 
 _COMMANDS: dict[str, Command] = {
-    "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports, "profile": profile,
+    "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports, "drafts": drafts,
+    "profile": profile,
 }  # fmt: skip
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""
@@ -60,10 +62,9 @@ def _measure() -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["speed", "http", "drafts"],
+        choices=["speed", "http"],
         default="speed",
-        help="speed of the model beside transformers (default), the cost of a streamed token in the HTTP process, or "
-        "multi-token prediction on the demo model",
+        help="speed of the model beside transformers (default), or the cost of a streamed token in the HTTP process",
     )
     parser.add_argument(
         "--model", type=Path, help="checkpoint folder; without it, a random one of configs/bench-s.json"
@@ -74,10 +75,6 @@ def _measure() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.what == "drafts":
-        print(machine.describe())
-        print(drafting.report(options.rounds, options.quick))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         model_dir = bench_model(options.model, Path(scratch))
         print(machine.describe())

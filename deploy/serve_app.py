@@ -195,6 +195,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         secret_file=None if gang.secret_file is None else str(gang.secret_file),
         tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
         max_draft_tokens=fitted.max_draft_tokens,
+        adaptive_drafts=settings.mtp.adaptive,
     )
 
 

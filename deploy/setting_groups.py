@@ -172,6 +172,8 @@ class MtpSettings(Group):
 
     max_draft_tokens: int = Field(default=3, ge=0, le=8)
     """Most tokens drafted for an answer in a step; requests can ask for less. 0 turns it off and saves its memory."""
+    adaptive: bool = True
+    """Whether fewer are drafted where that makes more tokens per second; else always as many as they may be."""
 
 
 class HttpSettings(Group):

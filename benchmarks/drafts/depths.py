@@ -23,6 +23,7 @@ from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.triggers import Span
 from divisi.model.demo import checkpoint_dir
 from divisi.model.demo.evaluation.cases import make_cases
 from divisi.model.text.template import ChatTemplate
@@ -33,6 +34,7 @@ _LENGTH = 16
 """Tokens of each answer that is timed: longer ones are cut, conversations with shorter ones left out."""
 _A_ROUND = 8
 """Conversations at least, in as many waves as that takes."""
+_CALLS, _LONGEST_CALL = 8, 64
 _POOL = 64
 """Conversations, of which each wave takes some."""
 DEPTHS: dict[str, tuple[int, bool]] = {
@@ -107,8 +109,8 @@ class Contender:
 Waves = dict[tuple[str, int], list[Wave]]
 
 
-def report(rounds: int, batches: Sequence[int] = BATCHES) -> str:
-    """Measure; the table and what is wanted of it. Raises SystemExit where tokens differ."""
+def report(rounds: int, batches: Sequence[int] = BATCHES) -> tuple[str, bool]:
+    """Measure; the tables, and whether what is wanted is so. Raises SystemExit where tokens differ."""
     contenders = [Contender(name) for name in DEPTHS]
     pool = _pool(contenders[0])
     expected = contenders[0].serve(pool).answers
@@ -124,7 +126,33 @@ def report(rounds: int, batches: Sequence[int] = BATCHES) -> str:
             for contender in order:
                 waves[contender.name, batch].append(contender.serve_in_waves(taken, batch))
     title = f"checked: the tokens of {len(expected)} answers are the same with any number of drafts"
-    return "\n".join([title, "", *_table(waves, batches), "", *_verdicts(waves, batches)])
+    verdicts = list(_verdicts(waves, batches))
+    tables = [*_table(waves, batches), "", *verdicts, "", *_calls(contenders[0], contenders[-1], rounds)]
+    return "\n".join([title, "", *tables]), not any("MISSED" in verdict for verdict in verdicts)
+
+
+def _calls(off: Contender, adaptive: Contender, rounds: int) -> Iterator[str]:
+    """Tool calls, one at a time: without drafts, single-step inside of the call, and free."""
+    free = list(_conversations("call", _CALLS, _LONGEST_CALL))
+    span = Span(*_call_ids(), max_draft_tokens=0)
+    single = [replace(request, spans=(span,)) for request in free]
+    kinds = {"off": (off, free), "single-step": (adaptive, single), "free": (adaptive, free)}
+    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(max(rounds // 3, 1)):
+        for name, (contender, requests) in kinds.items():
+            rates[name].append(contender.serve_in_waves(requests, 1).rate)
+    yield "| tool calls, batch 1 | tokens/s | times of off |"
+    yield "|---|---|---|"
+    for name, found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(found, rates["off"], strict=True))
+        yield f"| {name} | {statistics.median(found):,.0f} | {ratio:.2f}x |"
+
+
+def _call_ids() -> tuple[int, int]:
+    tokenizer = Tokenizer.from_file(str(checkpoint_dir() / "tokenizer.json"))
+    begin, end = (tokenizer.token_to_id(name) for name in ("<tool_call>", "</tool_call>"))
+    assert begin is not None and end is not None, "the demo model calls tools"  # noqa: PT018
+    return begin, end
 
 
 def _table(waves: Waves, batches: Sequence[int]) -> Iterator[str]:
@@ -164,7 +192,7 @@ def _pool(contender: Contender) -> list[Request]:
     """Conversations of each skill in turn whose answers are long enough."""
     chosen: list[list[Request]] = []
     for skill in _SKILLS:
-        conversations = list(_conversations(skill, 2 * _POOL))
+        conversations = list(_conversations(skill, 2 * _POOL, _LENGTH))
         answers = contender.serve(conversations).answers
         enough = [each for each in conversations if len(answers[each.request_id]) == _LENGTH]
         chosen.append(enough[: _POOL // len(_SKILLS)])
@@ -172,7 +200,7 @@ def _pool(contender: Contender) -> list[Request]:
     return [replace(request, request_id=str(number)) for number, request in enumerate((pool * _POOL)[:_POOL])]
 
 
-def _conversations(skill: str, count: int) -> Iterator[Request]:
+def _conversations(skill: str, count: int, longest: int) -> Iterator[Request]:
     folder = checkpoint_dir()
     template = ChatTemplate((folder / "chat_template.jinja").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -181,7 +209,7 @@ def _conversations(skill: str, count: int) -> Iterator[Request]:
     for number, case in enumerate(make_cases(skill, count, seed=16)):
         text = template.render(case.messages, tools=case.tools, enable_thinking=case.thinks)
         ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-        yield Request(str(number), ids, _LENGTH, Sampling(temperature=0.0), stops)
+        yield Request(str(number), ids, longest, Sampling(temperature=0.0), stops)
 
 
 def demo_spec(model_dir: Path, most: int, adaptive: bool, **changes: object) -> GangSpec:

@@ -26,7 +26,7 @@ from divisi.cluster.gang.links import worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.threads import CoreShare
-from divisi.cluster.passes import PassLayers, plain_elsewhere
+from divisi.cluster.passes import Pass, PassLayers, plain_elsewhere
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher
 
@@ -138,6 +138,8 @@ class WorkerLoop(Generic[PlanT]):
         self._commands: deque[_Command[Any]] = deque()
         self._ended = False
         self._plan: PlanT | None = None
+        self._at: tuple[int, Sequence[Pass]] | None = None
+        """Which pass of a step is under way."""
 
     def submit(self, request: Request) -> Future[None]:
         """Hand a request to the engine, from any thread. The future may carry RequestRejected."""
@@ -179,11 +181,12 @@ class WorkerLoop(Generic[PlanT]):
             except StepAborted as error:
                 # Its text only: whoever keeps the error keeps the epoch's transfers, and the peers' connections open.
                 reason = str(error)
-                log.warning("left epoch %d: %s", assignment.membership.epoch, reason)
+                log.warning("left epoch %d%s: %s", assignment.membership.epoch, self._place(), reason)
                 self._reports.left(assignment.membership.epoch, reason)
 
     def _serve(self, assignment: Assignment) -> None:
         """One epoch; ends by StepAborted."""
+        self._at = None
         self._inbox.check(assignment.membership.epoch)
         self._network.cores.take(assignment)
         with worker_links(assignment, self._inbox, self._network.listener, self._network.device) as links:
@@ -199,6 +202,7 @@ class WorkerLoop(Generic[PlanT]):
             self._plan = self._engine.plan()
             self._deliver_events()
         mesh.announce(self._plan.counts if self._plan is not None else NOTHING)
+        self._at = None
         header = mesh.next_step(self._network.step_deadline_s)
         if header is None:
             return
@@ -216,6 +220,7 @@ class WorkerLoop(Generic[PlanT]):
     def _walk(self, header: Header, seat: int, plan: PlanT | None, end: WorkerEnd) -> None:
         """All passes of a step: this worker's own, and its part in those to which it brings no rows."""
         for index, step_pass in enumerate(header.passes):
+            self._at = index, header.passes
             end.begin(step_pass)
             if plan is not None and step_pass.rows(seat):
                 own = own_index(step_pass, index, plan.counts)
@@ -224,6 +229,13 @@ class WorkerLoop(Generic[PlanT]):
                 self._engine.run_pass(plan, own, end)
             else:
                 self._idle(self._network.layers.of(step_pass.kind), end)
+
+    def _place(self) -> str:
+        """For the log: where in a step it is."""
+        if self._at is None:
+            return ""
+        index, passes = self._at
+        return f" in pass {index + 1} of {len(passes)} ({passes[index].kind.name.lower()})"
 
     @torch.inference_mode()
     def _idle(self, layers: Sequence[int], end: WorkerEnd) -> None:

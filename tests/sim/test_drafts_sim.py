@@ -32,6 +32,17 @@ def test_random_traces(full_tier: bool) -> None:
     assert run_traces(range(size), draft_trace) > size // 4, "memory is not tight"
 
 
+@pytest.mark.verify
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(6))
+def test_long_traces(seed: int, record_result: Callable[[str, object], None]) -> None:
+    """Ragged depths, arrivals, cancellations, preemptions, aborts in every pass: 2,000 operations and more."""
+    trace = Trace(seed, 1 + seed, tiny_grammar.grammars() if seed % 2 else None, arrivals=500)
+    trace.run()
+    record_result(f"operations, seed {seed}", trace.operations)
+    assert trace.operations >= 2_000
+
+
 def _count_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ring's entries of rejected rows are replayed."""
     commit_ring = Scheduler._commit_ring

@@ -46,8 +46,10 @@ TRACES_FULL = 1_500
 class Trace:
     """One engine and the traffic that a seed gives it."""
 
-    def __init__(self, seed: int, max_draft_tokens: int = 0, source: Grammars | None = None) -> None:
-        """`source` reads the grammars that some requests then have."""
+    def __init__(
+        self, seed: int, max_draft_tokens: int = 0, source: Grammars | None = None, arrivals: int | None = None
+    ) -> None:
+        """`source` reads the grammars that some requests then have. `arrivals`: of requests, a few if not given."""
         self.random, self.source = random.Random(seed), source
         pick = self.random.randint
         page_size = self.random.choice([1, 2, 4])
@@ -78,7 +80,9 @@ class Trace:
         )
         self.accepted: dict[str, Request] = {}
         self.events: dict[str, list[TokenEvent]] = {}
-        self.arrivals = pick(1, 14)
+        self.arrivals = arrivals or pick(1, 14)
+        self.operations = 0
+        """Arrivals, cancellations, steps and aborts."""
 
     def _runner(self) -> FakeRunner:
         config, seed = self.config, self.random.getrandbits(32) if self.config.max_draft_tokens else 0
@@ -93,7 +97,7 @@ class Trace:
 
     def run(self) -> None:
         """Serve all arrivals to the end and check every answer."""
-        for _ in range(5_000):
+        for _ in range(400 * max(self.arrivals, 14)):
             self._arrive()
             self._maybe_cancel()
             plan = self.engine.plan()
@@ -113,6 +117,7 @@ class Trace:
     def _arrive(self) -> None:
         for _ in range(self.random.choice([0, 0, 1, 2]) if self.arrivals else 0):
             self.arrivals -= self.arrivals > 0
+            self.operations += 1
             request = self._request(str(len(self.accepted)))
             try:
                 self.engine.submit(request)
@@ -164,16 +169,19 @@ class Trace:
     def _maybe_cancel(self) -> None:
         if self.accepted and self.random.random() < 0.05:
             self.engine.cancel(self.random.choice(list(self.accepted)))
+            self.operations += 1
         self._note(self.engine.take_events())
 
     def _step(self, plan: StepPlan) -> None:
         while self.random.random() < 0.15:
             with pytest.raises(StepAborted):
                 self.engine.run(plan, self._failing(plan))
+            self.operations += 1
             self._maybe_cancel()
             self._check()
         self._maybe_cancel()
         self._note(self.engine.run(plan, PlainDispatcher()))
+        self.operations += 1
 
     def _failing(self, plan: StepPlan) -> PlainDispatcher:
         if self.config.max_draft_tokens:
@@ -220,6 +228,9 @@ class Trace:
     def _check_answers(self) -> None:
         assert self.scheduler.memory.pages.num_free == self.config.num_pages
         assert self.scheduler.memory.slots.num_free == self.config.num_slots
+        stats, ends = self.engine.stats(), [events[-1] for events in self.events.values()]
+        assert sum(stats.drafted_tokens.values()) == sum(event.drafted for event in ends)
+        assert sum(stats.accepted_tokens.values()) == sum(event.accepted for event in ends)
         for name, request in self.accepted.items():
             events = self.events[name]
             assert sum(event.finish_reason is not None for event in events) == 1
@@ -229,10 +240,18 @@ class Trace:
                 assert tokens == expected[: len(tokens)]
                 continue
             assert tokens == expected
+            self._check_drafts(request, events)
             told = [event.prompt_logprobs for event in events if event.prompt_logprobs is not None]
             fails = events[-1].finish_reason == "rejected"  # its rules and its grammar exclude each other
             assert len(told) == (request.prompt_logprobs is not None) or fails
             assert all(len(entries) == len(request.prompt) for entries in told)
+
+
+    def _check_drafts(self, request: Request, events: list[TokenEvent]) -> None:
+        """What an answer's end says of its drafts; the sum over all is that of the engine's counters."""
+        drafted, accepted = events[-1].drafted, events[-1].accepted
+        assert 0 <= accepted <= drafted
+        assert drafted == 0 or request.max_draft_tokens != 0
 
 
 def run_traces(seeds: range, trace_of: Callable[[int], Trace] = Trace) -> int:
