@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 PARTS = {
     "clients": "independent clients in each topology",
-    "mtp": "multi-token prediction: the layer, drafts that change nothing, how far they go, killed shards",
     "faults": "start, stop and what fails on the way: processes, sockets, files, grammars",
     "kernels": "kernels: every build that runs here, every number of rows, those of GPUs in an interpreter",
+    "mtp": "multi-token prediction: the layer, drafts that change nothing, how far they go, killed shards",
     "serve": "the API, the limits and the command line",
     "step": "what a step computes: model, engine, gang, the comparison of two checkouts",
 }

@@ -1,8 +1,8 @@
 """Fixed depths and the adaptive one beside none, on the demo model: the same tokens first, then the time.
 
-Held-out conversations are decoded greedily, so many at once, each up to the same number of tokens, by engines that take
-turns. All prompts of a wave are taken in by its first step; the steps after it are timed while all its answers go on:
-drafts let some end before others, and what remains is a smaller batch.
+Held-out conversations are decoded greedily, so many at once, by engines that take turns. All prompts of a wave are
+taken in by its first step; the steps after it are timed while all its answers go on: drafts let some end before others,
+and what remains is a smaller batch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from divisi.model.text.template import ChatTemplate
 
 BATCHES = (1, 4, 16, 32)
 _SKILLS = ("chat", "recall 1k")
-_LENGTH = 16
+_SHORTEST, _LONGEST = 16, 64
 """Tokens of each answer that is timed: longer ones are cut, conversations with shorter ones left out."""
 _A_ROUND = 8
 """Conversations at least, in as many waves as that takes."""
-_CALLS, _LONGEST_CALL = 8, 64
+_CALLS = 8
 _POOL = 64
 """Conversations, of which each wave takes some."""
 DEPTHS: dict[str, tuple[int, bool]] = {
@@ -133,7 +133,7 @@ def report(rounds: int, batches: Sequence[int] = BATCHES) -> tuple[str, bool]:
 
 def _calls(off: Contender, adaptive: Contender, rounds: int) -> Iterator[str]:
     """Tool calls, one at a time: without drafts, single-step inside of the call, and free."""
-    free = list(_conversations("call", _CALLS, _LONGEST_CALL))
+    free = list(_conversations("call", _CALLS, _LONGEST))
     span = Span(*_call_ids(), max_draft_tokens=0)
     single = [replace(request, spans=(span,)) for request in free]
     kinds = {"off": (off, free), "single-step": (adaptive, single), "free": (adaptive, free)}
@@ -192,9 +192,9 @@ def _pool(contender: Contender) -> list[Request]:
     """Conversations of each skill in turn whose answers are long enough."""
     chosen: list[list[Request]] = []
     for skill in _SKILLS:
-        conversations = list(_conversations(skill, 2 * _POOL, _LENGTH))
+        conversations = list(_conversations(skill, 2 * _POOL, _LONGEST))
         answers = contender.serve(conversations).answers
-        enough = [each for each in conversations if len(answers[each.request_id]) == _LENGTH]
+        enough = [each for each in conversations if len(answers[each.request_id]) >= _SHORTEST]
         chosen.append(enough[: _POOL // len(_SKILLS)])
     pool = [request for pair in zip(*chosen, strict=False) for request in pair]
     return [replace(request, request_id=str(number)) for number, request in enumerate((pool * _POOL)[:_POOL])]

@@ -67,7 +67,7 @@ def report(pairs: int) -> tuple[str, bool]:
             for batch, ratios in zip(_BATCHES, _measure(model_dir, pairs), strict=True):
                 rows.append(f"| {name}, batch {batch} {ratios.row(_TARGET)}")
                 passed = passed and (name != "bench-s" or ratios.verdict(_TARGET).passed)
-    title = f"BEFORE: cap 0, the MTP layer not loaded. AFTER: cap {_CAP}, every request with 0. Wanted of bench-s: {_TARGET}"
+    title = f"BEFORE: cap 0, no layer loaded. AFTER: cap {_CAP}, every request with 0. Wanted of bench-s: {_TARGET}"
     return "\n".join([title, "", *rows]), passed
 
 

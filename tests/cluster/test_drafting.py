@@ -89,7 +89,8 @@ def test_who_is_right_more_often_drafts_further() -> None:
 
 def test_who_has_read_more_drafts_less() -> None:
     """Each row reads the tokens before it."""
-    policy = MostTokensPerSecond(times_by(lambda rows: 10.0 + 0.1 * rows, lambda rows: 0.05, Reading(0.01, 0.01, 0.001)))
+    reading = Reading(0.01, 0.01, 0.001)
+    policy = MostTokensPerSecond(times_by(lambda rows: 10.0 + 0.1 * rows, lambda rows: 0.05, reading))
     short, long = taught(policy, [4] * 40), taught(policy, [4] * 40)
     short.context, long.context = 10, 2000
     assert policy.depths([short, long], ALONE) == [5, 0]

@@ -56,7 +56,8 @@ def test_the_table_of_samples() -> None:
 def test_reading_is_what_a_long_prompt_adds() -> None:
     samples = Samples()
     for cell, full, draft in (
-        (Cell(1, 0), 1.0, []), (Cell(1, 0, 101), 2.0, []), (Cell(1, 2), 1.5, [0.1, 0.1]), (Cell(1, 2, 101), 3.5, [0.2, 0.2]),
+        (Cell(1, 0), 1.0, []), (Cell(1, 0, 101), 2.0, []),
+        (Cell(1, 2), 1.5, [0.1, 0.1]), (Cell(1, 2, 101), 3.5, [0.2, 0.2]),
     ):  # fmt: skip
         samples.add(cell, full, draft)
     assert samples.measured().reading == pytest.approx((0.01, 0.005, 0.001))
