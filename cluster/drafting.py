@@ -170,9 +170,7 @@ class MostTokensPerSecond:
             depths[slot.drafter] += 1
         return depths
 
-    def _slots(
-        self, drafters: Sequence[Drafter], chances: Sequence[Sequence[float]], company: Company
-    ) -> list[_Slot]:
+    def _slots(self, drafters: Sequence[Drafter], chances: Sequence[Sequence[float]], company: Company) -> list[_Slot]:
         """All drafts that could be made, the best first; of one sequence always the earlier before the later.
 
         `chances` are of a draft to stand if those before it do. What a row costs besides reading is taken as the same

@@ -146,4 +146,3 @@ class _Curve:
 
 def _followed(scale: float, ratio: float) -> float:
     return scale + _WEIGHT * (min(max(ratio, scale / _WILDEST), scale * _WILDEST) - scale)
-

@@ -92,5 +92,3 @@ def _pair(decoders: Sequence[_Decoder], batch: int) -> tuple[float, float]:
         for index in (0, 1) if turn % 2 == 0 else (1, 0):
             seconds[index] += decoders[index].steps(_A_TURN)
     return seconds[0], seconds[1]
-
-

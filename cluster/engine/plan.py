@@ -98,22 +98,22 @@ class StepPlan:
 
     rings: tuple[Run, ...]
     scans: tuple[Run, ...]
-    num_rows: int
+    counts: tuple[int, ...]
+    """Rows by pass: of the draft passes, then of the one over all layers."""
     drafting: tuple[Run, ...] = ()
     """The ring runs with drafts, those with the most first: a draft pass has a row of each that drafts so far."""
     growths: tuple[PageGrowth, ...] = ()
     ops: MemoryOps = NO_OPS
 
     @property
+    def num_rows(self) -> int:
+        """Of the pass over all layers."""
+        return self.counts[-1]
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         """All runs in the order of their rows."""
         return self.rings + self.scans
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Rows by pass: of the draft passes, then of the one over all layers."""
-        most = self.drafting[0].num_drafts if self.drafting else 0
-        return (*[sum([run.num_drafts > ahead for run in self.drafting]) for ahead in range(most)], self.num_rows)
 
     @property
     def choosing(self) -> list[Run]:
@@ -165,7 +165,9 @@ class PlanLayout:
             row += run.num_rows
             logit_row += len(run.logit_positions)
         drafting = sorted((run for run in rings if run.num_rows > 1), key=lambda run: -run.num_rows)
-        return StepPlan(tuple(rings), tuple(scans), row, tuple(drafting), growths, ops)
+        most = drafting[0].num_drafts if drafting else 0
+        counts = (*[sum([run.num_drafts > ahead for run in drafting]) for ahead in range(most)], row)
+        return StepPlan(tuple(rings), tuple(scans), counts, tuple(drafting), growths, ops)
 
 
 def _ring(sequence: Sequence, drafts: int, row: int) -> Run:

@@ -40,6 +40,8 @@ class BatchBuilder:
         self._ints = _IntBuffer(12 * size + 64)
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
+        self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
+        self._drafting: tuple[Tensor, Tensor] = (self._starts_S1[:0], self._starts_S1[:0])
         shape = (config.max_seqs, config.max_pages_per_sequence)
         self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -76,30 +78,37 @@ class BatchBuilder:
         )
 
     def build_draft(self, plan: StepPlan, index: int, drafts: Drafts) -> StepBatch:
-        """Lay out a draft pass: a row for each run that drafts so far, of its last token or its last draft."""
+        """Lay out a draft pass: a row for each run that drafts so far, of its last token or its last draft.
+
+        The first pass of a step comes first: what stays is laid out by it, and those that draft on are its first rows.
+        """
         ints, runs = self._ints, plan.drafting[: plan.counts[index]]
         count, size = len(runs), self._page_size
+        if index == 0:
+            self._drafting = self._lay_out_drafting(runs)
+        slots_S, pages_SN = (part[:count] for part in self._drafting)
         ints.clear()
         at = [run.start + index for run in runs]
         self._token_ids[:count] = [max(self._last_token(run, drafts), 0) for run in runs]
-        parts = [
-            ints.put(at),
-            ints.put([_kv_row(run, position, size) for run, position in zip(runs, at, strict=True)]),
-            ints.put([*range(count + 1)]),
-            ints.put([run.source for run in runs]),
-            ints.put([run.sequence.holding.table for run in runs]),
-        ]
+        rows = [_kv_row(run, position, size) for run, position in zip(runs, at, strict=True)]
+        parts = ints.put(at), ints.put(rows)
         on_device = ints.to(self._device)
-        positions_T, kv_rows_T, starts_S1, slots_S, tables_S = (on_device[part] for part in parts)
+        positions_T, kv_rows_T = (on_device[part] for part in parts)
         return StepBatch(
             token_ids_T=self._token_ids_T[:count].to(self._device),
             positions_T=positions_T,
             kv_rows_T=kv_rows_T,
-            decode=DecodeRows(starts_S1, positions_T, slots_S, self._pages(runs, tables_S)),
+            decode=DecodeRows(self._starts_S1[: count + 1], positions_T, slots_S, pages_SN),
             prefill=None,
             decode_rows=count,
             logit_rows_R=self._logit_rows_T[:count],
         )
+
+    def _lay_out_drafting(self, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+        """Slots [S] and page tables [S, N] of a step's draft passes, as far as its last one needs them."""
+        values = [[run.source for run in runs], [run.sequence.holding.table for run in runs]]
+        slots_S, tables_S = torch.tensor(values, dtype=torch.int32).to(self._device)
+        return slots_S, self._pages(runs, tables_S)
 
     @staticmethod
     def _last_token(run: Run, drafts: Drafts) -> int:

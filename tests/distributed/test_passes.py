@@ -130,6 +130,8 @@ class CountedEngine:
     plans: list[CountedPlan] = field(default_factory=list)
     ran: list[int] = field(default_factory=list)
     commits: int = 0
+    plain_elsewhere: int = -1
+    """As it was told last."""
 
     def submit(self, request: Request) -> None:
         raise AssertionError
@@ -138,7 +140,7 @@ class CountedEngine:
         raise AssertionError
 
     def beside(self, sequences: int) -> None:
-        """Of no interest here."""
+        self.plain_elsewhere = sequences
 
     def take_events(self) -> Sequence[TokenEvent]:
         return ()
@@ -246,6 +248,8 @@ def check_step(shape: GangShape, fault: Fault | None) -> None:
         for _ in COUNTS:
             assert gang.committed.acquire(timeout=20), [rank.error for rank in gang.workers]
     assert [engine.commits for engine in gang.engines] == [1, 1]
+    # Of the other's five rows three are drafts, and the two that draft are not plain; of its three none is.
+    assert [engine.plain_elsewhere for engine in gang.engines] == [3, 0]
     assert gang.engines[0].ran[-3:] == [0, 1, 2]
     assert gang.engines[1].ran[-1:] == [0]
     everything = [(step_pass, list(LAYERS.of(step_pass.kind))) for step_pass in MERGED]
@@ -279,7 +283,9 @@ def test_an_abort_in_any_pass_runs_all_of_them_again(
     shape: GangShape, seat: Seat, at: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_step(shape, Fault(seat, at))
-    left = [record.args for record in caplog.records if record.message.startswith("left epoch 1")]
+    left = [record.message for record in caplog.records if record.message.startswith("left epoch 1")]
     assert len(left) == shape.size
+    kind = "full" if at == len(MERGED) - 1 else "draft"
+    assert any(f" in pass {at + 1} of {len(MERGED)} ({kind}): " in message for message in left)
     # Who kept an error would keep its traceback, the transfers in it, and with them the peers' connections open.
     assert all(isinstance(args, tuple) and not any(isinstance(arg, Exception) for arg in args) for args in left)

@@ -62,7 +62,7 @@ def test_replies_are_those_of_a_server_without_drafts(shape: str, tmp_path: Path
     assert told["accepted"] <= accepted * 1.1
 
 
-def stream_and_kill(cluster: Cluster, number: int, after: int) -> str:
+def stream_and_kill(cluster: Cluster, number: int, after: int, rng: random.Random) -> str:
     """An answer whose cluster loses a shard after so many characters."""
     body = {
         "model": "divisi-demo", "prompt": f"Once upon a time, {number}", "max_tokens": TOKENS, "temperature": 0,
@@ -76,7 +76,7 @@ def stream_and_kill(cluster: Cluster, number: int, after: int) -> str:
                 got += "".join(re.findall(r'"text":"((?:[^"\\]|\\.)*)"', line))
             if not killed and len(got) >= after:
                 shards = cluster.processes("ExpertShardActor")
-                os.kill(random.choice(shards).pid, signal.SIGKILL)
+                os.kill(rng.choice(shards).pid, signal.SIGKILL)
                 killed = True
     assert killed, "the answer ended too early"
     return got
@@ -88,12 +88,14 @@ def test_answers_outlive_twenty_killed_shards(tmp_path: Path, record_result: Rec
     flags = ("--expert-shards", "2", *SIZES, "--mtp-max-draft-tokens", "3", "--no-mtp-adaptive")
     in_drafts = kills = 0
     with running_cluster(checkpoint_dir(), log, *flags) as cluster:
-        wanted = {number: stream_and_kill(cluster, number, -1) for number in range(4)}
+        wanted = {number: stream_and_kill(cluster, number, -1, rng) for number in range(4)}
         while kills < KILLS or in_drafts < IN_DRAFTS:
             assert kills < 3 * KILLS, f"only {in_drafts} of {kills} kills hit a draft pass"
             number = kills % len(wanted)
             after = rng.randrange(1, len(wanted[number]) // 2)
-            assert stream_and_kill(cluster, number, after) == wanted[number], f"kill {kills}, after {after} characters"
+            assert stream_and_kill(cluster, number, after, rng) == wanted[number], (
+                f"kill {kills}, after {after} characters"
+            )
             kills += 1
             cluster.wait_until_ready(60)
             in_drafts = len(re.findall(r"left epoch \d+ in pass \d+ of 4 \(draft\)", log.read_text(errors="replace")))
