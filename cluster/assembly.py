@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -166,11 +167,7 @@ def build_engine(
     if not limits.max_draft_tokens or not spec.adaptive_drafts:
         return assemble_engine(limits, runner, grammars, device, wake), experts
     times = StepTimes()
-    calibration = Remembered(
-        _calibration(limits, runner, device, times),
-        lambda: times_file.TimesFile(times_file.CACHE, times_file.circumstances(spec, max_rows(spec, config))),
-        times,
-    )
+    file = partial(_times_file, spec, max_rows(spec, config))
     engine = Engine(
         runner,
         Sampler(),
@@ -179,10 +176,14 @@ def build_engine(
         stopwatch=runner.stopwatch,
         grammars=grammars,
         times=times,
-        rehearsal=calibration,
+        rehearsal=Remembered(_calibration(limits, runner, device, times), file, times),
         wake=wake,
     )
     return engine, experts
+
+
+def _times_file(spec: GangSpec, rows: int) -> times_file.TimesFile:
+    return times_file.TimesFile(times_file.CACHE, times_file.circumstances(spec, rows))
 
 
 def _calibration(limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes) -> Calibration:

@@ -116,7 +116,7 @@ class Engine:
         """Of the step under way, once all of its passes have run."""
         self._compiling: dict[str, tuple[Request, Future[Guide]]] = {}
         """Requests whose grammar is being compiled; not in the queue yet, so that they hold up nobody."""
-        self._steps = self._aborted_steps = self._prefill_tokens = self._generated_tokens = 0
+        self._steps = self._aborted_steps = self._aborted_drafting = self._prefill_tokens = self._generated_tokens = 0
 
     def submit(self, request: Request) -> None:
         """Queue a request, once its grammar is compiled. Raises RequestRejected if it can never be served."""
@@ -178,6 +178,7 @@ class Engine:
                 self._run_full(plan, dispatcher)
         except StepAborted:
             self._aborted_steps += 1
+            self._aborted_drafting += index < len(plan.counts) - 1
             raise
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
@@ -264,6 +265,7 @@ class Engine:
             drafted_tokens=dict(scheduler.drafts.drafted),
             accepted_tokens=dict(scheduler.drafts.accepted),
             step_seconds=self._stopwatch.totals(),
+            aborted_drafting=self._aborted_drafting,
         )
 
     def _queue(self, request: Request, guide: Guide | None = None) -> None:

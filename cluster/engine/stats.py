@@ -29,3 +29,5 @@ class EngineStats:
     """Those of them that stood; the answers' tokens all the same."""
     step_seconds: dict[str, float]
     """Time in steps by part: scheduler, mixer, router, dispatch, experts, draft, sampling, other."""
+    aborted_drafting: int = 0
+    """Of the aborted steps those that were drafting."""
