@@ -5,7 +5,7 @@ A step's rows are laid out here, once: those of the ring runs first, then those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -98,17 +98,18 @@ class StepPlan:
 
     rings: tuple[Run, ...]
     scans: tuple[Run, ...]
-    counts: tuple[int, ...]
-    """Rows by pass: of the draft passes, then of the one over all layers."""
+    num_rows: int
     drafting: tuple[Run, ...] = ()
     """The ring runs with drafts, those with the most first: a draft pass has a row of each that drafts so far."""
     growths: tuple[PageGrowth, ...] = ()
     ops: MemoryOps = NO_OPS
+    counts: tuple[int, ...] = field(init=False)
+    """Rows by pass: of the draft passes, then of the one over all layers."""
 
-    @property
-    def num_rows(self) -> int:
-        """Of the pass over all layers."""
-        return self.counts[-1]
+    def __post_init__(self) -> None:
+        most = self.drafting[0].num_drafts if self.drafting else 0
+        drafts = [sum([run.num_drafts > ahead for run in self.drafting]) for ahead in range(most)]
+        object.__setattr__(self, "counts", (*drafts, self.num_rows))
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -165,9 +166,7 @@ class PlanLayout:
             row += run.num_rows
             logit_row += len(run.logit_positions)
         drafting = sorted((run for run in rings if run.num_rows > 1), key=lambda run: -run.num_rows)
-        most = drafting[0].num_drafts if drafting else 0
-        counts = (*[sum([run.num_drafts > ahead for run in drafting]) for ahead in range(most)], row)
-        return StepPlan(tuple(rings), tuple(scans), counts, tuple(drafting), growths, ops)
+        return StepPlan(tuple(rings), tuple(scans), row, tuple(drafting), growths, ops)
 
 
 def _ring(sequence: Sequence, drafts: int, row: int) -> Run:
