@@ -183,7 +183,7 @@ def build_engine(
 
 
 def _times_file(spec: GangSpec, rows: int) -> times_file.TimesFile:
-    return times_file.TimesFile(times_file.CACHE, times_file.circumstances(spec, rows))
+    return times_file.TimesFile(times_file.cache_folder(), times_file.circumstances(spec, rows))
 
 
 def _calibration(limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes) -> Calibration:

@@ -18,7 +18,6 @@ from divisi.cluster.step_times import Measured, Reading
 
 log = logging.getLogger(__name__)
 
-CACHE = Path.home() / ".cache" / "divisi"
 _CODE = ("kernels", "model", "cluster")
 """Folders whose sources say which version it is that was measured."""
 
@@ -60,6 +59,14 @@ class TimesFile:
             Path(scratch.name).replace(self._path)
         except OSError as error:
             log.warning("step times are measured again at the next start: %s cannot be written (%s)", self._path, error)
+
+
+def cache_folder() -> Path:
+    """The user's; one of temporary files for a user without a home."""
+    try:
+        return Path.home() / ".cache" / "divisi"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "divisi"
 
 
 def circumstances(spec: GangSpec, max_rows: int) -> dict[str, str]:

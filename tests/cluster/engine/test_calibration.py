@@ -73,7 +73,7 @@ def test_noise_makes_no_further_row_dearer_than_the_first() -> None:
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GangSpec:
-    monkeypatch.setattr(times_file, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(times_file, "cache_folder", lambda: tmp_path / "cache")
     return small_spec(checkpoint_dir(), GangShape(1, 0), max_draft_tokens=2, max_seqs=2, max_model_len=256)
 
 
