@@ -35,7 +35,7 @@ _SHORTEST, _LONGEST = 16, 64
 _A_ROUND = 8
 """Conversations at least, in as many waves as that takes."""
 _CALLS = 8
-_POOL = 64
+_POOL = 32
 """Conversations, of which each wave takes some."""
 DEPTHS: dict[str, tuple[int, bool]] = {
     "off": (0, False),
@@ -192,7 +192,7 @@ def _pool(contender: Contender) -> list[Request]:
     """Conversations of each skill in turn whose answers are long enough."""
     chosen: list[list[Request]] = []
     for skill in _SKILLS:
-        conversations = list(_conversations(skill, 2 * _POOL, _LONGEST))
+        conversations = list(_conversations(skill, _POOL, _LONGEST))
         answers = contender.serve(conversations).answers
         enough = [each for each in conversations if len(answers[each.request_id]) >= _SHORTEST]
         chosen.append(enough[: _POOL // len(_SKILLS)])
