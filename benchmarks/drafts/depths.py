@@ -177,7 +177,7 @@ def _verdicts(waves: Waves, batches: Sequence[int]) -> Iterator[str]:
     fixed = [name for name, (most, adaptive) in DEPTHS.items() if not adaptive]
     for batch in batches:
         best = max(fixed, key=lambda name: statistics.median(_ratios(waves, name, "off", batch)))
-        wanted = {"off": _ALONE if batch == 1 else _OF_OFF, best: _OF_BEST}
+        wanted = {best: _OF_BEST} | {"off": _ALONE if batch == 1 else _OF_OFF}
         for name, least in wanted.items():
             ratio = statistics.median(_ratios(waves, "adaptive", name, batch))
             verdict = "met" if ratio >= least else "MISSED"

@@ -283,9 +283,10 @@ def test_an_abort_in_any_pass_runs_all_of_them_again(
     shape: GangShape, seat: Seat, at: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     check_step(shape, Fault(seat, at))
-    left = [record.message for record in caplog.records if record.message.startswith("left epoch 1")]
-    assert len(left) == shape.size
+    records = [record for record in caplog.records if record.message.startswith("left epoch 1")]
+    assert len(records) == shape.size
     kind = "full" if at == len(MERGED) - 1 else "draft"
-    assert any(f" in pass {at + 1} of {len(MERGED)} ({kind}): " in message for message in left)
+    assert any(f" in pass {at + 1} of {len(MERGED)} ({kind}): " in record.message for record in records)
     # Who kept an error would keep its traceback, the transfers in it, and with them the peers' connections open.
+    left = [record.args for record in records]
     assert all(isinstance(args, tuple) and not any(isinstance(arg, Exception) for arg in args) for args in left)

@@ -88,5 +88,5 @@ def compare(
             assert drafted == (0, 0)
         counts["accepted"] += drafted[0]
         counts["rejected"] += drafted[1]
-    assert counts["errors"] < len(asked) // 10, "too few whole answers to say anything"
+    assert counts["errors"] <= len(asked) // 5, "too few whole answers to say anything"
     return counts["accepted"], counts["rejected"]
