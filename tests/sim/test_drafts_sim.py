@@ -37,7 +37,7 @@ def test_random_traces(full_tier: bool) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_long_traces(seed: int, record_result: Callable[[str, object], None]) -> None:
     """Ragged depths, arrivals, cancellations, preemptions, aborts in every pass: 2,000 operations and more."""
-    trace = Trace(seed, 1 + seed, tiny_grammar.grammars() if seed % 2 else None, arrivals=500)
+    trace = Trace(seed, 1 + seed, tiny_grammar.grammars() if seed % 2 else None, arrivals=900)
     trace.run()
     record_result(f"operations, seed {seed}", trace.operations)
     assert trace.operations >= 2_000
