@@ -45,7 +45,8 @@ class Agreeing(Sampler):
         """See Sampler. What was drafted stands; tokens differ, as do the experts that they visit."""
         sampled = super().sample(logits_RV, batch, positions_R, masks, ahead_RA)
         mixed_R = (positions_R.astype(np.uint64) * 7919 + batch.free.seeds_R * 104729) % logits_RV.shape[-1]
-        return Sampled(torch.from_numpy(mixed_R.astype(np.int64)), sampled.logprobs)
+        # Behind the sampler's own work on its device, so that whoever reads the tokens waits for that, too.
+        return Sampled(torch.from_numpy(mixed_R.astype(np.int64)).to(logits_RV.device), sampled.logprobs)
 
 
 class Calibration:
