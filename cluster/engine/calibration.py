@@ -108,7 +108,9 @@ class Calibration:
         return True
 
     def _end_cell(self) -> None:
-        self._engine.fail_all("it was measured")
+        """Between two steps, so that what is cancelled has ended."""
+        for number in range(0 if self._cell is None else self._cell.sequences):
+            self._engine.cancel(str(number))
         self._engine.take_events()
 
 
