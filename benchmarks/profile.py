@@ -49,7 +49,8 @@ def main(options: argparse.Namespace) -> int:
         for kind, size in _CELLS:
             bandwidth, gemm = machine.read_bandwidth(options.threads), gemm_rate()
             seconds, by_operation = min((_round(engine, clock, kind, size) for _ in range(_ROUNDS)), key=lambda r: r[0])
-            shares = ", ".join(f"{name} {100 * spent / seconds:.0f} %" for name, spent in by_operation.most_common(6))
+            longest = list(by_operation.items())[:6]
+            shares = ", ".join(f"{name} {100 * spent / seconds:.0f} %" for name, spent in longest)
             rest = 100 * (1 - sum(by_operation.values()) / seconds)
             told = f"{kind} {size}: {seconds * 1e3:.2f} ms; {shares}, the rest {rest:.0f} %"
             if (kind, size) == ("decode", 1):
@@ -63,10 +64,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 class _Clock:
-    """Seconds by operation."""
+    """Time by operation."""
 
     def __init__(self) -> None:
-        self.spent: Counter[str] = Counter()
+        self.spent_ns: Counter[str] = Counter()
 
     def select(self, *arguments: Any, **options: Any) -> Kernels:
         kernels = select_kernels(*arguments, **options)
@@ -76,24 +77,22 @@ class _Clock:
 
     def _timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
+            start = time.perf_counter_ns()
             result = operation(*arguments)
-            self.spent[name] += time.perf_counter() - start
+            self.spent_ns[name] += time.perf_counter_ns() - start
             return result
 
         return timed
 
 
-def _round(engine: DivisiEngine, clock: _Clock, kind: str, size: int) -> tuple[float, Counter[str]]:
-    """Seconds of a step, or of a prefill, and of its operations."""
-    clock.spent.clear()
+def _round(engine: DivisiEngine, clock: _Clock, kind: str, size: int) -> tuple[float, dict[str, float]]:
+    """Seconds of a step, or of a prefill, and of its operations, the longest first."""
+    clock.spent_ns.clear()
     if kind == "prefill":
-        seconds = engine.prefill(size)
-        return seconds, Counter(clock.spent)
-    before = Counter(clock.spent)
-    seconds = engine.decode(size, _STEPS) / _STEPS
-    clock.spent.subtract(before)
-    return seconds, Counter({name: spent / (_STEPS + 1) for name, spent in clock.spent.items()})
+        seconds, steps = engine.prefill(size), 1
+    else:
+        seconds, steps = engine.decode(size, _STEPS) / _STEPS, _STEPS + 1  # and one that fills the batch
+    return seconds, {name: spent / steps / 1e9 for name, spent in clock.spent_ns.most_common()}
 
 
 def gemm_rate() -> float:
