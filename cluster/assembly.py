@@ -13,6 +13,7 @@ import torch
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
 from divisi.cluster.dispatch.local import Local
+from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.drafting import FixedDepth, MostTokensPerSecond
@@ -23,6 +24,7 @@ from divisi.cluster.engine.grammar import Grammars
 from divisi.cluster.engine.memory_budget import MemoryBudget
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.gang.inbox import EpochInbox
+from divisi.cluster.gang.observer import ShardObserver
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.threads import CoreShare
@@ -97,6 +99,20 @@ def pass_layers(config: ModelConfig) -> PassLayers:
     return PassLayers(full=config.moe_layers, draft=config.draft_moe_layers)
 
 
+def metered(spec: GangSpec, config: ModelConfig, experts: Experts, index: int) -> MeteredExperts:
+    """The experts of the `index`-th share, or all of them, with a meter."""
+    layers = (*config.moe_layers, *config.draft_moe_layers)
+    shares = spec.shape.expert_shards
+    held = shard_experts(config, shares)[index] if shares else range(config.num_experts)
+    return MeteredExperts(experts, layers, held, config.num_experts, torch.device(spec.device))
+
+
+def memory_units(spec: GangSpec, config: ModelConfig) -> tuple[int, int]:
+    """Bytes of a KV page and of a state slot."""
+    per_page = StateStore.bytes_per_page(config, spec.page_size, torch_dtype(spec))
+    return per_page, StateStore.bytes_per_slot(config, max_rows(spec, config))
+
+
 def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
     """How an attention worker reaches its gang."""
     device = torch.device(spec.device)
@@ -115,12 +131,17 @@ def load_shard(
 
 
 def shard_loop(
-    spec: GangSpec, config: ModelConfig, experts: ExpertBank, inbox: EpochInbox, reports: EpochReports
+    spec: GangSpec,
+    config: ModelConfig,
+    experts: Experts,
+    inbox: EpochInbox,
+    reports: EpochReports,
+    observer: ShardObserver | None = None,
 ) -> ShardLoop:
     """The loop that serves a shard's experts."""
     mode, device = sharded_mode(spec, config), torch.device(spec.device)
     cores = CoreShare(spec.threads, spec.core_plan)
-    return ShardLoop(experts, mode, pass_layers(config), device, cores, inbox, reports)
+    return ShardLoop(experts, mode, pass_layers(config), device, cores, inbox, reports, observer)
 
 
 def build_engine(

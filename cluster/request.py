@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from divisi.cluster.telemetry.slices import Slice
 from divisi.cluster.triggers import Span
 
 EndReason = Literal["stop", "length", "cancelled", "rejected", "error"]
@@ -54,9 +55,11 @@ class Request:
     `logprobs`: None for none, 0 for the chosen token's only, n for the n best besides; `prompt_logprobs` the same
     for the prompt's tokens. Until `min_tokens` were generated, the stop ids of both kinds are masked. `grammar` is
     an llguidance grammar, validated by the ingress, that the answer must follow. `max_draft_tokens` limits what the MTP
-    layer drafts in a step, 0 turns it off; None: as the gang does. `answered` are the answer's first tokens, where
-    another worker has begun it: they count as generated and are not told again. `arrived` is when the request came to
-    its ingress, in seconds of this process's monotonic clock (the wire carries its age): who came first goes first.
+    layer drafts in a step, 0 turns it off; None: as the gang does. `slice` is what its times are counted under.
+    `trace`, a `traceparent`, names the span that the worker's are children of; empty where none is recorded.
+    `answered` are the answer's first tokens, where another worker has begun it: they count as generated and are not
+    told again. `arrived` is when the request came to its ingress, in seconds of this process's monotonic clock (the
+    wire carries its age): who came first goes first.
     """
 
     request_id: str
@@ -71,6 +74,8 @@ class Request:
     max_draft_tokens: int | None = None
     content_stop_ids: frozenset[int] = frozenset()
     spans: tuple[Span, ...] = ()
+    slice: Slice = "chat"
+    trace: str = ""
     answered: tuple[int, ...] = ()
     arrived: float = 0.0
 

@@ -90,6 +90,20 @@ class Address:
     port: int = 0
     streams: StreamAddress | None = None
     """Of an attention worker."""
+    metrics: int = 0
+    """Port on which its metrics are scraped; 0: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScrapeTarget:
+    """A process whose metrics can be scraped."""
+
+    role: str
+    """`ingress`, `attention`, `expert` or `coordinator`."""
+    index: int
+    """Of its seat; else a number that no other process of the role has at the time."""
+    host: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True)

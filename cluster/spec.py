@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from divisi.cluster.cores import CorePlan
 from divisi.cluster.door import TlsFiles
 from divisi.cluster.seats import GangShape
+from divisi.cluster.telemetry.spec import TelemetrySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class GangSpec:
     """Most tokens that the MTP layer drafts for a sequence in a step; 0: its weights are left alone."""
     adaptive_drafts: bool = True
     """Whether fewer are drafted where that makes more tokens per second."""
+    telemetry: TelemetrySpec = field(default_factory=TelemetrySpec)
 
     @property
     def worker_step_tokens(self) -> int:

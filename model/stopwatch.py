@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Literal
 
-Part = Literal["scheduler", "mixer", "router", "dispatch", "experts", "draft", "sampling", "other"]
+Part = Literal["scheduler", "mixer", "router", "dispatch", "shared", "experts", "draft", "sampling", "other"]
 
 
 class Stopwatch:

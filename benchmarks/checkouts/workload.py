@@ -115,7 +115,7 @@ class Workload:
 
 def unused_fields(fields: Iterable[str], requests: Iterable[Spec]) -> list[str]:
     """Those of `fields` that no request sets; a field that the workload doesn't know yet is among them."""
-    used = {"request_id", "sampling"}
+    used = {"request_id", "sampling", "slice", "trace"}  # the last two are for telemetry and decide nothing
     for spec in requests:
         used |= spec["request"].keys() | spec["request"]["sampling"].keys()
     return sorted(set(fields) - used)

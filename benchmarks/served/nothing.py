@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from divisi.cluster.engine.plan import Run
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, TokenEvent
@@ -30,6 +31,8 @@ class EmptyPlan:
     """A step with a row for each running request."""
 
     rows: int
+    rings: tuple[Run, ...] = ()
+    scans: tuple[Run, ...] = ()
 
     @property
     def counts(self) -> tuple[int, ...]:

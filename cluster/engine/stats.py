@@ -28,6 +28,7 @@ class EngineStats:
     accepted_tokens: dict[str, int]
     """Those of them that stood; the answers' tokens all the same."""
     step_seconds: dict[str, float]
-    """Time in steps by part: scheduler, mixer, router, dispatch, experts, draft, sampling, other."""
+    """Time in steps by part: scheduler, mixer, router, dispatch (sending), shared (the shared expert), experts (the
+    routed ones, or the wait for them), draft, sampling, other."""
     aborted_drafting: int = 0
     """Of the aborted steps those that were drafting."""

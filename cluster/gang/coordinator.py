@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from divisi.cluster.gang.drain import Drain
+from divisi.cluster.gang.ordinals import Ordinals
 from divisi.cluster.gang.roster import Directive, Roster
-from divisi.cluster.seats import Address, GangShape, Role, Seat, StreamAddress
+from divisi.cluster.seats import Address, GangShape, Role, ScrapeTarget, Seat, StreamAddress
 
 Stats = Mapping[str, float | Mapping[str, float]]
+"""Of one rank, by name; some are by one or two more keys, written `chat 1`."""
 
 
 class CoordinatorClient(Protocol):
@@ -70,6 +73,10 @@ class CoordinatorStatus:
     """Ranks that could not load, and why."""
     streams: tuple[StreamAddress, ...] = ()
     """Where the ingresses reach the attention workers."""
+    gang: Stats = field(default_factory=dict)
+    """Seats and epochs in numbers."""
+    targets: tuple[ScrapeTarget, ...] = ()
+    """Whose metrics can be scraped."""
 
 
 class Coordinator:
@@ -92,6 +99,11 @@ class Coordinator:
         self._stats: dict[str, Stats] = {}
         self._progress: dict[str, str] = {}
         self._failures: dict[str, str] = {}
+        self._ingresses = Ordinals()
+        self._joins: Counter[str] = Counter()
+        self._epochs, self._last_epoch = 0, 0
+        self.own_target: ScrapeTarget | None = None
+        """Where this process is scraped."""
 
     def join(
         self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
@@ -99,7 +111,11 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.expire(self._clock())
+            known = {holder.holder_id for holder in self._roster.holders()}
             seat = self._roster.join(holder_id, role, address, self._clock(), index, loading)
+            if seat is not None and holder_id not in known:
+                self._joins[str(seat)] += 1
+            self._count_epochs()
             self._changed.notify_all()
         return seat
 
@@ -107,6 +123,7 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.loaded(holder_id)
+            self._count_epochs()
             self._changed.notify_all()
 
     def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
@@ -134,12 +151,14 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.left(holder_id, epoch, reason, self._clock())
+            self._count_epochs()
             self._changed.notify_all()
 
     def leave(self, holder_id: str, reason: str) -> None:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.leave(holder_id, reason, self._clock())
+            self._count_epochs()
             self._changed.notify_all()
 
     def push_stats(self, holder_id: str, stats: Stats) -> None:
@@ -168,13 +187,21 @@ class Coordinator:
         with self._changed:
             return self._drain.report(ingress_id, answers)
 
+    def register_ingress(self, ingress_id: str, host: str, port: int, former: int | None = None) -> int:
+        """An ingress replica is there, scraped on that port; returns its number. To be called every few seconds."""
+        with self._changed:
+            return self._ingresses.renew(ingress_id, host, port, self._clock(), former)
+
     def open_answers(self) -> int:
         """Answers that the ingress replicas have open, by their last reports."""
         with self._changed:
             return self._drain.open_answers()
 
-    def status(self) -> CoordinatorStatus:
-        """Readiness, the reason for it, and the last statistics of each seat."""
+    def status(self, traceparent: str = "") -> CoordinatorStatus:
+        """Readiness, the reason for it, and the last statistics of each seat.
+
+        `traceparent` names the span of a request that asks, if it is traced.
+        """
         with self._changed:
             if self._expired():
                 self._changed.notify_all()
@@ -189,9 +216,43 @@ class Coordinator:
                 progress=dict(self._progress),
                 failures=dict(self._failures),
                 streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
+                gang=self._numbers(),
+                targets=self._targets(),
             )
+
+    def numbers(self) -> Stats:
+        """Seats, epochs and readiness in numbers."""
+        with self._changed:
+            ready = self._roster.ready() and not self._drain.begun
+            return {"ready": float(ready), **self._numbers()}
+
+    def _numbers(self) -> Stats:
+        membership = self._roster.membership
+        return {
+            "seats": self._roster.shape.size,
+            "seats_filled": sum(1 for _ in self._roster.holders()),
+            "epoch": 0 if membership is None else membership.epoch,
+            "epochs": self._epochs,
+            "seat_joins": dict(self._joins),
+        }
+
+    def _targets(self) -> tuple[ScrapeTarget, ...]:
+        targets = [] if self.own_target is None else [self.own_target]
+        targets += [ScrapeTarget("ingress", *known) for known in self._ingresses.all(self._clock()) if known[2]]
+        for holder in sorted(self._roster.holders(), key=lambda holder: holder.seat):
+            if holder.address.metrics:
+                seat, address = holder.seat, holder.address
+                targets.append(ScrapeTarget(seat.role, seat.index, address.host, address.metrics))
+        return tuple(targets)
+
+    def _count_epochs(self) -> None:
+        membership = self._roster.membership
+        if membership is not None and membership.epoch != self._last_epoch:
+            self._last_epoch = membership.epoch
+            self._epochs += 1
 
     def _expired(self) -> bool:
         before = self._roster.membership
         self._roster.expire(self._clock())
+        self._count_epochs()
         return self._roster.membership is not before

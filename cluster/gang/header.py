@@ -74,7 +74,7 @@ class Header:
     passes: tuple[Pass, ...]
     """Drafts first, the full pass last."""
     trace: bytes = b""
-    """Room for the trace context of a step whose spans are recorded; unused. At most 255 bytes."""
+    """The span of a step that is sampled, for the observers; else empty. At most 255 bytes."""
 
     def includes(self, worker: int) -> bool:
         """Whether `attention:worker` brings rows to any pass."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +36,21 @@ class ShardLinks:
 
 @contextlib.contextmanager
 def worker_links(
-    assignment: Assignment, inbox: EpochInbox, listener: socket.socket, device: torch.device
+    assignment: Assignment,
+    inbox: EpochInbox,
+    listener: socket.socket,
+    device: torch.device,
+    mark: Callable[[], bytes] = bytes,
 ) -> Iterator[WorkerLinks]:
-    """Meet the other ranks; on the way out all connections are dropped, so that they notice. Raises StepAborted."""
+    """Meet the other ranks; on the way out all connections are dropped, so that they notice. Raises StepAborted.
+
+    `mark` gives a leader what the next header carries for observers.
+    """
     deadline = time.monotonic() + _MEET_S
     with contextlib.ExitStack() as stack:
         mesh: LeaderMesh | FollowerMesh
         if assignment.rank == 0:
-            mesh = LeaderMesh(listener, assignment.membership, inbox, deadline)
+            mesh = LeaderMesh(listener, assignment.membership, inbox, deadline, mark)
         else:
             mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline)
         stack.callback(mesh.close)

@@ -11,7 +11,7 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from divisi.cluster.errors import StepAborted
@@ -89,10 +89,21 @@ Source = TypeVar("Source", bound="HasFd")
 class LeaderMesh:
     """The leader's end: collects announcements, sends headers. With a gang of one it has no connection at all."""
 
-    def __init__(self, listener: socket.socket, membership: Membership, inbox: EpochInbox, deadline: float) -> None:
-        """Wait until every other rank has said hello. Raises StepAborted."""
+    def __init__(
+        self,
+        listener: socket.socket,
+        membership: Membership,
+        inbox: EpochInbox,
+        deadline: float,
+        mark: Callable[[], bytes] = bytes,
+    ) -> None:
+        """Wait until every other rank has said hello. `mark` gives what a header carries for observers.
+
+        Raises StepAborted.
+        """
         self._membership = membership
         self._inbox = inbox
+        self._mark = mark
         self._step = 0
         self._agreement = StepAgreement(range(membership.shape.attention_workers))
         self._deadline: float | None = None
@@ -126,7 +137,7 @@ class LeaderMesh:
             return None
         self._step += 1
         self._deadline = None
-        header = Header(self._membership.epoch, self._step, passes)
+        header = Header(self._membership.epoch, self._step, passes, self._mark())
         data = header.encode()
         for peer in self._peers.values():
             peer.send(data)

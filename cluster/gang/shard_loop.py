@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from divisi.cluster.dispatch.protocol import Experts, ShardedMode, ShardEnd
 from divisi.cluster.errors import StepAborted
+from divisi.cluster.gang.header import Header
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import shard_links
+from divisi.cluster.gang.observer import ShardObserver
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.passes import Pass, PassLayers
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def serve_steps(steps: Iterable[Sequence[Pass]], end: ShardEnd, layers: PassLayers) -> None:
+def serve_steps(steps: Iterable[Iterable[Pass]], end: ShardEnd, layers: PassLayers) -> None:
     """Serve steps, each given by its passes, until there are no more. Raises StepAborted."""
     for passes in steps:
         for step_pass in passes:
@@ -40,6 +42,7 @@ class ShardLoop:
     cores: CoreShare
     inbox: EpochInbox
     reports: EpochReports
+    observer: ShardObserver | None = None
 
     def run(self) -> None:
         """Enter the epochs that the inbox offers."""
@@ -54,6 +57,8 @@ class ShardLoop:
                 # Its text only: whoever keeps the error keeps the epoch's transfers, and the peers' connections open.
                 reason = str(error)
                 log.warning("left epoch %d: %s", assignment.membership.epoch, reason)
+                if self.observer is not None:
+                    self.observer.ended(reason)
                 self.reports.left(assignment.membership.epoch, reason)
 
     def _serve(self, assignment: Assignment) -> None:
@@ -64,4 +69,22 @@ class ShardLoop:
         with shard_links(assignment, self.inbox, self.device) as links:
             end = self.mode.shard_end(links.peers, self.experts)
             self.reports.serving(epoch)
-            serve_steps((header.passes for header in links.mesh.headers()), end, self.layers)
+            serve_steps(_observed(links.mesh.headers(), self.observer), end, self.layers)
+
+
+def _observed(headers: Iterable[Header], observer: ShardObserver | None) -> Iterator[Iterable[Pass]]:
+    """The passes of each step; going on to the next one says that they have been served."""
+    for header in headers:
+        if observer is None:
+            yield header.passes
+            continue
+        observer.began(header)
+        yield _observed_passes(header.passes, observer) if header.trace else header.passes
+        observer.ended()
+
+
+def _observed_passes(passes: Iterable[Pass], observer: ShardObserver) -> Iterator[Pass]:
+    for step_pass in passes:
+        observer.pass_began(step_pass)
+        yield step_pass
+        observer.pass_ended()

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from divisi.cluster.gang.header import Header
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
+from divisi.cluster.gang.observer import NobodyObserves, WorkerObserver
 from divisi.cluster.gang.reports import EpochReports
 from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.passes import Pass, PassLayers, plain_elsewhere
@@ -127,6 +129,7 @@ class WorkerLoop(Generic[PlanT]):
         reports: EpochReports,
         network: WorkerNetwork,
         deliver: Callable[[Sequence[TokenEvent]], None],
+        observer: WorkerObserver[PlanT] | None = None,
     ) -> None:
         """`mode` carries the engine's rows; `deliver` gets a step's events, in the loop's thread."""
         self._engine = engine
@@ -135,6 +138,7 @@ class WorkerLoop(Generic[PlanT]):
         self._reports = reports
         self._network = network
         self._deliver = deliver
+        self._observer = observer or NobodyObserves()
         self._commands: deque[_Command[Any]] = deque()
         self._ended = False
         self._plan: PlanT | None = None
@@ -143,7 +147,13 @@ class WorkerLoop(Generic[PlanT]):
 
     def submit(self, request: Request) -> Future[None]:
         """Hand a request to the engine, from any thread. The future may carry RequestRejected."""
-        return self.ask(lambda: self._engine.submit(request))
+        arrived = perf_counter()
+
+        def submit() -> None:
+            self._engine.submit(request)
+            self._observer.submitted(request, arrived)
+
+        return self.ask(submit)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request, from any thread."""
@@ -182,6 +192,7 @@ class WorkerLoop(Generic[PlanT]):
                 # Its text only: whoever keeps the error keeps the epoch's transfers, and the peers' connections open.
                 reason = str(error)
                 log.warning("left epoch %d%s: %s", assignment.membership.epoch, self._place(), reason)
+                self._observer.aborted(reason)
                 self._reports.left(assignment.membership.epoch, reason)
 
     def _serve(self, assignment: Assignment) -> None:
@@ -189,7 +200,8 @@ class WorkerLoop(Generic[PlanT]):
         self._at = None
         self._inbox.check(assignment.membership.epoch)
         self._network.cores.take(assignment)
-        with worker_links(assignment, self._inbox, self._network.listener, self._network.device) as links:
+        network, mark = self._network, self._observer.mark
+        with worker_links(assignment, self._inbox, network.listener, network.device, mark) as links:
             end = self._mode.worker_end(links.peers)
             self._reports.serving(assignment.membership.epoch)
             while True:
@@ -209,18 +221,24 @@ class WorkerLoop(Generic[PlanT]):
         # Rows that were announced while the header was on its way are not in it.
         plan = self._plan if header.includes(seat) else None
         self._engine.beside(plain_elsewhere(header.passes, seat))
+        self._observer.began(header, plan)
         self._walk(header, seat, plan, end)
         if plan is None:
+            self._observer.ended(None)
             return
         events = self._engine.commit(plan)
         self._plan = None
+        self._observer.ended(plan)
         if events:
-            self._deliver(events)
+            self._tell(events)
 
     def _walk(self, header: Header, seat: int, plan: PlanT | None, end: WorkerEnd) -> None:
         """All passes of a step: this worker's own, and its part in those to which it brings no rows."""
+        marked = bool(header.trace)
         for index, step_pass in enumerate(header.passes):
             self._at = index, header.passes
+            if marked:
+                self._observer.pass_began(step_pass, step_pass.rows(seat))
             end.begin(step_pass)
             if plan is not None and step_pass.rows(seat):
                 own = own_index(step_pass, index, plan.counts)
@@ -229,6 +247,8 @@ class WorkerLoop(Generic[PlanT]):
                 self._engine.run_pass(plan, own, end)
             else:
                 self._idle(self._network.layers.of(step_pass.kind), end)
+            if marked:
+                self._observer.pass_ended()
 
     def _place(self) -> str:
         """For the log: where in a step it is."""
@@ -255,4 +275,8 @@ class WorkerLoop(Generic[PlanT]):
 
     def _deliver_events(self) -> None:
         if events := self._engine.take_events():
-            self._deliver(events)
+            self._tell(events)
+
+    def _tell(self, events: Sequence[TokenEvent]) -> None:
+        self._observer.told(events)
+        self._deliver(events)

@@ -10,10 +10,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RaySystemError
 
-from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
+from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
 from divisi.cluster.gang.roster import Directive
-from divisi.cluster.seats import Address, Role, Seat
+from divisi.cluster.seats import Address, Role, ScrapeTarget, Seat
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.telemetry.context import below, parse
+from divisi.cluster.telemetry.conventions import GANG_STATUS
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.ranks import show_coordinator
 
 NAMESPACE = "divisi"
 """The Ray namespace of the named actors."""
@@ -24,14 +28,28 @@ _Answer = TypeVar("_Answer")
 
 
 class CoordinatorActor(Coordinator):
-    """Adds the store for process groups. Runs with one thread per blocked poll."""
+    """Adds the store for process groups, and telemetry. Runs with one thread per blocked poll."""
 
     def __init__(self, spec: GangSpec) -> None:
         from divisi.cluster.dispatch.groups import StoreServer
 
-        self._server = StoreServer(ray.util.get_node_ip_address())
+        host = ray.util.get_node_ip_address()
+        self._server = StoreServer(host)
         # Seconds as the first epoch: above every epoch of a coordinator that this one replaces.
         super().__init__(spec.shape, self._server.address, first_epoch=int(time.time()))
+        telemetry = Telemetry(spec.telemetry, "coordinator", host)
+        self._tracer = telemetry.tracer
+        if telemetry.port:
+            self.own_target = ScrapeTarget("coordinator", 0, host, telemetry.port)
+        show_coordinator(telemetry, self.numbers)
+
+    def status(self, traceparent: str = "") -> CoordinatorStatus:
+        """See Coordinator; a traced request's question gets a span."""
+        parent = parse(traceparent) if traceparent else None
+        if self._tracer is None or parent is None:
+            return super().status()
+        with self._tracer.start_as_current_span(GANG_STATUS, below(parent)):
+            return super().status()
 
 
 def start_coordinator(spec: GangSpec) -> ActorHandle[Any]:

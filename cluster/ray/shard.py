@@ -8,7 +8,7 @@ import os
 import threading
 from functools import partial
 
-from divisi.cluster.assembly import load_shard, served_config, shard_loop
+from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
@@ -16,6 +16,8 @@ from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import load_in_thread, own_host, reported
 from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.ranks import show_shard
 from divisi.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -27,18 +29,19 @@ class ExpertShardActor:
     def __init__(self, spec: GangSpec, index: int) -> None:
         host = own_host()
         config = served_config(spec)
+        telemetry = Telemetry(spec.telemetry, "expert", host)
         with (
             reported(spec.name, f"expert:{index}") as report,
             contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint,
         ):
             experts = load_in_thread(spec, partial(load_shard, spec, config, checkpoint, index, report))
-        self._bytes_read = checkpoint.bytes_read
-        self._weight_bytes = experts.nbytes
+        self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(experts.nbytes)}
         inbox = EpochInbox()
-        self._watch = SeatWatch(
-            lambda: RayCoordinatorClient(spec.name), Candidate("expert", Address(host), index), inbox, self._stats
-        )
-        loop = shard_loop(spec, config, experts, inbox, self._watch)
+        candidate = Candidate("expert", Address(host, metrics=telemetry.port), index)
+        self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, inbox, self._stats)
+        meter = metered(spec, config, experts, index)
+        observer = show_shard(telemetry, meter, f"expert:{index}", self._weights)
+        loop = shard_loop(spec, config, meter, inbox, self._watch, observer)
         self._told = False
         threading.Thread(target=_run_or_exit, args=(loop,), name="shard-loop", daemon=True).start()
         self._watch.start()
@@ -47,7 +50,7 @@ class ExpertShardActor:
         if self._told:
             return None
         self._told = True
-        return {"weight_bytes_read": float(self._bytes_read), "weight_bytes": float(self._weight_bytes)}
+        return self._weights
 
 
 def _run_or_exit(loop: ShardLoop) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 
-from divisi.cluster.assembly import build_engine, dispatch_mode, served_config, worker_network
+from divisi.cluster.assembly import (
+    build_engine,
+    dispatch_mode,
+    memory_units,
+    metered,
+    served_config,
+    worker_network,
+)
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import GangNotReady
@@ -26,15 +32,18 @@ from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import load_in_thread, own_host, reported
 from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.request import Request, TokenEvent
-from divisi.cluster.seats import Address
+from divisi.cluster.seats import Address, Seat
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.streams.places import stream_address, stream_places
 from divisi.cluster.streams.server import StreamServer
 from divisi.cluster.streams.wire import Report
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.ranks import WorkerStats, show_worker
 
 log = logging.getLogger(__name__)
 
 _STATS_EVERY_S = 0.25
+_ASK_S = 0.5
 
 
 class WorkerFailed(RuntimeError):
@@ -57,12 +66,15 @@ class AttentionRank:
         self._loading = True
         self._failure: str | None = None
         self._told: EngineStats | None = None
+        self._stats = WorkerStats(*memory_units(spec, config))
         self._pushed_at = 0.0
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(contextlib.closing(listen(host)))
             self._streams = stack.enter_context(contextlib.closing(StreamServer(self)))
             places = self._streams.start(stream_places(host), gang_secret(spec), spec.tls)
-            address = Address(host, listener.getsockname()[1], stream_address(host, places))
+            telemetry = Telemetry(spec.telemetry, "attention", host)
+            stack.callback(telemetry.close)
+            address = Address(host, listener.getsockname()[1], stream_address(host, places), telemetry.port)
             candidate = Candidate("attention", address, loads_for_seat=spec.shape.colocated)
             self._watch = SeatWatch(
                 lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats
@@ -78,8 +90,12 @@ class AttentionRank:
                 build = partial(build_engine, spec, config, index, report, self._inbox.wake.set)
                 self._engine, experts = load_in_thread(spec, build)
             self._open = stack.pop_all()
-        mode, network = dispatch_mode(spec, config, experts), worker_network(spec, config, listener)
-        self._loop = WorkerLoop[StepPlan](self._engine, mode, self._inbox, self._watch, network, self._deliver)
+        meter = None if experts is None else metered(spec, config, experts, index)
+        mode, network = dispatch_mode(spec, config, meter), worker_network(spec, config, listener)
+        observer = show_worker(telemetry, meter, self)
+        self._loop = WorkerLoop[StepPlan](
+            self._engine, mode, self._inbox, self._watch, network, self._deliver, observer
+        )
         self._loading = False
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
@@ -129,6 +145,21 @@ class AttentionRank:
         self._watch.stop("its replica is shutting down")
         self._open.close()
 
+    @property
+    def seat(self) -> Seat | None:
+        """The seat held now."""
+        return self._watch.seat
+
+    def step_seconds(self) -> Mapping[str, float]:
+        """Time in steps by part, so far. For the step loop's thread."""
+        return self._engine.stats().step_seconds
+
+    def stats(self) -> Stats:
+        """The numbers as they are now, or in the middle of a long step as they were. From any thread."""
+        with contextlib.suppress(FutureTimeout, GangNotReady):
+            self._stats.told(self._loop.ask(self._engine.stats).result(timeout=_ASK_S))
+        return self._stats.last
+
     def _report(self) -> Report:
         stats = self._engine.stats()
         free_tokens = stats.free_pages * self._spec.page_size
@@ -148,16 +179,16 @@ class AttentionRank:
         ended = any(event.finish_reason is not None for event in events)
         if ended and time.monotonic() - self._pushed_at > _STATS_EVERY_S:
             self._pushed_at = time.monotonic()
-            self._watch.push_stats(dataclasses.asdict(self._engine.stats()))
+            self._watch.push_stats(self._stats.told(self._engine.stats()))
         self._streams.deliver(events)
 
     def _changed_stats(self) -> Stats | None:
         """For the watch's poll: the engine's numbers, None when they are those of the last time."""
         try:
-            stats = self._loop.ask(self._engine.stats).result(timeout=0.5)
+            stats = self._loop.ask(self._engine.stats).result(timeout=_ASK_S)
         except (FutureTimeout, GangNotReady):  # in the middle of a long step, where the next poll asks again; or ended
             return None
         if stats == self._told:
             return None
         self._told = stats
-        return dataclasses.asdict(stats)
+        return self._stats.told(stats)

@@ -1,8 +1,8 @@
 """What an ingress and an attention worker tell each other, as bytes: msgpack, never pickle. Imports no torch.
 
 A message is an array: its kind, a map of extensions, its fields. Extensions that a reader does not know are ignored;
-the trace context of a request has its place there. An answer is named by a number that its
-ingress gives it, counted up for each connection, so that a connection has no words for the answers of another.
+the trace context of a request stands there. An answer is named by a number that its ingress gives it, counted up for
+each connection, so that a connection has no words for the answers of another.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 
 _SUBMIT, _CANCEL, _EVENTS, _REFUSED, _REPORT = range(1, 6)
 _NO_EXTENSIONS: dict[str, object] = {}
+_TRACE = "traceparent"
+"""An extension of `Submit`."""
 _REQUEST = TypeAdapter(Request)
-_APART = {"prompt", "answered", "arrived"}
+_LONGEST_TRACE = 64
+_APART = {"prompt", "answered", "arrived", "trace"}
 """Fields of a request that do not travel with the others."""
 _SWAPS = sys.byteorder == "big"
 
@@ -159,7 +162,8 @@ def encode(message: Message) -> bytes:
         case Submit(number, request, _, age_s):
             assert request is not None, "only a decoded message has a refusal"
             ids = _id_bytes(request.prompt), _id_bytes(request.answered)
-            fields = (_SUBMIT, _NO_EXTENSIONS, number, *ids, age_s, _plain_request(request))
+            extensions = {_TRACE: request.trace} if request.trace else _NO_EXTENSIONS
+            fields = (_SUBMIT, extensions, number, *ids, age_s, _plain_request(request))
         case Cancel(number, before):
             fields = (_CANCEL, _NO_EXTENSIONS, number, before)
         case Refused(number, why, text):
@@ -174,9 +178,13 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message:
     """Inverse of `encode`. Raises WireError; a request that is wrong in itself becomes a `Submit` with a refusal."""
     try:
-        kind, _, *fields = msgpack.unpackb(data, use_list=False, strict_map_key=False)
-        return _DECODERS[kind](*fields)
-    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
+        kind, extensions, *fields = msgpack.unpackb(data, use_list=False, strict_map_key=False)
+        message = _DECODERS[kind](*fields)
+        trace = extensions.get(_TRACE)
+        if isinstance(trace, str) and isinstance(message, Submit) and message.request is not None:
+            return replace(message, request=replace(message.request, trace=trace[:_LONGEST_TRACE]))
+        return message
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.exceptions.UnpackException) as error:
         raise WireError(f"a message cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -37,6 +37,7 @@ def mixture(
     pending = dispatcher.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
     stopwatch.lap("dispatch")
     shared_TD = dense(kernels, weights.shared, x_TD)
+    stopwatch.lap("shared")
     y_TD = kernels.add_shared(pending.combine(), shared_TD, logits_TE[:, config.num_experts])
     stopwatch.lap("experts")
     return y_TD

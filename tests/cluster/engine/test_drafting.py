@@ -19,8 +19,8 @@ from divisi.cluster.engine.plan import Run
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape
+from divisi.cluster.telemetry.rows import stat_rows
 from divisi.cluster.triggers import Span
-from divisi.deploy.stat_rows import stat_rows
 from divisi.kernels.select import select_kernels
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher

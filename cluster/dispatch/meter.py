@@ -1,0 +1,56 @@
+"""Which experts get how many rows, and how long they take: counted in some steps, since counting costs, too.
+
+Shapes: T rows, D model width, K experts per row, L layers, E experts of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from divisi.cluster.dispatch.protocol import Experts
+
+
+class MeteredExperts:
+    """The experts of a rank, with a meter. Implements `Experts`."""
+
+    def __init__(
+        self, experts: Experts, layers: Sequence[int], held: Sequence[int], num_experts: int, device: torch.device
+    ) -> None:
+        """`held` are the ids of the experts of this rank, of `num_experts` in each of `layers`."""
+        self._experts = experts
+        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self._held = torch.tensor(held, dtype=torch.int64, device=device)
+        self._counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=device)
+        self._ones = torch.ones(1, dtype=torch.int64, device=device)
+        self.measuring = False
+        """Whether what comes is counted. For the thread that runs the steps."""
+        self.seconds = 0.0
+        """Spent in measured calls; on a GPU, until they were launched."""
+
+    def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """See Experts."""
+        if not self.measuring:
+            return self._experts.partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
+        begin = perf_counter()
+        y_TD = self._experts.partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
+        self.seconds += perf_counter() - begin
+        ids = expert_ids_TK.reshape(-1).long()
+        self._counts_LE[self._rows[layer]].scatter_add_(0, ids, self._ones.expand_as(ids))
+        return y_TD
+
+    def stats(self) -> Mapping[str, Mapping[str, float]]:
+        """By layer: rows of the experts held, those of the busiest over the mean, and their spread over the mean."""
+        with torch.inference_mode():
+            counts_LE = self._counts_LE[:, self._held].double().cpu()
+            mean_L = counts_LE.mean(1).clamp(min=1e-9)
+            found = {
+                "expert_tokens": counts_LE.sum(1),
+                "expert_busiest": counts_LE.amax(1) / mean_L,
+                "expert_spread": counts_LE.std(1, correction=0) / mean_L,
+            }
+        names = [str(layer) for layer in self._rows]
+        return {name: dict(zip(names, of_L.tolist(), strict=True)) for name, of_L in found.items()}
