@@ -12,6 +12,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from divisi.cluster.errors import DivisiError
+from divisi.cluster.telemetry.context import LOG_IDS
 from divisi.deploy.setting_groups import LogSettings
 
 _DEFAULT_MAX_BYTES = 64 * 2**20
@@ -80,7 +81,7 @@ class BoundedFileHandler(WatchedFileHandler):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, level, process, logger, message, and the record's `fields`."""
+    """One JSON object per line: time, level, process, logger, message, of which request, and the record's `fields`."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -94,6 +95,7 @@ class JsonFormatter(logging.Formatter):
             "process": self._process,
             "logger": record.name,
             "message": record.getMessage(),
+            **LOG_IDS.get(),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -109,7 +111,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, and the lines of a trace after it."""
-        fields = getattr(record, "fields", {})
+        fields = {**LOG_IDS.get(), **getattr(record, "fields", {})}
         told = "".join(f" {name}={json.dumps(value, default=str)}" for name, value in fields.items())
         head, newline, rest = super().format(record).partition("\n")
         return head + told + newline + rest

@@ -16,7 +16,10 @@ from ray.serve.handle import DeploymentHandle
 
 from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
+from divisi.cluster.ray.presence import Presence
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.spec import TelemetrySpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
 from divisi.deploy.core_use import JOINED
@@ -64,10 +67,19 @@ class Ingress:
             keep_to(spec.core_plan.service)
         ingress_id = serve.get_replica_context().replica_id.unique_id
         gate = Gate(gate_limits(settings))
-        client = ServeEngineClient(spec, gate, ingress_id, settings.http.ingress_replicas)
         file = settings.auth.api_keys_file
         keys = None if file is None else KeyFile(file)
-        return build_app(client, TextCodec.load(spec.model_dir), api_settings(settings, spec, ingress_id), gate, keys)
+        host = ray.util.get_node_ip_address()
+        self._telemetry = Telemetry(spec.telemetry, "ingress", host)
+        client = ServeEngineClient(spec, gate, ingress_id, settings.http.ingress_replicas, self._telemetry)
+        presence = Presence(spec.name, ingress_id, host, self._telemetry.port)
+        presence.start()
+        text, api = TextCodec.load(spec.model_dir), api_settings(settings, spec)
+        return build_app(client, text, api, gate, keys, self._telemetry, presence)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_telemetry"):
+            self._telemetry.close()
 
 
 class AttentionWorker:
@@ -122,7 +134,7 @@ class Gang:
         self._owner.close()
 
 
-def api_settings(settings: Settings, spec: GangSpec, ingress_id: str) -> ApiSettings:
+def api_settings(settings: Settings, spec: GangSpec) -> ApiSettings:
     """What the HTTP API of one ingress replica has to know."""
     limits, config = settings.limits, ModelConfig.load(spec.model_dir)
     computes = f"{settings.served_model_name} {spec.dtype} {spec.device} {spec.shape} {config!r}"
@@ -148,7 +160,6 @@ def api_settings(settings: Settings, spec: GangSpec, ingress_id: str) -> ApiSett
         model_dir=spec.model_dir,
         system_fingerprint=f"fp_{hashlib.sha256(computes.encode()).hexdigest()[:10]}",
         metadata={"dtype": spec.dtype, "maxModelLen": spec.max_model_len, "layers": config.num_hidden_layers},
-        ingress_id=ingress_id,
     )
 
 
@@ -196,7 +207,30 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
         max_draft_tokens=fitted.max_draft_tokens,
         adaptive_drafts=settings.mtp.adaptive,
+        telemetry=telemetry_spec(settings),
     )
+
+
+def telemetry_spec(settings: Settings) -> TelemetrySpec:
+    """What all processes are told about telemetry."""
+    chosen = settings.telemetry
+    return TelemetrySpec(
+        traces_endpoint=_otlp(chosen.traces_endpoint, "v1/traces"),
+        metrics_endpoint=_otlp(chosen.metrics_endpoint, "v1/metrics"),
+        scraped=chosen.scraped,
+        trace_ratio=chosen.trace_ratio,
+        step_ratio=chosen.step_ratio,
+        content=chosen.content,
+        vllm_names=chosen.vllm_names,
+        model=settings.served_model_name,
+    )
+
+
+def _otlp(endpoint: str | None, path: str) -> str | None:
+    """The path of OTLP over HTTP, unless the URL has one of its own."""
+    if endpoint is None or endpoint.partition("://")[2].partition("/")[2]:
+        return endpoint
+    return f"{endpoint}/{path}"
 
 
 def build_from(settings: Settings, spec: GangSpec) -> serve.Application:

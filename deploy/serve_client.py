@@ -22,11 +22,14 @@ from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.streams.client import WorkerConnection
 from divisi.cluster.streams.workers import WorkerConnections
-from divisi.deploy.api.engine_client import GangStatus, StatRow
+from divisi.cluster.telemetry.context import current_traceparent
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.rows import stat_rows
+from divisi.deploy.api.engine_client import GangStatus
 from divisi.deploy.journal import Journal
 from divisi.deploy.limits import Gate
+from divisi.deploy.moved_answers import MovedAnswers
 from divisi.deploy.routing import QueuedTokens, WorkerReport
-from divisi.deploy.stat_rows import stat_rows
 
 _FRESH_S = 0.5
 _STATUS_TIMEOUT_S = 10.0
@@ -43,7 +46,14 @@ _RESUME_S = 600.0
 class ServeEngineClient:
     """Implements `divisi.deploy.api.engine_client.EngineClient`."""
 
-    def __init__(self, spec: GangSpec, gate: Gate, ingress_id: str = "ingress", ingress_replicas: int = 1) -> None:
+    def __init__(
+        self,
+        spec: GangSpec,
+        gate: Gate,
+        ingress_id: str = "ingress",
+        ingress_replicas: int = 1,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         """`gate` is this ingress replica's: what is inside is reported, and ends when the gang is about to end."""
         self._spec = spec
         self._coordinator: ActorHandle[Any] | None = None
@@ -51,11 +61,11 @@ class ServeEngineClient:
         self._queues: QueuedTokens[WorkerConnection] = QueuedTokens(alone=ingress_replicas == 1)
         self._gate = gate
         self._ingress_id = ingress_id
+        self._moves = MovedAnswers(telemetry)
         self._reporting: asyncio.Task[None] | None = None
         self._status = GangStatus(False, "starting")
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
-        self._resumed_requests = self._recomputed_tokens = 0
 
     async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """See EngineClient."""
@@ -75,10 +85,10 @@ class ServeEngineClient:
             except GangNotReady:  # this worker's word only, before any event
                 if time.monotonic() > give_up_at:
                     raise
+                self._moves.resent()
                 await asyncio.sleep(_RESEND_EVERY_S)
             except (WorkerLost, WorkerLeft) as error:
-                self._recomputed_tokens += journal.interrupted(error)
-                self._resumed_requests += 1
+                self._moves.resumed(journal.interrupted(error))
                 give_up_at = time.monotonic() + _RESUME_S
                 await self._wait_for_a_worker(give_up_at)
                 await asyncio.sleep(journal.stand_back_s)
@@ -89,27 +99,21 @@ class ServeEngineClient:
         try:
             if self._coordinator is None:
                 self._coordinator = await asyncio.to_thread(find_coordinator, self._spec.name)
-            found: CoordinatorStatus = await self._coordinator.status.remote()
+            found: CoordinatorStatus = await self._coordinator.status.remote(current_traceparent())
         except (CoordinatorLost, RayError) as error:
             self._coordinator = None
             reason = str(error) if isinstance(error, CoordinatorLost) else "the coordinator has stopped"
-            self._status = GangStatus(False, reason, self._own_rows())
+            self._status = GangStatus(False, reason)
         else:
             self._connections.name(found.streams)
             failures = [f"{who} could not load: {text}" for who, text in sorted(found.failures.items())]
             ready, reasons = found.ready, [found.reason, *failures]
             if ready and not await self._connections.wait_until_able(_CONNECT_S):
                 ready, reasons = False, ["no attention worker can be reached from this ingress", *failures]
-            self._status = GangStatus(ready, "; ".join(reasons), stat_rows(found.stats) + self._own_rows())
+            rows = stat_rows(found.stats, found.gang)
+            self._status = GangStatus(ready, "; ".join(reasons), rows, found.targets)
         self._checked_at = asked_at
         return self._status
-
-    def _own_rows(self) -> tuple[StatRow, ...]:
-        counts = (
-            ("resumed_requests", self._resumed_requests, "Times that an answer went on with another worker"),
-            ("recomputed_tokens", self._recomputed_tokens, "Tokens of prompt and answer, computed again for it"),
-        )
-        return tuple(StatRow(name, n, (("ingress", self._ingress_id),), "counter", text) for name, n, text in counts)
 
     async def _wait_for_a_worker(self, give_up_at: float) -> None:
         """For an answer that has begun: whether the gang as a whole serves is not asked, as it will again."""

@@ -39,8 +39,16 @@ def _check_origin(origin: str) -> str:
     return origin.lower()
 
 
+def _check_endpoint(url: str) -> str:
+    if re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url) is None:
+        raise ValueError("not a URL: write scheme, host and port, as in http://127.0.0.1:4318")
+    return url.rstrip("/")
+
+
 ModelName = Annotated[str, Field(min_length=1)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
+OtlpUrl = Annotated[str, AfterValidator(_check_endpoint)]
+"""A collector, or the path on it that takes one kind of signal."""
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 HerePath = Annotated[Path, AfterValidator(Path.absolute)]
 """Relative to where the command was given, not to where a process of Ray happens to run."""
@@ -230,6 +238,25 @@ class AuthSettings(Group):
     """Keys, one per line or YAML, see `divisi.deploy.limits.key_file`; read again when it changes. None: everybody."""
     metrics_open: bool = True
     """Whether /metrics can be read without a key. The health paths always can."""
+
+
+class TelemetrySettings(Group):
+    """Metrics and traces. Nothing that a client writes is in a metric."""
+
+    traces_endpoint: OtlpUrl | None = None
+    """Where spans go by OTLP over HTTP, as in `http://127.0.0.1:4318`; None: no spans are made."""
+    metrics_endpoint: OtlpUrl | None = None
+    """Where metrics go by OTLP over HTTP, besides being there to be scraped; None: nowhere."""
+    scraped: bool = True
+    """Whether each process opens a port for Prometheus on its node's address; `/metrics/targets` lists them."""
+    trace_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Of the requests whose client has not decided by `traceparent`, so many are traced."""
+    step_ratio: float = Field(default=0.01, ge=0, le=1)
+    """Of the steps, so many are traced."""
+    content: bool = False
+    """Whether spans hold messages and answers."""
+    vllm_names: bool = False
+    """Whether scrapes have vLLM's names too, for dashboards made for it."""
 
 
 class LogSettings(Group):

@@ -36,6 +36,7 @@ from divisi.deploy.setting_groups import (
     LogSettings,
     ModelSettings,
     MtpSettings,
+    TelemetrySettings,
 )
 from divisi.model.demo import checkpoint_dir
 
@@ -58,6 +59,7 @@ class Settings(Group):
     limits: LimitSettings = LimitSettings()
     auth: AuthSettings = AuthSettings()
     log: LogSettings = LogSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @property
     def max_queued_requests(self) -> int:

@@ -25,6 +25,7 @@ class StatRow:
 _TOTALS = {
     "steps": "Steps that this worker took part in",
     "aborted_steps": "Steps that were aborted and replayed",
+    "aborted_drafting": "Of the aborted steps those that were drafting",
     "preemptions": "Sequences sent back to the queue for want of pages",
     "prefill_tokens": "Tokens computed in prefill chunks",
     "generated_tokens": "Tokens sampled",

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,6 +18,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from divisi.cluster.errors import DivisiError
+from divisi.cluster.seats import ScrapeTarget
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.slices import slice_of
 from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from divisi.deploy.api.body.reading import BodyT, read_parsed
 from divisi.deploy.api.body.replayed import Dropped
@@ -29,6 +33,7 @@ from divisi.deploy.api.middleware.auth import HEALTH, METRICS, Authenticate, key
 from divisi.deploy.api.middleware.boundary import Boundary
 from divisi.deploy.api.middleware.request_id import RequestIds
 from divisi.deploy.api.middleware.request_log import LogRequests, note_dropped
+from divisi.deploy.api.middleware.tracing import TraceRequests, note_clock, trace_of
 from divisi.deploy.api.pages import Pages
 from divisi.deploy.api.reply.chat import ChatWriter
 from divisi.deploy.api.reply.completions import CompletionWriter
@@ -49,17 +54,35 @@ from divisi.model.text.grammar_process import GrammarProcess
 from divisi.model.text.grammar_reader import GrammarReader
 
 VERSION = version("divisi")
+_OF_ROLE = {"ingress": "ingress", "attention": "worker", "expert": "shard"}
+"""The label that tells the processes of a role apart."""
 
 logger = logging.getLogger(__name__)
+
+
+class Presence(Protocol):
+    """How this process is known to the coordinator."""
+
+    @property
+    def ordinal(self) -> int | None:
+        """A number that no other replica has; None before one was given."""
+        ...
 
 
 class Api:
     """The endpoints."""
 
     def __init__(
-        self, engine: EngineClient, text: TextCodec, settings: ApiSettings, metrics: Metrics, gate: Gate
+        self,
+        engine: EngineClient,
+        text: TextCodec,
+        settings: ApiSettings,
+        metrics: Metrics,
+        gate: Gate,
+        presence: Presence | None,
     ) -> None:
         self._engine = engine
+        self._presence = presence
         self._gate = gate
         self._tokenizer = text.tokenizer
         self._settings = settings
@@ -72,23 +95,41 @@ class Api:
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        clock = RequestClock(self._metrics, "chat")
+        clock = self._clock(http, "chat")
         self._gate.check(key_of(http.scope))  # before anything that costs
         body = await self._body(ChatBody, http)
-        calls = await self._compiler.chat(body)
+        calls = self._placed(http, body, await self._compiler.chat(body), tools=bool(body.tools))
         name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
         writer = ChatWriter(body, calls, name, self._tokenizer, fingerprint)
         return self._reply(body, calls, writer, clock)
 
     async def completion(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
-        clock = RequestClock(self._metrics, "completion")
+        clock = self._clock(http, "completion")
         self._gate.check(key_of(http.scope))  # before anything that costs
         body = await self._body(CompletionBody, http)
-        calls = await self._compiler.completion(body)
+        calls = self._placed(http, body, await self._compiler.completion(body), tools=False)
         name, fingerprint = self._settings.served_model_name, self._settings.system_fingerprint
         writer = CompletionWriter(body, calls, name, self._tokenizer, fingerprint)
         return self._reply(body, calls, writer, clock)
+
+    def _clock(self, http: HttpRequest, endpoint: str) -> RequestClock:
+        clock = RequestClock(self._metrics, endpoint)
+        if trace_of(http.scope) is not None:
+            note_clock(http.scope, clock)
+        return clock
+
+    def _placed(self, http: HttpRequest, body: ChatBody | CompletionBody, calls: list[Call], tools: bool) -> list[Call]:
+        """The calls with their slice, and in the trace of their request."""
+        trace = trace_of(http.scope)
+        traceparent = "" if trace is None else trace.traceparent
+        found = slice_of(max(len(call.request.prompt) for call in calls), tools)
+        if found != "chat" or traceparent:
+            calls = [replace(call, request=replace(call.request, slice=found, trace=traceparent)) for call in calls]
+        if trace is not None:
+            said = [part.plain() for part in body.messages] if isinstance(body, ChatBody) else body.prompt
+            trace.asked([call.request for call in calls], calls[0].answer_id, said)
+        return calls
 
     def _reply(self, body: GenerationBody, calls: Sequence[Call], writer: Writer, clock: RequestClock) -> Response:
         formats = unenforced_formats(body, self._grammars)
@@ -144,7 +185,13 @@ class Api:
 
     async def metrics(self) -> Response:
         """GET /metrics."""
-        return Response(self._metrics.render(await self._status()), media_type=CONTENT_TYPE_LATEST)
+        ordinal = None if self._presence is None else self._presence.ordinal
+        page = self._metrics.render(await self._status(), None if ordinal is None else str(ordinal))
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+    async def targets(self) -> Response:
+        """GET /metrics/targets: every process that can be scraped, for Prometheus's service discovery over HTTP."""
+        return JSONResponse([_target(target) for target in (await self._status()).targets])
 
     async def _body(self, kind: type[BodyT], http: HttpRequest) -> BodyT:
         dropped = Dropped()
@@ -183,8 +230,13 @@ def build_app(
     settings: ApiSettings,
     gate: Gate | None = None,
     keys: KeyFile | None = None,
+    telemetry: Telemetry | None = None,
+    presence: Presence | None = None,
 ) -> FastAPI:
-    """The ASGI application of one HTTP process. Without a gate everything is let in; without keys, everybody."""
+    """The ASGI application of one HTTP process. Without a gate everything is let in; without keys, everybody.
+
+    Without `telemetry` its metrics are on `/metrics` alone, and nothing is traced.
+    """
     app = FastAPI(
         title="Divisi",
         # FastAPI's own spans would fork the trace that Ray Serve carries.
@@ -193,10 +245,10 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    metrics = Metrics(settings.ingress_id)
+    metrics = Metrics(None if telemetry is None else telemetry.metrics, settings.served_model_name)
     gate = gate or Gate(GateLimits())
     metrics.watch(gate)
-    api = Api(engine, text, settings, metrics, gate)
+    api = Api(engine, text, settings, metrics, gate, presence)
     route = app.add_api_route
     route("/v1/chat/completions", api.chat, methods=["POST"], response_class=Response, openapi_extra=chat_docs())
     route("/v1/completions", api.completion, methods=["POST"], response_class=Response, openapi_extra=completion_docs())
@@ -209,6 +261,7 @@ def build_app(
     _get(app, "/v1/health/ready", api.ready, docs=ready_docs)
     _get(app, "/health", api.ready, operation_id="health", docs=ready_docs)
     _get(app, "/metrics", api.metrics, response_class=Response)
+    _get(app, "/metrics/targets", api.targets)
     for path in ("/v1/models", "/models"):
         _get(app, path, api.models, operation_id=path.replace("/", "_").strip("_"))
         _get(app, f"{path}/{{model_id:path}}", api.model, operation_id=path.replace("/", "_").strip("_") + "_one")
@@ -218,11 +271,13 @@ def build_app(
     handler = _error_handler(settings, [path for path in app.openapi()["paths"] if "{" not in path])
     for kind in (DivisiError, TextError, HTTPException):
         app.add_exception_handler(kind, handler)
-    _add_middleware(app, settings, metrics, keys)
+    _add_middleware(app, settings, metrics, keys, telemetry)
     return app
 
 
-def _add_middleware(app: FastAPI, settings: ApiSettings, metrics: Metrics, keys: KeyFile | None) -> None:
+def _add_middleware(
+    app: FastAPI, settings: ApiSettings, metrics: Metrics, keys: KeyFile | None, telemetry: Telemetry | None
+) -> None:
     """The last one added is the outermost: every reply is logged, counted and has an id, the boundary's too."""
     if keys is not None:
         app.add_middleware(Authenticate, keys=keys, open_paths=HEALTH | METRICS if settings.metrics_open else HEALTH)
@@ -237,6 +292,8 @@ def _add_middleware(app: FastAPI, settings: ApiSettings, metrics: Metrics, keys:
             expose_headers=("X-Request-Id", "Retry-After", UNENFORCED),
         )
     app.add_middleware(CountRequests, metrics=metrics)
+    if telemetry is not None and telemetry.tracer is not None:
+        app.add_middleware(TraceRequests, telemetry=telemetry)
     app.add_middleware(LogRequests)
 
 
@@ -254,6 +311,15 @@ def _get(
         path, endpoint, methods=["GET"], response_class=response_class, operation_id=operation_id, responses=docs()
     )
     app.add_api_route(path, endpoint, methods=["HEAD"], response_class=response_class, include_in_schema=False)
+
+
+def _target(target: ScrapeTarget) -> dict[str, object]:
+    """As Prometheus wants it. The labels say whose numbers they are; the processes themselves do not."""
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    labels = {"role": target.role}
+    if (label := _OF_ROLE.get(target.role)) is not None:
+        labels[label] = str(target.index)
+    return {"targets": [f"{host}:{target.port}"], "labels": labels}
 
 
 Handler = Callable[[HttpRequest, Exception], Awaitable[Response]]

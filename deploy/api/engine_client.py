@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from divisi.cluster.request import Request, TokenEvent
-
-
-@dataclass(frozen=True, slots=True)
-class StatRow:
-    """One number of the engine, as `/metrics` shows it."""
-
-    name: str
-    """Without the `divisi_` prefix and without `_total`: `"step_seconds"`, `"requests_running"`."""
-    value: float
-    labels: tuple[tuple[str, str], ...] = ()
-    """For instance `(("part", "mixer"), ("worker", "0"))`. Rows of one name carry the same label names."""
-    kind: Literal["counter", "gauge"] = "gauge"
-    help: str = ""
+from divisi.cluster.seats import ScrapeTarget
+from divisi.cluster.telemetry.rows import StatRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +19,8 @@ class GangStatus:
     reason: str
     """Why it isn't ready, for people: `"loading weights, 3 of 4 seats filled"`. Anything when it is."""
     stats: tuple[StatRow, ...] = ()
+    targets: tuple[ScrapeTarget, ...] = ()
+    """The processes whose metrics can be scraped."""
 
 
 class EngineClient(Protocol):

@@ -1,143 +1,199 @@
-"""What `/metrics` shows: HTTP and token counters of this process, and the engine's rows. Prometheus text format."""
+"""What an HTTP process counts and times, and what `/metrics` shows of it and of the gang."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from opentelemetry.metrics import CallbackOptions, Observation
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from divisi.deploy.api.engine_client import GangStatus, StatRow
+from divisi.cluster.telemetry import conventions as names
+from divisi.cluster.telemetry.batches import BatchHistogram
+from divisi.cluster.telemetry.process import ProcessMetrics, Telemetry
+from divisi.cluster.telemetry.rows import StatRow
+from divisi.cluster.telemetry.slices import SLICES, Slice
+from divisi.cluster.telemetry.spec import TelemetrySpec
+from divisi.deploy.api.engine_client import GangStatus
 from divisi.deploy.limits import Gate
 
-_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_PER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
-_DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# Steps of 1.3 to 2, so that a percentile that is read from a bucket says something.
+FIRST_TOKEN_BUCKETS = (
+    0.005, 0.0075, 0.01, 0.015, 0.025, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 3.5, 5.0,
+    7.5, 10.0, 15.0, 30.0, 60.0, 120.0,
+)  # fmt: skip
+PER_TOKEN_BUCKETS = (
+    0.001, 0.0015, 0.0025, 0.0035, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25,
+    0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+DURATION_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 3.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0,
+    45.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+GAP_S = 1.0
+"""A stream that shows nothing new for so long between two tokens has a gap."""
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
+_REASONS = ("stop", "length", "tool_calls", "cancelled", "refused", "error", "timeout", "stopped")
 CLIENT_LEFT = 499
 """Status counted for a client that left before the answer was complete (nginx's number for it)."""
+_OPERATIONS = {"chat": names.CHAT, "completion": names.TEXT_COMPLETION}
 
 
 class Metrics:
-    """The metrics of one app, in a registry of its own.
+    """The metrics of one app. They start at 0, so that the first of a kind is seen as an increase."""
 
-    Behind a load balancer a scrape meets any replica of the ingress, and each counts its own requests: with `ingress`,
-    the replica's name, every row says whose it is, so that one replica's counter is never taken for another's.
-    """
-
-    def __init__(self, ingress: str | None = None) -> None:
-        self._ingress = ingress
-        self._registry = registry = CollectorRegistry()
-        self.http_requests = Counter(
-            "divisi_http_requests", "HTTP requests.", ("path", "method", "status"), registry=registry
+    def __init__(self, process: ProcessMetrics | None = None, model: str = names.DIVISI) -> None:
+        """Without `process`, in a registry that nobody else sees; `model` is the name that replies have."""
+        self._process = process or Telemetry(TelemetrySpec(scraped=False), "ingress").metrics
+        self._model = model
+        meter = self._process.meter
+        self.http_requests = meter.create_counter("divisi_http_requests", "", "HTTP requests.")
+        self.open_requests = meter.create_up_down_counter(
+            "divisi_http_open_requests", "", "HTTP requests being answered."
         )
-        self.open_requests = Gauge("divisi_http_open_requests", "HTTP requests being answered.", registry=registry)
-        self.prompt_tokens = Counter(
-            "divisi_prompt_tokens", "Tokens of the prompts that were answered.", registry=registry
+        self.prompt_tokens = meter.create_counter(
+            "divisi_prompt_tokens", "", "Tokens of the prompts that were answered."
         )
-        self.completion_tokens = Counter("divisi_completion_tokens", "Generated tokens.", registry=registry)
-        self.finished = Counter("divisi_requests_finished", "Answers by finish reason.", ("reason",), registry=registry)
-        self.first_token = Histogram(
-            "divisi_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
-            registry=registry,
-            buckets=_FIRST_TOKEN_BUCKETS,
+        self.completion_tokens = meter.create_counter("divisi_completion_tokens", "", "Generated tokens.")
+        self.finished = meter.create_counter("divisi_requests_finished", "", "Answers by finish reason.")
+        self.gaps = meter.create_counter(
+            "divisi_stream_gaps", "", f"Times that an answer stood still for {GAP_S:g} s or more after its first token."
         )
-        self.per_token = Histogram(
-            "divisi_time_per_output_token_seconds",
-            "Mean time between tokens of an answer, after the first.",
-            registry=registry,
-            buckets=_PER_TOKEN_BUCKETS,
+        self._dropped_keys = meter.create_counter(
+            "divisi_dropped_keys", "", "Keys without a meaning here that clients sent back in conversations and tools."
         )
-        self.duration = Histogram(
-            "divisi_request_duration_seconds",
-            "From a generation request's arrival to the end of its answer.",
-            ("endpoint",),
-            registry=registry,
-            buckets=_DURATION_BUCKETS,
+        self.first_token = _by_slice(
+            "divisi_time_to_first_token", "From the request's arrival to its first token.", FIRST_TOKEN_BUCKETS
         )
-
-        self._dropped_keys = Counter(
-            "divisi_dropped_keys",
-            "Keys without a meaning here that clients sent back in conversations and tools.",
-            ("place", "key"),
-            registry=registry,
+        self.per_token = _by_slice(
+            "divisi_time_per_output_token", "Mean time between tokens of an answer, after the first.", PER_TOKEN_BUCKETS
         )
+        self.inter_token = _by_slice(
+            "divisi_inter_token", "Time between two tokens of an answer, as they come.", PER_TOKEN_BUCKETS
+        )
+        self.duration = _by_slice(
+            "divisi_request_duration", "From a generation request's arrival to the end of its answer.", DURATION_BUCKETS
+        )
+        self._process.show(self.first_token, self.per_token, self.inter_token, self.duration)
+        self._gen_ai = tuple(
+            meter.create_histogram(name, "s", told, explicit_bucket_boundaries_advisory=bounds)
+            for name, told, bounds in (
+                (names.SERVER_REQUEST_DURATION, "Duration of requests.", DURATION_BUCKETS),
+                (names.SERVER_TIME_TO_FIRST_TOKEN, "Time to the first token.", FIRST_TOKEN_BUCKETS),
+                (names.SERVER_TIME_PER_OUTPUT_TOKEN, "Time per token after the first.", PER_TOKEN_BUCKETS),
+            )
+        )
+        for counter in (self.open_requests, self.prompt_tokens, self.completion_tokens, self.gaps):
+            counter.add(0)
+        for reason in _REASONS:
+            self.finished.add(0, {"reason": reason})
 
     def count_dropped(self, counts: Mapping[tuple[str, str], int]) -> None:
         """Keys that a request lost, by place and label (`body.replayed.KNOWN_DROPPED`, or `other`)."""
         for (place, key), count in counts.items():
-            self._dropped_keys.labels(place, key).inc(count)
+            self._dropped_keys.add(count, {"place": place, "key": key})
 
     def watch(self, gate: Gate) -> None:
         """Show what is inside the gate."""
-        answers = Gauge("divisi_admitted_requests", "Answers let in and unfinished.", registry=self._registry)
-        answers.set_function(lambda: gate.answers)
-        tokens = Gauge(
-            "divisi_admitted_queued_tokens",
-            "Prompt tokens let in whose answers have not begun.",
-            registry=self._registry,
-        )
-        tokens.set_function(lambda: gate.queued_tokens)
+        self._observe("divisi_admitted_requests", "Answers let in and unfinished.", lambda: gate.answers)
+        told = "Prompt tokens let in whose answers have not begun."
+        self._observe("divisi_admitted_queued_tokens", told, lambda: gate.queued_tokens)
 
-    def render(self, status: GangStatus) -> bytes:
-        """The whole page."""
-        own = self._registry
-        if self._ingress is not None:
+    def _observe(self, name: str, told: str, read: Callable[[], float]) -> None:
+        def observe(_: CallbackOptions) -> list[Observation]:
+            return [Observation(read())]
+
+        self._process.meter.create_observable_gauge(name, [observe], "", told)
+
+    def observe_gen_ai(self, endpoint: str, duration_s: float, first_s: float | None, per_s: float | None) -> None:
+        """The same times under the names of the conventions for generative AI."""
+        labels = {
+            names.OPERATION: _OPERATIONS[endpoint], names.PROVIDER: names.DIVISI, names.REQUEST_MODEL: self._model,
+        }  # fmt: skip
+        for histogram, seconds in zip(self._gen_ai, (duration_s, first_s, per_s), strict=True):
+            if seconds is not None:
+                histogram.record(seconds, labels)
+
+    def render(self, status: GangStatus, ordinal: str | None = None) -> bytes:
+        """The whole page. Behind a load balancer a scrape meets any replica of the ingress, and each counts its own
+        requests: with `ordinal`, the replica's, every row of its own says whose it is.
+        """
+        own = self._process.registry
+        if ordinal is not None:
             own = CollectorRegistry()
-            own.register(_Labelled(self._registry, self._ingress))
+            own.register(_Labelled(self._process.registry, ordinal))
         engine = CollectorRegistry()
         engine.register(_EngineRows(status))
         return generate_latest(own) + generate_latest(engine)
 
 
+def _by_slice(name: str, told: str, bounds: tuple[float, ...]) -> BatchHistogram:
+    return BatchHistogram(name, told, bounds, "slice", SLICES)
+
+
 class RequestClock:
-    """Times one generation request; `close` records it."""
+    """Times one generation request; `close` records it. All instants are of `perf_counter`."""
 
     def __init__(self, metrics: Metrics, endpoint: str) -> None:
         self._metrics = metrics
         self._endpoint = endpoint
-        self._start = perf_counter()
-        self._first: float | None = None
-        self._last = self._start
-        self._tokens = 0
-        self._tokens_after_first = 0
-
-    @property
-    def tokens(self) -> int:
+        self.slice: Slice = "chat"
+        self.start = perf_counter()
+        self.admitted: float | None = None
+        """When it was let in."""
+        self.first: float | None = None
+        """When its first token came."""
+        self.last = self.start
+        """When its last token came, so far."""
+        self.detokenising_s = 0.0
+        """Time spent on turning its tokens into text, where anybody wants to know."""
+        self.tokens = 0
         """Tokens that have come."""
-        return self._tokens
+        self._gaps = metrics.inter_token.of(self.slice)
+        self._last_of: dict[int, float] = {}
 
     @property
     def first_token_s(self) -> float | None:
         """Seconds to the first token; None before it."""
-        return None if self._first is None else self._first - self._start
+        return None if self.first is None else self.first - self.start
 
-    def tick(self, tokens: int) -> None:
-        """So many tokens have come."""
+    def admit(self, found: Slice) -> None:
+        """It is let in, and known to belong to a slice."""
+        self.admitted, self.slice = perf_counter(), found
+        self._gaps = self._metrics.inter_token.of(found)
+
+    def tick(self, tokens: int, choice: int = 0) -> None:
+        """So many tokens of a choice have come."""
         if not tokens:
             return
-        self._last = perf_counter()
-        if self._first is None:
-            self._first = self._last
-            self._metrics.first_token.observe(self._first - self._start)
-        else:
-            self._tokens_after_first += tokens
-        self._tokens += tokens
+        self.last = now = perf_counter()
+        self.tokens += tokens
+        former = self._last_of.get(choice)
+        self._last_of[choice] = now
+        if self.first is None:
+            self.first = now
+            self._metrics.first_token.of(self.slice).observe(now - self.start)
+        if former is not None:
+            self._gaps.observe((now - former) / tokens, tokens)
+            if now - former >= GAP_S:
+                self._metrics.gaps.add(1)
 
     def close(self, prompt_tokens: int, reasons: Iterable[str]) -> None:
         """The request is over, one reason per choice: a finish reason, `cancelled`, `refused` or `error`."""
-        metrics = self._metrics
-        metrics.prompt_tokens.inc(prompt_tokens)
-        metrics.completion_tokens.inc(self._tokens)
+        metrics, per_token = self._metrics, None
+        metrics.prompt_tokens.add(prompt_tokens)
+        metrics.completion_tokens.add(self.tokens)
         for reason in reasons:
-            metrics.finished.labels(reason).inc()
-        if self._first is not None and self._tokens_after_first:
-            metrics.per_token.observe((self._last - self._first) / self._tokens_after_first)
-        metrics.duration.labels(self._endpoint).observe(perf_counter() - self._start)
+            metrics.finished.add(1, {"reason": reason})
+        if self.first is not None and self.tokens > 1 and self.last > self.first:
+            per_token = (self.last - self.first) / (self.tokens - 1)
+            metrics.per_token.of(self.slice).observe(per_token)
+        duration = perf_counter() - self.start
+        metrics.duration.of(self.slice).observe(duration)
+        metrics.observe_gen_ai(self._endpoint, duration, self.first_token_s, per_token)
 
 
 class CountRequests:
@@ -160,15 +216,15 @@ class CountRequests:
                 status = message["status"]
             await send(message)
 
-        self._metrics.open_requests.inc()
+        self._metrics.open_requests.add(1)
         try:
             await self._app(scope, receive, counting_send)
         finally:
-            self._metrics.open_requests.dec()
+            self._metrics.open_requests.add(-1)
             # Only templates and known methods become labels: clients must not be able to grow the registry.
             path = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.http_requests.labels(path, method, str(status)).inc()
+            self._metrics.http_requests.add(1, {"path": path, "method": method, "status": str(status)})
 
 
 class _Labelled(Collector):

@@ -40,8 +40,6 @@ class ApiSettings(BaseModel):
     """`Retry-After` of a 503; a 429 carries what the engine says."""
     status_timeout_s: float = Field(default=2.0, gt=0)
     """Longest wait for the engine in /health and /metrics."""
-    ingress_id: str | None = None
-    """Name of this process among several that serve the same API; a label of its rows in /metrics."""
     names_requests: bool = True
     """Whether replies carry `X-Request-Id`; Serve's proxy adds it itself."""
     control_tokens_in_messages: bool = False

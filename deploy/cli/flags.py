@@ -39,6 +39,8 @@ _FIELDS = {
     "max_queued_requests": ("limits", "max_queued_requests"),
     "api_keys_file": ("auth", "api_keys_file"),
     "log_file": ("log", "file"),
+    "otlp_traces_endpoint": ("telemetry", "traces_endpoint"),
+    "otlp_metrics_endpoint": ("telemetry", "metrics_endpoint"),
 }
 
 

@@ -70,6 +70,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--log-file", metavar="FILE",
         help="append a JSON line for every request (default: serve-PORT.log in ~/.local/state/divisi)",
     )  # fmt: skip
+    telemetry = parser.add_argument_group("telemetry")
+    telemetry.add_argument(
+        "--otlp-traces-endpoint", metavar="URL",
+        help="trace requests and some steps, to a collector as in http://127.0.0.1:4318 (default: no traces)",
+    )  # fmt: skip
+    telemetry.add_argument(
+        "--otlp-metrics-endpoint", metavar="URL",
+        help="send metrics there too (default: they can be scraped, see /metrics/targets)",
+    )  # fmt: skip
     parser.add_argument(
         "--replace", action="store_true",
         help="on a Ray cluster where Divisi already runs: take its place (default: refuse)",

@@ -18,6 +18,8 @@ from divisi.cluster.gang.coordinator import CoordinatorStatus
 from divisi.cluster.request import EndReason, Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape, StreamAddress
 from divisi.cluster.streams.wire import Report
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.spec import TelemetrySpec
 from divisi.deploy import journal, serve_client
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
@@ -44,7 +46,7 @@ class Coordinator:
         self.reports.append((ingress_id, answers))
         return self.left_s
 
-    async def _status(self) -> CoordinatorStatus:
+    async def _status(self, traceparent: str) -> CoordinatorStatus:
         self.asked += 1
         await asyncio.sleep(0)
         return self.answer
@@ -78,8 +80,9 @@ def coordinator(monkeypatch: pytest.MonkeyPatch, address: StreamAddress) -> Coor
 async def make() -> AsyncIterator[Callable[..., ServeEngineClient]]:
     made: list[ServeEngineClient] = []
 
-    def make(gate: Gate | None = None) -> ServeEngineClient:
-        made.append(ServeEngineClient(small_spec(Path("m"), GangShape(1, 0)), gate or Gate(GateLimits()), "me"))
+    def make(gate: Gate | None = None, telemetry: Telemetry | None = None) -> ServeEngineClient:
+        spec, gate = small_spec(Path("m"), GangShape(1, 0)), gate or Gate(GateLimits())
+        made.append(ServeEngineClient(spec, gate, "me", telemetry=telemetry))
         return made[-1]
 
     yield make
@@ -218,9 +221,8 @@ def spelt(events: Sequence[TokenEvent]) -> list[int]:
     return [token_id for event in events for token_id in event.token_ids]
 
 
-def row(client: ServeEngineClient, name: str) -> float:
-    (found,) = [row.value for row in client._own_rows() if row.name == name]
-    return found
+def counted(telemetry: Telemetry, name: str) -> float | None:
+    return telemetry.metrics.registry.get_sample_value(f"divisi_{name}_total")
 
 
 async def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost(
@@ -232,7 +234,8 @@ async def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost(
         coordinator.answer = CoordinatorStatus(
             True, "epoch 1 serves", 1, streams=(*coordinator.answer.streams, second)
         )
-        client = make()
+        telemetry = Telemetry(TelemetrySpec(scraped=False), "ingress")
+        client = make(telemetry=telemetry)
         assert (await client.status()).ready
         await until(lambda: len(client._connections.able()) == 2)
         async with aclosing(client.generate(request())) as batches:
@@ -248,8 +251,8 @@ async def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost(
         assert (resent.request_id, resent.answered) == ("r0#1", (0,))
         assert abs(resent.arrived - first.requests[0].arrived) < 0.2, "it keeps its age"
         assert {event.request_id for event in told} == {"r0"}
-        assert (row(client, "resumed_requests"), row(client, "recomputed_tokens")) == (1, 3)
-        assert ("resumed_requests", 1) in [(row.name, row.value) for row in (await client.status()).stats]
+        assert (counted(telemetry, "resumed_requests"), counted(telemetry, "recomputed_tokens")) == (1, 3)
+        assert counted(telemetry, "resent_requests") == 0
         await client._connections.close()
 
 

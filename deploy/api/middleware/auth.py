@@ -9,7 +9,7 @@ from divisi.deploy.limits import ApiKey, KeyFile
 
 HEALTH = frozenset({"/health", "/v1/health/live", "/v1/health/ready"})
 """Open to all: probes and load balancers have no key."""
-METRICS = frozenset({"/metrics"})
+METRICS = frozenset({"/metrics", "/metrics/targets"})
 
 
 class Authenticate:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from divisi.cluster.telemetry.context import LOG_IDS
 from divisi.deploy.api.errors import ApiError, to_reply
+from divisi.deploy.api.middleware.tracing import trace_id_of
 
 HEADER = b"x-request-id"
 _VALID = re.compile(rb"[!-~]{1,128}")
@@ -39,7 +42,19 @@ class RequestIds:
         if asked is not None and not valid:
             await _refuse(naming_send)
         else:
-            await self._app(scope, receive, naming_send)
+            token = LOG_IDS.set(_log_ids(scope))
+            try:
+                await self._app(scope, receive, naming_send)
+            finally:
+                LOG_IDS.reset(token)
+
+
+def _log_ids(scope: Scope) -> Mapping[str, str]:
+    """What every log line about the request says; its trace is the client's where it isn't traced here."""
+    state = scope["state"]
+    if (trace_id := trace_id_of(scope)) is not None:
+        state["trace_id"] = trace_id
+    return {name: state[name] for name in ("request_id", "trace_id") if name in state}
 
 
 async def _refuse(send: Send) -> None:

@@ -70,6 +70,7 @@ def _fields(scope: Scope, status: int, duration_s: float) -> dict[str, object]:
     key, state = key_of(scope), scope.get("state", {})
     fields: dict[str, object] = {
         "request_id": state.get("request_id"),
+        **({"trace_id": state["trace_id"]} if "trace_id" in state else {}),
         "method": scope["method"],
         "path": scope["path"][:256],
         "status": status,

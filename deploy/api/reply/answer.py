@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
 
 from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
 from divisi.cluster.request import TokenEvent, TokenLogprob
@@ -48,6 +50,12 @@ class Delta:
     """Tokens that the MTP layer proposed."""
     accepted: int = 0
     """Those of them that stood."""
+
+
+class Timed(Protocol):
+    """Who wants to know how long it takes to turn tokens into text."""
+
+    detokenising_s: float
 
 
 class Answer:
@@ -174,7 +182,9 @@ class Answer:
         return "".join(pieces)
 
 
-async def answer_deltas(engine: EngineClient, call: Call, tokenizer: Tokenizer) -> AsyncGenerator[list[Delta], None]:
+async def answer_deltas(
+    engine: EngineClient, call: Call, tokenizer: Tokenizer, timed: Timed | None = None
+) -> AsyncGenerator[list[Delta], None]:
     """The deltas of one call, one an event, in lists as the events come; the very last has a finish reason.
 
     Closing it closes the engine's iterator. After a stop string that is closed at once, which cancels the request.
@@ -184,6 +194,7 @@ async def answer_deltas(engine: EngineClient, call: Call, tokenizer: Tokenizer) 
         async for events in batches:
             deltas: list[Delta] = []
             failure: DivisiError | None = None
+            begin = 0.0 if timed is None else perf_counter()
             for event in events:
                 try:
                     deltas.append(answer.push(event))
@@ -193,6 +204,8 @@ async def answer_deltas(engine: EngineClient, call: Call, tokenizer: Tokenizer) 
                 if deltas[-1].finish_reason is not None:
                     await batches.aclose()
                     break
+            if timed is not None:
+                timed.detokenising_s += perf_counter() - begin
             if deltas:
                 yield deltas
             if failure is not None:

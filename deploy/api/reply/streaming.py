@@ -19,11 +19,13 @@ from divisi.deploy.api.errors import AnswerError, to_reply
 from divisi.deploy.api.metrics import RequestClock
 from divisi.deploy.api.middleware.auth import key_of
 from divisi.deploy.api.middleware.request_log import Generated, note_generated
+from divisi.deploy.api.middleware.tracing import RequestTrace, trace_of
 from divisi.deploy.api.reply.answer import Delta, answer_deltas
 from divisi.deploy.api.reply.event_stream import EventStream
 from divisi.deploy.api.reply.merge import ClientLeftError, merge, until_client_leaves
 from divisi.deploy.limits import Gate, RequestTimedOut, ServerStopping, Ticket
 from divisi.model.text import Tokenizer
+from divisi.model.text.tool_calls import CallPart
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +98,17 @@ class GenerationResponse(Response):
         self._reasons = ["cancelled"] * len(calls)
         self._begun: set[int] = set()
         self._drafted = self._accepted = 0
+        self._trace: RequestTrace | None = None
+        self._said: list[str] | None = None
+        """What the choices said, where the trace is to hold it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request; returns after the last byte, or after the clean-up when the client has left."""
         send = self._noting_the_start(send)
+        self._trace = trace_of(scope)
         try:
             with self._gate.admit(key_of(scope), [call.request for call in self._calls]) as self._ticket:
+                self._clock.admit(self._calls[0].request.slice)
                 stream = self._stream
                 work = self._reply_whole(send) if stream is None else self._reply_streamed(send, stream)
                 await until_client_leaves(receive, work, self._ticket.over)
@@ -118,19 +125,26 @@ class GenerationResponse(Response):
         finally:
             prompt_tokens = sum(len(self._calls[index].request.prompt) for index in self._begun)
             self._clock.close(prompt_tokens, self._reasons)
+            if self._trace is not None and self._said is not None:
+                self._trace.answered(self._said)
             times = self._clock.tokens, self._clock.first_token_s
             generated = Generated(prompt_tokens, *times, self._reasons, self._drafted, self._accepted)
             note_generated(scope, generated)
 
     async def _deltas(self) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Deltas of all choices, together what one wake-up brought."""
-        sources = [answer_deltas(self._engine, call, self._tokenizer) for call in self._calls]
+        timed = None if self._trace is None else self._clock
+        if self._trace is not None and self._trace.keeps_content:
+            self._said = [""] * len(self._calls)
+        sources = [answer_deltas(self._engine, call, self._tokenizer, timed) for call in self._calls]
         async with aclosing(merge(sources)) as merged:
             async for parts in merged:
                 for index, deltas in parts:
                     self._begun.add(index)
                     tokens = sum([len(delta.token_ids) for delta in deltas])
-                    self._clock.tick(tokens)
+                    self._clock.tick(tokens, index)
+                    if self._said is not None:
+                        self._said[index] += "".join([_text(delta) for delta in deltas])
                     self._drafted += sum([delta.drafted for delta in deltas])
                     self._accepted += sum([delta.accepted for delta in deltas])
                     if self._ticket is not None:
@@ -197,6 +211,12 @@ class GenerationResponse(Response):
 
     def _fail(self, why: str) -> None:
         self._reasons = [why if reason == "cancelled" else reason for reason in self._reasons]
+
+
+def _text(delta: Delta) -> str:
+    """All that the model wrote, calls as their arguments."""
+    written = [part.arguments if isinstance(part, CallPart) else getattr(part, "text", "") for part in delta.parts]
+    return delta.text + "".join(written)
 
 
 def _error_event(error: Exception) -> bytes:

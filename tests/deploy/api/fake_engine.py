@@ -12,6 +12,7 @@ import uvicorn
 
 from divisi.cluster.errors import GangNotReady
 from divisi.cluster.request import EndReason, Request, TokenEvent, TokenLogprob
+from divisi.cluster.telemetry.process import Telemetry
 from divisi.deploy.api import ApiSettings, GangStatus, StatRow, build_app
 from divisi.deploy.limits import Gate, KeyFile
 from divisi.model.text import TextCodec, Tokenizer
@@ -120,13 +121,19 @@ class FakeEngine:
 
 @contextmanager
 def serve(
-    engine: FakeEngine, text: TextCodec, settings: ApiSettings, gate: Gate | None = None, keys: KeyFile | None = None
+    engine: FakeEngine,
+    text: TextCodec,
+    settings: ApiSettings,
+    gate: Gate | None = None,
+    keys: KeyFile | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Iterator[str]:
     """The API on a free port, under uvicorn in a thread; yields its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
-        config = uvicorn.Config(build_app(engine, text, settings, gate, keys), log_level="warning", lifespan="off")
+        app = build_app(engine, text, settings, gate, keys, telemetry)
+        config = uvicorn.Config(app, log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

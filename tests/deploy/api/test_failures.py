@@ -216,8 +216,8 @@ def test_metrics(http: httpx.Client, engine: FakeEngine) -> None:
     assert grown("divisi_completion_tokens_total") == 10
     assert grown("divisi_prompt_tokens_total") == 2 * len(engine.tokenizer.encode("hi"))
     assert grown("divisi_requests_finished_total", reason="length") == 2
-    assert grown("divisi_time_to_first_token_seconds_count") == 2
-    assert grown("divisi_time_per_output_token_seconds_count") == 2
+    assert grown("divisi_time_to_first_token_seconds_count", slice="chat") == 2
+    assert grown("divisi_time_per_output_token_seconds_count", slice="chat") == 2
     assert after[("divisi_step_seconds_total", (("part", "mixer"),))] == 1.5
     assert after[("divisi_ready", ())] == 1
     assert after[("divisi_http_open_requests", ())] == 1  # this very request
