@@ -9,7 +9,7 @@ PART ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
-.PHONY: help install demo serve test verify check bench kernels gpu-test gpu-bench lock clean
+.PHONY: help install demo serve test verify check bench kernels gpu-test gpu-bench monitoring lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ gpu-test: $(STAMP) ## on a GPU: every kernel against its reference, twice; the m
 
 gpu-bench: $(STAMP) ## on a GPU: gpu-test, then times and shares of the card's peak, to benchmarks/results/
 	$(BIN)/python -m divisi.benchmarks.gpu bench --out benchmarks/results
+
+monitoring: $(STAMP) ## rewrite k8s/monitoring/ (dashboards, alerts) from deploy/monitoring/
+	$(BIN)/python -m divisi.deploy.monitoring k8s/monitoring
 
 lock: $(STAMP) ## rewrite requirements.lock from .venv
 	$(BIN)/python .ci/lock.py > requirements.lock.new

@@ -1,0 +1,1 @@
+"""Watching a running server: alerts, dashboards, a Prometheus beside it, and `divisi report`."""
