@@ -77,7 +77,8 @@ class ProcessMetrics:
         if spec.metrics_endpoint is not None:
             from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter  # late: 0.1 s
 
-            exporter = _SendingExporter(self._produced, OTLPMetricExporter(endpoint=spec.metrics_endpoint, timeout=_SEND_S))
+            sent = OTLPMetricExporter(endpoint=spec.metrics_endpoint, timeout=_SEND_S)
+            exporter = _SendingExporter(self._produced, sent)
             readers.append(PeriodicExportingMetricReader(exporter, _METRICS_EVERY_MS))
         self._provider = MeterProvider(readers, resource, shutdown_on_exit=False)
         self.meter = self._provider.get_meter(DIVISI)

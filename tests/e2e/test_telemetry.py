@@ -344,7 +344,7 @@ def test_a_stopped_shard_fires_the_alerts_that_it_should(
 
 @pytest.mark.timeout(200)
 def test_an_answer_that_goes_on_elsewhere_is_one_tree(traced: tuple[Cluster, Received]) -> None:
-    """A worker is killed under open streams: the resumption is an event of the root, and no span is lost but the dead's."""
+    """A worker is killed under open streams: the resumption is an event of the root span."""
     cluster, received = traced
     trace_ids = [f"{number:032x}" for number in range(1, 9)]
     with httpx.Client(base_url=cluster.url, timeout=120) as client, ThreadPoolExecutor(8) as pool:

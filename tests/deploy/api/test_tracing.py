@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -44,6 +45,11 @@ def traced(engine: FakeEngine, text: TextCodec, exported: InMemorySpanExporter) 
 
 
 def by_name(exported: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    """Once the root has ended, which is a moment after the client has its answer."""
+    until = time.monotonic() + 5
+    while not any(span.name.endswith(MODEL) for span in exported.get_finished_spans()):
+        assert time.monotonic() < until, "no root"
+        time.sleep(0.01)  # the exporter in memory has no event
     spans = exported.get_finished_spans()
     assert len({span.name for span in spans}) == len(spans)
     return {span.name: span for span in spans}
@@ -127,6 +133,7 @@ def test_log_lines_have_both_ids(
             lines.append(json.loads(self.format(record)))
 
     handler, log = Kept(), logging.getLogger("divisi")
+    level = log.level
     handler.setFormatter(JsonFormatter("ingress:1"))
     log.addHandler(handler)
     log.setLevel("INFO")
@@ -135,6 +142,7 @@ def test_log_lines_have_both_ids(
         traced.post("/v1/completions", json={"model": MODEL, "prompt": "x"}, headers={"x-request-id": "mine"})
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
     trace_id = format(by_name(exported)[f"text_completion {MODEL}"].context.trace_id, "032x")
     of_it = [line for line in lines if line.get("request_id") == "mine"]
     assert {line["message"] for line in of_it} >= {"request", "POST /v1/completions failed"}
