@@ -140,6 +140,10 @@ def test_log_lines_have_both_ids(
     engine.script = lambda request: [ZeroDivisionError("a bug")]
     try:
         traced.post("/v1/completions", json={"model": MODEL, "prompt": "x"}, headers={"x-request-id": "mine"})
+        until = time.monotonic() + 5
+        while not any(line["message"] == "request" for line in lines):
+            assert time.monotonic() < until, "the request is not in the log"
+            time.sleep(0.01)  # it is written after the reply
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
