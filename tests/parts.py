@@ -14,8 +14,8 @@ PARTS = {
     "kernels": "kernels: every build that runs here, every number of rows, those of GPUs in an interpreter",
     "mtp": "multi-token prediction: the layer, drafts that change nothing, how far they go, killed shards",
     "serve": "the API, the limits and the command line",
-    "telemetry": "metrics, traces, dashboards and alerts, with a real Prometheus",
     "step": "what a step computes: model, engine, gang, the comparison of two checkouts",
+    "telemetry": "metrics, traces, dashboards and alerts, with a real Prometheus",
 }
 
 TABLE = {
