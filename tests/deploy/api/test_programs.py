@@ -226,6 +226,7 @@ def test_no_page_may_call_by_default(http: httpx.Client) -> None:
         gzip.compress(json.dumps(ASK).encode()[:20]) + gzip.compress(json.dumps(ASK).encode()[20:]),
         gzip.compress(json.dumps({**ASK, "user": "x" * 190_000}).encode()),
     ],
+    ids=["short", "two members", "long"],
 )
 def test_compressed_bodies(http: httpx.Client, body: bytes) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
