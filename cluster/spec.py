@@ -7,6 +7,7 @@ from typing import Literal
 
 from divisi.cluster.cores import CorePlan
 from divisi.cluster.door import TlsFiles
+from divisi.cluster.nodes import Placement
 from divisi.cluster.seats import GangShape
 from divisi.cluster.telemetry.spec import TelemetrySpec
 
@@ -40,6 +41,8 @@ class GangSpec:
     """Encrypts connections between nodes."""
     core_plan: CorePlan | None = None
     """Which cores the ranks keep to, where they are all on one machine and are to keep to any."""
+    placement: Placement = Placement()
+    """Which nodes take which of the processes."""
     max_draft_tokens: int = 0
     """Most tokens that the MTP layer drafts for a sequence in a step; 0: its weights are left alone."""
     adaptive_drafts: bool = True

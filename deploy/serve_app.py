@@ -16,6 +16,8 @@ from ray.serve.handle import DeploymentHandle
 
 from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
+from divisi.cluster.nodes import NodeChoice, empty_groups
+from divisi.cluster.ray.nodes import actor_options, has_autoscaler, living_nodes
 from divisi.cluster.ray.presence import Presence
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.process import Telemetry
@@ -205,6 +207,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         step_deadline_s=gang.step_deadline_s,
         secret_file=None if gang.secret_file is None else str(gang.secret_file),
         tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
+        placement=settings.placement.choices,
         max_draft_tokens=fitted.max_draft_tokens,
         adaptive_drafts=settings.mtp.adaptive,
         telemetry=telemetry_spec(settings),
@@ -236,24 +239,29 @@ def _otlp(endpoint: str | None, path: str) -> str | None:
 def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
     """The application for a settled spec."""
     gpus = 1 if spec.device == "cuda" else 0
-    grace = settings.limits.shutdown_grace_s
+    grace, places = settings.limits.shutdown_grace_s, spec.placement
     gang = _deployment(Gang).options(
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, **actor_options(NodeChoice(places.ingress.labels))},
         graceful_shutdown_timeout_s=grace + _LAST_WORDS_S + 5,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
     )
     worker = _deployment(AttentionWorker).options(
         num_replicas=spec.shape.attention_workers,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus, **actor_options(places.attention)},
         graceful_shutdown_timeout_s=grace + _LAST_WORDS_S + _LEAVE_S,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
     )
     ingress = _deployment(serve.ingress()(Ingress)).options(
         num_replicas=settings.http.ingress_replicas,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
+        # Among others, where any node will do, it needs no CPU of its own to be placed.
+        ray_actor_options={
+            "num_cpus": 1 if places.ingress else 0,
+            "runtime_env": {"env_vars": _ONE_LOOP},
+            **actor_options(places.ingress),
+        },
         max_ongoing_requests=_UNLIMITED,
         graceful_shutdown_timeout_s=grace + _LAST_WORDS_S,
         logging_config=_NO_ACCESS_LOG,
@@ -276,4 +284,12 @@ def build(args: dict[str, Any]) -> serve.Application:
     settings = Settings.from_args(args)
     if settings.gang.pin_cores:
         raise SettingsError(JOINED)
-    return build_from(settings, gang_spec(settings, ray.cluster_resources().get("GPU", 0)))
+    if settings.gang.device == "auto" and has_autoscaler():
+        raise SettingsError(
+            "gang.device: 'auto' cannot be settled on a cluster with an autoscaler, whose GPUs may still come; "
+            "give 'cuda' or 'cpu'"
+        )
+    spec = gang_spec(settings, ray.cluster_resources().get("GPU", 0))
+    for reason in empty_groups(spec.placement, len(spec.shape.shard_ranks), living_nodes()):
+        log.warning("%s; what belongs there waits for one", reason)
+    return build_from(settings, spec)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from divisi.cluster.nodes import NodeChoice, Placement
 from divisi.cluster.seats import GangShape
 from divisi.kernels.choice import checked_choice
 
@@ -46,6 +47,7 @@ def _check_endpoint(url: str) -> str:
 
 
 ModelName = Annotated[str, Field(min_length=1)]
+NodeLabel = Annotated[str, Field(min_length=1)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 OtlpUrl = Annotated[str, AfterValidator(_check_endpoint)]
 """A collector, or the path on it that takes one kind of signal."""
@@ -143,6 +145,43 @@ class GangSettings(Group):
         if self.topology == "colocated":
             return GangShape(self.attention_workers, self.attention_workers, colocated=True)
         return GangShape(self.attention_workers, self.expert_shards)
+
+
+class NodeSettings(Group):
+    """Which nodes of a Ray cluster take the processes of a role; those that have all that is named here."""
+
+    labels: dict[NodeLabel, NodeLabel] = {}
+    """As `ray start --labels` gives them, or a KubeRay group's `labels`."""
+    resources: dict[NodeLabel, Annotated[float, Field(gt=0)]] = {}
+    """What each process takes of a node's own resources, as `ray start --resources` gives them; not CPU, GPU, memory."""
+
+    @model_validator(mode="after")
+    def _check_resources(self) -> Self:
+        if taken := sorted({"CPU", "GPU", "memory", "object_store_memory"} & set(self.resources)):
+            raise ValueError(f"{taken[0]} is what Ray counts by itself; name a resource of the nodes' own, or labels")
+        return self
+
+    @property
+    def choice(self) -> NodeChoice:
+        """As the gang has it."""
+        return NodeChoice(self.labels, self.resources)
+
+
+class PlacementSettings(Group):
+    """Where on a cluster the roles go, each on nodes of its own. None: wherever there is room."""
+
+    ingress: NodeSettings | None = None
+    """The ingress replicas, which then count as a CPU each; with `labels`, also the coordinator."""
+    attention: NodeSettings | None = None
+    """The attention workers, with the experts of a colocated gang."""
+    experts: NodeSettings | None = None
+    """Processes that hold nothing but experts."""
+
+    @property
+    def choices(self) -> Placement:
+        """As the gang has them."""
+        roles = (self.ingress, self.attention, self.experts)
+        return Placement(*(NodeChoice() if role is None else role.choice for role in roles))
 
 
 class CacheSettings(Group):

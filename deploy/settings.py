@@ -36,6 +36,7 @@ from divisi.deploy.setting_groups import (
     LogSettings,
     ModelSettings,
     MtpSettings,
+    PlacementSettings,
     TelemetrySettings,
 )
 from divisi.model.demo import checkpoint_dir
@@ -53,6 +54,7 @@ class Settings(Group):
 
     model: ModelSettings
     gang: GangSettings = GangSettings()
+    placement: PlacementSettings = PlacementSettings()
     cache: CacheSettings = CacheSettings()
     mtp: MtpSettings = MtpSettings()
     http: HttpSettings = HttpSettings()

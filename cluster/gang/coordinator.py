@@ -104,6 +104,7 @@ class Coordinator:
         self._epochs, self._last_epoch = 0, 0
         self.own_target: ScrapeTarget | None = None
         """Where this process is scraped."""
+        self._unplaced = ""
 
     def join(
         self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
@@ -177,6 +178,11 @@ class Coordinator:
         with self._changed:
             self._failures[who] = text
 
+    def report_unplaced(self, text: str) -> None:
+        """Note which processes have no node to run on, for people; empty where all have."""
+        with self._changed:
+            self._unplaced = text
+
     def drain(self, grace_s: float) -> None:
         """Be ready no more; what runs may go on for so long. The ingress replicas hear of it by their reports."""
         with self._changed:
@@ -210,7 +216,7 @@ class Coordinator:
             membership = self._roster.membership
             return CoordinatorStatus(
                 ready=self._roster.ready() and not self._drain.begun,
-                reason="the server is shutting down" if self._drain.begun else self._roster.explain(),
+                reason=self._explain(),
                 epoch=membership.epoch if membership is not None else 0,
                 stats={seats[holder_id]: stats for holder_id, stats in self._stats.items()},
                 progress=dict(self._progress),
@@ -250,6 +256,12 @@ class Coordinator:
         if membership is not None and membership.epoch != self._last_epoch:
             self._last_epoch = membership.epoch
             self._epochs += 1
+
+    def _explain(self) -> str:
+        if self._drain.begun:
+            return "the server is shutting down"
+        unplaced = self._unplaced if not self._roster.ready() else ""
+        return "; ".join(filter(None, (self._roster.explain(), unplaced)))
 
     def _expired(self) -> bool:
         before = self._roster.membership

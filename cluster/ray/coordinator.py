@@ -12,6 +12,8 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayS
 
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
 from divisi.cluster.gang.roster import Directive
+from divisi.cluster.nodes import NodeChoice
+from divisi.cluster.ray.nodes import actor_options
 from divisi.cluster.seats import Address, Role, ScrapeTarget, Seat
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.context import below, parse
@@ -60,6 +62,7 @@ def start_coordinator(spec: GangSpec) -> ActorHandle[Any]:
         "namespace": NAMESPACE,
         "num_cpus": 0,
         "max_concurrency": 4 * spec.shape.size + 32,
+        **actor_options(NodeChoice(spec.placement.ingress.labels)),
     }
     until = time.monotonic() + _REPLACE_S
     while True:

@@ -16,10 +16,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from divisi.cluster.gang.coordinator import CoordinatorStatus
+from divisi.cluster.nodes import NodeChoice, empty_groups
 from divisi.cluster.ray.coordinator import NAMESPACE, start_coordinator
+from divisi.cluster.ray.nodes import actor_options, living_nodes
 from divisi.cluster.spec import GangSpec
-
-_PLACE_S = 600.0
 
 
 class GangLost(RuntimeError):
@@ -30,6 +30,8 @@ class GangOwner:
     """Lives in one process; `close` or the end of the process ends the gang's actors."""
 
     def __init__(self, spec: GangSpec) -> None:
+        """Returns at once: a shard for which there is no room yet waits for it, as long as that takes."""
+        self._spec = spec
         self._coordinator = start_coordinator(spec)
         self._group: PlacementGroup | None = None
         self._shards: list[ActorHandle[Any]] = []
@@ -37,6 +39,7 @@ class GangOwner:
         if num_shards := len(spec.shape.shard_ranks):
             self._group = _place(spec)
             self._shards = [_start_shard(spec, index, self._group) for index in range(num_shards)]
+        self._tell_unplaced()
 
     def check(self) -> None:
         """Raise GangLost if the coordinator has died, or a shard could not load.
@@ -50,6 +53,12 @@ class GangOwner:
             raise GangLost(str(error)) from error
         if failed := [f"{who}: {text}" for who, text in status.failures.items() if who in self._shard_seats]:
             raise GangLost("; ".join(failed))
+        if not status.ready:
+            self._tell_unplaced()
+
+    def _tell_unplaced(self) -> None:
+        found = empty_groups(self._spec.placement, len(self._shards), living_nodes())
+        self._coordinator.report_unplaced.remote("; ".join(found))
 
     def close(self) -> None:
         """End all actors now."""
@@ -60,10 +69,10 @@ class GangOwner:
 
 
 def _place(spec: GangSpec) -> PlacementGroup:
-    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device == "cuda" else {})
-    group: PlacementGroup = placement_group([bundle] * len(spec.shape.shard_ranks), strategy="PACK")
-    ray.get(group.ready(), timeout=_PLACE_S)
-    return group
+    nodes, num_shards = spec.placement.experts, len(spec.shape.shard_ranks)
+    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device == "cuda" else {}) | dict(nodes.resources)
+    labels = [dict(nodes.labels)] * num_shards if nodes.labels else None
+    return placement_group([bundle] * num_shards, strategy="PACK", bundle_label_selector=labels)
 
 
 def _start_shard(spec: GangSpec, index: int, group: PlacementGroup) -> ActorHandle[Any]:
@@ -75,6 +84,7 @@ def _start_shard(spec: GangSpec, index: int, group: PlacementGroup) -> ActorHand
         "max_restarts": -1,
         "name": f"{spec.name}/expert:{index}",
         "namespace": NAMESPACE,
+        **actor_options(NodeChoice(resources=spec.placement.experts.resources)),
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     }
     handle: ActorHandle[Any] = ray.remote(actor).options(**options).remote(spec, index)
