@@ -41,7 +41,7 @@ class GangSpec:
     """Encrypts connections between nodes."""
     core_plan: CorePlan | None = None
     """Which cores the ranks keep to, where they are all on one machine and are to keep to any."""
-    placement: Placement = Placement()
+    placement: Placement = field(default_factory=Placement)
     """Which nodes take which of the processes."""
     max_draft_tokens: int = 0
     """Most tokens that the MTP layer drafts for a sequence in a step; 0: its weights are left alone."""

@@ -144,6 +144,7 @@ def api_settings(settings: Settings, spec: GangSpec) -> ApiSettings:
         served_model_name=settings.served_model_name,
         model_aliases=settings.model_names[1:],
         allowed_origins=settings.http.allowed_origins,
+        trusted_proxies=settings.http.trusted_proxies,
         max_model_len=spec.max_model_len,
         vocab_size=config.vocab_size,
         max_body_bytes=limits.max_body_bytes,

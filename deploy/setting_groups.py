@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    WithJsonSchema,
+    model_validator,
+)
 
 from divisi.cluster.nodes import NodeChoice, Placement
 from divisi.cluster.seats import GangShape
@@ -46,13 +55,17 @@ def _check_endpoint(url: str) -> str:
     return url.rstrip("/")
 
 
+_NAMES = {"type": "array", "items": {"type": "string", "minLength": 1}}
+_COMMAS = WithJsonSchema({"anyOf": [_NAMES, {"type": "string"}]})
 ModelName = Annotated[str, Field(min_length=1)]
 NodeLabel = Annotated[str, Field(min_length=1)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 OtlpUrl = Annotated[str, AfterValidator(_check_endpoint)]
 """A collector, or the path on it that takes one kind of signal."""
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-HerePath = Annotated[Path, AfterValidator(Path.absolute)]
+_SIZE = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([bB]|[kKmMgGtT][iI]?[bB]|[kKmMgG])?\s*$"}
+Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"anyOf": [{"type": "integer"}, _SIZE]})]
+FilePath = Annotated[Path, WithJsonSchema({"type": "string", "minLength": 1})]
+HerePath = Annotated[FilePath, AfterValidator(Path.absolute)]
 """Relative to where the command was given, not to where a process of Ray happens to run."""
 
 
@@ -65,7 +78,7 @@ class Group(BaseModel):
 class ModelSettings(Group):
     """The checkpoint and how its numbers are held."""
 
-    model_dir: Path
+    model_dir: FilePath
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     """Weights and KV; `auto` takes the checkpoint's own, on a CPU bfloat16 in place of float16."""
     max_model_len: int | None = Field(default=None, ge=2)
@@ -153,7 +166,7 @@ class NodeSettings(Group):
     labels: dict[NodeLabel, NodeLabel] = {}
     """As `ray start --labels` gives them, or a KubeRay group's `labels`."""
     resources: dict[NodeLabel, Annotated[float, Field(gt=0)]] = {}
-    """What each process takes of a node's own resources, as `ray start --resources` gives them; not CPU, GPU, memory."""
+    """What each process takes of a node's own resources, which `ray start --resources` gives it."""
 
     @model_validator(mode="after")
     def _check_resources(self) -> Self:
@@ -228,10 +241,13 @@ class HttpSettings(Group):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    served_model_name: Annotated[tuple[ModelName, ...], BeforeValidator(as_list)] = ()
+    served_model_name: Annotated[tuple[ModelName, ...], BeforeValidator(as_list), _COMMAS] = ()
     """Names in /v1/models and in requests; replies have the first. None takes the model directory's name."""
-    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list)] = ()
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list), _COMMAS] = ()
     """Web pages whose scripts may call the API, as `https://chat.example.org`; `*` for all. None by default."""
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], BeforeValidator(as_list), _COMMAS] = ()
+    """Addresses or networks (10.0.0.0/8) of the proxies in front, Ray Serve's own HAProxy among them, whose
+    X-Forwarded-For and -Proto count. With any, the log names each request's client; without, they count for nothing."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)
     control_tokens_in_messages: bool = False
     """Whether `<|im_end|>` and the like in messages and tools become control tokens, as a forged turn would want."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 PARTS = {
+    "chart": "the Helm chart, the image, load balancers and several nodes",
     "clients": "independent clients in each topology",
     "faults": "start, stop and what fails on the way: processes, sockets, files, grammars",
     "kernels": "kernels: every build that runs here, every number of rows, those of GPUs in an interpreter",
@@ -44,6 +45,7 @@ TABLE = {
     "e2e/test_shutdown.py": "faults",
     "e2e/test_telemetry.py": "telemetry",
     "e2e/test_telemetry_overhead.py": "telemetry",
+    "k8s": "chart",
     "kernels": "kernels",
     "model": "step",
     "model/sampling/test_coupled.py": "mtp",

@@ -72,7 +72,8 @@ def _place(spec: GangSpec) -> PlacementGroup:
     nodes, num_shards = spec.placement.experts, len(spec.shape.shard_ranks)
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device == "cuda" else {}) | dict(nodes.resources)
     labels = [dict(nodes.labels)] * num_shards if nodes.labels else None
-    return placement_group([bundle] * num_shards, strategy="PACK", bundle_label_selector=labels)
+    group: PlacementGroup = placement_group([bundle] * num_shards, strategy="PACK", bundle_label_selector=labels)
+    return group
 
 
 def _start_shard(spec: GangSpec, index: int, group: PlacementGroup) -> ActorHandle[Any]:

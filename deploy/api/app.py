@@ -31,6 +31,7 @@ from divisi.deploy.api.errors import no_such_route, to_reply
 from divisi.deploy.api.metrics import CountRequests, Metrics, RequestClock
 from divisi.deploy.api.middleware.auth import HEALTH, METRICS, Authenticate, key_of
 from divisi.deploy.api.middleware.boundary import Boundary
+from divisi.deploy.api.middleware.forwarded import Forwarded
 from divisi.deploy.api.middleware.request_id import RequestIds
 from divisi.deploy.api.middleware.request_log import LogRequests, note_dropped
 from divisi.deploy.api.middleware.tracing import TraceRequests, note_clock, trace_of
@@ -295,6 +296,8 @@ def _add_middleware(
     if telemetry is not None and telemetry.tracer is not None:
         app.add_middleware(TraceRequests, telemetry=telemetry)
     app.add_middleware(LogRequests)
+    if settings.trusted_proxies:
+        app.add_middleware(Forwarded, trusted=settings.trusted_proxies)
 
 
 def _get(

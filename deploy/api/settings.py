@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork
 
 from divisi.model.text.grammar import GrammarLimits
 
@@ -52,6 +52,8 @@ class ApiSettings(BaseModel):
     """Whether /metrics can be read without an API key, where keys are asked for at all."""
     allowed_origins: tuple[str, ...] = ()
     """Web pages whose scripts may call, by origin, or `*` for all; none by default."""
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = ()
+    """Whose word on who the client is counts; without any, the log does not name clients."""
 
     @property
     def model_names(self) -> tuple[str, ...]:

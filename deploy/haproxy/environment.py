@@ -67,7 +67,7 @@ def haproxy(front: Front, made: Callable[[Path], object], say: Callable[[str], o
             folder = Path(tempfile.mkdtemp(prefix="divisi-", dir=_SHORT_FOLDER))  # mode 0700
             held.callback(shutil.rmtree, folder, ignore_errors=True)
             made(folder)
-            program = _prepare(Place(front.host, front.port, str(folder), front.cores), find_binary())
+            program = prepare(Place(front.host, front.port, str(folder), front.cores), find_binary())
         except (OSError, NoPortsLeft, subprocess.SubprocessError) as error:
             say(f"HTTP goes through Ray Serve's Python proxy, which takes more CPU: HAProxy cannot be run ({error})")
             yield PYTHON_PROXY
@@ -86,7 +86,7 @@ def find_binary() -> str:
     return found
 
 
-def _prepare(place: Place, binary: str) -> Path:
+def prepare(place: Place, binary: str) -> Path:
     """Fill the folder; returns the program to start in HAProxy's place. Raises OSError and SubprocessError."""
     folder = Path(place.folder)
     place.save()

@@ -77,6 +77,8 @@ def _fields(scope: Scope, status: int, duration_s: float) -> dict[str, object]:
         "key": None if key is None else key.name,
         "duration_s": round(duration_s, 6),
     }
+    if client := state.get("client"):
+        fields["client"] = client
     if dropped := state.get("dropped_keys"):
         fields["dropped_keys"] = dropped
     found: Generated | None = state.get("generated")
