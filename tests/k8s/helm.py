@@ -89,10 +89,20 @@ def chart() -> Any:
     return helm().Chart.load(str(CHART))
 
 
-def refusal(values: Values) -> str:
-    """What Helm says against values; empty where it takes them."""
+def schema_refusal(values: Values) -> str:
+    """What Helm says by the schema against values; empty where it takes them."""
     try:
         chart().validate_schema(values)
+    except helm().HelmError as error:
+        return str(error)
+    return ""
+
+
+def refusal(values: Values) -> str:
+    """What Helm says against values, by the schema or the templates; empty where it takes them."""
+    if said := schema_refusal(values):
+        return said
+    try:
         chart().render(values, name="divisi", namespace="models")
     except helm().HelmError as error:
         return str(error)

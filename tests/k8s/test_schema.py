@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.k8s.helm import CHART, PRESETS, ROOT, Values, at, helm, merged, preset, refusal
+from tests.k8s.helm import CHART, PRESETS, ROOT, Values, at, helm, merged, preset, refusal, schema_refusal
 
 OPEN = ("extraObjects", "global")
 """Objects of others."""
+
+
+Path = tuple[str | int, ...]
+"""To a place in the values."""
 
 
 def full_values() -> Values:
@@ -24,7 +28,7 @@ def full_values() -> Values:
     return merged(values, everything)
 
 
-def places(values: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def places(values: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every mapping, list and leaf, with the way to it."""
     yield path, values
     if isinstance(values, dict):
@@ -35,7 +39,7 @@ def places(values: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
             yield from places(value, (*path, index))
 
 
-def schema_of(path: tuple[str | int, ...], schema: dict[str, Any]) -> dict[str, Any]:
+def schema_of(path: Path, schema: dict[str, Any]) -> dict[str, Any]:
     """The part of the values' schema for a place."""
     root, here = schema, schema
     for step in path:
@@ -49,7 +53,7 @@ def schema_of(path: tuple[str | int, ...], schema: dict[str, Any]) -> dict[str, 
     return here
 
 
-def changed(values: Values, path: tuple[str | int, ...], change: Any) -> Values:
+def changed(values: Values, path: Path, change: Any) -> Values:
     """A copy in which `change` was called with what holds the last step, and that step."""
     copy = json.loads(json.dumps(values))
     holder = copy
@@ -60,9 +64,10 @@ def changed(values: Values, path: tuple[str | int, ...], change: Any) -> Values:
 
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+VALUES = full_values()
 PLACES = [
     (path, value)
-    for path, value in places(full_values())
+    for path, value in places(VALUES)
     if path and path[0] not in OPEN
 ]  # fmt: skip
 KEYS = [
@@ -73,7 +78,7 @@ KEYS = [
 LEAVES = [(path, value) for path, value in PLACES if not isinstance(value, dict | list)]
 
 
-def pointer(path: tuple[str | int, ...]) -> str:
+def pointer(path: Path) -> str:
     return "/" + "/".join(str(step).replace("~", "~0").replace("/", "~1") for step in path)
 
 
@@ -107,7 +112,7 @@ def test_what_is_tried_is_everything() -> None:
 
 
 def test_the_values_that_are_tried_are_taken() -> None:
-    assert refusal(full_values()) == ""
+    assert refusal(VALUES) == ""
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -117,40 +122,68 @@ def test_presets_are_taken_and_lint_is_content(name: str) -> None:
     assert [message for message in report["messages"] if message["severity"] not in ("INFO", 1)] == []
 
 
-def test_every_misspelled_key_is_named() -> None:
-    """Each key, in its place, by a letter more."""
-    helm()
-    wrong = []
-    for path in KEYS:
-        bad = f"{path[-1]}x"
-
-        def misspell(holder: Any, key: Any, bad: str = bad) -> None:
-            holder[bad] = holder.pop(key)
-
-        said = refusal(changed(full_values(), path, misspell))
-        if f"additional properties '{bad}' not allowed" not in said or (
-            len(path) > 1 and f"'{pointer(path[:-1])}'" not in said
-        ):
-            wrong.append(f"{pointer(path)}: {said or 'taken'}")
-    assert not wrong, "\n".join(wrong[:20])
+def misspell(holder: Any, key: Any) -> None:
+    holder[f"{key}x"] = holder.pop(key)
 
 
-def test_every_leaf_of_a_wrong_type_is_named() -> None:
-    """Text for a number, a truth value for text, a list for either."""
-    helm()
-    wrong = []
-    for path, value in LEAVES:
-        for bad in ([], "no such thing" if isinstance(value, bool | int | float) and value is not None else True):
-            if isinstance(bad, str) and value is None:
-                continue
+def tells_the_key(said: str, path: Path) -> bool:
+    lines = [line for line in said.splitlines() if f"'{pointer(path[:-1]) if len(path) > 1 else ''}'" in line]
+    return any("additional properties" in line and f"'{path[-1]}x'" in line for line in lines)
 
-            def replace(holder: Any, key: Any, bad: Any = bad) -> None:
-                holder[key] = bad
 
-            said = refusal(changed(full_values(), path, replace))
-            if f"'{pointer(path)}'" not in said:
-                wrong.append(f"{pointer(path)} = {bad!r}: {said or 'taken'}")
-    assert not wrong, "\n".join(wrong[:20])
+def replacing(bad: Any) -> Callable[[Any, Any], None]:
+    def replace(holder: Any, key: Any) -> None:
+        holder[key] = bad
+
+    return replace
+
+
+def wrong_types(value: Any) -> list[Any]:
+    """A list for anything; text for a number, a truth value for text."""
+    if value is None:
+        return [[]]
+    return [[], "no such thing" if isinstance(value, bool | int | float) else True]
+
+
+def test_misspelled_keys_are_named_all_at_once() -> None:
+    """All of a depth in one go: Helm names each."""
+    missed = []
+    for depth in sorted({len(path) for path in KEYS}):
+        values, at_depth = VALUES, [path for path in KEYS if len(path) == depth]
+        for path in at_depth:
+            values = changed(values, path, misspell)
+        said = schema_refusal(values)
+        missed += [pointer(path) for path in at_depth if not tells_the_key(said, path)]
+    assert missed == []
+
+
+@pytest.mark.parametrize("round_of", [0, 1])
+def test_leaves_of_a_wrong_type_are_named_all_at_once(round_of: int) -> None:
+    values, tried = VALUES, [(path, wrong_types(value)[round_of:]) for path, value in LEAVES]
+    for path, bad in tried:
+        if bad:
+            values = changed(values, path, replacing(bad[0]))
+    said = schema_refusal(values)
+    assert [pointer(path) for path, bad in tried if bad and f"'{pointer(path)}'" not in said] == []
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(600)
+def test_each_misspelled_key_alone_is_named(record_result: Callable[[str, object], None]) -> None:
+    missed = [
+        pointer(path) for path in KEYS if not tells_the_key(schema_refusal(changed(VALUES, path, misspell)), path)
+    ]
+    record_result("keys", len(KEYS))
+    assert missed == []
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(600)
+def test_each_leaf_of_a_wrong_type_alone_is_named(record_result: Callable[[str, object], None]) -> None:
+    tried = [(path, bad) for path, value in LEAVES for bad in wrong_types(value)]
+    record_result("leaves and types", len(tried))
+    refusals = [(path, bad, schema_refusal(changed(VALUES, path, replacing(bad)))) for path, bad in tried]
+    assert [(pointer(path), bad) for path, bad, said in refusals if f"'{pointer(path)}'" not in said] == []
 
 
 @pytest.mark.parametrize(
