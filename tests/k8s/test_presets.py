@@ -1,0 +1,37 @@
+"""The presets fit the model and the cards that they name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from divisi.deploy.cli.main import main
+from tests.k8s.helm import preset, render, settings_of
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
+
+CARDS = {"gpu-1": "256GiB", "gpu-2": "131GiB", "gpu-4": "80GiB"}
+"""Of one GPU: what a card sold as 288 GB, 141 GB and 80 GB at least has."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "Qwen3-Next-80B-A3B-Instruct"
+    write_sparse_checkpoint(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_gpu_preset_fits_its_cards(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args: dict[str, Any] = settings_of(render(preset(name)))
+    args["model"]["model_dir"] = str(model)
+    config = tmp_path / "divisi.json"
+    config.write_text(json.dumps(args), encoding="utf-8")
+    assert main(["inspect", "--config", str(config), "--gpu-memory", CARDS[name], "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    print(report)
+    raise AssertionError
