@@ -1,4 +1,4 @@
-"""What Kubernetes' network policies let through, by their rules: a pod that a policy selects is open only as policies say."""
+"""What Kubernetes' network policies let through: a pod that a policy selects is open only as the policies say."""
 
 from __future__ import annotations
 
