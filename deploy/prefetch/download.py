@@ -58,6 +58,7 @@ class Fetcher:
         part.replace(target)
 
     def _go_on(self, file: RemoteFile, part: Path) -> None:
+        part.touch()
         have = _size(part)
         if file.size is not None and have >= file.size:
             self.note(have)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from divisi.deploy.cli.main import main
+from divisi.model.demo import checkpoint_dir
 from tests.k8s.helm import preset, render, settings_of
 from tests.support.sparse_checkpoint import write_sparse_checkpoint
 
@@ -20,6 +22,8 @@ CARDS = {"gpu-1": "256GiB", "gpu-2": "131GiB", "gpu-4": "80GiB"}
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "Qwen3-Next-80B-A3B-Instruct"
     write_sparse_checkpoint(folder)
+    for file in checkpoint_dir().glob("*token*.json"):
+        shutil.copy(file, folder)
     return folder
 
 
