@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "model", "cluster", "deploy", "benchmarks")
-DATA = {".py", ".yaml", ".service", ".txt", ".jinja", ".cpp", ".h", ".typed", ".json", ".safetensors"}
+DATA = {".py", ".yaml", ".cfg", ".conf", ".service", ".txt", ".jinja", ".cpp", ".h", ".typed", ".json", ".safetensors"}
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(300)]
 

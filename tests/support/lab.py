@@ -34,12 +34,15 @@ class Machine:
     def start(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, before: str = "true"
     ) -> subprocess.Popen[bytes]:
-        """Run a command, after the shell lines `before`, with a /tmp, /run/divisi and /dev/shm that begin empty.
+        """Run a command, after the shell lines `before`, with a /tmp, /run and /dev/shm that begin empty.
 
-        It ends with everything that it has started.
+        /run/shared is the folder of the log. It ends with everything that it has started.
         """
-        folders = " && ".join(f"mount -t tmpfs tmpfs {path}" for path in ("/tmp", "/dev/shm", "/run"))
-        script = f"{folders} && mkdir -p /run/divisi && {before} && exec {shlex.join(command)}"
+        shared = f"mkdir -p /run/divisi /run/shared && mount --bind {self.log.parent} /run/shared"
+        mount = "mount -t tmpfs tmpfs"
+        script = (
+            f"{mount} /run && {shared} && {mount} /tmp && {mount} /dev/shm && {before} && exec {shlex.join(command)}"
+        )
         own = ["unshare", "-m", "-p", "-f", "--mount-proc", "--kill-child", "bash", "-c", script]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
