@@ -9,7 +9,7 @@ PART ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
-.PHONY: help install demo serve test verify check bench kernels gpu-test gpu-bench monitoring lock clean
+.PHONY: help install demo serve test verify check schema bench kernels gpu-test gpu-bench monitoring lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,10 @@ check: $(STAMP) build/typecheck ## ruff and mypy
 	$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,dev]'
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(foreach folder,$(FOLDERS),-p divisi.$(folder))
+	MYPYPATH=k8s:build/typecheck $(BIN)/mypy k8s/make_schema.py
+
+schema: $(STAMP) ## rewrite the chart's values.schema.json and its table of values, from the settings
+	$(BIN)/python k8s/make_schema.py
 
 build/typecheck:
 	mkdir -p $@/divisi

@@ -212,7 +212,8 @@ def values_schema() -> Schema:
 
 def values_table(text: str) -> str:
     """Markdown: each value with a `# --` comment, its default and the comment."""
-    rows, path, comment = ["| value | default | |", "|---|---|---|"], [], ""
+    rows, comment = ["| value | default | |", "|---|---|---|"], ""
+    path: list[str] = []
     defaults = yaml.safe_load(text)
     for line in text.splitlines():
         if said := re.match(r"\s*# -- (.*)", line):
