@@ -107,7 +107,7 @@ def render(*layers: Mapping[str, Any], name: str = "divisi") -> list[Manifest]:
     chart().validate_schema(values)
     rendered = chart().render(values, name=name, namespace="models")
     texts = [text for file, text in sorted(rendered.items()) if not file.endswith(".txt")]
-    return [manifest for text in texts for manifest in yaml.safe_load_all(text) if manifest]
+    return [manifest for text in texts for manifest in yaml.load_all(text, yaml.CSafeLoader) if manifest]
 
 
 def one(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
