@@ -71,7 +71,7 @@ class Fetcher:
             if resumed:
                 self.note(have)
             with part.open("ab" if resumed else "wb") as out:
-                for piece in reply.iter_raw(_PIECE):
+                for piece in reply.iter_raw():
                     out.write(piece)
                     self.note(len(piece))
                     if time.monotonic() > self.until or self.stop.is_set():
