@@ -33,7 +33,7 @@ serve: $(STAMP) ## serve MODEL=DIR (the demo model where none is given)
 
 # Two processes, for two cores: tests/side_by_side.py says what runs beside what.
 test: $(STAMP) ## the quick, seeded tier
-	$(BIN)/pytest -m "not verify" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -m "not verify" -n 2 --dist loadscope --no-loadscope-reorder
 
 verify: $(STAMP) ## everything, or PART=faults, step, ... (tests/parts.py), with results in tests/results/
 	$(BIN)/pytest --verify $(if $(PART),--part $(PART))

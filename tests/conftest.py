@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from tests.parts import PARTS, part_of
-from tests.side_by_side import group_of, servers_first
+from tests.side_by_side import servers_first
 
 if TYPE_CHECKING:
     from tests.parity.oracle import Excuses
@@ -54,6 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.nice(5)  # servers under test, which the first worker starts, come first
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which of two processes runs what."""
+    from tests.side_by_side import Groups
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give each test its part; leave those that `--part` doesn't want."""
     for item in items:
@@ -66,8 +74,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.stash[_PART] != wanted])
         items[:] = [item for item in items if item.stash[_PART] == wanted]
     if "PYTEST_XDIST_WORKER" in os.environ:
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item.path.relative_to(TESTS).as_posix())))
         items.sort(key=lambda item: servers_first(item.path.relative_to(TESTS).as_posix()))
 
 

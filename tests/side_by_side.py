@@ -6,6 +6,8 @@ server, or counts the machine's processes, is one group: its tests run one after
 
 from __future__ import annotations
 
+from xdist.scheduler import LoadScopeScheduling
+
 SERVERS = (
     "e2e",
     "deploy/haproxy",
@@ -33,3 +35,10 @@ def servers_first(path: str) -> int:
 
 def _is_in(path: str, names: tuple[str, ...]) -> bool:
     return any(path == name or path.startswith(f"{name}/") for name in names)
+
+
+class Groups(LoadScopeScheduling):
+    """xdist's scheduler, with these groups in place of modules."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid.partition("::")[0].removeprefix("tests/"))

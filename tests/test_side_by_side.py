@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.side_by_side import LONG, SERVERS, group_of, servers_first
+from tests.side_by_side import LONG, SERVERS, Groups, group_of, servers_first
 
 TESTS = Path(__file__).parent
 
@@ -36,3 +36,8 @@ def test_every_file_that_starts_a_server_is_in_their_group() -> None:
 )
 def test_servers_come_first_and_the_rest_goes_by_file(path: str, group: str, place: int) -> None:
     assert (group_of(path), servers_first(path)) == (group, place)
+
+
+def test_the_scheduler_goes_by_the_groups() -> None:
+    names = ("tests/e2e/test_front.py::test_it[a::b]", "tests/deploy/haproxy/test_http.py::test_it", "tests/a/b.py::t")
+    assert [Groups._split_scope(None, name) for name in names] == ["servers", "servers", "a/b.py"]  # type: ignore[arg-type]
