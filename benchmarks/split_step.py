@@ -87,7 +87,7 @@ def _split_gang(spec: GangSpec, threads: int) -> Iterator[DivisiEngine]:
     shard.start()
     engine, _ = build_engine(spec, config)
     group = join_group(membership, 0, _CPU, 60.0)
-    end = sharded_mode(spec, config).worker_end(Peers.of(_SHAPE, 0, lambda: group))
+    end = sharded_mode(spec, config).worker_end(Peers.of(membership, 0, lambda: group))
     try:
         announcing = _Announcing(end, pipe, config.moe_layers[0])
         yield DivisiEngine("divisi split", engine, announcing, config.vocab_size)
@@ -103,6 +103,6 @@ def _serve_shard(spec: GangSpec, membership: Membership, threads: int, pipe: Con
     with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
         experts = load_shard(spec, config, checkpoint, 0)
     group = join_group(membership, 1, _CPU, 60.0)
-    end = sharded_mode(spec, config).shard_end(Peers.of(_SHAPE, 1, lambda: group), experts)
+    end = sharded_mode(spec, config).shard_end(Peers.of(membership, 1, lambda: group), experts)
     serve_steps(iter(pipe.recv, ()), end, pass_layers(config))
     group.close()

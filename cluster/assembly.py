@@ -70,7 +70,7 @@ def transport(spec: GangSpec, config: ModelConfig) -> Transport:
     """How rows travel between the ranks of a gang."""
     return Transport(
         WireFormat(config.hidden_size, config.num_experts_per_tok, torch_dtype(spec)),
-        max_pass_rows=spec.worker_step_tokens,
+        max_pass_rows=spec.max_worker_step_tokens,
         deadline_s=spec.step_deadline_s,
         device=torch.device(spec.device),
         compute_dtype=compute_dtype(spec),
@@ -117,7 +117,7 @@ def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket)
     """How an attention worker reaches its gang."""
     device = torch.device(spec.device)
     cores = CoreShare(spec.threads, spec.core_plan)
-    return WorkerNetwork(listener, device, spec.step_deadline_s, pass_layers(config), cores)
+    return WorkerNetwork(listener, device, spec.step_deadline_s, pass_layers(config), cores, spec.step_share)
 
 
 def load_shard(
@@ -173,7 +173,7 @@ def build_engine(
         page_size=spec.page_size,
         num_slots=memory.num_slots,
         max_seqs=spec.max_seqs,
-        max_step_tokens=spec.worker_step_tokens,
+        max_step_tokens=spec.max_worker_step_tokens,
         max_draft_tokens=max_rows(spec, config) - 1,
     )
     experts = None

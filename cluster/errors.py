@@ -7,6 +7,7 @@ from divisi.model.errors import DivisiError
 __all__ = [
     "AnswerLost",
     "DivisiError",
+    "EpochEnded",
     "GangNotReady",
     "Overloaded",
     "RequestRejected",
@@ -26,6 +27,13 @@ class StepAborted(DivisiError):
         super().__init__(reason if seat is None else f"{seat}: {reason}")
         self.reason = reason
         self.seat = seat
+
+    def __reduce__(self) -> tuple[type[StepAborted], tuple[str, str | None]]:
+        return type(self), (self.reason, self.seat)
+
+
+class EpochEnded(StepAborted):
+    """The epoch ends between two steps, in good order: others come or go."""
 
     def __reduce__(self) -> tuple[type[StepAborted], tuple[str, str | None]]:
         return type(self), (self.reason, self.seat)

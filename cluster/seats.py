@@ -108,7 +108,11 @@ class ScrapeTarget:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Who takes part in one epoch; never changes. `addresses` and `holders` are in rank order."""
+    """Who takes part in one epoch; never changes. `addresses` and `holders` are in rank order.
+
+    Ranks are the epoch's own: those who are there, attention workers first, in the order of their seats. Whatever
+    outlasts an epoch goes by seat.
+    """
 
     epoch: int
     shape: GangShape
@@ -116,6 +120,34 @@ class Membership:
     addresses: tuple[Address, ...]
     store: Address
     """The key-value store through which process groups meet."""
+    absent: frozenset[Seat] = frozenset()
+    """Attention workers' seats that nobody fills."""
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """The seats that are filled, in rank order."""
+        return tuple(seat for seat in self.shape.seats if seat not in self.absent)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.holders)
+
+    @property
+    def workers(self) -> dict[int, int]:
+        """Rank by the index of each attention seat."""
+        return {seat.index: rank for rank, seat in enumerate(self.seats) if seat.role == "attention"}
+
+    @property
+    def shards(self) -> dict[int, int]:
+        """Rank by the index of each share of the experts."""
+        if self.shape.colocated:
+            return self.workers
+        return {seat.index: rank for rank, seat in enumerate(self.seats) if seat.role == "expert"}
+
+    def rank(self, seat: Seat) -> int:
+        """The rank of a seat that is filled."""
+        return self.seats.index(seat)
 
     def ranks_beside(self, rank: int) -> int:
         """Ranks on the machine of a rank, itself included."""
@@ -123,5 +155,5 @@ class Membership:
 
     @property
     def leader(self) -> Address:
-        """Control listener of `attention:0`."""
+        """Control listener of the lowest attention worker."""
         return self.addresses[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,8 +49,19 @@ class GangSpec:
     adaptive_drafts: bool = True
     """Whether fewer are drafted where that makes more tokens per second."""
     telemetry: TelemetrySpec = field(default_factory=TelemetrySpec)
+    min_attention_workers: int | None = None
+    """With how many an epoch forms; None: all of the shape's."""
 
     @property
-    def worker_step_tokens(self) -> int:
-        """The share of a step's token budget that each attention worker plans with."""
-        return max(self.max_step_tokens // self.shape.attention_workers, self.max_seqs)
+    def fingerprint(self) -> str:
+        """Equal for processes that were told the same, and may share an epoch."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    @property
+    def max_worker_step_tokens(self) -> int:
+        """Most tokens that an attention worker brings to a step: its share where there are as few as may be."""
+        return self.step_share(self.min_attention_workers or self.shape.attention_workers)
+
+    def step_share(self, workers: int) -> int:
+        """The share of a step's token budget that each of so many attention workers plans with."""
+        return max(self.max_step_tokens // workers, self.max_seqs)

@@ -68,6 +68,10 @@ class IdleEngine:
         """See Engine."""
         return EmptyPlan(len(self._running)) if self._running else None
 
+    def resize(self, max_rows: int) -> bool:
+        """See Engine: there is always room."""
+        return False
+
     def run_pass(self, plan: EmptyPlan, index: int, dispatcher: Dispatcher) -> None:
         """Wait for the step's time, as for a GPU."""
         now = time.monotonic()

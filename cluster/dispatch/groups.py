@@ -70,7 +70,7 @@ def join_group(membership: Membership, rank: int, device: torch.device, timeout_
         store = _dist.PrefixStore(f"epoch-{membership.epoch}", tcp)
         store.set_timeout(timeout)
         if device.type == "cuda":
-            backend = _nccl(store, rank, membership.shape.size, timeout)
+            backend = _nccl(store, rank, membership.size, timeout)
         else:
             backend = _gloo(store, rank, membership, timeout)
     except RuntimeError as error:  # torch.distributed's errors all derive from it
@@ -82,7 +82,7 @@ def _gloo(store: Any, rank: int, membership: Membership, timeout: timedelta) -> 
     options = _dist.ProcessGroupGloo._Options()
     options._timeout = timeout
     options._devices = [_dist.ProcessGroupGloo.create_device(hostname=membership.addresses[rank].host)]
-    return _dist.ProcessGroupGloo(store, rank, membership.shape.size, options)
+    return _dist.ProcessGroupGloo(store, rank, membership.size, options)
 
 
 def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
@@ -94,7 +94,7 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 class _BackendGroup:
     def __init__(self, backend: Any, membership: Membership) -> None:
         self._backend = backend
-        self._shape = membership.shape
+        self._seats = membership.seats
 
     def send(self, data: Tensor, rank: int) -> Transfer:
         return self._start(data, rank, sending=True)
@@ -103,7 +103,7 @@ class _BackendGroup:
         return self._start(data, rank, sending=False)
 
     def _start(self, data: Tensor, rank: int, *, sending: bool) -> Transfer:
-        seat = str(self._shape.seat(rank))
+        seat = str(self._seats[rank])
         if self._backend is None:
             raise StepAborted("its process group was closed", seat)
         try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from divisi.cluster.dispatch.groups import PeerGroup
 from divisi.cluster.passes import Pass
-from divisi.cluster.seats import GangShape
+from divisi.cluster.seats import Membership
 from divisi.model.dispatcher import Dispatcher
 
 
@@ -44,10 +44,9 @@ class Peers:
     """Meets all ranks in a process group, which the epoch's end closes. All ranks of an epoch call it, or none."""
 
     @classmethod
-    def of(cls, shape: GangShape, rank: int, join: Callable[[], PeerGroup]) -> Self:
-        """As the rank of a gang sees them whose ranks are numbered as the shape does."""
-        seat = shape.seat(rank).index
-        return cls(seat, dict(enumerate(shape.attention_ranks)), dict(enumerate(shape.expert_ranks)), join)
+    def of(cls, membership: Membership, rank: int, join: Callable[[], PeerGroup]) -> Self:
+        """As a rank of an epoch sees them."""
+        return cls(membership.seats[rank].index, membership.workers, membership.shards, join)
 
 
 class WorkerEnd(Dispatcher, Protocol):

@@ -159,6 +159,12 @@ class Engine:
         self._stopwatch.lap("scheduler")
         return plan
 
+    def resize(self, max_rows: int) -> bool:
+        """Plan with so many rows a step from now on; whether the plan under way was larger, and is no more."""
+        given_up = self._scheduler.resize(max_rows)
+        self._events += [self._event(outcome) for outcome in given_up or ()]
+        return given_up is not None
+
     @torch.inference_mode()
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """Run pass `index` of `plan.counts`. When this raises (StepAborted), run all passes of the plan again."""

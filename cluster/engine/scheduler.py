@@ -31,7 +31,7 @@ from divisi.cluster.drafting import Company, DraftPolicy, FixedDepth
 from divisi.cluster.engine.draft_counts import DraftCounts
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
-from divisi.cluster.engine.plan import MemoryOps, Outcome, PlanLayout, Run, RunKind, StepPlan
+from divisi.cluster.engine.plan import NO_OPS, Outcome, PlanLayout, Run, RunKind, StepPlan
 from divisi.cluster.engine.request_check import check_request
 from divisi.cluster.engine.sequence import Sequence, Status
 from divisi.cluster.errors import RequestRejected
@@ -94,6 +94,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         """In order of arrival."""
         self.outstanding: StepPlan | None = None
+        self._max_rows = config.max_step_tokens
+        self._ops_left = NO_OPS
+        """Of a plan that was given up."""
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
 
@@ -131,14 +134,33 @@ class Scheduler:
         assert self.outstanding is None, "the last plan is not committed"
         if not self._sequences:
             return None
-        layout = PlanLayout(self.config.max_step_tokens, self.config.max_prompt_logit_rows)
+        layout = PlanLayout(self._max_rows, self.config.max_prompt_logit_rows)
         self._plan_decodes(layout)
         self._plan_prefills(layout)
         self._plan_drafts(layout)
-        ops = MemoryOps(page_copies=self.memory.take_copies())
+        ops = self._ops_left._replace(page_copies=self._ops_left.page_copies + self.memory.take_copies())
+        self._ops_left = NO_OPS
         self.outstanding = layout.plan(self.memory.take_growths(), ops)
         assert self.outstanding.num_rows, "the earliest request always advances"
         return self.outstanding
+
+    def resize(self, max_rows: int) -> list[Outcome] | None:
+        """Plan with so many rows a step from now on, at most as many as configured.
+
+        A larger plan that is under way is given up: nothing of it counts, and the next one takes its place. Returns
+        the requests that were cancelled meanwhile and end with it; None where no plan was given up.
+        """
+        assert self.config.max_seqs <= max_rows <= self.config.max_step_tokens, "a share that there are no buffers for"
+        self._max_rows = max_rows
+        plan = self.outstanding
+        if plan is None or plan.num_rows <= max_rows:
+            return None
+        self.outstanding, self._ops_left = None, plan.ops
+        for run in plan.drafting:
+            self.memory.trim(run.sequence.holding, run.start + 1)
+        outcomes = [self._finish(run.sequence, "cancelled") for run in plan.runs if run.sequence.cancelled]
+        self._forget_finished(outcomes)
+        return outcomes
 
     def commit(
         self, plan: StepPlan, tokens: Seq[Seq[int]], ends: Mapping[Sequence, EndReason] | None = None
@@ -211,7 +233,7 @@ class Scheduler:
                 context += sequence.length
         if not decoding:
             return
-        prefill_rows = self.config.max_step_tokens - layout.rows_left - len(layout.decoding)
+        prefill_rows = self._max_rows - layout.rows_left - len(layout.decoding)
         company = Company(len(layout.decoding) - len(decoding), prefill_rows, self.elsewhere, context)
         depths = self._drafting.depths([sequence.drafter for sequence in decoding], company)
         for sequence, depth in zip(decoding, depths, strict=True):

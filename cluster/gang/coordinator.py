@@ -25,9 +25,18 @@ class CoordinatorClient(Protocol):
     """The coordinator as a holder sees it. Every call may raise CoordinatorLost."""
 
     def join(
-        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        index: int | None = None,
+        loading: bool = False,
+        spec: str = "",
     ) -> Seat | None:
-        """Take a seat, or None when all of the role are held; `loading`: to load the weights of that seat first."""
+        """Take a seat; None when all of the role are held, or when the gang has another spec than that fingerprint's.
+
+        `loading`: to load the weights of that seat first.
+        """
         ...
 
     def loaded(self, holder_id: str) -> None:
@@ -42,8 +51,12 @@ class CoordinatorClient(Protocol):
         """Report that all peers of an epoch were reached."""
         ...
 
-    def left(self, holder_id: str, epoch: int, reason: str) -> None:
-        """Report to be out of an epoch, and why."""
+    def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
+        """Report to be out of an epoch, why, and for whose sake (seats)."""
+        ...
+
+    def retire(self, holder_id: str) -> None:
+        """Ask to be left out of the next epoch, and for that to begin between two steps."""
         ...
 
     def leave(self, holder_id: str, reason: str) -> None:
@@ -77,6 +90,8 @@ class CoordinatorStatus:
     """Seats and epochs in numbers."""
     targets: tuple[ScrapeTarget, ...] = ()
     """Whose metrics can be scraped."""
+    workers: int = 0
+    """Attention workers of the epoch; 0 between epochs."""
 
 
 class Coordinator:
@@ -90,9 +105,14 @@ class Coordinator:
         grace_s: float = 4.0,
         clock: Callable[[], float] = time.monotonic,
         first_epoch: int = 1,
+        min_attention_workers: int | None = None,
+        spec: str = "",
     ) -> None:
-        """`first_epoch` must be above every epoch of a former coordinator of the gang."""
-        self._roster = Roster(shape, store, lease_s, grace_s, first_epoch)
+        """`first_epoch` must be above every epoch of a former coordinator of the gang.
+
+        `min_attention_workers` and `spec`: see Roster.
+        """
+        self._roster = Roster(shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec)
         self._clock = clock
         self._changed = threading.Condition()
         self._drain = Drain(clock)
@@ -107,13 +127,19 @@ class Coordinator:
         self._unplaced = ""
 
     def join(
-        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        index: int | None = None,
+        loading: bool = False,
+        spec: str = "",
     ) -> Seat | None:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.expire(self._clock())
             known = {holder.holder_id for holder in self._roster.holders()}
-            seat = self._roster.join(holder_id, role, address, self._clock(), index, loading)
+            seat = self._roster.join(holder_id, role, address, self._clock(), index, loading, spec)
             if seat is not None and holder_id not in known:
                 self._joins[str(seat)] += 1
             self._count_epochs()
@@ -148,11 +174,17 @@ class Coordinator:
         with self._changed:
             self._roster.serving(holder_id, epoch)
 
-    def left(self, holder_id: str, epoch: int, reason: str) -> None:
+    def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
         """See CoordinatorClient."""
         with self._changed:
-            self._roster.left(holder_id, epoch, reason, self._clock())
+            self._roster.left(holder_id, epoch, reason, self._clock(), suspect)
             self._count_epochs()
+            self._changed.notify_all()
+
+    def retire(self, holder_id: str) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.retire(holder_id)
             self._changed.notify_all()
 
     def leave(self, holder_id: str, reason: str) -> None:
@@ -221,6 +253,7 @@ class Coordinator:
                 stats={seats[holder_id]: stats for holder_id, stats in self._stats.items()},
                 progress=dict(self._progress),
                 failures=dict(self._failures),
+                workers=0 if membership is None else len(membership.workers),
                 streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
                 gang=self._numbers(),
                 targets=self._targets(),

@@ -5,6 +5,7 @@ Then come, in
 
 - a hello: the sender's role (u8: 0 attention, 1 expert) and the index of its seat (u16);
 - an announcement: rows by pass (u32 each);
+- an end: nothing;
 - a header: the number of passes (u8), the length of the trace context (u8), the trace context; and for each pass its
   kind (u8), micro-batches (u8), number of counts (u16), bucket (u32), and the counts (seat u16, rows u32) above 0.
 """
@@ -31,10 +32,13 @@ class _Kind(enum.IntEnum):
     HELLO = 1
     ANNOUNCEMENT = 2
     HEADER = 3
+    END = 4
 
 
 # By kind, so that noise is told from a message before anything waits for its end.
-_LONGEST: dict[int, int] = {_Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF}
+_LONGEST: dict[int, int] = {
+    _Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF, _Kind.END: 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,18 @@ class Header:
         return _encode(_Kind.HEADER, self.epoch, self.step, b"".join(parts))
 
 
-Message = Hello | Announcement | Header
+@dataclass(frozen=True, slots=True)
+class End:
+    """The leader to all, in the place of a header: no step begins any more, since others come or go."""
+
+    epoch: int
+
+    def encode(self) -> bytes:
+        """The bytes on the wire."""
+        return _encode(_Kind.END, self.epoch, 0, b"")
+
+
+Message = Hello | Announcement | Header | End
 
 
 class MessageReader:
@@ -126,6 +141,8 @@ def _decode(kind: int, epoch: int, step: int, body: bytearray) -> Message:
     try:
         if kind == _Kind.HEADER:
             return _decode_header(epoch, step, body)
+        if kind == _Kind.END:
+            return End(epoch)
         if kind == _Kind.ANNOUNCEMENT:
             return Announcement(epoch, step, struct.unpack(f"<{len(body) // 4}I", body))
         role, index = _SEAT.unpack(body)

@@ -28,6 +28,8 @@ class EpochInbox:
         self._offered: Assignment | None = None
         self._over = 0
         """The highest epoch that must not be worked in any more."""
+        self._changing = 0
+        """The highest epoch that is to end between two steps."""
         self._stopping = False
 
     def offer(self, assignment: Assignment) -> None:
@@ -41,6 +43,16 @@ class EpochInbox:
         with self._lock:
             self._over = max(self._over, epoch)
         self.wake.set()
+
+    def change(self, epoch: int) -> None:
+        """Have an epoch end between two of its steps. For its leader."""
+        with self._lock:
+            self._changing = max(self._changing, epoch)
+        self.wake.set()
+
+    def is_changing(self, epoch: int) -> bool:
+        """Whether an epoch is to end between two of its steps."""
+        return epoch <= self._changing
 
     def stop(self) -> None:
         """End the loop for good."""

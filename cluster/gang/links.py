@@ -74,4 +74,4 @@ def _peers(assignment: Assignment, device: torch.device, stack: contextlib.ExitS
         stack.callback(group.close)
         return group
 
-    return Peers.of(assignment.membership.shape, assignment.rank, join)
+    return Peers.of(assignment.membership, assignment.rank, join)

@@ -1,4 +1,4 @@
-"""The control mesh: one TCP connection from every rank to `attention:0`, for headers and announcements.
+"""The control mesh: one TCP connection from every rank to the lowest attention worker, for headers and announcements.
 
 Every wait is either parked (`deadline` None: until a message or a wake-up comes, however long) or bound by a deadline
 in `time.monotonic()` seconds. A closed connection, a deadline that passes and an interrupted epoch raise StepAborted.
@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from divisi.cluster.errors import StepAborted
+from divisi.cluster.errors import EpochEnded, StepAborted
 from divisi.cluster.gang.agreement import StepAgreement
-from divisi.cluster.gang.header import Announcement, Header, Hello, Message, MessageReader
+from divisi.cluster.gang.header import Announcement, End, Header, Hello, Message, MessageReader
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.seats import Address, Membership, Seat
+from divisi.cluster.seats import Membership, Seat
 
+CHANGES = "its membership changes"
 _CHUNK = 65536
 
 
@@ -105,7 +106,7 @@ class LeaderMesh:
         self._inbox = inbox
         self._mark = mark
         self._step = 0
-        self._agreement = StepAgreement(range(membership.shape.attention_workers))
+        self._agreement = StepAgreement(membership.workers)
         self._deadline: float | None = None
         """Of the announcements owed now; a wake-up in between doesn't prolong it."""
         self._peers: dict[Seat, _Peer] = {}
@@ -117,7 +118,7 @@ class LeaderMesh:
 
     def announce(self, counts: tuple[int, ...]) -> None:
         """Note the leader's own rows by pass for the next step, none where it has nothing to do."""
-        self._agreement.announce(0, counts)
+        self._agreement.announce(self._membership.seats[0].index, counts)
 
     def next_step(self, deadline_s: float) -> Header | None:
         """Begin the next step on all ranks once its workers are known; None when woken for another reason.
@@ -127,11 +128,13 @@ class LeaderMesh:
         # Look first: an idle worker that rings must get into the next step even if there is always one to begin.
         peers, woken = _ready(list(self._peers.values()), self._inbox, self._membership.epoch, 0.0)
         self._read_announcements(peers)
+        self._end_if_asked()
         passes = self._agreement.begin()
         if passes is None and not woken:
             if self._deadline is None and self._agreement.unfinished:
                 self._deadline = time.monotonic() + deadline_s
             self._collect(self._deadline if self._agreement.unfinished else None)
+            self._end_if_asked()
             passes = self._agreement.begin()
         if passes is None:
             return None
@@ -142,6 +145,14 @@ class LeaderMesh:
         for peer in self._peers.values():
             peer.send(data)
         return header
+
+    def _end_if_asked(self) -> None:
+        """End the epoch where it is to change and nobody is in a step. Raises EpochEnded then."""
+        epoch = self._membership.epoch
+        if self._inbox.is_changing(epoch) and not self._agreement.unfinished:
+            for peer in self._peers.values():
+                peer.send(End(epoch).encode())
+            raise EpochEnded(CHANGES)
 
     def close(self) -> None:
         """Drop all connections, which tells the other ranks that the epoch is over."""
@@ -166,16 +177,16 @@ class LeaderMesh:
                 self._agreement.announce(peer.seat.index, message.counts)
 
     def _waiting_for(self) -> str:
-        return ", ".join(str(self._membership.shape.seat(worker)) for worker in self._agreement.unfinished)
+        return ", ".join(str(Seat("attention", worker)) for worker in self._agreement.unfinished)
 
     def _accept_all(self, listener: socket.socket, deadline: float) -> None:
         """Every rank but the leader connects; connections left over from older epochs are closed."""
         unknown: list[_Peer] = []
-        shape = self._membership.shape
+        others = self._membership.seats[1:]
         try:
-            while len(self._peers) < shape.size - 1:
+            while len(self._peers) < len(others):
                 sources: list[socket.socket | _Peer] = [listener, *unknown]
-                missing = ", ".join(str(seat) for seat in shape.seats[1:] if seat not in self._peers)
+                missing = ", ".join(str(seat) for seat in others if seat not in self._peers)
                 for ready in _wait(sources, self._inbox, self._membership.epoch, deadline, missing):
                     if isinstance(ready, _Peer):
                         unknown.remove(ready)
@@ -193,7 +204,7 @@ class LeaderMesh:
         except StepAborted:  # a rank that gave up an older epoch while it waited in the backlog, or a port scanner
             peer.close()
             return
-        others = self._membership.shape.seats[1:]
+        others = self._membership.seats[1:]
         match messages:
             case [Hello(epoch, seat), *early] if (
                 epoch == self._membership.epoch and seat in others and seat not in self._peers
@@ -211,13 +222,13 @@ class FollowerMesh:
     def __init__(self, membership: Membership, rank: int, inbox: EpochInbox, deadline: float) -> None:
         """Connect to the leader and say hello. Raises StepAborted."""
         self._epoch = membership.epoch
-        self._seat = membership.shape.seat(rank)
+        self._seat = membership.seats[rank]
         self._inbox = inbox
         self._step = 0
         self._announced: tuple[int, ...] | None = None
         self._deadline: float | None = None
-        self._arrived: list[Header] = []
-        self._leader = _connect(membership.leader, deadline)
+        self._arrived: list[Header | End] = []
+        self._leader = _connect(membership, deadline)
         self._leader.send(Hello(self._epoch, self._seat).encode())
 
     def announce(self, counts: tuple[int, ...]) -> None:
@@ -225,9 +236,17 @@ class FollowerMesh:
 
         Rings a leader that is parked.
         """
-        if counts != self._announced:
+        if counts == self._announced:
+            return
+        try:
             self._leader.send(Announcement(self._epoch, self._step + 1, counts).encode())
-            self._announced = counts
+        except StepAborted:
+            with contextlib.suppress(StepAborted):
+                self._read([self._leader])
+            if any(isinstance(message, End) for message in self._arrived):
+                raise EpochEnded(CHANGES) from None  # the leader has closed the connection in good order
+            raise
+        self._announced = counts
 
     def next_step(self, deadline_s: float) -> Header | None:
         """The next step's header; None when woken for another reason.
@@ -239,11 +258,12 @@ class FollowerMesh:
                 self._deadline = None
             elif self._deadline is None:
                 self._deadline = time.monotonic() + deadline_s
-            for peer in _wait([self._leader], self._inbox, self._epoch, self._deadline, self._leader.who):
-                self._arrived += [m for m in peer.receive() if isinstance(m, Header) and m.epoch == self._epoch]
+            self._read(_wait([self._leader], self._inbox, self._epoch, self._deadline, self._leader.who))
         if not self._arrived:
             return None
         header = self._arrived.pop(0)
+        if isinstance(header, End):
+            raise EpochEnded(CHANGES)
         self._step = header.step
         self._deadline = None
         takes_part = self._seat.role == "attention" and header.includes(self._seat.index)
@@ -251,6 +271,10 @@ class FollowerMesh:
             # Rows announced but not in the header: they crossed it on the way and have to be announced again.
             self._announced = None
         return header
+
+    def _read(self, peers: Sequence[_Peer]) -> None:
+        for peer in peers:
+            self._arrived += [m for m in peer.receive() if isinstance(m, Header | End) and m.epoch == self._epoch]
 
     def headers(self) -> Iterator[Header]:
         """For a shard: the headers of all steps of the epoch, parked in between. Ends by StepAborted."""
@@ -263,8 +287,8 @@ class FollowerMesh:
         self._leader.close()
 
 
-def _connect(leader: Address, deadline: float) -> _Peer:
-    seat, left_s = Seat("attention", 0), max(deadline - time.monotonic(), 0.01)
+def _connect(membership: Membership, deadline: float) -> _Peer:
+    leader, seat, left_s = membership.leader, membership.seats[0], max(deadline - time.monotonic(), 0.01)
     try:
         return _Peer(socket.create_connection((leader.host, leader.port), timeout=left_s), seat)
     except OSError as error:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
+
+from divisi.cluster.errors import EpochEnded, StepAborted
+
+
+def level_of(error: StepAborted) -> int:
+    """How the log tells that a loop has left an epoch."""
+    return logging.INFO if isinstance(error, EpochEnded) else logging.WARNING
 
 
 class EpochReports(Protocol):
@@ -12,6 +20,6 @@ class EpochReports(Protocol):
         """All peers of the epoch were reached."""
         ...
 
-    def left(self, epoch: int, reason: str) -> None:
-        """The loop is out of the epoch and touches nothing of it any more."""
+    def left(self, epoch: int, reason: str, suspect: str | None = None) -> None:
+        """The loop is out of the epoch and touches nothing of it any more; `suspect`: the seats that it blames."""
         ...

@@ -1,8 +1,12 @@
 """Who holds which seat, and when a new epoch begins: the coordinator's logic as plain data.
 
-No clock, threads or sockets: every method takes `now` in seconds. An epoch forms when every seat is held, every holder
-has its weights, and every holder of the previous epoch has left it. It ends when a holder reports that a step could not
-finish, leaves its seat or stops renewing its lease. Late and repeated reports are ignored. Imports no torch.
+No clock, threads or sockets: every method takes `now` in seconds. An epoch forms of those who are there and have their
+weights, once they are enough (every expert, and the least number of attention workers; a colocated gang waits for all)
+and everybody has left the previous epoch. Who is to have died or hung, by a peer's word, is not waited for: the new
+epoch fences it, and one that turns out to live comes back with the next. An epoch ends between two steps, by its
+leader, when somebody comes or wants to go; and at once when a holder reports that a step could not finish, leaves its
+seat or stops renewing its lease. Late and repeated reports are ignored. Who was told another spec than the coordinator
+gets no seat. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,12 +17,18 @@ from typing import Literal
 
 from divisi.cluster.seats import Address, GangShape, Membership, Role, Seat
 
+_SUSPECTS_LEASE_S = 1.5
+"""Who is suspected and lives says something within a poll."""
+
 
 @dataclass(frozen=True, slots=True)
 class Directive:
-    """What a holder shall do next. `membership` comes with `enter`, `epoch` with `leave`."""
+    """What a holder shall do next. `membership` comes with `enter`, `epoch` with `leave` and `change`.
 
-    action: Literal["stay", "enter", "leave", "rejoin"]
+    `change` is for the leader: end the epoch between two steps.
+    """
+
+    action: Literal["stay", "enter", "leave", "change", "rejoin"]
     membership: Membership | None = None
     epoch: int = 0
 
@@ -38,13 +48,29 @@ class Holder:
     told_to_leave: bool = False
     serving: bool = False
     """It has reached every peer of its epoch."""
+    suspected: bool = False
+    """A peer could not go on for its sake; until it says itself that it has left."""
+    retiring: bool = False
+    """It wants to go, between two steps."""
 
 
 class Roster:
     """Seats, their holders, and the current epoch."""
 
-    def __init__(self, shape: GangShape, store: Address, lease_s: float, grace_s: float, first_epoch: int = 1) -> None:
+    def __init__(
+        self,
+        shape: GangShape,
+        store: Address,
+        lease_s: float,
+        grace_s: float,
+        first_epoch: int = 1,
+        min_attention_workers: int | None = None,
+        spec: str = "",
+    ) -> None:
+        """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's."""
         self.shape = shape
+        self.spec = spec
+        self.min_attention_workers = min_attention_workers or shape.attention_workers
         self.membership: Membership | None = None
         """The current epoch's; None between epochs."""
         self.last_break = ""
@@ -53,6 +79,12 @@ class Roster:
         self._grace_s = grace_s
         self._holders: dict[str, Holder] = {}
         self._epoch = first_epoch - 1
+        self._told_to_change = 0
+        """The epoch whose leader was told."""
+        self._in_order = False
+        """The last epoch has ended in good order, and the next one is about to serve."""
+        self._strangers: set[Role] = set()
+        """Who was told another spec, and asked for a seat."""
 
     def join(
         self,
@@ -62,15 +94,20 @@ class Roster:
         now: float,
         index: int | None = None,
         loading: bool = False,
+        spec: str = "",
     ) -> Seat | None:
         """Take a seat: the one with `index`, or the lowest free one of the role. Joining twice gives the same seat.
 
         Returns None when it is held. A shard takes it nevertheless, since it is its former process started anew.
+        Returns None, too, for one of another `spec`, which shares no epoch with the others.
         No epoch begins while a holder that joined as `loading` has not `loaded`.
         """
         if (known := self._holders.get(holder_id)) is not None:
             known.lease_until = now + self._lease_s
             return known.seat
+        if spec != self.spec:
+            self._strangers.add(role)
+            return None
         taken = {holder.seat: holder for holder in self._holders.values()}
         if index is not None:
             seat = Seat(role, index)
@@ -101,6 +138,11 @@ class Roster:
             self._remove(holder, f"{holder.seat} left: {reason}", now)
             self._form()
 
+    def retire(self, holder_id: str) -> None:
+        """A holder wants to go, once the step under way has ended; no epoch has it after that."""
+        if (holder := self._holders.get(holder_id)) is not None:
+            holder.retiring = True
+
     def beat(self, holder_id: str, now: float) -> None:
         """Renew a lease; an unknown holder is told to rejoin by its next directive."""
         if (holder := self._holders.get(holder_id)) is not None:
@@ -123,9 +165,12 @@ class Roster:
                 return Directive("stay")
             holder.told_to_leave = True
             return Directive("leave", epoch=holder.epoch)
-        if current is not None and not holder.epoch:
+        if current is not None and not holder.epoch and holder_id in current.holders:
             holder.epoch, holder.told_to_leave, holder.serving = current.epoch, False, False
             return Directive("enter", membership=current, epoch=current.epoch)
+        if current is not None and holder_id == current.holders[0] and self._is_to_change(current):
+            self._told_to_change = current.epoch
+            return Directive("change", epoch=current.epoch)
         return Directive("stay")
 
     def serving(self, holder_id: str, epoch: int) -> None:
@@ -133,35 +178,58 @@ class Roster:
         holder = self._holders.get(holder_id)
         if holder is not None and holder.epoch == epoch:
             holder.serving = True
+            self._in_order = self._in_order and not self._serves()
 
-    def left(self, holder_id: str, epoch: int, reason: str, now: float) -> None:
-        """A holder is out of an epoch and touches nothing of it any more. Ends the epoch if it still ran."""
+    def left(self, holder_id: str, epoch: int, reason: str, now: float, suspect: str | None = None) -> None:
+        """A holder is out of an epoch and touches nothing of it any more. Ends the epoch if it still ran.
+
+        `suspect` names the seats for whose sake it could not go on.
+        """
         holder = self._holders.get(holder_id)
         if holder is None or holder.epoch != epoch:
             return
-        holder.epoch, holder.told_to_leave, holder.serving = 0, False, False
+        holder.epoch, holder.told_to_leave, holder.serving, holder.suspected = 0, False, False, False
         if self.membership is not None and self.membership.epoch == epoch:
             self._break(f"{holder.seat}: {reason}", now)
+            self._in_order = suspect is None and self._told_to_change == epoch
+        suspects = () if suspect is None else suspect.split(", ")
+        for other in self._holders.values():
+            if str(other.seat) in suspects and other.epoch == epoch:
+                other.suspected = True
+                other.lease_until = min(other.lease_until, now + _SUSPECTS_LEASE_S)
         self._form()
 
     def ready(self) -> bool:
-        """Whether every rank of the current epoch has reached its peers."""
-        return self.membership is not None and all(holder.serving for holder in self._holders.values())
+        """Whether every rank of the current epoch has reached its peers, or will have in a moment."""
+        return self._in_order or self._serves()
+
+    def _serves(self) -> bool:
+        current = self.membership
+        return current is not None and all(self._holders[holder_id].serving for holder_id in current.holders)
 
     def explain(self) -> str:
         """Why the gang isn't ready, for people; names the seats that are missing."""
-        if self.ready():
-            return f"epoch {self._epoch} serves"
+        if self._in_order:
+            return f"epoch {self._epoch} makes room for others"
+        if self._serves():
+            absent = ", ".join(sorted(map(str, self.membership.absent))) if self.membership else ""
+            return f"epoch {self._epoch} serves" + (f", without {absent}" if absent else "")
         held = {holder.seat for holder in self._holders.values()}
+        missing = [seat for seat in self.shape.seats if seat not in held]
+        workers = sum(seat.role == "attention" for seat in held)
+        too_few = workers < self.min_attention_workers or any(seat.role == "expert" for seat in missing)
         after = f" (epoch {self._epoch} ended: {self.last_break})" if self.last_break else ""
-        if missing := [str(seat) for seat in self.shape.seats if seat not in held]:
-            return f"{len(held)} of {self.shape.size} seats filled, missing {', '.join(missing)}{after}"
+        if self._strangers:
+            after += f"; refused for another spec: {', '.join(sorted(self._strangers))}"
+        if too_few:
+            return f"{len(held)} of {self.shape.size} seats filled, missing {', '.join(map(str, missing))}{after}"
         if loading := sorted(str(holder.seat) for holder in self._holders.values() if holder.loading):
             return f"waiting for {', '.join(loading)} to load{after}"
         if self.membership is None:
             staying = sorted(str(holder.seat) for holder in self._holders.values() if holder.epoch)
             return f"waiting for {', '.join(staying)} to leave epoch {self._epoch}{after}"
-        slow = sorted(str(holder.seat) for holder in self._holders.values() if not holder.serving)
+        members = [self._holders[holder_id] for holder_id in self.membership.holders]
+        slow = sorted(str(holder.seat) for holder in members if not holder.serving)
         return f"epoch {self._epoch} is forming, waiting for {', '.join(slow)}{after}"
 
     def holders(self) -> Iterator[Holder]:
@@ -170,29 +238,48 @@ class Roster:
 
     def _remove(self, holder: Holder, reason: str, now: float) -> None:
         del self._holders[holder.holder_id]
-        if self.membership is not None:
+        if self.membership is not None and holder.holder_id in self.membership.holders:
             self._break(reason, now)
 
     def _break(self, reason: str, now: float) -> None:
         """End the epoch. Its holders must show up soon, so that a dead one doesn't hold up the next for a lease."""
         self.membership = None
         self.last_break = reason
+        self._in_order = False
         for holder in self._holders.values():
             holder.serving = False
             holder.lease_until = min(holder.lease_until, now + self._grace_s)
 
     def _form(self) -> None:
-        by_seat = {holder.seat: holder for holder in self._holders.values()}
-        if self.membership is not None or len(by_seat) < self.shape.size:
+        if self.membership is not None:
             return
-        if any(holder.epoch or holder.loading for holder in by_seat.values()):
+        if any(holder.epoch and not holder.suspected for holder in self._holders.values()):
+            return
+        able = {holder.seat: holder for holder in self._holders.values() if self._is_able(holder)}
+        absent = frozenset(seat for seat in self.shape.seats if seat not in able)
+        workers = sum(seat.role == "attention" for seat in able)
+        if workers < self.min_attention_workers or any(seat.role == "expert" for seat in absent):
+            self._in_order = False
             return
         self._epoch += 1
-        ordered = [by_seat[seat] for seat in self.shape.seats]
+        ordered = [able[seat] for seat in self.shape.seats if seat in able]
         self.membership = Membership(
             self._epoch,
             self.shape,
             holders=tuple(holder.holder_id for holder in ordered),
             addresses=tuple(holder.address for holder in ordered),
             store=self._store,
+            absent=absent,
         )
+
+    def _is_able(self, holder: Holder) -> bool:
+        """Whether a holder can be in the next epoch."""
+        return not (holder.epoch or holder.loading or holder.retiring)
+
+    def _is_to_change(self, current: Membership) -> bool:
+        """Whether somebody comes or goes, and the leader does not know."""
+        if self._told_to_change == current.epoch:
+            return False
+        members = [holder for holder in self._holders.values() if holder.holder_id in current.holders]
+        comes = any(self._is_able(holder) for holder in self._holders.values() if holder not in members)
+        return comes or any(holder.retiring for holder in members)

@@ -14,7 +14,7 @@ from divisi.cluster.gang.header import Header
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import shard_links
 from divisi.cluster.gang.observer import ShardObserver
-from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.gang.reports import EpochReports, level_of
 from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.passes import Pass, PassLayers
 
@@ -55,11 +55,11 @@ class ShardLoop:
                 self._serve(assignment)
             except StepAborted as error:
                 # Its text only: whoever keeps the error keeps the epoch's transfers, and the peers' connections open.
-                reason = str(error)
-                log.warning("left epoch %d: %s", assignment.membership.epoch, reason)
+                epoch, reason = assignment.membership.epoch, str(error)
+                log.log(level_of(error), "left epoch %d: %s", epoch, reason)
                 if self.observer is not None:
                     self.observer.ended(reason)
-                self.reports.left(assignment.membership.epoch, reason)
+                self.reports.left(epoch, reason, error.seat)
 
     def _serve(self, assignment: Assignment) -> None:
         """One epoch; ends by StepAborted."""

@@ -26,6 +26,8 @@ class CoreShare:
         if self.plan is None:
             cores = usable_cores() // assignment.membership.ranks_beside(assignment.rank)
         else:
-            keep_to(self.plan.ranks[assignment.rank])
-            cores = len(self.plan.ranks[assignment.rank])
+            membership = assignment.membership
+            own = self.plan.ranks[membership.shape.rank(membership.seats[assignment.rank])]
+            keep_to(own)
+            cores = len(own)
         torch.set_num_threads(self.threads or max(cores, 1))

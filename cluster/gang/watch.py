@@ -32,6 +32,8 @@ class Candidate:
     index: int | None = None
     loads_for_seat: bool = False
     """Which weights it loads depends on the seat: it takes one first, and from then on no other."""
+    spec: str = ""
+    """The fingerprint of its spec."""
 
 
 class SeatWatch:
@@ -55,6 +57,11 @@ class SeatWatch:
         self._stats = stats
         self._stop = threading.Event()
         self._unheard = threading.Event()
+        self._offered = 0
+        """The last epoch that the loop was sent into."""
+        self._outside = threading.Event()
+        """It has left that one."""
+        self._outside.set()
         self._client: CoordinatorClient | None = None
         self._holder_id = ""
         self.seat: Seat | None = None
@@ -95,21 +102,32 @@ class SeatWatch:
         """For the loop: all peers of the epoch were reached."""
         self._tell(lambda client: client.serving(self._holder_id, epoch))
 
-    def left(self, epoch: int, reason: str) -> None:
-        """For the loop: it is out of the epoch."""
-        self._tell(lambda client: client.left(self._holder_id, epoch, reason))
+    def left(self, epoch: int, reason: str, suspect: str | None = None) -> None:
+        """For the loop: it is out of the epoch; `suspect`: the seats that it blames."""
+        self._tell(lambda client: client.left(self._holder_id, epoch, reason, suspect))
+        if epoch >= self._offered:
+            self._outside.set()
+
+    def retire(self, within_s: float) -> None:
+        """Leave the gang between two steps, so that none is aborted; done when the loop is in no epoch any more."""
+        if self._tell(lambda client: client.retire(self._holder_id)):
+            self._outside.wait(within_s)
 
     def push_stats(self, stats: Stats) -> None:
         """For the loop: new statistics that should not wait for the next poll."""
         self._tell(lambda client: client.push_stats(self._holder_id, stats))
 
-    def _tell(self, call: Callable[[CoordinatorClient], None]) -> None:
-        if self._client is not None:
-            try:
-                call(self._client)
-            except CoordinatorLost:
-                # It would wait for this report for ever, if it is there at all; a new holder owes it nothing.
-                self._unheard.set()
+    def _tell(self, call: Callable[[CoordinatorClient], None]) -> bool:
+        """Whether it was heard."""
+        if self._client is None:
+            return False
+        try:
+            call(self._client)
+        except CoordinatorLost:
+            # It would wait for this report for ever, if it is there at all; a new holder owes it nothing.
+            self._unheard.set()
+            return False
+        return True
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -141,7 +159,11 @@ class SeatWatch:
                     case "enter" if directive.membership is not None:
                         epoch = directive.epoch
                         membership = directive.membership
-                        self._inbox.offer(Assignment(membership, membership.shape.rank(self.seat)))
+                        self._offered = epoch
+                        self._outside.clear()
+                        self._inbox.offer(Assignment(membership, membership.rank(self.seat)))
+                    case "change":
+                        self._inbox.change(directive.epoch)
                     case "leave":
                         self._inbox.interrupt(directive.epoch)
                     case "rejoin":
@@ -157,7 +179,7 @@ class SeatWatch:
     def _join(self, client: CoordinatorClient) -> Seat | None:
         candidate = self._candidate
         loads = candidate.loads_for_seat
-        seat = client.join(self._holder_id, candidate.role, candidate.address, self._index, loads)
+        seat = client.join(self._holder_id, candidate.role, candidate.address, self._index, loads, candidate.spec)
         if seat is None:
             self._wanting_since = self._wanting_since or time.monotonic()
             return None

@@ -26,7 +26,7 @@ from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.links import worker_links
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
 from divisi.cluster.gang.observer import NobodyObserves, WorkerObserver
-from divisi.cluster.gang.reports import EpochReports
+from divisi.cluster.gang.reports import EpochReports, level_of
 from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.passes import Pass, PassLayers, plain_elsewhere
 from divisi.cluster.request import Request, TokenEvent
@@ -63,6 +63,10 @@ class StepEngine(Protocol[PlanT]):
         """The next step, frozen until it has run; None with nothing to do."""
         ...
 
+    def resize(self, max_rows: int) -> bool:
+        """Plan with so many rows from now on; whether the plan under way was larger, and is no more."""
+        ...
+
     def run_pass(self, plan: PlanT, index: int, dispatcher: Dispatcher) -> None:
         """Run one of the plan's passes, those before it having run. Raises StepAborted; then the first comes next."""
         ...
@@ -90,6 +94,8 @@ class WorkerNetwork:
     step_deadline_s: float
     layers: PassLayers
     cores: CoreShare
+    step_share: Callable[[int], int]
+    """Rows that a worker may bring to a step, by the number of workers in the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +196,18 @@ class WorkerLoop(Generic[PlanT]):
                 self._serve(assignment)
             except StepAborted as error:
                 # Its text only: whoever keeps the error keeps the epoch's transfers, and the peers' connections open.
-                reason = str(error)
-                log.warning("left epoch %d%s: %s", assignment.membership.epoch, self._place(), reason)
+                epoch, reason = assignment.membership.epoch, str(error)
+                log.log(level_of(error), "left epoch %d%s: %s", epoch, self._place(), reason)
                 self._observer.aborted(reason)
-                self._reports.left(assignment.membership.epoch, reason)
+                self._reports.left(epoch, reason, error.seat)
 
     def _serve(self, assignment: Assignment) -> None:
         """One epoch; ends by StepAborted."""
         self._at = None
         self._inbox.check(assignment.membership.epoch)
         self._network.cores.take(assignment)
+        if self._engine.resize(self._network.step_share(len(assignment.membership.workers))):
+            self._plan = None
         network, mark = self._network, self._observer.mark
         with worker_links(assignment, self._inbox, network.listener, network.device, mark) as links:
             end = self._mode.worker_end(links.peers)
@@ -243,7 +251,7 @@ class WorkerLoop(Generic[PlanT]):
             if plan is not None and step_pass.rows(seat):
                 own = own_index(step_pass, index, plan.counts)
                 if not 0 <= own < len(plan.counts) or step_pass.rows(seat) != plan.counts[own]:
-                    raise StepAborted("its header counts other rows than were announced", "attention:0")
+                    raise StepAborted("the header counts other rows than were announced")
                 self._engine.run_pass(plan, own, end)
             else:
                 self._idle(self._network.layers.of(step_pass.kind), end)

@@ -38,7 +38,13 @@ class CoordinatorActor(Coordinator):
         host = ray.util.get_node_ip_address()
         self._server = StoreServer(host)
         # Seconds as the first epoch: above every epoch of a coordinator that this one replaces.
-        super().__init__(spec.shape, self._server.address, first_epoch=int(time.time()))
+        super().__init__(
+            spec.shape,
+            self._server.address,
+            first_epoch=int(time.time()),
+            min_attention_workers=spec.min_attention_workers,
+            spec=spec.fingerprint,
+        )
         telemetry = Telemetry(spec.telemetry, "coordinator", host)
         self._tracer = telemetry.tracer
         if telemetry.port:
@@ -94,10 +100,16 @@ class RayCoordinatorClient:
         self._actor = find_coordinator(name)
 
     def join(
-        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        index: int | None = None,
+        loading: bool = False,
+        spec: str = "",
     ) -> Seat | None:
         """See CoordinatorClient."""
-        seat: Seat | None = self._get(self._actor.join.remote(holder_id, role, address, index, loading))
+        seat: Seat | None = self._get(self._actor.join.remote(holder_id, role, address, index, loading, spec))
         return seat
 
     def loaded(self, holder_id: str) -> None:
@@ -113,9 +125,13 @@ class RayCoordinatorClient:
         """See CoordinatorClient."""
         self._get(self._actor.serving.remote(holder_id, epoch))
 
-    def left(self, holder_id: str, epoch: int, reason: str) -> None:
+    def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
         """See CoordinatorClient."""
-        self._get(self._actor.left.remote(holder_id, epoch, reason))
+        self._get(self._actor.left.remote(holder_id, epoch, reason, suspect))
+
+    def retire(self, holder_id: str) -> None:
+        """See CoordinatorClient."""
+        self._get(self._actor.retire.remote(holder_id))
 
     def leave(self, holder_id: str, reason: str) -> None:
         """See CoordinatorClient."""

@@ -37,7 +37,7 @@ class ExpertShardActor:
             experts = load_in_thread(spec, partial(load_shard, spec, config, checkpoint, index, report))
         self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(experts.nbytes)}
         inbox = EpochInbox()
-        candidate = Candidate("expert", Address(host, metrics=telemetry.port), index)
+        candidate = Candidate("expert", Address(host, metrics=telemetry.port), index, spec=spec.fingerprint)
         self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, inbox, self._stats)
         meter = metered(spec, config, experts, index)
         observer = show_shard(telemetry, meter, f"expert:{index}", self._weights)

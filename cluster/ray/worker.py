@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _STATS_EVERY_S = 0.25
 _ASK_S = 0.5
+_RETIRE_S = 2.0
 
 
 class WorkerFailed(RuntimeError):
@@ -75,7 +76,7 @@ class AttentionRank:
             telemetry = Telemetry(spec.telemetry, "attention", host)
             stack.callback(telemetry.close)
             address = Address(host, listener.getsockname()[1], stream_address(host, places), telemetry.port)
-            candidate = Candidate("attention", address, loads_for_seat=spec.shape.colocated)
+            candidate = Candidate("attention", address, loads_for_seat=spec.shape.colocated, spec=spec.fingerprint)
             self._watch = SeatWatch(
                 lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats
             )
@@ -140,6 +141,7 @@ class AttentionRank:
         """Take nothing new, let open answers go on for `grace_s` at most, and leave the gang."""
         self._streams.leave(grace_s)
         self._streams.close()
+        self._watch.retire(_RETIRE_S)
         self._inbox.stop()
         self._thread.join(timeout=self._spec.step_deadline_s)
         self._watch.stop("its replica is shutting down")

@@ -38,9 +38,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def coordinator(monkeypatch: pytest.MonkeyPatch) -> Coordinator:
+def coordinator(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> Coordinator:
     """The one that every worker made here finds. Gangs of one worker and no shard need no store."""
-    made = Coordinator(GangShape(1, 0), Address(HOST, 1), lease_s=2.0, grace_s=1.0)
+    spec = small_spec(model_dir, GangShape(1, 0)).fingerprint
+    made = Coordinator(GangShape(1, 0), Address(HOST, 1), lease_s=2.0, grace_s=1.0, spec=spec)
     monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: made)
     monkeypatch.setattr(worker_module, "prepare_process", lambda spec: HOST)
     monkeypatch.setattr(worker_module, "gang_secret", lambda spec: SECRET)
@@ -212,7 +213,8 @@ def test_a_worker_whose_seat_another_has_taken_is_to_be_replaced(
     wait_until(lambda: coordinator.status().ready, "it got no seat")
     (holder,) = coordinator._roster.holders()
     coordinator.leave(holder.holder_id, "not heard of for too long")
-    assert coordinator.join("another", "attention", Address(HOST, 1), index=0) is not None
+    spec = coordinator._roster.spec
+    assert coordinator.join("another", "attention", Address(HOST, 1), index=0, spec=spec) is not None
     rank.check()
 
     def failed() -> bool:
@@ -238,7 +240,7 @@ def test_a_colocated_worker_that_cannot_load_gives_its_seat_up(
 ) -> None:
     """Its process may live on for a while, and its successor wants the seat."""
     spec: GangSpec = small_spec(model_dir, GangShape(1, 1, colocated=True))
-    colocated = Coordinator(spec.shape, Address(HOST, 1), lease_s=60.0)
+    colocated = Coordinator(spec.shape, Address(HOST, 1), lease_s=60.0, spec=spec.fingerprint)
     monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: colocated)
 
     def damaged(*_: Any) -> None:
@@ -248,4 +250,4 @@ def test_a_colocated_worker_that_cannot_load_gives_its_seat_up(
     with pytest.raises(CheckpointError):
         AttentionRank(spec)
     assert [listener.fileno() for listener in listeners] == [-1]
-    assert colocated.join("successor", "attention", Address(HOST, 1)) is not None
+    assert colocated.join("successor", "attention", Address(HOST, 1), spec=spec.fingerprint) is not None

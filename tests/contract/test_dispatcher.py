@@ -20,8 +20,8 @@ from divisi.cluster.dispatch.protocol import DispatchMode, Peers, ShardedMode, W
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass, PassKind
-from divisi.cluster.seats import GangShape
-from tests.support.gangs import CPU, DenseExperts, full_pass, gang_groups, serving_shards, split
+from divisi.cluster.seats import Address, GangShape
+from tests.support.gangs import CPU, DenseExperts, full_pass, gang_groups, membership_of, serving_shards, split
 from tests.support.plain_mode import Plain
 
 LAYERS, EXPERTS, WIDTH, CHOSEN = 3, 7, 24, 3
@@ -92,7 +92,8 @@ def make_transport(dtype: torch.dtype = torch.float32, deadline_s: float = 10.0)
 
 def peers_of(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
     """By rank."""
-    return [Peers.of(shape, rank, lambda group=group: group) for rank, group in enumerate(groups)]  # type: ignore[misc]
+    membership = membership_of(shape, Address("127.0.0.1"))
+    return [Peers.of(membership, rank, lambda group=group: group) for rank, group in enumerate(groups)]  # type: ignore[misc]
 
 
 def run_worker(end: WorkerEnd, batches: Sequence[Batch | None], passes: Sequence[Pass]) -> list[Tensor]:

@@ -8,6 +8,13 @@ from divisi.cluster.request import Request, Sampling
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def importable_in_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a spawned process find the tests' modules, without the repository's root on its path."""
+    (tmp_path / "tests").symlink_to(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "small"

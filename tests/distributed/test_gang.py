@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.managers import BaseManager
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.engine.grammar import Grammars, Guide
-from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape, Seat
-from divisi.cluster.spec import GangSpec
+from tests.support.gang_processes import coordinator_server, rank_processes
 from tests.support.plain_mode import Plain
-from tests.support.thread_gang import HOST, Shard, Worker, small_spec, thread_gang
+from tests.support.thread_gang import Worker, small_spec, thread_gang
 
 Answers = dict[str, list[int]]
-
-
-@pytest.fixture(autouse=True)
-def importable_in_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a spawned process find this module, without the repository's root on its path."""
-    (tmp_path / "tests").symlink_to(Path(__file__).parents[1])
-    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +122,7 @@ def test_an_answer_goes_on_when_a_shard_process_is_lost(
     with thread_gang(small_spec(small_model, GangShape(1, 0))) as (local,):
         local.submit(request)
         want = local.finish("a")
-    with coordinator_server(spec) as (coordinator, port), shard_processes(spec, port) as start_shard:
+    with coordinator_server(spec) as (coordinator, port), rank_processes(spec, port) as start_shard:
         shards = [start_shard(0), start_shard(1)]
         worker = Worker(spec, coordinator)
         try:
@@ -198,53 +184,3 @@ def test_a_colocated_gang_with_work_on_one_rank_only(small_model: Path, local_an
 def _cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-class _Manager(BaseManager):
-    """Serves the coordinator to other processes."""
-
-
-@contextmanager
-def coordinator_server(spec: GangSpec) -> Iterator[tuple[Coordinator, int]]:
-    store = StoreServer(HOST)
-    coordinator = Coordinator(spec.shape, store.address, lease_s=6.0, grace_s=2.0)
-    _Manager.register("coordinator", callable=lambda: coordinator)
-    server = _Manager((HOST, 0), authkey=b"test").get_server()
-    threading.Thread(target=_serve_forever, args=(server,), daemon=True).start()
-    yield coordinator, server.address[1]
-    server.stop_event.set()  # type: ignore[attr-defined]
-
-
-def _serve_forever(server: Any) -> None:
-    with suppress(SystemExit):  # how this server ends
-        server.serve_forever()
-
-
-@contextmanager
-def shard_processes(spec: GangSpec, port: int) -> Iterator[Callable[[int], BaseProcess]]:
-    context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
-
-    def start(index: int) -> BaseProcess:
-        process = context.Process(target=_run_shard, args=(spec, port, index), daemon=True)
-        process.start()
-        processes.append(process)
-        return process
-
-    try:
-        yield start
-    finally:
-        for process in processes:
-            process.kill()
-            process.join(10)
-
-
-def _run_shard(spec: GangSpec, port: int, index: int) -> None:
-    class Client(BaseManager):
-        """The other end."""
-
-    Client.register("coordinator")
-    client = Client((HOST, port), authkey=b"test")
-    client.connect()
-    Shard(spec, index, client.coordinator())  # type: ignore[attr-defined]
-    threading.Event().wait()

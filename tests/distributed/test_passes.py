@@ -148,6 +148,9 @@ class CountedEngine:
     def plan(self) -> CountedPlan | None:
         return self.plans.pop() if self.plans else None
 
+    def resize(self, max_rows: int) -> bool:
+        return False
+
     def run_pass(self, plan: CountedPlan, index: int, dispatcher: Dispatcher) -> None:
         self.ran.append(index)
         full = index == len(plan.counts) - 1
@@ -219,7 +222,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
                 CountedEngine([CountedPlan(counts)]),
             )
             mode = Watched(worker_mode(shape, index), rank.log, fault)
-            network = WorkerNetwork(listener, CPU, 10.0, LAYERS, CoreShare(1))
+            network = WorkerNetwork(listener, CPU, 10.0, LAYERS, CoreShare(1), lambda workers: 8)
             loop = WorkerLoop(engine, mode, rank.inbox, rank.watch, network, lambda events: gang.committed.release())
             rank.start(loop.run)
             stack.callback(rank.close)

@@ -45,12 +45,16 @@ def split(num_experts: int, num_shards: int) -> list[frozenset[int]]:
     return [frozenset(range(a, b)) for a, b in pairwise(bounds)]
 
 
+def membership_of(shape: GangShape, store: Address, epoch: int = 1) -> Membership:
+    """Of all seats."""
+    return Membership(epoch, shape, tuple(map(str, shape.seats)), (Address("127.0.0.1"),) * shape.size, store)
+
+
 @contextmanager
 def gang_groups(shape: GangShape, epoch: int = 1) -> Iterator[list[PeerGroup]]:
     """The gloo groups of all ranks, in rank order."""
     store = StoreServer("127.0.0.1")
-    address = Address("127.0.0.1")
-    membership = Membership(epoch, shape, tuple(map(str, shape.seats)), (address,) * shape.size, store.address)
+    membership = membership_of(shape, store.address, epoch)
     with ThreadPoolExecutor(shape.size) as pool:
         groups = list(pool.map(lambda rank: join_group(membership, rank, CPU, 20.0), range(shape.size)))
     try:

@@ -70,7 +70,10 @@ class Worker:
         self._listener = listen(HOST)
         self._inbox = EpochInbox()
         candidate = Candidate(
-            "attention", Address(HOST, self._listener.getsockname()[1]), loads_for_seat=spec.shape.colocated
+            "attention",
+            Address(HOST, self._listener.getsockname()[1]),
+            loads_for_seat=spec.shape.colocated,
+            spec=spec.fingerprint,
         )
         self.watch = SeatWatch(lambda: coordinator, candidate, self._inbox, lambda: None)
         index = 0
@@ -130,6 +133,11 @@ class Worker:
         self.experts.partial_sum = last_call  # type: ignore[method-assign]
         self._thread.join(20)
 
+    def leave(self) -> None:
+        """As a worker does that is taken away."""
+        self.watch.retire(20)
+        self.close()
+
     def close(self) -> None:
         self._inbox.stop()
         self._thread.join(20)
@@ -142,12 +150,11 @@ class Shard:
 
     def __init__(self, spec: GangSpec, index: int, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
         config = served_config(spec)
-        experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), index)
+        self.experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), index)
         self._inbox = EpochInbox()
-        self._watch = SeatWatch(
-            lambda: coordinator, Candidate("expert", Address(HOST), index), self._inbox, lambda: None
-        )
-        self.loop: ShardLoop = shard_loop(spec, config, experts, self._inbox, self._watch)
+        candidate = Candidate("expert", Address(HOST), index, spec=spec.fingerprint)
+        self._watch = SeatWatch(lambda: coordinator, candidate, self._inbox, lambda: None)
+        self.loop: ShardLoop = shard_loop(spec, config, self.experts, self._inbox, self._watch)
         if new_mode:
             self.loop = replace(self.loop, mode=new_mode(transport(spec, config)))
         self._thread = threading.Thread(target=self.loop.run)
@@ -160,11 +167,25 @@ class Shard:
         self._watch.stop("the test is over")
 
 
+def new_coordinator(
+    spec: GangSpec, store: StoreServer, lease_s: float = 10.0, grace_s: float = 4.0
+) -> Coordinator:
+    """As the actor makes it."""
+    return Coordinator(
+        spec.shape,
+        store.address,
+        lease_s,
+        grace_s,
+        min_attention_workers=spec.min_attention_workers,
+        spec=spec.fingerprint,
+    )
+
+
 @contextlib.contextmanager
 def thread_gang(spec: GangSpec, new_mode: NewMode | None = None) -> Iterator[list[Worker]]:
     """The workers of a running gang; `new_mode` makes another way to carry rows than its shape has."""
     store = StoreServer(HOST)
-    coordinator = Coordinator(spec.shape, store.address)
+    coordinator = new_coordinator(spec, store)
     with contextlib.ExitStack() as stack:
         shards = [Shard(spec, index, coordinator, new_mode) for index in range(len(spec.shape.shard_ranks))]
         workers = []

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from divisi.cluster.errors import StepAborted
+from divisi.cluster.errors import EpochEnded, StepAborted
 from divisi.cluster.gang.agreement import NOTHING, StepAgreement, merge
-from divisi.cluster.gang.header import Announcement, Header, Hello, Message, MessageReader
+from divisi.cluster.gang.header import Announcement, End, Header, Hello, Message, MessageReader
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh, listen
 from divisi.cluster.passes import Pass, PassKind
@@ -36,6 +36,7 @@ MESSAGES: list[Message] = [
     Header(7, 9, (draft({1: 2**32 - 1}), *full({0: 1, 2**16 - 1: 5}))),
     Header(7, 9, (draft({}), Pass(PassKind.FULL, {3: 8}, bucket=64, micro_batches=2)), trace=b"\0trace" * 4),
     Header(0, 0, full({worker: worker + 1 for worker in range(500)})),
+    End(2**32 - 1),
 ]
 
 
@@ -67,6 +68,7 @@ def raw_header(passes: bytes, num_passes: int = 1) -> bytes:
         (b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n", "no message of kind 71"),
         (raw(1, b"", 65535), "kind 1 has 65535 bytes"),
         (raw(2, b"", 129), "kind 2 has 129 bytes"),
+        (raw(4, b"x"), "kind 4 has 1 bytes"),
         (raw(1, b""), "malformed hello"),
         (raw(1, b"\2\0\0"), "malformed hello"),
         (raw(2, bytes(5)), "malformed announcement"),
@@ -92,7 +94,7 @@ def test_noise_takes_no_memory() -> None:
     rng = random.Random(4)
     for _ in range(200):
         reader = MessageReader()
-        data = bytes([rng.choice((1, 2, 3)), *rng.randbytes(200_000)])
+        data = bytes([rng.choice((1, 2, 3, 4)), *rng.randbytes(200_000)])
         refused = False
         while data and not refused:
             size = rng.randrange(1, 10_000)
@@ -147,17 +149,19 @@ def test_drafts_are_merged_from_the_first_and_the_full_pass_last(
 class Gang:
     """One leader and its followers in one process."""
 
-    def __init__(self, shape: GangShape) -> None:
+    def __init__(self, shape: GangShape, *absent: int) -> None:
         self.listener = listen("127.0.0.1")
         address = Address("127.0.0.1", self.listener.getsockname()[1])
-        holders = tuple(str(seat) for seat in shape.seats)
-        self.membership = Membership(4, shape, holders, (address,) * shape.size, address)
-        self.inboxes = [EpochInbox() for _ in range(shape.size)]
+        nobody = frozenset(Seat("attention", index) for index in absent)
+        holders = tuple(str(seat) for seat in shape.seats if seat not in nobody)
+        size = len(holders)
+        self.membership = Membership(4, shape, holders, (address,) * size, address, nobody)
+        self.inboxes = [EpochInbox() for _ in range(size)]
         deadline = time.monotonic() + 10
         with ThreadPoolExecutor() as pool:
             leader = pool.submit(LeaderMesh, self.listener, self.membership, self.inboxes[0], deadline)
             self.followers = {
-                rank: FollowerMesh(self.membership, rank, self.inboxes[rank], deadline) for rank in range(1, shape.size)
+                rank: FollowerMesh(self.membership, rank, self.inboxes[rank], deadline) for rank in range(1, size)
             }
             self.leader = leader.result()
 
@@ -257,6 +261,68 @@ def test_a_closed_connection_ends_parked_waits(gang: Gang) -> None:
     gang.leader.close()
     with pytest.raises(StepAborted, match="attention:0"):
         gang.followers[1].next_step(5.0)
+
+
+def test_those_who_are_there_go_by_their_seats() -> None:
+    gang = Gang(GangShape(4, 1), 0, 2)
+    assert (gang.membership.workers, gang.membership.shards) == ({1: 0, 3: 1}, {0: 2})
+    gang.leader.announce((3,))
+    gang.followers[1].announce((2, 5))
+    header = begin(gang.leader)
+    assert header.passes == (draft({3: 2}), *full({1: 3, 3: 5}))
+    assert gang.followers[1].next_step(5.0) == gang.followers[2].next_step(5.0) == header
+    gang.leader.announce(NOTHING)
+    with pytest.raises(StepAborted, match="attention:3: did not answer"):
+        begin(gang.leader, 0.2)
+    gang.close()
+
+
+def test_an_epoch_ends_between_two_steps(gang: Gang) -> None:
+    gang.leader.announce((3,))
+    gang.followers[1].announce((2,))
+    header = begin(gang.leader)
+    for mesh in (gang.followers[1], gang.followers[2]):
+        assert mesh.next_step(5.0) == header
+    gang.inboxes[0].change(3)  # an older epoch: nothing happens
+    gang.inboxes[0].change(4)
+    gang.leader.announce((1,))
+    with pytest.raises(StepAborted, match="attention:1: did not answer") as ended:
+        begin(gang.leader, 0.2)
+    assert not isinstance(ended.value, EpochEnded), "it is in a step"
+    gang.leader._deadline = None
+    gang.followers[1].announce((1,))
+    with pytest.raises(EpochEnded):
+        begin(gang.leader)
+    gang.leader.close()
+    for mesh in (gang.followers[1], gang.followers[2]):
+        with pytest.raises(EpochEnded) as ended:
+            mesh.next_step(5.0)
+        assert ended.value.seat is None, "nobody is blamed"
+
+
+def test_who_announces_to_a_leader_that_has_ended_the_epoch_blames_nobody(gang: Gang) -> None:
+    gang.leader.announce(NOTHING)
+    gang.followers[1].announce(NOTHING)
+    gang.inboxes[0].change(4)
+    with pytest.raises(EpochEnded):
+        begin(gang.leader)
+    gang.leader.close()
+    with pytest.raises(EpochEnded) as ended:
+        for rows in range(1, 100):
+            gang.followers[1].announce((rows,))
+    assert ended.value.seat is None
+
+
+def test_a_parked_leader_ends_the_epoch_when_asked(gang: Gang) -> None:
+    gang.leader.announce(NOTHING)
+    gang.followers[1].announce(NOTHING)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(begin, gang.leader)
+        threading.Timer(0.05, gang.inboxes[0].change, [4]).start()
+        with pytest.raises(EpochEnded):
+            waiting.result(timeout=5)
+    with pytest.raises(EpochEnded):
+        gang.followers[2].next_step(5.0)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -22,11 +22,11 @@ class Flaky(Coordinator):
 
     lose_left = False
 
-    def left(self, holder_id: str, epoch: int, reason: str) -> None:
+    def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
         if self.lose_left:
             self.lose_left = False
             raise CoordinatorLost("the call did not arrive")
-        super().left(holder_id, epoch, reason)
+        super().left(holder_id, epoch, reason, suspect)
 
 
 @pytest.fixture
@@ -99,11 +99,17 @@ class SlowToJoin(Coordinator):
         self.joining, self.given_up = threading.Event(), threading.Event()
 
     def join(
-        self, holder_id: str, role: Role, address: Address, index: int | None = None, loading: bool = False
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        index: int | None = None,
+        loading: bool = False,
+        spec: str = "",
     ) -> Seat | None:
         self.joining.set()
         assert self.given_up.wait(10)
-        return super().join(holder_id, role, address, index, loading)
+        return super().join(holder_id, role, address, index, loading, spec)
 
     def leave(self, holder_id: str, reason: str) -> None:
         super().leave(holder_id, reason)
@@ -118,6 +124,29 @@ def test_a_seat_that_is_taken_while_the_watch_is_stopped_is_given_up_again(
     assert coordinator.joining.wait(10)
     watch.stop("the test is over")
     assert coordinator.join("successor", "attention", ADDRESS) is not None
+
+
+def test_who_retires_goes_once_its_loop_is_out_of_the_epoch(
+    start: Callable[[Callable[[], Coordinator]], tuple[SeatWatch, EpochInbox]],
+) -> None:
+    coordinator = Coordinator(GangShape(1, 0), ADDRESS)
+    watch, inbox = start(lambda: coordinator)
+    epoch = next_epoch(inbox)
+    retiring = threading.Thread(target=watch.retire, args=(20,))
+    retiring.start()
+    wait_until(lambda: inbox.is_changing(epoch), "its leader is not told to end the epoch")
+    watch.left(epoch - 1, "an older one")
+    assert retiring.is_alive()
+    watch.left(epoch, "its membership changes")
+    retiring.join(10)
+    assert not retiring.is_alive()
+    assert not coordinator.status().ready, "it is the only one"
+
+
+def test_who_retires_does_not_wait_for_a_coordinator_that_is_gone() -> None:
+    coordinator = Coordinator(GangShape(1, 0), ADDRESS)
+    watch = SeatWatch(lambda: coordinator, Candidate("attention", ADDRESS), EpochInbox(), lambda: None)
+    watch.retire(20)  # never joined
 
 
 class Mortal(Coordinator):

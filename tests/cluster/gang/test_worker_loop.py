@@ -46,6 +46,9 @@ class IdleEngine:
     def plan(self) -> StepPlan | None:
         return None
 
+    def resize(self, max_rows: int) -> bool:
+        return False
+
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         raise AssertionError("it never plans")
 
@@ -70,7 +73,7 @@ class Reports:
         self.told.append(("serving", epoch))
         self.changed.set()
 
-    def left(self, epoch: int, reason: str) -> None:
+    def left(self, epoch: int, reason: str, suspect: str | None = None) -> None:
         self.told.append(("left", epoch))
         self.changed.set()
 
@@ -81,7 +84,7 @@ class Running:
     def __init__(self) -> None:
         self.engine, self.inbox, self.reports = IdleEngine(), EpochInbox(), Reports()
         self.listener = listen("127.0.0.1")
-        network = WorkerNetwork(self.listener, CPU, 5.0, LAYERS, 1)
+        network = WorkerNetwork(self.listener, CPU, 5.0, LAYERS, 1, lambda workers: 8)
         self.loop = WorkerLoop[StepPlan](self.engine, MODE, self.inbox, self.reports, network, lambda events: None)
         self.ended_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
