@@ -73,7 +73,10 @@ class Ingress:
         keys = None if file is None else KeyFile(file)
         host = ray.util.get_node_ip_address()
         self._telemetry = Telemetry(spec.telemetry, "ingress", host)
-        client = ServeEngineClient(spec, gate, ingress_id, settings.http.ingress_replicas, self._telemetry)
+        client = ServeEngineClient(
+            spec, gate, ingress_id, settings.http.ingress_replicas, self._telemetry,
+            lambda workers: gate_limits(settings, workers),
+        )  # fmt: skip
         presence = Presence(spec.name, ingress_id, host, self._telemetry.port)
         presence.start()
         text, api = TextCodec.load(spec.model_dir), api_settings(settings, spec)
@@ -166,11 +169,11 @@ def api_settings(settings: Settings, spec: GangSpec) -> ApiSettings:
     )
 
 
-def gate_limits(settings: Settings) -> GateLimits:
-    """One ingress replica's share of the limits."""
+def gate_limits(settings: Settings, workers: int | None = None) -> GateLimits:
+    """One ingress replica's share of the limits, with so many attention workers in the epoch; None: all."""
     limits = settings.limits
     return GateLimits(
-        max_requests=settings.ingress_share(settings.max_queued_requests),
+        max_requests=settings.ingress_share(settings.queued_requests(workers or settings.gang.attention_workers)),
         max_queued_tokens=max(settings.ingress_share(settings.max_queued_tokens), 1),
         request_timeout_s=limits.request_timeout_s,
         retry_after_s=limits.retry_after_s,
@@ -200,6 +203,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         kernels=gang.kernels,
         deterministic=gang.deterministic,
         shape=gang.shape,
+        min_attention_workers=gang.least_workers,
         max_model_len=fitted.max_model_len,
         kv_memory=cache.kv_bytes,
         page_size=cache.page_size,

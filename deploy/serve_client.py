@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.rows import stat_rows
 from divisi.deploy.api.engine_client import GangStatus
 from divisi.deploy.journal import Journal
-from divisi.deploy.limits import Gate
+from divisi.deploy.limits import Gate, GateLimits
 from divisi.deploy.moved_answers import MovedAnswers
 from divisi.deploy.routing import QueuedTokens, WorkerReport
 
@@ -53,13 +53,18 @@ class ServeEngineClient:
         ingress_id: str = "ingress",
         ingress_replicas: int = 1,
         telemetry: Telemetry | None = None,
+        limits_of: Callable[[int], GateLimits] | None = None,
     ) -> None:
-        """`gate` is this ingress replica's: what is inside is reported, and ends when the gang is about to end."""
+        """`gate` is this ingress replica's: what is inside is reported, and ends when the gang is about to end.
+
+        `limits_of` gives its limits by the number of attention workers in the epoch; None: they stay as they are.
+        """
         self._spec = spec
         self._coordinator: ActorHandle[Any] | None = None
         self._connections = WorkerConnections(ray.util.get_node_ip_address(), gang_secret(spec), spec.tls)
         self._queues: QueuedTokens[WorkerConnection] = QueuedTokens(alone=ingress_replicas == 1)
         self._gate = gate
+        self._limits_of = limits_of
         self._ingress_id = ingress_id
         self._moves = MovedAnswers(telemetry)
         self._reporting: asyncio.Task[None] | None = None
@@ -106,6 +111,8 @@ class ServeEngineClient:
             self._status = GangStatus(False, reason)
         else:
             self._connections.name(found.streams)
+            if self._limits_of is not None and found.workers:
+                self._gate.limits = self._limits_of(found.workers)
             failures = [f"{who} could not load: {text}" for who, text in sorted(found.failures.items())]
             ready, reasons = found.ready, [found.reason, *failures]
             if ready and not await self._connections.wait_until_able(_CONNECT_S):
@@ -130,6 +137,9 @@ class ServeEngineClient:
             await self._report_once()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._gate.idle.wait(), _REPORT_EVERY_S)
+            if self._status.ready:  # a gate that is full asks nobody, and would not hear of a worker that has come
+                with contextlib.suppress(GangNotReady):
+                    await self.check_ready()
         await self._report_once()
 
     async def _report_once(self) -> None:

@@ -102,6 +102,8 @@ class GangSettings(Group):
     """`local`: one process does everything. `split`: attention workers and expert shards apart. `colocated`: each
     attention worker holds a shard of the experts, too."""
     attention_workers: int = Field(default=1, ge=1, le=64)
+    min_attention_workers: int | None = Field(default=None, ge=1, le=64)
+    """With so many the gang serves, once all experts are there. None: one; a colocated gang always waits for all."""
     expert_shards: int = Field(default=0, ge=0, le=512)
     """Processes that hold nothing but experts; a colocated gang has none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -145,12 +147,24 @@ class GangSettings(Group):
                 f"topology 'local' is one process, got attention_workers={self.attention_workers}; "
                 "use topology 'colocated', or 'split' with expert shards"
             )
+        if self.min_attention_workers is not None and self.least_workers != self.min_attention_workers:
+            raise ValueError(
+                f"min_attention_workers={self.min_attention_workers} doesn't go with topology {self.topology!r} and "
+                f"attention_workers={self.attention_workers}: give at most that, and exactly that to a colocated gang"
+            )
         if self.topology == "colocated" and self.expert_shards > 0:
             raise ValueError(
                 f"topology 'colocated' has a shard of the experts in each of the attention_workers, got "
                 f"expert_shards={self.expert_shards} besides; leave it out, or use topology 'split'"
             )
         return self
+
+    @property
+    def least_workers(self) -> int:
+        """With how many attention workers the gang serves."""
+        if self.topology == "colocated":
+            return self.attention_workers
+        return min(self.min_attention_workers or 1, self.attention_workers)
 
     @property
     def shape(self) -> GangShape:

@@ -65,11 +65,14 @@ class Settings(Group):
 
     @property
     def max_queued_requests(self) -> int:
-        """The limit as given, or what the gang can run."""
+        """The limit as given, or what the gang can run with all its attention workers."""
+        return self.queued_requests(self.gang.attention_workers)
+
+    def queued_requests(self, workers: int) -> int:
+        """The limit as given, or what a gang of so many attention workers can run."""
         if self.limits.max_queued_requests is not None:
             return self.limits.max_queued_requests
-        running = self.cache.max_seqs * self.gang.attention_workers
-        return max(running, self.http.ingress_replicas)
+        return max(self.cache.max_seqs * workers, self.http.ingress_replicas)
 
     @property
     def max_queued_tokens(self) -> int:

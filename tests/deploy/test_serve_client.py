@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from divisi.cluster.errors import AnswerLost, GangNotReady, RequestRejected
+from divisi.cluster.errors import AnswerLost, GangNotReady, Overloaded, RequestRejected
 from divisi.cluster.gang.coordinator import CoordinatorStatus
 from divisi.cluster.request import EndReason, Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape, StreamAddress
@@ -80,9 +80,9 @@ def coordinator(monkeypatch: pytest.MonkeyPatch, address: StreamAddress) -> Coor
 async def make() -> AsyncIterator[Callable[..., ServeEngineClient]]:
     made: list[ServeEngineClient] = []
 
-    def make(gate: Gate | None = None, telemetry: Telemetry | None = None) -> ServeEngineClient:
-        spec, gate = small_spec(Path("m"), GangShape(1, 0)), gate or Gate(GateLimits())
-        made.append(ServeEngineClient(spec, gate, "me", telemetry=telemetry))
+    def make(gate: Gate | None = None, **given: Any) -> ServeEngineClient:
+        spec = small_spec(Path("m"), GangShape(1, 0))
+        made.append(ServeEngineClient(spec, gate or Gate(GateLimits()), "me", **given))
         return made[-1]
 
     yield make
@@ -223,6 +223,32 @@ def spelt(events: Sequence[TokenEvent]) -> list[int]:
 
 def counted(telemetry: Telemetry, name: str) -> float | None:
     return telemetry.metrics.registry.get_sample_value(f"divisi_{name}_total")
+
+
+async def test_the_gate_follows_the_workers_of_the_epoch_even_while_it_is_full(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is refused asks nobody, so that the client looks by itself."""
+    monkeypatch.setattr(serve_client, "_REPORT_EVERY_S", 0.05)
+    monkeypatch.setattr(serve_client, "_FRESH_S", 0.05)
+    coordinator.answer = replace(coordinator.answer, workers=1)
+    gate = Gate(GateLimits(max_requests=1))
+    client = make(gate, limits_of=lambda workers: GateLimits(max_requests=8 * workers))
+    with gate.admit(None, [request(number) for number in range(8)]):
+        async with aclosing(client.generate(request())) as batches:
+            going_on = asyncio.create_task(anext(batches))
+            await until(lambda: len(worker.requests) == 1)
+            assert gate.limits.max_requests == 8
+            with pytest.raises(Overloaded):
+                gate.check(None)
+            coordinator.answer = replace(coordinator.answer, workers=2)
+            await until(lambda: gate.limits.max_requests == 16)
+            gate.check(None)
+            coordinator.answer = replace(coordinator.answer, workers=0, ready=False)
+            await until(lambda: not client._status.ready)
+            assert gate.limits.max_requests == 16, "between two epochs there are as many as before"
+            worker.server.deliver(at_once(request()))
+            await going_on
 
 
 async def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,6 +192,28 @@ def test_ingress_replicas_share_a_limit(limit: int, replicas: int, share: int) -
     overrides = {"model": {"model_dir": "/m"}, "http": {"ingress_replicas": replicas}}
     settings = Settings.load(None, overrides | {"limits": {"max_queued_requests": limit}})
     assert settings.ingress_share(settings.max_queued_requests) == share
+
+
+def test_what_is_let_in_follows_the_workers_that_are_there() -> None:
+    gang = {"topology": "split", "attention_workers": 3}
+    given = {"model": {"model_dir": "/m"}, "gang": gang, "cache": {"max_seqs": 8}}
+    settings = Settings.load(None, given)
+    assert [settings.queued_requests(workers) for workers in (1, 2, 3)] == [8, 16, 24]
+    assert settings.max_queued_requests == 24
+    settings = Settings.load(None, given | {"limits": {"max_queued_requests": 5}})
+    assert settings.queued_requests(1) == settings.queued_requests(3) == 5
+
+
+def test_a_colocated_gang_waits_for_all_and_a_split_one_for_a_worker() -> None:
+    def least(**gang: Any) -> int:
+        return Settings.load(None, {"model": {"model_dir": "/m"}, "gang": gang}).gang.least_workers
+
+    assert least(topology="split", attention_workers=3) == 1
+    assert least(topology="split", attention_workers=3, min_attention_workers=2) == 2
+    assert least(topology="colocated", attention_workers=3) == 3
+    for topology, workers in (("split", 1), ("colocated", 3)):
+        with pytest.raises(SettingsError, match="min_attention_workers=2 doesn't go with"):
+            least(topology=topology, attention_workers=workers, min_attention_workers=2)
 
 
 def test_every_ingress_replica_gets_a_request() -> None:
