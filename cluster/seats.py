@@ -45,20 +45,10 @@ class GangShape:
         return tuple(self.seat(rank) for rank in range(self.size))
 
     @property
-    def attention_ranks(self) -> range:
-        """Ranks of the attention workers."""
-        return range(self.attention_workers)
-
-    @property
     def shard_ranks(self) -> range:
         """Ranks that hold nothing but experts."""
         first = self.attention_workers
         return range(first, first if self.colocated else first + self.expert_shards)
-
-    @property
-    def expert_ranks(self) -> range:
-        """Ranks that hold the expert shards, in shard order."""
-        return self.attention_ranks if self.colocated else self.shard_ranks
 
     def seat(self, rank: int) -> Seat:
         """The seat of a rank."""

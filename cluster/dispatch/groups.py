@@ -11,6 +11,7 @@ host, since that is the only way to a deadline, and a group that failed is abort
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import Address, Membership
 
 _TAG = 0
+_LOOK_EVERY_S = 0.002
 # The type stubs lack most of what the backends have.
 _dist: Any = torch.distributed
 
@@ -62,13 +64,20 @@ class StoreServer:
         self.address = Address(host, self._store.port)
 
 
-def join_group(membership: Membership, rank: int, device: torch.device, timeout_s: float) -> PeerGroup:
-    """Meet all ranks of an epoch; blocks until they are there. Raises StepAborted."""
+def join_group(
+    membership: Membership,
+    rank: int,
+    device: torch.device,
+    timeout_s: float,
+    check: Callable[[], None] = lambda: None,
+) -> PeerGroup:
+    """Meet all ranks of an epoch; blocks until they are there. Raises StepAborted, and what `check` raises."""
     timeout = timedelta(seconds=timeout_s)
     try:
         tcp = _dist.TCPStore(membership.store.host, membership.store.port, is_master=False, timeout=timeout)
         store = _dist.PrefixStore(f"epoch-{membership.epoch}", tcp)
         store.set_timeout(timeout)
+        _meet(store, rank, membership, time.monotonic() + timeout_s, check)
         if device.type == "cuda":
             backend = _nccl(store, rank, membership.size, timeout)
         else:
@@ -76,6 +85,18 @@ def join_group(membership: Membership, rank: int, device: torch.device, timeout_
     except RuntimeError as error:  # torch.distributed's errors all derive from it
         raise StepAborted(f"cannot form the process group of epoch {membership.epoch}: {error}") from error
     return _BackendGroup(backend, membership)
+
+
+def _meet(store: Any, rank: int, membership: Membership, deadline: float, check: Callable[[], None]) -> None:
+    """Wait until every rank is there: the backends would wait blindly for one that has gone meanwhile."""
+    store.set(f"here/{rank}", "")
+    keys = {f"here/{other}": str(seat) for other, seat in enumerate(membership.seats)}
+    while not store.check(list(keys)):
+        check()
+        if time.monotonic() > deadline:
+            missing = ", ".join(seat for key, seat in keys.items() if not store.check([key]))
+            raise StepAborted(f"did not come to the process group of epoch {membership.epoch}", missing)
+        time.sleep(_LOOK_EVERY_S)
 
 
 def _gloo(store: Any, rank: int, membership: Membership, timeout: timedelta) -> Any:

@@ -55,8 +55,8 @@ class CoordinatorClient(Protocol):
         """Report to be out of an epoch, why, and for whose sake (seats)."""
         ...
 
-    def retire(self, holder_id: str) -> None:
-        """Ask to be left out of the next epoch, and for that to begin between two steps."""
+    def retire(self, holder_id: str) -> bool:
+        """Ask to be left out of the next epoch, and for that to begin between two steps; whether one has it yet."""
         ...
 
     def leave(self, holder_id: str, reason: str) -> None:
@@ -181,11 +181,12 @@ class Coordinator:
             self._count_epochs()
             self._changed.notify_all()
 
-    def retire(self, holder_id: str) -> None:
+    def retire(self, holder_id: str) -> bool:
         """See CoordinatorClient."""
         with self._changed:
-            self._roster.retire(holder_id)
+            taking_part = self._roster.retire(holder_id)
             self._changed.notify_all()
+        return taking_part
 
     def leave(self, holder_id: str, reason: str) -> None:
         """See CoordinatorClient."""

@@ -54,7 +54,7 @@ def worker_links(
         else:
             mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline)
         stack.callback(mesh.close)
-        yield WorkerLinks(mesh, _peers(assignment, device, stack))
+        yield WorkerLinks(mesh, _peers(assignment, inbox, device, stack))
 
 
 @contextlib.contextmanager
@@ -63,14 +63,15 @@ def shard_links(assignment: Assignment, inbox: EpochInbox, device: torch.device)
     with contextlib.ExitStack() as stack:
         mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, time.monotonic() + _MEET_S)
         stack.callback(mesh.close)
-        yield ShardLinks(mesh, _peers(assignment, device, stack))
+        yield ShardLinks(mesh, _peers(assignment, inbox, device, stack))
 
 
-def _peers(assignment: Assignment, device: torch.device, stack: contextlib.ExitStack) -> Peers:
+def _peers(assignment: Assignment, inbox: EpochInbox, device: torch.device, stack: contextlib.ExitStack) -> Peers:
     """The epoch's ranks by seat; a group that is joined is closed with the stack."""
 
     def join() -> PeerGroup:
-        group = join_group(assignment.membership, assignment.rank, device, _MEET_S)
+        membership = assignment.membership
+        group = join_group(membership, assignment.rank, device, _MEET_S, lambda: inbox.check(membership.epoch))
         stack.callback(group.close)
         return group
 

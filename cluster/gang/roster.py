@@ -138,10 +138,12 @@ class Roster:
             self._remove(holder, f"{holder.seat} left: {reason}", now)
             self._form()
 
-    def retire(self, holder_id: str) -> None:
-        """A holder wants to go, once the step under way has ended; no epoch has it after that."""
-        if (holder := self._holders.get(holder_id)) is not None:
-            holder.retiring = True
+    def retire(self, holder_id: str) -> bool:
+        """A holder wants to go, once the step under way has ended; no epoch has it then. Whether one has it yet."""
+        if (holder := self._holders.get(holder_id)) is None:
+            return False
+        holder.retiring = True
+        return bool(holder.epoch) or (self.membership is not None and holder_id in self.membership.holders)
 
     def beat(self, holder_id: str, now: float) -> None:
         """Renew a lease; an unknown holder is told to rejoin by its next directive."""

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _POLL_S = 1.0
+_ENTER_S = 0.02
 _GIVE_UP_S = 30.0
 """Longer than a lease: who then still holds the seat that this process wants is no former self of it."""
 
@@ -110,24 +111,28 @@ class SeatWatch:
 
     def retire(self, within_s: float) -> None:
         """Leave the gang between two steps, so that none is aborted; done when the loop is in no epoch any more."""
-        if self._tell(lambda client: client.retire(self._holder_id)):
-            self._outside.wait(within_s)
+        until = time.monotonic() + within_s
+        while self._takes_part() and (left_s := until - time.monotonic()) > 0:
+            # It may not have been told yet to enter the epoch that it is to leave.
+            if self._outside.wait(left_s):
+                self._stop.wait(_ENTER_S)
+
+    def _takes_part(self) -> bool:
+        taking_part: list[bool] = []
+        self._tell(lambda client: taking_part.append(client.retire(self._holder_id)))
+        return any(taking_part)
 
     def push_stats(self, stats: Stats) -> None:
         """For the loop: new statistics that should not wait for the next poll."""
         self._tell(lambda client: client.push_stats(self._holder_id, stats))
 
-    def _tell(self, call: Callable[[CoordinatorClient], None]) -> bool:
-        """Whether it was heard."""
-        if self._client is None:
-            return False
-        try:
-            call(self._client)
-        except CoordinatorLost:
-            # It would wait for this report for ever, if it is there at all; a new holder owes it nothing.
-            self._unheard.set()
-            return False
-        return True
+    def _tell(self, call: Callable[[CoordinatorClient], None]) -> None:
+        if self._client is not None:
+            try:
+                call(self._client)
+            except CoordinatorLost:
+                # It would wait for this report for ever, if it is there at all; a new holder owes it nothing.
+                self._unheard.set()
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -129,9 +129,9 @@ class RayCoordinatorClient:
         """See CoordinatorClient."""
         self._get(self._actor.left.remote(holder_id, epoch, reason, suspect))
 
-    def retire(self, holder_id: str) -> None:
+    def retire(self, holder_id: str) -> bool:
         """See CoordinatorClient."""
-        self._get(self._actor.retire.remote(holder_id))
+        return bool(self._get(self._actor.retire.remote(holder_id)))
 
     def leave(self, holder_id: str, reason: str) -> None:
         """See CoordinatorClient."""

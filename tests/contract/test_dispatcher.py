@@ -96,6 +96,11 @@ def peers_of(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
     return [Peers.of(membership, rank, lambda group=group: group) for rank, group in enumerate(groups)]  # type: ignore[misc]
 
 
+def expert_ranks(shape: GangShape) -> range:
+    """In shard order."""
+    return range(shape.size) if shape.colocated else shape.shard_ranks
+
+
 def run_worker(end: WorkerEnd, batches: Sequence[Batch | None], passes: Sequence[Pass]) -> list[Tensor]:
     """All layers of each pass; the sums, one after another. `batches` are what this worker brings to each."""
     sums = []
@@ -146,7 +151,7 @@ def make_steps(shape: GangShape, sizes: Sequence[Sequence[int]], seed: int = 0) 
     """What each worker brings to each step; `sizes` are rows of four counts, one for each possible worker."""
     return [
         [make_batch(row[w], seed=seed + 10 * s + w) if row[w] else None for s, row in enumerate(sizes)]
-        for w in shape.attention_ranks
+        for w in range(shape.attention_workers)
     ]
 
 
@@ -177,7 +182,7 @@ def check_sums(topology: Topology, dtype: torch.dtype, tolerance: float) -> None
 @mostly_verify
 @pytest.mark.parametrize("expert", [0, EXPERTS - 1])
 def test_all_tokens_to_one_expert(topology: Topology, expert: int) -> None:
-    per_worker = [[make_batch(16, seed=w, only_expert=expert)] for w in topology.shape.attention_ranks]
+    per_worker = [[make_batch(16, seed=w, only_expert=expert)] for w in range(topology.shape.attention_workers)]
     for got, batches in zip(run_all(topology, torch.float32, per_worker), per_worker, strict=True):
         for y_TD, reference_TD in zip(got, expected(batches), strict=True):
             torch.testing.assert_close(y_TD, reference_TD, atol=1e-5, rtol=1e-5)
@@ -206,8 +211,8 @@ def test_colocated_sums_are_those_of_as_many_shards_bit_for_bit(ranks: int, dtyp
 def renumbered(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
     """The peers in the order of `peers_of`, their seats at other ranks: as where members come and go."""
     rank = [(3 * i + 1) % shape.size for i in range(shape.size)]
-    workers = {seat: rank[seat] for seat in shape.attention_ranks}
-    shards = {index: rank[at] for index, at in enumerate(shape.expert_ranks)}
+    workers = {seat: rank[seat] for seat in range(shape.attention_workers)}
+    shards = {index: rank[at] for index, at in enumerate(expert_ranks(shape))}
     # Some other order than that of the seats, on which nothing may depend either.
     workers, shards = dict(reversed(workers.items())), dict(reversed(shards.items()))
     return [
@@ -273,7 +278,7 @@ def test_a_peer_that_does_not_answer_aborts_the_step(topology: Topology, fault: 
     shape = topology.shape
     with gang_groups(shape) as groups:
         end = first_end(topology, groups, deadline_s=0.3 if fault == "silent" else 30.0)
-        lost = next(rank for rank in shape.expert_ranks if rank)
+        lost = next(rank for rank in expert_ranks(shape) if rank)
         step_pass = full_pass(4, *[2] * (shape.attention_workers - 1))
         begin = time.monotonic()
 
@@ -313,7 +318,7 @@ def test_a_step_goes_on_in_the_next_epoch_and_hears_nothing_of_the_last(topology
     with gang_groups(shape, epoch=1) as groups:
         stale = first_end(topology, groups, deadline_s=1.0)
         finish = start_layer(stale, full_pass(4, *[2] * (shape.attention_workers - 1)))
-        groups[next(rank for rank in shape.expert_ranks if rank)].close()
+        groups[next(rank for rank in expert_ranks(shape) if rank)].close()
         with pytest.raises(StepAborted):
             finish()
         per_worker = make_steps(shape, SIZES, seed=7)

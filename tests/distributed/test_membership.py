@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.dispatch.groups import StoreServer, join_group
+from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from tests.support.gang_processes import coordinator_server, rank_processes
+from tests.support.gangs import CPU, membership_of
 from tests.support.thread_gang import HOST, Shard, Worker, new_coordinator, small_spec, thread_gang
 
 TOKENS = 200
@@ -157,6 +159,19 @@ def test_a_killed_worker_is_left_out_at_once(
             what = f"seconds of pause when the other worker, {'busy' if busy else 'idle'}, is killed"
             record_result(what, round(pause_s, 3))
             assert pause_s < 2.0
+
+
+def test_who_meets_a_group_waits_for_nobody_who_has_gone() -> None:
+    store = StoreServer(HOST)
+    membership = membership_of(GangShape(1, 1), store.address)
+
+    def gone() -> None:
+        raise StepAborted("epoch 1 is over")
+
+    with pytest.raises(StepAborted, match="epoch 1 is over"):
+        join_group(membership, 0, CPU, 20.0, gone)
+    with pytest.raises(StepAborted, match="expert:0: did not come"):
+        join_group(membership, 0, CPU, 0.05)
 
 
 def test_a_rank_of_another_spec_gets_no_seat(small_model: Path) -> None:

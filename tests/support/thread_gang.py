@@ -167,9 +167,7 @@ class Shard:
         self._watch.stop("the test is over")
 
 
-def new_coordinator(
-    spec: GangSpec, store: StoreServer, lease_s: float = 10.0, grace_s: float = 4.0
-) -> Coordinator:
+def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, grace_s: float = 4.0) -> Coordinator:
     """As the actor makes it."""
     return Coordinator(
         spec.shape,

@@ -307,9 +307,13 @@ def test_who_announces_to_a_leader_that_has_ended_the_epoch_blames_nobody(gang: 
     with pytest.raises(EpochEnded):
         begin(gang.leader)
     gang.leader.close()
-    with pytest.raises(EpochEnded) as ended:
+
+    def announce() -> None:
         for rows in range(1, 100):
             gang.followers[1].announce((rows,))
+
+    with pytest.raises(EpochEnded) as ended:
+        announce()
     assert ended.value.seat is None
 
 
