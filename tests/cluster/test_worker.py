@@ -43,7 +43,7 @@ def coordinator(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> Coordinator
     spec = small_spec(model_dir, GangShape(1, 0)).fingerprint
     made = Coordinator(GangShape(1, 0), Address(HOST, 1), lease_s=2.0, grace_s=1.0, spec=spec)
     monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: made)
-    monkeypatch.setattr(worker_module, "prepare_process", lambda spec: HOST)
+    monkeypatch.setattr(worker_module, "own_host", lambda: HOST)
     monkeypatch.setattr(worker_module, "gang_secret", lambda spec: SECRET)
     monkeypatch.setattr(worker_module, "reported", lambda name, who: contextlib.nullcontext())
     return made
