@@ -28,6 +28,7 @@ from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from tests.support.ports import free_port
 
 _MARK = "DIVISI_TEST_CLUSTER"
+_GONE_S = 5.0
 
 
 @dataclass
@@ -118,9 +119,17 @@ def assert_nothing_left(cluster: Cluster) -> None:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, "somebody still listens"
     places = {place.parent: json.loads(place.read_text()) for place in Path("/tmp").glob("divisi-*/place.json")}
     assert not [folder for folder, place in places.items() if place["port"] == port], "left behind"
+    until = time.monotonic() + _GONE_S
+    while left := _files_of_nobody(cluster):
+        assert time.monotonic() < until, f"left behind: {left}"
+        time.sleep(0.2)
+
+
+def _files_of_nobody(cluster: Cluster) -> set[Path]:
+    """New files that no process has; those of another test's processes are gone a moment after these."""
     if left := files_of_servers() - cluster.files_before:
         left -= {Path(file) for process in psutil.process_iter() for file in _files(process)}
-    assert not left, "left behind"
+    return left
 
 
 def _files(process: psutil.Process) -> list[str]:
