@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from divisi.deploy.api.metrics import DURATION_BUCKETS, FIRST_TOKEN_BUCKETS
 from divisi.model.demo import checkpoint_dir
 from tests.e2e.conftest import Cluster, running_cluster
+from tests.e2e.test_serve_split import metric
 from tests.support.otlp_receiver import Got, Received, otlp_receiver
 from tests.support.ports import free_port
 from tests.support.promtool import needs_promtool, promtool
@@ -64,6 +65,8 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, 
     with otlp_receiver() as received:
         endpoints = {"traces_endpoint": received.url, "metrics_endpoint": f"{received.url}/v1/metrics"}
         with serve(tmp_path_factory.mktemp("traced"), *shape, **endpoints, step_ratio=0.2) as cluster:
+            # The gang serves with one worker, and the other comes a moment later.
+            wait_for(lambda: len(metric(cluster, "requests_running")) == 2, 30)
             yield cluster, received
 
 
