@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextvars import Context
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,8 @@ class ServeEngineClient:
     async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """See EngineClient."""
         if self._reporting is None or self._reporting.done():
-            self._reporting = asyncio.create_task(self._report_open())
+            # Of no request: what it asks is no part of the trace of the one that happened to start it.
+            self._reporting = asyncio.create_task(self._report_open(), context=Context())
         now = time.monotonic()
         journal, give_up_at = Journal(replace(request, arrived=now)), now + _RESEND_S
         while True:
