@@ -232,4 +232,4 @@ def demo_spec(model_dir: Path, most: int, adaptive: bool, **changes: object) -> 
         "max_draft_tokens": most,
         "adaptive_drafts": adaptive,
     }
-    return GangSpec(**(fields | changes))  # type: ignore[arg-type]
+    return GangSpec(**(fields | changes))  # type: ignore[arg-type]  # the fields have several types

@@ -76,7 +76,7 @@ class IdleEngine:
         """Wait for the step's time, as for a GPU."""
         now = time.monotonic()
         self._next_at = max(self._next_at + self._pace_s, now)
-        time.sleep(self._next_at - now)
+        time.sleep(self._next_at - now)  # it stands for the work of a step
 
     def commit(self, plan: EmptyPlan) -> list[TokenEvent]:
         """A token for each."""

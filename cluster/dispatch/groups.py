@@ -96,7 +96,7 @@ def _meet(store: Any, rank: int, membership: Membership, deadline: float, check:
         if time.monotonic() > deadline:
             missing = ", ".join(seat for key, seat in keys.items() if not store.check([key]))
             raise StepAborted(f"did not come to the process group of epoch {membership.epoch}", missing)
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_LOOK_EVERY_S)  # a wait of the store itself could not be called back
 
 
 def _gloo(store: Any, rank: int, membership: Membership, timeout: timedelta) -> Any:

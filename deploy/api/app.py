@@ -209,8 +209,7 @@ class Api:
             return GangStatus(ready=False, reason="the gang does not answer")
         except DivisiError as error:
             return GangStatus(ready=False, reason=str(error))
-        except Exception:
-            # Whatever broke between here and the gang, the answer to "can it serve now" is no, not a 500.
+        except Exception:  # whatever broke between here and the gang: the answer is then no, not a 500
             logger.exception("the gang's status cannot be read")
             return GangStatus(ready=False, reason="the gang's status cannot be read; the server's log has the details")
 

@@ -40,7 +40,7 @@ def build_all(directory: Path = BUILT_AHEAD) -> list[Path]:
 
 def build(variant: Variant, directory: Path) -> Path:
     """The variant's library in a directory, compiled unless it is there. Raises as build_all does."""
-    target = directory / library_name(variant)
+    target = directory / file_name(variant)
     if target.exists():
         return target
     compiler = _compiler()
@@ -60,13 +60,13 @@ def build(variant: Variant, directory: Path) -> Path:
 
 def find(variant: Variant, cache: Path = CACHE) -> Path:
     """The variant's library: built ahead, or the cache's, compiled unless it is there. Raises as build_all does."""
-    ahead = BUILT_AHEAD / library_name(variant)
+    ahead = BUILT_AHEAD / file_name(variant)
     return ahead if ahead.exists() else build(variant, cache)
 
 
 def can_build(variant: Variant) -> bool:
     """Whether `find` would have one, without compiling it."""
-    there = any((folder / library_name(variant)).exists() for folder in (BUILT_AHEAD, CACHE))
+    there = any((folder / file_name(variant)).exists() for folder in (BUILT_AHEAD, CACHE))
     return there or _compiler() is not None
 
 
@@ -74,7 +74,7 @@ def _compiler() -> str | None:
     return shutil.which("g++") or shutil.which("c++")
 
 
-def library_name(variant: Variant) -> str:
+def file_name(variant: Variant) -> str:
     """Of the file, by sources, flags and, where these leave it open, the processor."""
     digest = hashlib.sha256(" ".join((*_FLAGS, *variant.flags)).encode())
     for path in [*sources(variant), *sorted(_HEADERS.glob("*.h"))]:

@@ -63,18 +63,18 @@ def test_a_library_built_ahead_comes_before_the_compiler(monkeypatch: pytest.Mon
     with pytest.raises(build.NoCompilerError):
         build.find(OWN, cache)
     ahead.mkdir()
-    (ahead / build.library_name(OWN)).touch()
-    assert build.find(OWN, cache) == ahead / build.library_name(OWN)
+    (ahead / build.file_name(OWN)).touch()
+    assert build.find(OWN, cache) == ahead / build.file_name(OWN)
     assert not cache.exists()
 
 
 def test_a_library_is_named_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = {build.library_name(variant) for variant in VARIANTS.values()}
+    names = {build.file_name(variant) for variant in VARIANTS.values()}
     assert len(names) == len(VARIANTS)
     source = tmp_path / "native.cpp"
     source.write_text("// other")
     monkeypatch.setattr(build, "sources", lambda variant: [source])
-    assert names.isdisjoint(build.library_name(variant) for variant in VARIANTS.values())
+    assert names.isdisjoint(build.file_name(variant) for variant in VARIANTS.values())
 
 
 @pytest.mark.verify

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from divisi.cluster.door import Secret
-from divisi.cluster.request import EndReason, Request, TokenEvent
+from divisi.cluster.request import EndReason, Request, Sampling, TokenEvent
 from divisi.cluster.seats import StreamAddress
-from divisi.cluster.streams.client import WorkerConnection
+from divisi.cluster.streams.client import TokenStream, WorkerConnection
 from divisi.cluster.streams.places import stream_address
 from divisi.cluster.streams.server import StreamServer
 from divisi.cluster.streams.wire import Report
@@ -96,3 +96,19 @@ async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+def request(name: str, prompt: int = 3, **fields: object) -> Request:
+    return Request(name, (1,) * prompt, 4, Sampling(), **fields)  # type: ignore[arg-type]
+
+
+async def read(stream: TokenStream) -> list[TokenEvent]:
+    events: list[TokenEvent] = []
+    async with asyncio.timeout(10):
+        while not events or events[-1].finish_reason is None:
+            events += await stream.take()
+    return events
+
+
+def tokens(events: list[TokenEvent]) -> list[int]:
+    return [token_id for event in events for token_id in event.token_ids]

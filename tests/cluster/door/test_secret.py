@@ -53,7 +53,7 @@ def test_a_secret_that_others_may_read_or_change_is_refused(tmp_path: Path, mode
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o440])
 def test_a_secret_that_the_group_may_read_is_taken(tmp_path: Path, mode: int) -> None:
-    Secret.load(write(tmp_path / "secret", TEXT.encode(), mode))
+    assert len(Secret.load(write(tmp_path / "secret", TEXT.encode(), mode)).key) == 32
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
