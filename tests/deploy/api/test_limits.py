@@ -168,43 +168,50 @@ def test_one_line_per_request_without_content(server: Server, log_lines: io.Stri
 
 
 async def test_a_burst_at_ten_times_the_rate(text: TextCodec) -> None:
-    """The quick form of tests/e2e/test_overload.py: an engine that works on four at once."""
+    """Ten times what it serves is offered: no answer that was let in waits for another, the rest is refused.
+
+    Counts, not times: how long a request takes beside 300 others on a busy machine says nothing of the gate.
+    ``tests/e2e/test_overload.py`` measures the waits on a real server.
+    """
     from divisi.deploy.api import build_app
 
-    engine, at_once, step_s = FakeEngine(text.tokenizer), asyncio.Semaphore(4), 0.04
+    engine, at_once = FakeEngine(text.tokenizer), 4
+    running, peak = 0, 0
 
     async def generate(request: Any) -> Any:
-        async with at_once:
-            for _ in range(9):
-                await asyncio.sleep(step_s)
-                yield [TokenEvent(request.request_id, (40,), None)]
-            yield [TokenEvent(request.request_id, (40,), None, finish_reason="length")]
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        for _ in range(9):
+            await asyncio.sleep(0.04)
+            yield [TokenEvent(request.request_id, (40,), None)]
+        running -= 1
+        yield [TokenEvent(request.request_id, (40,), None, finish_reason="length")]
 
     engine.generate = generate  # type: ignore[method-assign]
-    gate = Gate(GateLimits(max_requests=4, retry_after_s=77))
+    gate = Gate(GateLimits(max_requests=at_once, retry_after_s=77))
     transport = httpx.ASGITransport(build_app(engine, text, SETTINGS, gate))
-    times: dict[int, list[float]] = {200: [], 429: []}
-    waits: list[int] = []
+    served, waits = 0, []
 
     async def ask(http: httpx.AsyncClient) -> None:
-        begin = time.monotonic()
+        nonlocal served
         reply = await http.post("/v1/completions", json=TEXT | {"max_tokens": 10})
-        times[reply.status_code].append(time.monotonic() - begin)
         if reply.status_code == 429:
             waits.append(int(reply.headers["retry-after"]))
+        else:
+            assert reply.status_code == 200
+            served += 1
 
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         for _ in range(5):
             await ask(http)
-        alone = max(times[200])
         async with asyncio.TaskGroup() as group:
             for _ in range(300):
                 group.create_task(ask(http))
                 await asyncio.sleep(0.009)
-    served = sorted(times[200][5:])
-    assert len(served) + len(waits) == 300
-    assert len(served) >= 15
+    assert served + len(waits) == 305
+    assert served >= 5 + 15
+    assert peak == at_once
     assert waits
     assert 77 not in waits, "the rate was not measured"
-    assert served[int(len(served) * 0.95)] <= 2 * alone, (served[-5:], alone)
     assert (gate.answers, gate.queued_tokens) == (0, 0)
