@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 # Before anything imports torch. The models are tiny and the cores few: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 
 from tests.parts import PARTS, part_of
@@ -50,6 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell's background jobs ignore Ctrl-C, and so would the programs that tests start there and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_RECORDS] = {}
+    # The same examples in each run; how long one takes says more of what else the machine does than of the code.
+    hypothesis.settings.register_profile("divisi", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("divisi")
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
         os.nice(5)  # servers under test, which the first worker starts, come first
 

@@ -116,7 +116,8 @@ def test_the_machine_is_shared_out_as_it_is_said(front: Cluster) -> None:
     for name, own in kept.items():
         (process,) = haproxies(front) if name == "haproxy" else front.processes(name)
         assert set(process.cpu_affinity()) == own
-    assert {process.nice() for process in front.processes("ray::")} == {0}
+    mine = psutil.Process().nice()  # Ray would put its workers 15 below
+    assert {process.nice() for process in front.processes("ray::")} == {mine}
     (process,) = haproxies(front)
     assert process.num_threads() == 1
 
