@@ -8,7 +8,7 @@ from typing import Literal
 from divisi.cluster.telemetry.slices import Slice
 from divisi.cluster.triggers import Span
 
-EndReason = Literal["stop", "length", "cancelled", "rejected", "error"]
+EndReason = Literal["stop", "length", "cancelled", "rejected", "error", "lost"]
 
 
 _HUGE = 1e9
@@ -96,8 +96,8 @@ class TokenEvent:
     `prompt_logprobs` comes once, on the first event; its entry 0 is None, as nothing precedes the first token.
     `drafted` and `accepted` count the tokens that the MTP layer has proposed for the answer so far, and those of them
     that stood. `error` says what went wrong where the reason is "error", or "rejected": what the request asks for
-    leaves no token to choose. `stop_id` is the stop id that ended the answer. `index` counts the answer's tokens before
-    these.
+    leaves no token to choose; or "lost": ranks die of it. `stop_id` is the stop id that ended the answer. `index`
+    counts the answer's tokens before these.
     """
 
     request_id: str

@@ -41,6 +41,10 @@ from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import Pairs
 from divisi.model.stopwatch import Stopwatch
 
+_POISON = (
+    "ranks of the gang were lost in every step that computed this request, alone at last; they may have died of it"
+)
+
 
 class Runner(Protocol):
     """The model and its memory: `model.runner.ModelRunner`, or a stand-in."""
@@ -163,6 +167,14 @@ class Engine:
         """Plan with so many rows a step from now on; whether the plan under way was larger, and is no more."""
         given_up = self._scheduler.resize(max_rows)
         self._events += [self._event(outcome) for outcome in given_up or ()]
+        return given_up is not None
+
+    def strike(self) -> bool:
+        """The step under way has lost a rank inside a layer; whether its plan is no more, and another comes next."""
+        if self._rehearsal is not None:
+            return False
+        given_up = self._scheduler.strike()
+        self._events += [self._event(outcome, error=_POISON) for outcome in given_up or ()]
         return given_up is not None
 
     @torch.inference_mode()
@@ -321,7 +333,7 @@ class Engine:
         if request.logprobs is not None:
             logprobs = tuple(islice(told, len(token_ids)))  # a stop has one, and is none of them
         collected = sequence.prompt_logprobs
-        failed = reason in ("rejected", "error")
+        failed = reason in ("rejected", "error", "lost")
         if collected is not None and len(collected) == len(request.prompt) and not failed and reason != "cancelled":
             prompt_logprobs = tuple(collected)
             sequence.prompt_logprobs = None

@@ -103,6 +103,8 @@ class StepPlan:
     """The ring runs with drafts, those with the most first: a draft pass has a row of each that drafts so far."""
     growths: tuple[PageGrowth, ...] = ()
     ops: MemoryOps = NO_OPS
+    alone: bool = False
+    """It is to have a step of the gang for itself."""
     counts: tuple[int, ...] = field(init=False)
     """Rows by pass: of the draft passes, then of the one over all layers."""
 
@@ -137,6 +139,11 @@ class PlanLayout:
         """The sequences that decode, in the order of their rows."""
         return [*self._rings]
 
+    @property
+    def num_sequences(self) -> int:
+        """That take part in the step."""
+        return len(self._rings) + len(self._scans)
+
     def add_ring(self, sequence: Sequence) -> None:
         """One row, at the committed length."""
         self._rings[sequence] = 0
@@ -153,7 +160,7 @@ class PlanLayout:
         self.rows_left -= end - sequence.length
         self.prompt_logits_left -= len(sequence.prompt_positions(sequence.length, end))
 
-    def plan(self, growths: tuple[PageGrowth, ...], ops: MemoryOps) -> StepPlan:
+    def plan(self, growths: tuple[PageGrowth, ...], ops: MemoryOps, alone: bool = False) -> StepPlan:
         """The plan: ring runs first, then scan runs."""
         rings, scans, row, logit_row = [], [], 0, 0
         for sequence, drafts in self._rings.items():
@@ -166,7 +173,7 @@ class PlanLayout:
             row += run.num_rows
             logit_row += len(run.logit_positions)
         drafting = sorted((run for run in rings if run.num_rows > 1), key=lambda run: -run.num_rows)
-        return StepPlan(tuple(rings), tuple(scans), row, tuple(drafting), growths, ops)
+        return StepPlan(tuple(rings), tuple(scans), row, tuple(drafting), growths, ops, alone)
 
 
 def _ring(sequence: Sequence, drafts: int, row: int) -> Run:

@@ -34,6 +34,7 @@ from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
 from divisi.cluster.engine.plan import NO_OPS, Outcome, PlanLayout, Run, RunKind, StepPlan
 from divisi.cluster.engine.request_check import check_request
 from divisi.cluster.engine.sequence import Sequence, Status
+from divisi.cluster.engine.suspects import Suspects
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import EndReason, Request
 
@@ -94,6 +95,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         """In order of arrival."""
         self.outstanding: StepPlan | None = None
+        self._suspects = Suspects()
+        self._only: list[Sequence] | None = None
+        """Whom the step that is being planned is about; None: everybody."""
         self._max_rows = config.max_step_tokens
         self._ops_left = NO_OPS
         """Of a plan that was given up."""
@@ -134,13 +138,11 @@ class Scheduler:
         assert self.outstanding is None, "the last plan is not committed"
         if not self._sequences:
             return None
-        layout = PlanLayout(self._max_rows, self.config.max_prompt_logit_rows)
-        self._plan_decodes(layout)
-        self._plan_prefills(layout)
-        self._plan_drafts(layout)
+        while not (layout := self._lay_out()).num_sequences and self._only is not None:
+            self._suspects.clear()  # it was preempted meanwhile
         ops = self._ops_left._replace(page_copies=self._ops_left.page_copies + self.memory.take_copies())
         self._ops_left = NO_OPS
-        self.outstanding = layout.plan(self.memory.take_growths(), ops)
+        self.outstanding = layout.plan(self.memory.take_growths(), ops, alone=self._only is not None)
         assert self.outstanding.num_rows, "the earliest request always advances"
         return self.outstanding
 
@@ -155,6 +157,27 @@ class Scheduler:
         plan = self.outstanding
         if plan is None or plan.num_rows <= max_rows:
             return None
+        return self._give_up(plan)
+
+    def strike(self) -> list[Outcome] | None:
+        """The step under way has lost a rank inside a layer, or was out of time there.
+
+        Returns None where its plan is to be run again as it is; else it is given up, as by `resize`, and the next one
+        is about some of its requests only. One that failed alone again and again is among the outcomes, as lost.
+        """
+        plan = self.outstanding
+        assert plan is not None, "no step is under way"
+        anew, failed = self._suspects.strike([run.sequence for run in plan.runs])
+        if not anew:
+            return None
+        outcomes = self._give_up(plan)
+        if failed is not None and failed.status is not Status.FINISHED:
+            outcomes.append(self._finish(failed, "lost"))
+            self._forget_finished(outcomes)
+        return outcomes
+
+    def _give_up(self, plan: StepPlan) -> list[Outcome]:
+        """Nothing of a plan counts, and another one takes its place."""
         self.outstanding, self._ops_left = None, plan.ops
         for run in plan.drafting:
             self.memory.trim(run.sequence.holding, run.start + 1)
@@ -172,6 +195,7 @@ class Scheduler:
         """
         assert plan is self.outstanding, "only the plan under way can be committed"
         self.outstanding = None
+        self._suspects.clear()
         ends = ends or {}
         outcomes = []
         for run, chosen in zip(plan.runs, tokens, strict=True):
@@ -211,9 +235,18 @@ class Scheduler:
             )
         return max_length
 
+    def _lay_out(self) -> PlanLayout:
+        """Who takes part in the next step, and with which rows."""
+        self._only = self._suspects.group(self.running)
+        layout = PlanLayout(self._max_rows, self.config.max_prompt_logit_rows)
+        self._plan_decodes(layout)
+        self._plan_prefills(layout)
+        self._plan_drafts(layout)
+        return layout
+
     def _plan_decodes(self, layout: PlanLayout) -> None:
         page_size = self.config.page_size
-        for sequence in list(self.running):
+        for sequence in self._only or list(self.running):
             if sequence.status is not Status.DECODE:
                 continue  # prefilling, or preempted a moment ago
             if sequence.length == len(sequence.holding.pages) * page_size and not self._grow(sequence):
@@ -282,7 +315,9 @@ class Scheduler:
 
     def _prefilling(self) -> Iterator[Sequence]:
         """The sequences that prefill, in order of arrival; admits from the queue as far as the caller goes on."""
-        yield from [sequence for sequence in self.running if sequence.status is Status.PREFILL]
+        yield from [sequence for sequence in self._only or self.running if sequence.status is Status.PREFILL]
+        if self._only is not None:
+            return
         while self.waiting and self.memory.can_acquire(len(self.waiting[0].tokens), headroom=len(self.running)):
             yield self._admit()
 

@@ -3,6 +3,8 @@
 A worker announces what it brings to the passes of its next step, nothing when it has nothing to do. Once it took part
 in a step the leader waits for its next announcement, which says at the same time that it has finished; a worker that
 announced nothing is not waited for, and announces again when a request arrives.
+
+A worker whose plan is suspected wants a step for itself: those who do take turns with the steps of all others.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from divisi.cluster.passes import Pass, PassKind
 
 NOTHING: tuple[int, ...] = ()
+_OTHERS = -1
+"""All who do not want to be alone, where parties take turns."""
 
 
 class StepAgreement:
@@ -19,10 +23,21 @@ class StepAgreement:
 
     def __init__(self, workers: Iterable[int]) -> None:
         self._announced: dict[int, tuple[int, ...] | None] = dict.fromkeys(workers)
+        self._alone: set[int] = set()
+        """Who wants a step for itself."""
+        self._turns: list[int] = []
+        """The parties that have had one, a worker or `_OTHERS`, the latest last."""
 
-    def announce(self, worker: int, counts: tuple[int, ...]) -> None:
-        """Note a worker's rows by pass; a later announcement for the same step replaces it."""
+    def announce(self, worker: int, counts: tuple[int, ...], alone: bool = False) -> None:
+        """Note a worker's rows by pass, and whether they are to have a step for themselves.
+
+        A later announcement for the same step replaces it.
+        """
         self._announced[worker] = counts if any(counts) else NOTHING
+        if alone:
+            self._alone.add(worker)
+        else:
+            self._alone.discard(worker)
 
     @property
     def unfinished(self) -> tuple[int, ...]:
@@ -36,8 +51,19 @@ class StepAgreement:
         agreed = {worker: counts for worker, counts in self._announced.items() if counts}
         if not agreed:
             return None
+        if self._alone:
+            agreed = self._whose_turn(agreed)
         self._announced.update(dict.fromkeys(agreed))
         return merge(agreed)
+
+    def _whose_turn(self, agreed: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+        """The rows of one who wants to be alone, or of all others: of those whose last turn is longest ago."""
+        parties = {worker: {worker: counts} for worker, counts in agreed.items() if worker in self._alone}
+        if others := {worker: counts for worker, counts in agreed.items() if worker not in self._alone}:
+            parties[_OTHERS] = others
+        turn = min(parties, key=lambda party: self._turns.index(party) if party in self._turns else -1)
+        self._turns = [party for party in self._turns if party != turn] + [turn]
+        return parties[turn]
 
 
 def merge(announced: Mapping[int, Sequence[int]]) -> tuple[Pass, ...]:

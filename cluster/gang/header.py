@@ -4,7 +4,7 @@ Little-endian. A message begins with its kind (u8), the bytes that follow this p
 Then come, in
 
 - a hello: the sender's role (u8: 0 attention, 1 expert) and the index of its seat (u16);
-- an announcement: rows by pass (u32 each);
+- an announcement: whether it is to have a step for itself (u8), rows by pass (u32 each);
 - an end: nothing;
 - a header: the number of passes (u8), the length of the trace context (u8), the trace context; and for each pass its
   kind (u8), micro-batches (u8), number of counts (u16), bucket (u32), and the counts (seat u16, rows u32) above 0.
@@ -37,7 +37,7 @@ class _Kind(enum.IntEnum):
 
 # By kind, so that noise is told from a message before anything waits for its end.
 _LONGEST: dict[int, int] = {
-    _Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF, _Kind.END: 0,
+    _Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 1 + 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF, _Kind.END: 0,
 }  # fmt: skip
 
 
@@ -61,11 +61,13 @@ class Announcement:
     step: int
     counts: tuple[int, ...]
     """Rows by pass: drafts first, the full pass last."""
+    alone: bool = False
+    """Nobody else is to bring rows to that step."""
 
     def encode(self) -> bytes:
         """The bytes on the wire."""
         assert len(self.counts) <= MAX_PASSES, f"{len(self.counts)} passes in a step"
-        body = struct.pack(f"<{len(self.counts)}I", *self.counts)
+        body = struct.pack(f"<?{len(self.counts)}I", self.alone, *self.counts)
         return _encode(_Kind.ANNOUNCEMENT, self.epoch, self.step, body)
 
 
@@ -144,7 +146,8 @@ def _decode(kind: int, epoch: int, step: int, body: bytearray) -> Message:
         if kind == _Kind.END:
             return End(epoch)
         if kind == _Kind.ANNOUNCEMENT:
-            return Announcement(epoch, step, struct.unpack(f"<{len(body) // 4}I", body))
+            alone, *counts = struct.unpack(f"<?{len(body) // 4}I", body)
+            return Announcement(epoch, step, tuple(counts), alone)
         role, index = _SEAT.unpack(body)
         return Hello(epoch, Seat(_ROLES[role], index))
     except (struct.error, IndexError) as error:

@@ -116,9 +116,12 @@ class LeaderMesh:
             self.close()
             raise
 
-    def announce(self, counts: tuple[int, ...]) -> None:
-        """Note the leader's own rows by pass for the next step, none where it has nothing to do."""
-        self._agreement.announce(self._membership.seats[0].index, counts)
+    def announce(self, counts: tuple[int, ...], alone: bool = False) -> None:
+        """Note the leader's own rows by pass for the next step, none where it has nothing to do.
+
+        `alone`: they are to have a step for themselves.
+        """
+        self._agreement.announce(self._membership.seats[0].index, counts, alone)
 
     def next_step(self, deadline_s: float) -> Header | None:
         """Begin the next step on all ranks once its workers are known; None when woken for another reason.
@@ -174,7 +177,7 @@ class LeaderMesh:
             if isinstance(message, Announcement) and (message.epoch, message.step) == now:
                 if peer.seat is None or peer.seat.role != "attention":
                     raise StepAborted("announced rows and is no attention worker", peer.who)
-                self._agreement.announce(peer.seat.index, message.counts)
+                self._agreement.announce(peer.seat.index, message.counts, message.alone)
 
     def _waiting_for(self) -> str:
         return ", ".join(str(Seat("attention", worker)) for worker in self._agreement.unfinished)
@@ -231,15 +234,15 @@ class FollowerMesh:
         self._leader = _connect(membership, deadline)
         self._leader.send(Hello(self._epoch, self._seat).encode())
 
-    def announce(self, counts: tuple[int, ...]) -> None:
+    def announce(self, counts: tuple[int, ...], alone: bool = False) -> None:
         """Tell the leader this worker's rows by pass for the next step, none where it has nothing to do.
 
-        Rings a leader that is parked.
+        `alone`: they are to have a step for themselves. Rings a leader that is parked.
         """
         if counts == self._announced:
             return
         try:
-            self._leader.send(Announcement(self._epoch, self._step + 1, counts).encode())
+            self._leader.send(Announcement(self._epoch, self._step + 1, counts, alone).encode())
         except StepAborted:
             with contextlib.suppress(StepAborted):
                 self._read([self._leader])

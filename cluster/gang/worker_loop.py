@@ -1,7 +1,8 @@
 """An attention worker's life: epoch after epoch, one step after another in lockstep with the gang, pass by pass.
 
 The engine lives in the loop's thread; other threads reach it by `submit` and `cancel`, which are carried out between
-two steps. A step that is aborted keeps its plan, which is run again in the next epoch.
+two steps. A step that is aborted keeps its plan, which is run again in the next epoch; one that aborts again and again
+inside a layer may be what ranks die of, and is taken apart by the engine.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Plan(Protocol):
         """Rows of each of its passes, drafts first and the full pass last; at least one row."""
         ...
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is to have a step of the gang for itself."""
+        ...
+
 
 PlanT = TypeVar("PlanT", bound=Plan)
 AnswerT = TypeVar("AnswerT")
@@ -65,6 +71,10 @@ class StepEngine(Protocol[PlanT]):
 
     def resize(self, max_rows: int) -> bool:
         """Plan with so many rows from now on; whether the plan under way was larger, and is no more."""
+        ...
+
+    def strike(self) -> bool:
+        """The step under way has lost a rank inside a layer; whether its plan is no more, and another comes next."""
         ...
 
     def run_pass(self, plan: PlanT, index: int, dispatcher: Dispatcher) -> None:
@@ -221,7 +231,10 @@ class WorkerLoop(Generic[PlanT]):
         if self._plan is None:
             self._plan = self._engine.plan()
             self._deliver_events()
-        mesh.announce(self._plan.counts if self._plan is not None else NOTHING)
+        if self._plan is None:
+            mesh.announce(NOTHING)
+        else:
+            mesh.announce(self._plan.counts, self._plan.alone)
         self._at = None
         header = mesh.next_step(self._network.step_deadline_s)
         if header is None:
@@ -230,7 +243,12 @@ class WorkerLoop(Generic[PlanT]):
         plan = self._plan if header.includes(seat) else None
         self._engine.beside(plain_elsewhere(header.passes, seat))
         self._observer.began(header, plan)
-        self._walk(header, seat, plan, end)
+        try:
+            self._walk(header, seat, plan, end)
+        except StepAborted:
+            if plan is not None and self._engine.strike():
+                self._plan = None
+            raise
         if plan is None:
             self._observer.ended(None)
             return

@@ -50,7 +50,7 @@ class TokenStream:
 
     def put(self, event: TokenEvent) -> bool:
         """Add an event. False once more is unread than may be: the answer has then ended with an error."""
-        if self._owes_prompt and event.finish_reason not in ("error", "rejected", "cancelled"):
+        if self._owes_prompt and event.finish_reason not in ("error", "rejected", "lost", "cancelled"):
             if event.prompt_logprobs is None:
                 self._held.append(event)
                 return True

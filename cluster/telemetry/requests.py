@@ -20,7 +20,7 @@ from divisi.cluster.telemetry.slices import SLICES, Slice
 WAIT_BOUNDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 )  # fmt: skip
-_FAILED = frozenset({"error", "rejected"})
+_FAILED = frozenset({"error", "rejected", "lost"})
 
 
 @dataclass(slots=True)

@@ -121,6 +121,7 @@ class Watched:
 @dataclass(frozen=True)
 class CountedPlan:
     counts: tuple[int, ...]
+    alone: bool = False
 
 
 @dataclass
@@ -149,6 +150,9 @@ class CountedEngine:
         return self.plans.pop() if self.plans else None
 
     def resize(self, max_rows: int) -> bool:
+        return False
+
+    def strike(self) -> bool:
         return False
 
     def run_pass(self, plan: CountedPlan, index: int, dispatcher: Dispatcher) -> None:

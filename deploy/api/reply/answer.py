@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Protocol
 
-from divisi.cluster.errors import DivisiError, GangNotReady, RequestRejected
+from divisi.cluster.errors import AnswerLost, DivisiError, GangNotReady, RequestRejected
 from divisi.cluster.request import TokenEvent, TokenLogprob
 from divisi.deploy.api.compile.call import Call
 from divisi.deploy.api.compile.parsing import ChatParser, ChatPart
@@ -74,9 +74,11 @@ class Answer:
         self._drafted = self._accepted = 0
 
     def push(self, event: TokenEvent) -> Delta:
-        """Take one event. Raises AnswerError, RequestRejected or GangNotReady where the engine gave the answer up."""
+        """Take one event. Where the engine gave up, raises AnswerError, AnswerLost, RequestRejected or GangNotReady."""
         if event.finish_reason == "error":
             raise AnswerError(event.error or "the engine ended the answer with an error")
+        if event.finish_reason == "lost":
+            raise AnswerLost(event.error or "ranks were lost in every step that computed the answer")
         if event.finish_reason == "rejected":
             raise RequestRejected(event.error or "what the request asks for contradicts itself")
         if event.finish_reason == "cancelled":

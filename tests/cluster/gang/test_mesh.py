@@ -67,11 +67,11 @@ def raw_header(passes: bytes, num_passes: int = 1) -> bytes:
         (b"\xff" * 40, "no message of kind 255"),
         (b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n", "no message of kind 71"),
         (raw(1, b"", 65535), "kind 1 has 65535 bytes"),
-        (raw(2, b"", 129), "kind 2 has 129 bytes"),
+        (raw(2, b"", 130), "kind 2 has 130 bytes"),
         (raw(4, b"x"), "kind 4 has 1 bytes"),
         (raw(1, b""), "malformed hello"),
         (raw(1, b"\2\0\0"), "malformed hello"),
-        (raw(2, bytes(5)), "malformed announcement"),
+        (raw(2, bytes(4)), "malformed announcement"),
         (raw(3, b"\0"), "malformed header"),
         (raw_header(b"", 0), "0 passes"),
         (raw_header(b"", 255), "has 255 passes, more than"),
@@ -122,6 +122,25 @@ def test_agreement_waits_for_those_that_run_and_not_for_the_idle() -> None:
     assert agreement.begin() is None, "worker 1 is still in the step"
     agreement.announce(1, (0,))
     assert agreement.begin() == full({0: 2})
+
+
+def test_who_wants_to_be_alone_takes_turns_with_all_others() -> None:
+    agreement, wanted = StepAgreement(range(4)), {0: (1,), 1: (2,), 2: (3,), 3: (4,)}
+    for worker, counts in wanted.items():
+        agreement.announce(worker, counts, alone=worker in (1, 3))
+    steps = []
+    for _ in range(6):
+        passes = agreement.begin()
+        assert passes is not None
+        ran = [worker for worker in wanted if passes[0].rows(worker)]
+        assert agreement.unfinished == tuple(ran), "those who were left out still bring what they have announced"
+        steps.append(tuple(ran))
+        for worker in ran:
+            agreement.announce(worker, wanted[worker], alone=worker in (1, 3))
+    assert steps == [(1,), (3,), (0, 2)] * 2
+    for worker in (1, 3):
+        agreement.announce(worker, wanted[worker])
+    assert agreement.begin() == full({0: 1, 1: 2, 2: 3, 3: 4})
 
 
 def test_who_brings_rows_to_a_draft_only_is_waited_for_too() -> None:

@@ -49,6 +49,9 @@ class IdleEngine:
     def resize(self, max_rows: int) -> bool:
         return False
 
+    def strike(self) -> bool:
+        raise AssertionError("it never plans")
+
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         raise AssertionError("it never plans")
 
