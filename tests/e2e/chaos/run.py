@@ -1,0 +1,35 @@
+"""The server that the blows fall on, and how what came of it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from divisi.model.demo import checkpoint_dir
+from tests.e2e.chaos.asks import Ask
+from tests.e2e.chaos.harness import Record
+from tests.e2e.chaos.judge import Verdict, judge
+from tests.e2e.conftest import Cluster, running_cluster
+
+_SHAPE = ("--attention-workers", "2", "--expert-shards", "2", "--ingress-replicas", "2")
+_SIZES = ("--device", "cpu", "--dtype", "float32", "--kv-memory", "64MiB", "--max-seqs", "16")
+_DRAFTS = ("--mtp-max-draft-tokens", "3", "--no-mtp-adaptive")
+_READY_S = 200.0
+"""Nine processes import torch or Ray, on a machine that may be busy."""
+
+
+@contextmanager
+def served(log: Path) -> Iterator[Cluster]:
+    """Two workers, two shards, two ingresses; nothing of it may be left at the end."""
+    flags = (*_SHAPE, *_SIZES, *_DRAFTS, "--max-model-len", "4096", "--max-queued-requests", "64")
+    with running_cluster(checkpoint_dir(), log, *flags, ready_within_s=_READY_S) as cluster:
+        yield cluster
+
+
+def verdict_of(record: Record, asked: Sequence[Ask]) -> Verdict:
+    """By the references, with the margin rule for greedy answers."""
+    from tests.e2e.chaos.ties import Ties  # late: it loads transformers
+
+    ties = Ties(checkpoint_dir(), {ask.name for ask in asked if ask.greedy})
+    return judge(record.references, record.answers, record.struck, record.no_workers, ties)

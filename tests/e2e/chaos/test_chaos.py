@@ -1,0 +1,30 @@
+"""A few blows on a small run of `make chaos`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.chaos.asks import asks
+from tests.e2e.chaos.blows import plan
+from tests.e2e.chaos.harness import Chaos
+from tests.e2e.chaos.report import gaps, summary
+from tests.e2e.chaos.run import served, verdict_of
+
+SEED = 3
+
+
+@pytest.mark.timeout(300)
+def test_three_blows_change_no_answer(tmp_path: Path, record_result: Callable[[str, object], None]) -> None:
+    """Answers of every kind, on a server of the demo model, which must leave nothing."""
+    asked = asks(1, tokens=150)
+    with served(tmp_path / "log.txt") as cluster:
+        record = asyncio.run(Chaos(cluster, plan(SEED, 3, ("worker", "shard", "ingress")), print).run(asked))
+    verdict = verdict_of(record, asked)
+    print("\n".join(summary(record, verdict)))
+    record_result("seconds of the longest gap, by blow", {str(hit.blow): round(gap, 2) for hit, gap in gaps(record)})
+    assert verdict.whole >= 8
+    assert verdict.faults == []
