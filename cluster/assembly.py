@@ -36,7 +36,7 @@ from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
-from divisi.model.placement import shard_experts
+from divisi.model.placement import shard_experts, whole_share
 from divisi.model.runner import ModelRunner
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import StateStore
@@ -56,7 +56,7 @@ def max_rows(spec: GangSpec, config: ModelConfig) -> int:
 
 
 def torch_dtype(spec: GangSpec) -> torch.dtype:
-    """What the weights, the KV and the wire are in."""
+    """What the weights and the KV are in."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return dtype
 
@@ -69,7 +69,12 @@ def compute_dtype(spec: GangSpec) -> torch.dtype:
 def transport(spec: GangSpec, config: ModelConfig) -> Transport:
     """How rows travel between the ranks of a gang."""
     return Transport(
-        WireFormat(config.hidden_size, config.num_experts_per_tok, torch_dtype(spec)),
+        WireFormat(
+            config.hidden_size,
+            config.num_experts_per_tok,
+            compute_dtype(spec),
+            leaves=min(spec.virtual_shards, config.num_experts),
+        ),
         max_pass_rows=spec.max_worker_step_tokens,
         deadline_s=spec.step_deadline_s,
         device=torch.device(spec.device),
@@ -103,8 +108,8 @@ def metered(spec: GangSpec, config: ModelConfig, experts: Experts, index: int) -
     """The experts of the `index`-th share, or all of them, with a meter."""
     layers = (*config.moe_layers, *config.draft_moe_layers)
     shares = spec.shape.expert_shards
-    held = shard_experts(config, shares)[index] if shares else range(config.num_experts)
-    return MeteredExperts(experts, layers, held, config.num_experts, torch.device(spec.device))
+    held = shard_experts(config, shares, spec.virtual_shards)[index] if shares else whole_share(config)
+    return MeteredExperts(experts, layers, held.expert_ids, config.num_experts, torch.device(spec.device))
 
 
 def memory_units(spec: GangSpec, config: ModelConfig) -> tuple[int, int]:
@@ -125,9 +130,9 @@ def load_shard(
 ) -> ExpertBank:
     """The experts of one shard. Raises CheckpointError."""
     device = torch.device(spec.device)
-    expert_ids = shard_experts(config, spec.shape.expert_shards)[index]
+    share = shard_experts(config, spec.shape.expert_shards, spec.virtual_shards)[index]
     kernels = select_kernels(device, spec.kernels, deterministic=spec.deterministic)
-    return ExpertBank.load(checkpoint, config, expert_ids, kernels, torch_dtype(spec), device, progress)
+    return ExpertBank.load(checkpoint, config, share, kernels, torch_dtype(spec), device, progress)
 
 
 def shard_loop(
@@ -182,8 +187,8 @@ def build_engine(
         if spec.shape.colocated:
             experts = load_shard(spec, config, checkpoint, index, progress)
         elif not spec.shape.expert_shards:
-            all_ids = range(config.num_experts)
-            experts = ExpertBank.load(checkpoint, config, all_ids, kernels, dtype, device, progress)
+            share = whole_share(config, spec.virtual_shards)
+            experts = ExpertBank.load(checkpoint, config, share, kernels, dtype, device, progress)
         runner = load_runner(checkpoint, config, limits, kernels, dtype, device, progress)
     if not limits.max_draft_tokens or not spec.adaptive_drafts:
         return assemble_engine(limits, runner, grammars, device, wake), experts

@@ -11,6 +11,7 @@ from divisi.cluster.door import TlsFiles
 from divisi.cluster.nodes import Placement
 from divisi.cluster.seats import GangShape
 from divisi.cluster.telemetry.spec import TelemetrySpec
+from divisi.model.placement import VIRTUAL_SHARDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class GangSpec:
     adaptive_drafts: bool = True
     """Whether fewer are drafted where that makes more tokens per second."""
     telemetry: TelemetrySpec = field(default_factory=TelemetrySpec)
+    virtual_shards: int = VIRTUAL_SHARDS
+    """Into how many the experts are cut for good: tokens are the same for any number of shards up to it."""
     min_attention_workers: int | None = None
     """With how many an epoch forms; None: all of the shape's."""
 

@@ -38,10 +38,15 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
     Raises SettingsError.
     """
     gang, shape = settings.gang, settings.gang.shape
+    field = "attention_workers" if shape.colocated else "expert_shards"
     if shape.expert_shards > config.num_experts:
-        field = "attention_workers" if shape.colocated else "expert_shards"
         raise SettingsError(
             f"gang.{field}: {shape.expert_shards} is more than the model's {config.num_experts} experts; use fewer"
+        )
+    if shape.expert_shards > gang.virtual_shards:
+        raise SettingsError(
+            f"gang.{field}: {shape.expert_shards} is more than the {gang.virtual_shards} of gang.virtual_shards; raise "
+            "that, which changes tokens in the last bits"
         )
     if gang.deterministic and gang.device == "cuda":
         raise SettingsError(

@@ -203,6 +203,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         kernels=gang.kernels,
         deterministic=gang.deterministic,
         shape=gang.shape,
+        virtual_shards=gang.virtual_shards,
         min_attention_workers=gang.least_workers,
         max_model_len=fitted.max_model_len,
         kv_memory=cache.kv_bytes,

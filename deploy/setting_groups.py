@@ -106,6 +106,8 @@ class GangSettings(Group):
     """With so many the gang serves, once all experts are there. None: one; a colocated gang always waits for all."""
     expert_shards: int = Field(default=0, ge=0, le=512)
     """Processes that hold nothing but experts; a colocated gang has none."""
+    virtual_shards: int = Field(default=32, ge=1, le=512)
+    """Into how many the experts are cut for good: tokens are the same bit for bit for any number of shards up to it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""

@@ -13,6 +13,7 @@ from divisi.kernels.activation.reference import silu_mul
 from divisi.kernels.attention import reference as attention
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.choice import OPERATIONS, KernelChoice
+from divisi.kernels.experts.layout import Tree
 from divisi.kernels.experts.reference import add_shared, routed_experts
 from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
@@ -40,7 +41,13 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor: ...
     def route(self, logits_TE: Tensor, num_chosen: int, normalise: bool) -> tuple[Tensor, Tensor]: ...
     def routed_experts(
-        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Matrix, down_EDI: Matrix
+        self,
+        x_TD: Tensor,
+        local_ids_TK: Tensor,
+        gates_TK: Tensor,
+        tree: Tree,
+        gate_up_EFD: Matrix,
+        down_EDI: Matrix,
     ) -> Tensor: ...
     def add_shared(self, routed_TD: Tensor, shared_TD: Tensor, logits_T: Tensor) -> Tensor: ...
     def gated_delta_decode(

@@ -11,11 +11,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from divisi.kernels.experts.layout import Tree
 from divisi.kernels.linear.layout import Matrix
 from divisi.kernels.native.memory import return_freed_memory
 from divisi.kernels.select import Kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
+from divisi.model.placement import ExpertShare
 from divisi.model.weights import Progress
 
 LayerExperts = tuple[Matrix, Matrix]
@@ -26,36 +28,42 @@ class ExpertBank:
     """Some of the model's routed experts, in every MoE layer; asked by the ids of the whole model."""
 
     def __init__(
-        self, kernels: Kernels, layers: Mapping[int, LayerExperts], expert_ids: Sequence[int], num_experts: int
+        self,
+        kernels: Kernels,
+        layers: Mapping[int, LayerExperts],
+        share: ExpertShare,
+        num_experts: int,
     ) -> None:
         self._kernels = kernels
         self._layers = dict(layers)
         device = next(iter(self._layers.values()))[0].device if self._layers else torch.device("cpu")
-        self._local_E = torch.full((num_experts,), -1, dtype=torch.int32, device=device)
-        self._local_E[list(expert_ids)] = torch.arange(len(expert_ids), dtype=torch.int32, device=device)
-        self._holds_all = list(expert_ids) == list(range(num_experts))
+        self._tree = Tree.of(share.expert_ids, share.leaves, device)
+        self._local_E = _places(share.expert_ids, share.expert_ids, num_experts, device)
+        self._holds_all = list(share.expert_ids) == list(range(num_experts))
+        parts = [[e for e in share.expert_ids if e % share.leaves in own] for own in share.subtrees]
+        self._subtrees_E = [_places(part, share.expert_ids, num_experts, device) for part in parts]
 
     @classmethod
     def load(
         cls,
         checkpoint: Checkpoint,
         config: ModelConfig,
-        expert_ids: Sequence[int],
+        share: ExpertShare,
         kernels: Kernels,
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
     ) -> Self:
-        """Read the given experts of every MoE layer, of the MTP layer too, and nothing else. Raises CheckpointError."""
+        """Read a share's experts of every MoE layer, of the MTP layer too, and nothing else. Raises CheckpointError."""
         layers: dict[int, LayerExperts] = {}
         for layer in (*config.moe_layers, *config.draft_moe_layers):
-            gate_up_EFD, down_EDI = checkpoint.read_experts(layer, expert_ids, config, dtype)
+            gate_up_EFD, down_EDI = checkpoint.read_experts(layer, share.expert_ids, config, dtype)
             layers[layer] = kernels.pack_experts(gate_up_EFD.to(device), down_EDI.to(device))
             del gate_up_EFD, down_EDI
             if progress is not None:
                 progress(checkpoint.bytes_read)
         return_freed_memory()
-        return cls(kernels, layers, expert_ids, config.num_experts)
+        return cls(kernels, layers, share, config.num_experts)
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +71,23 @@ class ExpertBank:
         return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
 
     def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return ``y_TD`` (fp32): the sum of gate x expert(x) over those of each token's experts that are held here."""
-        local_TK = expert_ids_TK if self._holds_all else self._local_E[expert_ids_TK]
-        return self._kernels.routed_experts(x_TD, local_TK, gates_TK, *self._layers[layer])
+        """Return ``y_TD`` (fp32): the sum of gate x expert(x) over those of each token's experts that are held here.
+
+        In the model's tree. A share of several subtrees gives the sum of each, one beside the other: D is so many
+        times as wide.
+        """
+        if len(self._subtrees_E) > 1:
+            places = [local_E[expert_ids_TK] for local_E in self._subtrees_E]
+            return torch.cat([self._run(layer, x_TD, local_TK, gates_TK) for local_TK in places], dim=1)
+        return self._run(layer, x_TD, expert_ids_TK if self._holds_all else self._local_E[expert_ids_TK], gates_TK)
+
+    def _run(self, layer: int, x_TD: Tensor, local_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        return self._kernels.routed_experts(x_TD, local_TK, gates_TK, self._tree, *self._layers[layer])
+
+
+def _places(expert_ids: Sequence[int], held: Sequence[int], num_experts: int, device: torch.device) -> Tensor:
+    """Where each of the model's experts lies among those held; -1 for all but the given ones."""
+    place = {expert: at for at, expert in enumerate(held)}
+    local_E = torch.full((num_experts,), -1, dtype=torch.int32, device=device)
+    local_E[list(expert_ids)] = torch.tensor([place[e] for e in expert_ids], dtype=torch.int32, device=device)
+    return local_E

@@ -1,12 +1,21 @@
-"""Which rank of a gang holds what: the attention side, and which of the routed experts. Free of torch."""
+"""Which rank of a gang holds what: the attention side, and which of the routed experts. Free of torch.
+
+The experts of a layer are dealt, interleaved, to a fixed number of *virtual shards*: the leaves of a binary tree in
+which a token's experts are summed, whatever the number of real shards. A real shard serves consecutive virtual shards,
+and so whole subtrees.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from divisi.model.config import ModelConfig
+
+VIRTUAL_SHARDS = 32
+"""By default; a model with fewer experts has as many as experts. The most shards that a gang can have, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,36 +25,117 @@ class Role:
     name: str
     """The seat's name: `attention:0`, `expert:2`, `local`."""
     attention: bool
-    experts: range
+    experts: Sequence[int]
 
     @classmethod
     def all_of(
-        cls, config: ModelConfig, attention_workers: int, expert_shards: int, colocated: bool = False
+        cls,
+        config: ModelConfig,
+        attention_workers: int,
+        expert_shards: int,
+        colocated: bool = False,
+        virtual_shards: int = VIRTUAL_SHARDS,
     ) -> tuple[Self, ...]:
         """Every rank of a gang; without expert shards, one rank that holds it all.
 
-        `colocated`: the workers hold the shards, of which there are as many.
+        `colocated`: the workers hold the shards, of which there are as many. Raises ValueError as `shard_experts` does.
         """
         if expert_shards == 0:
             return (cls("local", True, range(config.num_experts)),)
+        shares = [share.expert_ids for share in shard_experts(config, expert_shards, virtual_shards)]
         if colocated:
-            shares = shard_experts(config, attention_workers)
             return tuple(cls(f"attention:{i}", True, experts) for i, experts in enumerate(shares))
-        workers = tuple(cls(f"attention:{i}", True, range(0)) for i in range(attention_workers))
-        shards = shard_experts(config, expert_shards)
-        return workers + tuple(cls(f"expert:{i}", False, experts) for i, experts in enumerate(shards))
+        workers = tuple(cls(f"attention:{i}", True, ()) for i in range(attention_workers))
+        return workers + tuple(cls(f"expert:{i}", False, experts) for i, experts in enumerate(shares))
 
 
-def shard_experts(config: ModelConfig, num_shards: int) -> tuple[range, ...]:
-    """Contiguous expert ids of each shard; sizes differ by one at most, the larger ones first.
+@dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """The experts that one rank holds, and where they are in the tree."""
 
-    Raises ValueError where a shard would get none.
-    """
-    if not 1 <= num_shards <= config.num_experts:
+    expert_ids: tuple[int, ...]
+    """Ascending."""
+    leaves: int
+    """Of the whole tree: expert `e` is dealt to leaf `e % leaves`."""
+    subtrees: tuple[range, ...]
+    """The largest that cover the leaves held, each given by its leaves: one where shards are a power of two."""
+
+
+def whole_share(config: ModelConfig, virtual_shards: int = VIRTUAL_SHARDS) -> ExpertShare:
+    """All experts of a model."""
+    return shard_experts(config, 1, virtual_shards)[0]
+
+
+def shard_experts(
+    config: ModelConfig, num_shards: int, virtual_shards: int = VIRTUAL_SHARDS
+) -> tuple[ExpertShare, ...]:
+    """What each shard holds. Raises ValueError where a shard would get nothing."""
+    return deal(config.num_experts, num_shards, virtual_shards)
+
+
+def deal(num_experts: int, num_shards: int, virtual_shards: int = VIRTUAL_SHARDS) -> tuple[ExpertShare, ...]:
+    """As `shard_experts`, of so many experts."""
+    leaves = min(virtual_shards, num_experts)
+    if not 1 <= num_shards <= leaves:
         raise ValueError(
-            f"cannot share {config.num_experts} experts among {num_shards} shards; "
-            f"use 1 to {config.num_experts} expert shards"
+            f"cannot share {num_experts} experts in {leaves} virtual shards among {num_shards} shards; "
+            f"use 1 to {leaves} expert shards, or more virtual shards (at most one for each expert)"
         )
-    size, extra = divmod(config.num_experts, num_shards)
+    held = [tuple(e for e in range(num_experts) if e % leaves in own) for own in _shares_of(leaves, num_shards)]
+    trees = subtrees(leaves, num_shards)
+    return tuple(ExpertShare(ids, leaves, own) for ids, own in zip(held, trees, strict=True))
+
+
+def _shares_of(leaves: int, num_shards: int) -> tuple[range, ...]:
+    """The virtual shards of each shard, consecutive; their numbers differ by one at most, the larger ones first."""
+    size, extra = divmod(leaves, num_shards)
     bounds = [i * size + min(i, extra) for i in range(num_shards + 1)]
     return tuple(range(low, high) for low, high in itertools.pairwise(bounds))
+
+
+def subtrees(leaves: int, num_shards: int) -> tuple[tuple[range, ...], ...]:
+    """Of each shard, the largest subtrees that cover its virtual shards; it returns one sum for each of them."""
+    whole = 1 << (leaves - 1).bit_length()
+    return tuple(
+        tuple(_aligned(share.start, whole if share.stop == leaves else share.stop))
+        for share in _shares_of(leaves, num_shards)
+    )
+
+
+def _aligned(first: int, last: int) -> Iterator[range]:
+    while first < last:
+        size = (first & -first) or 1 << (last - 1).bit_length()
+        while first + size > last:
+            size //= 2
+        yield range(first, first + size)
+        first += size
+
+
+def additions(trees: Sequence[range]) -> list[tuple[int, int]]:
+    """How sums over these subtrees, given in the order of their leaves, are added up in the fixed tree.
+
+    In this order, sum `j` is added to sum `i` for each `(i, j)`; the whole sum is then the first. Two neighbours are
+    added once they have no nearer relative to come.
+    """
+    steps: list[tuple[int, int]] = []
+    waiting: list[tuple[int, int]] = []  # the first leaf, and the sum
+
+    def add() -> None:
+        (_, right), (leaf, left) = waiting.pop(), waiting.pop()
+        steps.append((left, right))
+        waiting.append((leaf, left))
+
+    for index, tree in enumerate(trees):
+        while len(waiting) > 1 and waiting[-2][0] ^ waiting[-1][0] < waiting[-1][0] ^ tree.start:
+            add()
+        waiting.append((tree.start, index))
+    while len(waiting) > 1:
+        add()
+    return steps
+
+
+def runs_of(expert_ids: Sequence[int]) -> str:
+    """Ascending ids as half-open runs: `0:16,32:48`."""
+    starts = [e for e in expert_ids if e - 1 not in expert_ids]
+    ends = [e + 1 for e in expert_ids if e + 1 not in expert_ids]
+    return ",".join(f"{start}:{end}" for start, end in zip(starts, ends, strict=True))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
+from divisi.kernels.experts.layout import Tree
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
 from divisi.kernels.select import Kernels
 
@@ -152,7 +153,8 @@ def routed_experts(
     per_expert = (gate_up[0].nbytes + down[0].nbytes) if experts else 0
     moved = touched * per_expert + x.nbytes + 4 * tokens * width
     return Case(
-        "routed_experts", name, (x, ids.to(draw.device), gates, gate_up, down),
+        "routed_experts", name,
+        (x, ids.to(draw.device), gates, Tree.of(range(experts), 32, draw.device), gate_up, down),
         bytes=moved, flops=6.0 * pairs * width * inner,
     )  # fmt: skip
 
@@ -332,4 +334,3 @@ def gated_delta_prefill(
         (projected, weights, state, starts, draw.ints(lengths), draw.ints(sources), leaves), written=(2,),
         bytes=projected.nbytes + out, flops=per_row * sum(rows),
     )  # fmt: skip
-

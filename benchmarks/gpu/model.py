@@ -16,6 +16,7 @@ from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
+from divisi.model.placement import whole_share
 from divisi.model.runner import ModelRunner
 from divisi.model.state import StateStore
 from divisi.model.weights import load_weights
@@ -51,7 +52,7 @@ def log_probabilities(path: Path, kernels: str, dtype: torch.dtype, device: torc
     store = StateStore(
         config, num_pages=_PAGES, page_size=_PAGE, num_slots=8, max_rows=_MAX_ROWS, dtype=dtype, device=device
     )
-    bank = ExpertBank.load(checkpoint, config, range(config.num_experts), chosen, dtype, device)
+    bank = ExpertBank.load(checkpoint, config, whole_share(config), chosen, dtype, device)
     runner = ModelRunner(config, load_weights(checkpoint, config, chosen, dtype, device), store, chosen)
     told = [runner.forward(batch, _Local(bank)) for batch in _steps(config.vocab_size, device)]
     return torch.log_softmax(torch.cat(told).float().cpu(), -1)

@@ -1,8 +1,9 @@
-"""Broadcast dispatch, both ends: every shard gets all rows of all workers and returns one partial sum to each.
+"""Broadcast dispatch, both ends: every shard gets all rows of all workers and returns its sums to each.
 
 All buffers are made once per epoch, and their views once per pass. One layer is under way at a time.
 
-Shapes: T rows (on a shard, of all workers that bring any), D model width, K experts per row, B bytes.
+Shapes: T rows (on a shard, of all workers that bring any), D model width, K experts per row, S subtrees of a shard, B
+bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from divisi.cluster.dispatch.groups import Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
 from divisi.cluster.dispatch.wire import ShardRequest, Transport
 from divisi.cluster.passes import Pass
+from divisi.model.placement import additions, subtrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +44,20 @@ class _WorkerEnd:
         wire, max_rows = transport.wire, transport.max_pass_rows
         self._seat, self._transport, self._group = peers.seat, transport, peers.join()
         self._ranks = [rank for _, rank in sorted(peers.shards.items())]
+        self._trees = subtrees(wire.leaves, len(self._ranks))
         self._request_B = transport.buffer(wire.request_bytes(max_rows))
-        self._replies_B = [transport.buffer(wire.reply_bytes(max_rows)) for _ in self._ranks]
-        self._sum = ShardSum(transport)
+        self._replies_B = [transport.buffer(wire.reply_bytes(max_rows, len(trees))) for trees in self._trees]
+        self._sum = ShardSum(transport, self._trees)
 
     def begin(self, step_pass: Pass) -> None:
         self._transport.check(step_pass)
         rows, wire = step_pass.rows(self._seat), self._transport.wire
         self._request = wire.request(self._request_B, rows)
-        self._incoming_B = [reply_B[: wire.reply_bytes(rows)] for reply_B in self._replies_B]
-        self._sum.begin([wire.reply_view(reply_B, rows) for reply_B in self._replies_B])
+        replies_TSD = [
+            wire.reply(reply_B, rows, len(trees)) for reply_B, trees in zip(self._replies_B, self._trees, strict=True)
+        ]
+        self._incoming_B = [reply_TSD.view(-1).view(torch.uint8) for reply_TSD in replies_TSD]
+        self._sum.begin(replies_TSD)
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _BroadcastPending:
         self._request.write(x_TD, expert_ids_TK, gates_TK)
@@ -82,7 +88,8 @@ class _ShardEnd:
         size = transport.wire.request_bytes(transport.max_pass_rows)
         self._transport, self._group = transport, peers.join()
         self._workers = [(seat, rank, transport.buffer(size)) for seat, rank in sorted(peers.workers.items())]
-        self._batch = ShardBatch(experts, transport, len(self._workers))
+        sums = len(subtrees(transport.wire.leaves, len(peers.shards))[peers.seat])
+        self._batch = ShardBatch(experts, transport, len(self._workers), sums)
 
     def begin(self, step_pass: Pass) -> None:
         self._transport.check(step_pass)
@@ -111,35 +118,41 @@ def wait_for(transfers: Sequence[Transfer], deadline_s: float) -> None:
 
 
 class ShardSum:
-    """Adds the shards' partial sums in shard order, in fp32, so that it does not matter which shard is faster."""
+    """Adds the shards' sums in the fixed tree, so that it matters neither how many there are nor which is faster."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, trees: Sequence[Sequence[range]]) -> None:
+        """`trees` are the subtrees of each shard."""
         shape = transport.max_pass_rows, transport.wire.hidden_size
         self._y_TD = torch.empty(shape, dtype=torch.float32, device=transport.device)
+        self._additions = additions([tree for of_shard in trees for tree in of_shard])
 
-    def begin(self, partials_TD: Sequence[Tensor]) -> None:
-        """A pass's partial sums will be found here, in shard order."""
-        self._partials_TD = partials_TD
-        self._sum_TD = self._y_TD[: partials_TD[0].shape[0]]
+    def begin(self, replies_TSD: Sequence[Tensor]) -> None:
+        """A pass's replies will be found here, in the order of the shards; their memory is added up in."""
+        sums_TD = [sum_TD for reply_TSD in replies_TSD for sum_TD in reply_TSD.unbind(1)]
+        self._pairs = [(sums_TD[left], sums_TD[right]) for left, right in self._additions]
+        self._sum_TD = self._y_TD[: replies_TSD[0].shape[0]] if self._pairs else sums_TD[0]
 
     def add(self) -> Tensor:
         """Their sum, valid until the next call."""
-        self._sum_TD.copy_(self._partials_TD[0])
-        for partial_TD in self._partials_TD[1:]:
-            self._sum_TD += partial_TD
+        if self._pairs:
+            *first, (left_TD, right_TD) = self._pairs
+            for sum_TD, other_TD in first:
+                sum_TD += other_TD
+            torch.add(left_TD, right_TD, out=self._sum_TD)
         return self._sum_TD
 
 
 class ShardBatch:
     """The requests of several workers as one batch for the experts of a shard, and the replies."""
 
-    def __init__(self, experts: Experts, transport: Transport, num_workers: int) -> None:
+    def __init__(self, experts: Experts, transport: Transport, num_workers: int, sums: int) -> None:
+        """`sums` is the number of subtrees that the shard serves."""
         wire, device, rows = transport.wire, transport.device, transport.max_pass_rows * num_workers
-        self._experts, self._wire = experts, wire
+        self._experts, self._wire, self._sums = experts, wire, sums
         self._ids_TK = torch.empty(rows, wire.experts_per_token, dtype=torch.int32, device=device)
         self._gates_TK = torch.empty(rows, wire.experts_per_token, dtype=torch.float32, device=device)
         self._x_TD = torch.empty(rows, wire.hidden_size, dtype=transport.compute_dtype, device=device)
-        self._reply_B = transport.buffer(wire.reply_bytes(rows))
+        self._reply_B = transport.buffer(wire.reply_bytes(rows, sums))
 
     def begin(self, requests: Sequence[ShardRequest]) -> None:
         """Lay out a pass: the rows of these requests, one after another."""
@@ -154,10 +167,11 @@ class ShardBatch:
                 (self._gates_TK[start:end], request.gates_TK),
                 (self._x_TD[start:end], request.x_TD),
             ))  # fmt: skip
-            self.replies_B.append(self._reply_B[self._wire.reply_bytes(start) : self._wire.reply_bytes(end)])
+            first, last = (self._wire.reply_bytes(row, self._sums) for row in (start, end))
+            self.replies_B.append(self._reply_B[first:last])
             start = end
         self._batch = self._x_TD[:start], self._ids_TK[:start], self._gates_TK[:start]
-        self._y_TD = self._wire.reply_view(self._reply_B, start)
+        self._y_TD = self._wire.reply(self._reply_B, start, self._sums).flatten(1)
 
     def take(self, index: int) -> None:
         """A request has arrived, as `requests[index]` of the pass."""

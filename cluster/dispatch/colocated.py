@@ -4,8 +4,7 @@ In a layer, a rank sends its rows to all peers, runs its own experts on the rows
 the partial sum, and adds the partial sums of all shards for its own rows. A rank without rows serves its experts all
 the same. All know from the step's header who has how many.
 
-The batch of the experts, the wire's rounding and the order of summation are those of broadcast dispatch to as many
-shards, and so are the results, bit for bit.
+The order of summation is that of all modes, and so are the results, bit for bit.
 
 Shapes: T rows, D model width, K experts per row, B bytes.
 """
@@ -22,6 +21,7 @@ from divisi.cluster.dispatch.groups import Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, WorkerEnd
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.passes import Pass
+from divisi.model.placement import subtrees
 
 _Exchange = tuple[Callable[[Tensor, int], Transfer], Tensor, int]
 
@@ -46,11 +46,15 @@ class ColocatedEnd:
         self._seat, self._transport, self._group = peers.seat, transport, peers.join()
         self._ranks = dict(sorted(peers.workers.items()))
         self._requests_B = {seat: transport.buffer(wire.request_bytes(max_rows)) for seat in self._ranks}
+        trees = subtrees(wire.leaves, len(peers.shards))
+        self._sums = {seat: len(own) for seat, own in enumerate(trees)}
         self._replies_B = {
-            seat: transport.buffer(wire.reply_bytes(max_rows)) for seat in self._ranks if seat != self._seat
+            seat: transport.buffer(wire.reply_bytes(max_rows, self._sums[seat]))
+            for seat in self._ranks
+            if seat != self._seat
         }
-        self._batch = ShardBatch(experts, transport, len(self._ranks))
-        self._sum = ShardSum(transport)
+        self._batch = ShardBatch(experts, transport, len(self._ranks), self._sums[self._seat])
+        self._sum = ShardSum(transport, trees)
 
     def begin(self, step_pass: Pass) -> None:
         """See WorkerEnd."""
@@ -64,9 +68,10 @@ class ColocatedEnd:
         self._request_transfers = self._order(outgoing, {seat: request.bytes_B for seat, request in requests.items()})
         outgoing, incoming = dict(zip(requests, self._batch.replies_B, strict=True)), {}
         if own:
-            incoming = {seat: reply_B[: wire.reply_bytes(own)] for seat, reply_B in self._replies_B.items()}
+            sums = self._sums
+            incoming = {seat: reply_B[: wire.reply_bytes(own, sums[seat])] for seat, reply_B in self._replies_B.items()}
             partials_B = incoming | {self._seat: outgoing[self._seat]}
-            self._sum.begin([wire.reply_view(partials_B[seat], own) for seat in self._ranks])
+            self._sum.begin([wire.reply(partials_B[seat], own, sums[seat]) for seat in self._ranks])
         self._reply_transfers = self._order(outgoing, incoming)
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _ColocatedPending:

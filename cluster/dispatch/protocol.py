@@ -26,7 +26,11 @@ class Experts(Protocol):
     """The routed experts that a rank holds."""
 
     def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """``y_TD`` fp32: per row, the sum of gate x expert(x) over those of its experts that are held here."""
+        """``y_TD`` fp32: per row, the sum of gate x expert(x) over those of its experts that are held here.
+
+        In the fixed tree of `divisi.model.placement`. Where they make up several of its subtrees, the sum of each, one
+        beside the other: D is so many times as wide.
+        """
         ...
 
 

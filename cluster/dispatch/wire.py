@@ -1,7 +1,8 @@
 """What a layer's rows look like on the wire, both ways, and what bounds them.
 
-To a shard, in one message: ``[ids int32 TK | gates fp32 TK | x TD in the wire dtype]``; back: ``y TD`` in that dtype.
-Shapes: T rows, D model width, K experts per row, B bytes.
+To a shard, in one message: ``[ids int32 TK | gates fp32 TK | x TD in the wire dtype]``; back: ``y TSD`` in fp32.
+Neither way rounds: x travels in what the experts take, and sums as they are. Shapes: T rows, D model width, K experts
+per row, S subtrees that a shard sums (one where shards are a power of two), B bytes.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ class WireFormat:
     hidden_size: int
     experts_per_token: int
     dtype: torch.dtype
-    """How activations travel: the weights' dtype."""
+    """How activations travel to the experts: in what these take."""
+    leaves: int
+    """Virtual shards of the model: of the tree in which a row's experts are summed."""
 
     def request_bytes(self, rows: int) -> int:
         """Size of a message to a shard."""
         return rows * (8 * self.experts_per_token + self.hidden_size * self.dtype.itemsize)
 
-    def reply_bytes(self, rows: int) -> int:
-        """Size of a shard's reply."""
-        return rows * self.hidden_size * self.dtype.itemsize
+    def reply_bytes(self, rows: int, sums: int) -> int:
+        """Size of the reply of a shard that serves so many subtrees."""
+        return rows * sums * self.hidden_size * 4
 
     def request(self, buffer_B: Tensor, rows: int) -> ShardRequest:
         """A message to a shard, laid out at the beginning of a buffer."""
@@ -41,9 +44,9 @@ class WireFormat:
         x_TD = bytes_B[8 * pairs :].view(self.dtype).view(rows, self.hidden_size)
         return ShardRequest(bytes_B, x_TD, ids_TK, gates_TK)
 
-    def reply_view(self, buffer_B: Tensor, rows: int) -> Tensor:
-        """``y_TD`` of a shard's reply, at the beginning of a buffer."""
-        return buffer_B[: self.reply_bytes(rows)].view(self.dtype).view(rows, self.hidden_size)
+    def reply(self, buffer_B: Tensor, rows: int, sums: int) -> Tensor:
+        """``y_TSD`` of a shard's reply, at the beginning of a buffer."""
+        return buffer_B[: self.reply_bytes(rows, sums)].view(torch.float32).view(rows, sums, self.hidden_size)
 
 
 @dataclass(frozen=True, slots=True)

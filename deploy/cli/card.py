@@ -35,7 +35,8 @@ def kv_memory_left(
     from divisi.model.placement import Role
 
     shape, cache = settings.gang.shape, settings.cache
-    roles = Role.all_of(config, shape.attention_workers, shape.expert_shards, shape.colocated)
+    virtual = settings.gang.virtual_shards
+    roles = Role.all_of(config, shape.attention_workers, shape.expert_shards, shape.colocated, virtual)
     weights = max(weight_bytes(role, fitted, config, checkpoint) for role in roles if role.attention)
     states = memory_budget(settings, fitted, config).state_bytes
     usable = int(gpu_memory * cache.gpu_memory_fraction)

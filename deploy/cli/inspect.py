@@ -70,7 +70,8 @@ def build_report(settings: Settings, fitted: Fit, config: ModelConfig, checkpoin
     from divisi.model.placement import Role
 
     shape = settings.gang.shape
-    roles = Role.all_of(config, shape.attention_workers, shape.expert_shards, shape.colocated)
+    virtual = settings.gang.virtual_shards
+    roles = Role.all_of(config, shape.attention_workers, shape.expert_shards, shape.colocated, virtual)
     mtp = [info.num_bytes for name, info in checkpoint.tensors.items() if name.startswith("mtp.")]
     return {
         "model": {
@@ -99,7 +100,7 @@ def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, chec
     share, weights = rank_tensors(config, checkpoint.tensors, role), weight_bytes(role, fitted, config, checkpoint)
     rank: dict[str, Any] = {
         "seat": role.name,
-        "experts": [role.experts.start, role.experts.stop] if role.experts else None,
+        "experts": list(role.experts) or None,
         "tensors": len(share),
         "bytes_on_disk": sum(share.values()),
         "weight_bytes": weights,
@@ -149,9 +150,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
 
 
 def _table(ranks: Sequence[dict[str, Any]]) -> list[str]:
+    from divisi.model.placement import runs_of
+
     rows = [("seat", "experts", "tensors", "reads", "weights", "KV", "state", "memory")]
     for rank in ranks:
-        experts = f"{rank['experts'][0]}..{rank['experts'][1] - 1}" if rank["experts"] else "-"
+        experts = runs_of(rank["experts"]) if rank["experts"] else "-"
         sizes = ("bytes_on_disk", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes")
         cells = [_size(rank[name]) if name in rank else "-" for name in sizes]
         rows.append((rank["seat"], experts, f"{rank['tensors']:,}", *cells))

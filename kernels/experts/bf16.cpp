@@ -1,5 +1,6 @@
 // Routed SwiGLU experts on packed weights: tokens sorted by expert once; gate, up and SiLU in one tile; down summed into the rows.
 #include "bf16.h"
+#include "tree.h"
 #include <algorithm>
 #include <vector>
 
@@ -34,8 +35,8 @@ struct DownTile {
   const Pair* pairs;
   const bf16* inner;
   const bf16* w;
-  float* y;
-  long inputs, width, d, column;
+  float* const* sums;  // of each token from `from` on: where this expert's output is added
+  long inputs, width, from;
 
   template <int M, int NB>
   void run(long row) const {
@@ -47,11 +48,8 @@ struct DownTile {
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
       for (int b = 0; b < NB; b++) {
-        long at = column + b * LANES;
-        float* out = y + pairs[row + m].token * d + at;
-        __mmask16 there = lanes(d - at);
-        vf sum = fma(vf{} + pairs[row + m].gate, acc[m][b], (vf)_mm512_maskz_loadu_ps(there, out));
-        _mm512_mask_storeu_ps(out, there, (__m512)sum);
+        float* out = sums[pairs[row + m].token - from] + b * LANES;
+        store(out, fma(vf{} + pairs[row + m].gate, acc[m][b], load(out)));
       }
   }
 };
@@ -59,6 +57,7 @@ struct DownTile {
 // Memory of the calling thread, which grows to the largest step.
 struct Scratch {
   std::vector<long> begin, next;
+  std::vector<int32_t> order;  // experts by their leaves
   std::vector<Pair> pairs;
   std::vector<Item> items;
   std::vector<bf16> x, inner;
@@ -80,30 +79,60 @@ static void sort_pairs(Scratch& s, const int32_t* ids, const float* gates, long 
   for (long p = 0; p < t * k; p++) if (ids[p] >= 0) s.pairs[s.next[ids[p]]++] = {(int32_t)(p / k), gates[p]};
 }
 
-// One panel of down for the tokens from `from` to `to`, expert by expert: a token's sum runs in the order of its experts' ids.
-static void down_panel(const Scratch& s, const bf16* down, long size, long panel, long from, long to, float* y, long d, long f,
-                       long experts) {
+// order: the experts by their leaves, those of one leaf as they are.
+static void sort_experts(Scratch& s, const int32_t* leaves, long experts) {
+  s.next.assign(*std::max_element(leaves, leaves + experts) + 2, 0);
+  for (long e = 0; e < experts; e++) s.next[leaves[e] + 1]++;
+  for (size_t leaf = 1; leaf < s.next.size(); leaf++) s.next[leaf] += s.next[leaf - 1];
+  s.order.resize(experts);
+  for (long e = 0; e < experts; e++) s.order[s.next[leaves[e]]++] = (int32_t)e;
+}
+
+// Sums of one panel that wait to be added up, by token. Memory of the calling thread.
+struct Sums {
+  std::vector<TreeSum> trees;
+  std::vector<float> rows;
+  std::vector<float*> open;
+};
+
+// One panel of down for the tokens from `from` to `to`, expert by expert in the order of their leaves: a token's sum runs in the
+// tree over these.
+static void down_panel(const Scratch& s, const int32_t* leaves, const bf16* down, long size, long panel, long from, long to,
+                       float* y, long d, long f, long experts) {
+  static thread_local Sums sums;
   Packed shape{down, ceil_div(d, LANES), pairs_of(f)};
-  long column = panel * PANEL, width = padded(f), wide = d - column < PANEL ? d - column : PANEL;
-  for (long i = from; i < to; i++) memset(y + i * d + column, 0, wide * sizeof(float));
+  long width = padded(f), column = panel * PANEL, wide = d - column < PANEL ? d - column : PANEL;
+  long rows = TreeSum::levels(leaves[s.order[experts - 1]] + 1) + 1, each = rows * PANEL;
+  sums.trees.assign(to - from, TreeSum{});
+  if ((long)sums.rows.size() < (to - from) * each) sums.rows.resize((to - from) * each);
+  if ((long)sums.open.size() < to - from) sums.open.resize(to - from);
   auto before = [](const Pair& pair, long token) { return pair.token < token; };
-  for (long e = 0; e < experts; e++) {
+  for (long i = 0; i < experts; i++) {
+    long e = s.order[i];
     if (s.begin[e] == s.begin[e + 1]) continue;
     const Pair *own = s.pairs.data() + s.begin[e], *end = s.pairs.data() + s.begin[e + 1];
     const Pair *first = std::lower_bound(own, end, from, before), *last = std::lower_bound(first, end, to, before);
     if (first == last) continue;
+    for (const Pair* pair = first; pair < last; pair++) {
+      long token = pair->token - from;
+      sums.open[token] = sums.trees[token].open(sums.rows.data() + token * each, PANEL, leaves[e]);
+    }
     Packed packed{down + e * size, shape.blocks, shape.pairs};
     const bf16* inner = s.inner.data() + (first - s.pairs.data()) * width;
-    tiles(last - first, packed.blocks_of(panel), DownTile{first, inner, packed.panel(panel), y, packed.pairs, width, d, column});
+    tiles(last - first, packed.blocks_of(panel), DownTile{first, inner, packed.panel(panel), sums.open.data(), packed.pairs, width, from});
   }
+  for (long i = from; i < to; i++)
+    sums.trees[i - from].close(sums.rows.data() + (i - from) * each, PANEL, y + i * d + column, wide);
 }
 
-extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const float* gates, const void* gate_up,
-                                      const void* down, float* y, long t, long k, long d, long f, long experts, int threads) {
+extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const float* gates, const int32_t* leaves,
+                                      const void* gate_up, const void* down, float* y, long t, long k, long d, long f,
+                                      long experts, int threads) {
   constexpr long TOKENS = 512;  // whose panel of sums stays in the cache
   static thread_local Scratch scratch;
   Scratch& s = scratch;
   sort_pairs(s, ids, gates, t, k, experts);
+  sort_experts(s, leaves, experts);
   Packed up{(const bf16*)gate_up, 2 * ceil_div(f, LANES), pairs_of(d)}, flat{(const bf16*)down, ceil_div(d, LANES), pairs_of(f)};
   s.items.clear();
   for (long e = 0; e < experts; e++)
@@ -123,7 +152,7 @@ extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const 
   };
   auto down_item = [&](long i) {
     long from = i / down_panels * TOKENS;
-    down_panel(s, flat.data, flat.size(), i % down_panels, from, std::min(from + TOKENS, t), y, d, f, experts);
+    down_panel(s, leaves, flat.data, flat.size(), i % down_panels, from, std::min(from + TOKENS, t), y, d, f, experts);
   };
   long up_items = (long)s.items.size(), down_items = ceil_div(t, TOKENS) * down_panels;
   if ((long)s.pairs.size() * 3 * d * f <= ALONE) {

@@ -1,12 +1,39 @@
-// Routed SwiGLU experts: gather each expert's tokens, two matrix products, sum per token in the order of its choices.
-#include "simd.h"
+// Routed SwiGLU experts: gather each expert's tokens, two matrix products, sum per token in a fixed tree.
+#include "tree.h"
 #include <vector>
 
 struct Job { long expert, first, count; };  // pairs[first : first + count] go to expert
 
+// A token's sum of gate * part over its choices, in the tree over their experts' leaves; those of one leaf in their order.
+static void sum_choices(const float* parts, const int32_t* ids, const float* gates, const int32_t* leaves, const long* at,
+                        std::vector<long>& chosen, float* y, long k, long d) {
+  constexpr long BLOCK = 128;
+  float rows[TreeSum::MOST * BLOCK];
+  chosen.clear();
+  for (long c = 0; c < k; c++) {
+    if (at[c] < 0) continue;
+    long place = (long)chosen.size();
+    chosen.push_back(c);
+    for (; place && leaves[ids[chosen[place - 1]]] > leaves[ids[c]]; place--) chosen[place] = chosen[place - 1];
+    chosen[place] = c;
+  }
+  for (long j = 0; j < d; j += BLOCK) {
+    long width = d - j < BLOCK ? d - j : BLOCK;
+    TreeSum tree;
+    for (long c : chosen) {
+      float* o = tree.open(rows, width, leaves[ids[c]]);
+      const float* part = parts + at[c] * d + j;
+      float g = gates[c];
+      for (long i = 0; i < width; i++) o[i] = __builtin_fmaf(g, part[i], o[i]);
+    }
+    tree.close(rows, width, y + j, width);
+  }
+}
+
 template <class W>
-static void experts(const float* x, const int32_t* ids, const float* gates, const W* gate_up, const W* down, float* inner,
-                    float* parts, float* y, long t, long k, long d, long f, long num_experts, int threads) {
+static void experts(const float* x, const int32_t* ids, const float* gates, const int32_t* leaves, const W* gate_up,
+                    const W* down, float* inner, float* parts, float* y, long t, long k, long d, long f, long num_experts,
+                    int threads) {
   constexpr long UP = 64, DOWN = 128;  // rows of weights per work item
   std::vector<long> begin(num_experts + 1, 0);
   for (long p = 0; p < t * k; p++) if (ids[p] >= 0) begin[ids[p] + 1]++;
@@ -53,29 +80,22 @@ static void experts(const float* x, const int32_t* ids, const float* gates, cons
       next.assign(t * k, -1);
       for (long i = 0; i < (long)pairs.size(); i++) next[pairs[i]] = i;
     }
+    std::vector<long> chosen;
 #pragma omp for schedule(static)
-    for (long i = 0; i < t; i++) {
-      float* o = y + i * d;
-      memset(o, 0, d * sizeof(float));
-      for (long c = 0; c < k; c++) {
-        long at = next[i * k + c];
-        if (at < 0) continue;
-        const float* part = parts + at * d;
-        float g = gates[i * k + c];
-        for (long j = 0; j < d; j++) o[j] += g * part[j];
-      }
-    }
+    for (long i = 0; i < t; i++)
+      sum_choices(parts, ids + i * k, gates + i * k, leaves, next.data() + i * k, chosen, y + i * d, k, d);
   }
 }
 
-// inner: scratch [t * k, f]; parts: scratch [t * k, d]
-extern "C" void divisi_experts(const float* x, const int32_t* ids, const float* gates, const void* gate_up, const void* down,
-                               int w_is_bf16, float* inner, float* parts, float* y, long t, long k, long d, long f,
-                               long num_experts, int threads) {
-  if (w_is_bf16)
-    experts<bf16>(x, ids, gates, (const bf16*)gate_up, (const bf16*)down, inner, parts, y, t, k, d, f, num_experts, threads);
-  else
-    experts<float>(x, ids, gates, (const float*)gate_up, (const float*)down, inner, parts, y, t, k, d, f, num_experts, threads);
+// leaves: of each expert; inner: scratch [t * k, f]; parts: scratch [t * k, d]
+extern "C" void divisi_experts(const float* x, const int32_t* ids, const float* gates, const int32_t* leaves,
+                               const void* gate_up, const void* down, int w_is_bf16, float* inner, float* parts, float* y,
+                               long t, long k, long d, long f, long num_experts, int threads) {
+  auto run = [&](auto* w, auto* v) {
+    experts(x, ids, gates, leaves, w, v, inner, parts, y, t, k, d, f, num_experts, threads);
+  };
+  if (w_is_bf16) run((const bf16*)gate_up, (const bf16*)down);
+  else run((const float*)gate_up, (const float*)down);
 }
 
 // y = routed + sigmoid(logit) * shared; the logits of two rows lie `stride` apart

@@ -77,7 +77,7 @@ def _compiler() -> str | None:
 def file_name(variant: Variant) -> str:
     """Of the file, by sources, flags and, where these leave it open, the processor."""
     digest = hashlib.sha256(" ".join((*_FLAGS, *variant.flags)).encode())
-    for path in [*sources(variant), *sorted(_HEADERS.glob("*.h"))]:
+    for path in [*sources(variant), *sorted(KERNELS.glob("*/*.h"))]:
         digest.update(path.read_bytes())
     if not variant.needs and (cpuinfo := Path("/proc/cpuinfo")).exists():
         lines = cpuinfo.read_text().splitlines()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.attention.reference import attend_runs
+from divisi.kernels.experts.layout import Tree
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights, Leaves, check_sources
 from divisi.kernels.linear.layout import Matrix, PackedMatrix, packed_values
 from divisi.kernels.native.loader import Library
@@ -67,6 +68,7 @@ class NativeKernels:
         self._packs = library.variant.bf16
         self._deterministic = deterministic
         self._bf16_gemm = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._alone = Tree.of([0], 1)
         self._layers: dict[tuple[int, int], _Layer] = {}
 
     def pack_linear(self, weight_NK: Tensor) -> Matrix:
@@ -140,7 +142,7 @@ class NativeKernels:
 
     def mlp(self, x_TD: Tensor, gate_up_FD: Matrix, down_DI: Matrix) -> Tensor:
         if isinstance(gate_up_FD, PackedMatrix):  # the only expert, of all rows
-            return self._packed_experts(x_TD, None, None, gate_up_FD, down_DI)
+            return self._packed_experts(x_TD, None, None, self._alone, gate_up_FD, down_DI)
         return self.linear(self.silu_mul(self.linear(x_TD, gate_up_FD)), down_DI)
 
     def rms_norm(self, x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
@@ -176,24 +178,37 @@ class NativeKernels:
         return ids_TK, gates_TK
 
     def routed_experts(
-        self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Matrix, down_EDI: Matrix
+        self,
+        x_TD: Tensor,
+        local_ids_TK: Tensor,
+        gates_TK: Tensor,
+        tree: Tree,
+        gate_up_EFD: Matrix,
+        down_EDI: Matrix,
     ) -> Tensor:
         if isinstance(gate_up_EFD, PackedMatrix):
-            return self._packed_experts(x_TD, local_ids_TK, gates_TK, gate_up_EFD, down_EDI)
+            return self._packed_experts(x_TD, local_ids_TK, gates_TK, tree, gate_up_EFD, down_EDI)
         assert isinstance(down_EDI, Tensor), "both are packed, or none"
         (tokens, chosen), (experts, width, inner) = local_ids_TK.shape, down_EDI.shape
         y_TD = torch.empty((tokens, width))
         inner_PI = torch.empty((tokens * chosen, inner))
         parts_PD = torch.empty((tokens * chosen, width))
         self._library.divisi_experts(
-            _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), gate_up_EFD.data_ptr(), down_EDI.data_ptr(),
-            gate_up_EFD.dtype is torch.bfloat16, inner_PI.data_ptr(), parts_PD.data_ptr(), y_TD.data_ptr(),
+            _pointer(x_TD), _pointer(local_ids_TK), _pointer(gates_TK), tree.leaves_E.data_ptr(),
+            gate_up_EFD.data_ptr(), down_EDI.data_ptr(), gate_up_EFD.dtype is torch.bfloat16,
+            inner_PI.data_ptr(), parts_PD.data_ptr(), y_TD.data_ptr(),
             tokens, chosen, width, inner, experts, torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
 
     def _packed_experts(
-        self, x_TD: Tensor, ids_TK: Tensor | None, gates_TK: Tensor | None, gate_up: PackedMatrix, down: Matrix
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor | None,
+        gates_TK: Tensor | None,
+        tree: Tree,
+        gate_up: PackedMatrix,
+        down: Matrix,
     ) -> Tensor:
         """Without ids all rows go to the only expert, unweighted."""
         assert isinstance(down, PackedMatrix), "both are packed, or none"
@@ -201,8 +216,8 @@ class NativeKernels:
         ids, gates = (None if values is None else _pointer(values) for values in (ids_TK, gates_TK))
         y_TD = torch.empty((tokens, down.outputs))
         self._library.divisi_packed_experts(
-            _pointer(x_TD), ids, gates, gate_up.data.data_ptr(), down.data.data_ptr(), y_TD.data_ptr(),
-            tokens, chosen, down.outputs, down.inputs, down.data.shape[0], torch.get_num_threads(),
+            _pointer(x_TD), ids, gates, tree.leaves_E.data_ptr(), gate_up.data.data_ptr(), down.data.data_ptr(),
+            y_TD.data_ptr(), tokens, chosen, down.outputs, down.inputs, down.data.shape[0], torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
 

@@ -21,7 +21,8 @@ from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape
-from tests.support.gangs import CPU, DenseExperts, full_pass, gang_groups, membership_of, serving_shards, split
+from divisi.model.placement import deal
+from tests.support.gangs import CPU, DenseExperts, full_pass, gang_groups, membership_of, serving_shards
 from tests.support.plain_mode import Plain
 
 LAYERS, EXPERTS, WIDTH, CHOSEN = 3, 7, 24, 3
@@ -47,7 +48,7 @@ class Topology:
 
     def sharded_mode(self, transport: Transport) -> ShardedMode:
         if self.mode == "plain":
-            return Plain(transport.wire.hidden_size, transport.wire.experts_per_token, transport.deadline_s)
+            return Plain(transport.wire.hidden_size, transport.wire.experts_per_token, transport.deadline_s, EXPERTS)
         return Broadcast(transport)
 
 
@@ -72,7 +73,7 @@ def make_weights() -> Tensor:
 
 
 def make_experts(shape: GangShape, shard: int) -> DenseExperts:
-    shares = split(EXPERTS, max(shape.expert_shards, 1))
+    shares = deal(EXPERTS, max(shape.expert_shards, 1))
     return DenseExperts(make_weights(), shares[shard])
 
 
@@ -87,7 +88,7 @@ def make_batch(num_tokens: int, seed: int, only_expert: int | None = None) -> Ba
 
 
 def make_transport(dtype: torch.dtype = torch.float32, deadline_s: float = 10.0) -> Transport:
-    return Transport(WireFormat(WIDTH, CHOSEN, dtype), 64, deadline_s, CPU, torch.float32)
+    return Transport(WireFormat(WIDTH, CHOSEN, dtype, EXPERTS), 64, deadline_s, CPU, torch.float32)
 
 
 def peers_of(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
@@ -143,7 +144,7 @@ def serving(topology: Topology, peers: Sequence[Peers], transport: Transport, pa
 
 
 def expected(batches: Sequence[Batch | None]) -> list[Tensor]:
-    dense = DenseExperts(make_weights(), frozenset(range(EXPERTS)))
+    dense = DenseExperts(make_weights(), deal(EXPERTS, 1)[0])
     return [dense.partial_sum(layer, *b) for b in batches if b is not None for layer in range(LAYERS)]
 
 
@@ -189,7 +190,7 @@ def test_all_tokens_to_one_expert(topology: Topology, expert: int) -> None:
 
 
 @each_mode
-def test_partial_sums_are_added_in_shard_order(topology: Topology) -> None:
+def test_sums_do_not_depend_on_who_is_faster(topology: Topology) -> None:
     """Bit for bit, however fast the shards are."""
     per_worker = make_steps(topology.shape, [(16, 5, 3, 0)] * 3, seed=5)
     runs = [run_all(topology, torch.float32, per_worker) for _ in range(3)]
@@ -358,14 +359,14 @@ def test_a_slow_rank_is_waited_for_and_changes_nothing() -> None:
 @pytest.mark.parametrize("colocated", [False, True], ids=["split", "colocated"])
 def test_round_trip_time(num_tokens: int, colocated: bool, record_result: Callable[[str, object], None]) -> None:
     """Measured, with a bound only against stalls. Experts that do nothing; D = 512, bf16; two ranks."""
-    transport = Transport(WireFormat(512, 8, torch.bfloat16), 64, 10.0, CPU, torch.float32)
+    transport = Transport(WireFormat(512, 8, torch.bfloat16, 32), 64, 10.0, CPU, torch.float32)
     layers = range(200)
 
     class Nothing(DenseExperts):
         def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
             return x_TD
 
-    nothing = Nothing(make_weights(), frozenset())
+    nothing = Nothing(make_weights(), deal(EXPERTS, 1)[0])
     shape = GangShape(2, 2, colocated=True) if colocated else GangShape(1, 1)
     mode = Colocated(transport, nothing) if colocated else Broadcast(transport)
     x_TD, gates_TK = torch.randn(num_tokens, 512), torch.rand(num_tokens, 8)
@@ -396,7 +397,7 @@ def test_round_trip_time(num_tokens: int, colocated: bool, record_result: Callab
 
 
 def test_more_rows_than_there_is_room_for_end_the_epoch_and_not_the_rank() -> None:
-    transport = Transport(WireFormat(8, 2, torch.float32), 4, 1.0, CPU, torch.float32)
+    transport = Transport(WireFormat(8, 2, torch.float32, 4), 4, 1.0, CPU, torch.float32)
     transport.check(Pass(PassKind.FULL, {0: 4, 1: 4}))
     with pytest.raises(StepAborted, match="5 rows of one worker, and room is for 4"):
         transport.check(Pass(PassKind.FULL, {0: 4, 1: 5}))

@@ -54,7 +54,9 @@ def test_a_mode_from_outside_gives_the_same_tokens(
     small_model: Path, requests: list[Request], local_answers: Answers
 ) -> None:
     def plain(transport: Transport) -> Plain:
-        return Plain(transport.wire.hidden_size, transport.wire.experts_per_token, transport.deadline_s)
+        return Plain(
+            transport.wire.hidden_size, transport.wire.experts_per_token, transport.deadline_s, transport.wire.leaves
+        )
 
     with thread_gang(small_spec(small_model, GangShape(2, 2)), plain) as gang:
         for number, request in enumerate(requests):

@@ -29,7 +29,8 @@ from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, GangShape, Seat
 from divisi.model.dispatcher import Dispatcher, Pending
-from tests.support.gangs import CPU, DenseExperts, split
+from divisi.model.placement import deal
+from tests.support.gangs import CPU, DenseExperts
 
 HOST, WIDTH, CHOSEN, EXPERTS = "127.0.0.1", 16, 2, 5
 LAYERS = PassLayers(full=(0, 1, 2), draft=(3,))
@@ -39,7 +40,7 @@ MERGED = [
     Pass(PassKind.DRAFT, {0: 1}),
     Pass(PassKind.FULL, {0: 5, 1: 3}),
 ]
-TRANSPORT = Transport(WireFormat(WIDTH, CHOSEN, torch.float32), 8, 10.0, CPU, torch.float32)
+TRANSPORT = Transport(WireFormat(WIDTH, CHOSEN, torch.float32, EXPERTS), 8, 10.0, CPU, torch.float32)
 WEIGHTS = torch.randn(4, EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(2)) / WIDTH**0.5
 SPLIT, COLOCATED, LOCAL = GangShape(2, 2), GangShape(2, 2, colocated=True), GangShape(2, 0)
 
@@ -159,7 +160,7 @@ class CountedEngine:
         self.ran.append(index)
         full = index == len(plan.counts) - 1
         rows, rng = plan.counts[index], torch.Generator().manual_seed(10 * len(plan.counts) + index)
-        everything = DenseExperts(WEIGHTS, frozenset(range(EXPERTS)))
+        everything = DenseExperts(WEIGHTS, deal(EXPERTS, 1)[0])
         for layer in LAYERS.full if full else LAYERS.draft:
             x_TD = torch.randn(rows, WIDTH, generator=rng)
             ids_TK = torch.rand(rows, EXPERTS, generator=rng).argsort(dim=1)[:, :CHOSEN].to(torch.int32).contiguous()
@@ -215,7 +216,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
     """Two workers whose engines have the plans of COUNTS, and their shards."""
     store = StoreServer(HOST)  # serves for as long as it is referred to
     coordinator = Coordinator(shape, store.address)
-    shares = split(EXPERTS, max(shape.expert_shards, 1))
+    shares = deal(EXPERTS, max(shape.expert_shards, 1))
     gang = Gang([], [], [], threading.Semaphore(0))
     with contextlib.ExitStack() as stack:
         for index, counts in enumerate(COUNTS):
@@ -243,9 +244,9 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
 
 def worker_mode(shape: GangShape, index: int) -> DispatchMode:
     if not shape.expert_shards:
-        return Local(DenseExperts(WEIGHTS, frozenset(range(EXPERTS))))
+        return Local(DenseExperts(WEIGHTS, deal(EXPERTS, 1)[0]))
     if shape.colocated:
-        return Colocated(TRANSPORT, DenseExperts(WEIGHTS, split(EXPERTS, shape.expert_shards)[index]))
+        return Colocated(TRANSPORT, DenseExperts(WEIGHTS, deal(EXPERTS, shape.expert_shards)[index]))
     return Broadcast(TRANSPORT)
 
 

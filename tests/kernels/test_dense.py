@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from divisi.kernels.experts.layout import Tree
 from divisi.kernels.select import Kernels
+from divisi.model.placement import additions, subtrees
 from tests.kernels.conftest import expect_close, packs
 
 WEIGHT_DTYPES = [torch.float32, torch.bfloat16]
@@ -115,7 +117,7 @@ def test_experts_match_a_dense_sum(
     )
     ids = torch.where(ids >= experts, -1, ids).to(torch.int32)
     gates = torch.rand(tokens, chosen)
-    actual = kernels.routed_experts(x, ids, gates, gate_up, down)
+    actual = kernels.routed_experts(x, ids, gates, Tree.of(range(experts), 4), gate_up, down)
     expected = torch.zeros(tokens, width)
     for token in range(tokens):
         for choice in range(chosen):
@@ -134,5 +136,31 @@ def test_all_tokens_to_one_expert_and_poisoned_strangers(native: Kernels) -> Non
     gate_up, down = torch.full((3, 16, 8), torch.nan), torch.full((3, 8, 8), torch.nan)
     gate_up[1], down[1] = torch.randn(16, 8), torch.randn(8, 8)
     ids = torch.ones((50, 1), dtype=torch.int32)
-    actual = native.routed_experts(torch.randn(50, 8), ids, torch.ones(50, 1), gate_up, down)
+    actual = native.routed_experts(
+        torch.randn(50, 8), ids, torch.ones(50, 1), Tree.of(range(len(down)), 2), gate_up, down
+    )
     assert torch.isfinite(actual).all()
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("leaves", [1, 4, 7, 32])
+def test_subtrees_of_experts_add_up_to_the_whole_bit_for_bit(kernels: Kernels, dtype: torch.dtype, leaves: int) -> None:
+    """However many shards serve them: each sums the experts of its own leaves, and their sums are added in the tree."""
+    torch.manual_seed(6)
+    tokens, chosen, experts, width, inner = 37, 6, 32, 144, 24
+    x, gates = torch.randn(tokens, width), torch.rand(tokens, chosen)
+    gate_up, down = torch.randn(experts, 2 * inner, width).to(dtype), torch.randn(experts, width, inner).to(dtype)
+    ids = torch.stack([torch.randperm(experts)[:chosen] for _ in range(tokens)]).int()
+    whole = kernels.routed_experts(x, ids, gates, Tree.of(range(experts), leaves), gate_up, down)
+    for shards in {1, 2, 3, 4, leaves} & set(range(1, leaves + 1)):
+        trees = [tree for of_shard in subtrees(leaves, shards) for tree in of_shard]
+        sums = []
+        for own in trees:
+            held = [e for e in range(experts) if e % leaves in own]
+            local = torch.full((experts,), -1, dtype=torch.int32)
+            local[held] = torch.arange(len(held), dtype=torch.int32)
+            weights = gate_up[held].contiguous(), down[held].contiguous()
+            sums.append(kernels.routed_experts(x, local[ids], gates, Tree.of(held, leaves), *weights))
+        for left, right in additions(trees):
+            sums[left] += sums[right]
+        assert torch.equal(sums[0], whole), f"{shards} shards"

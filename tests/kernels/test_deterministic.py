@@ -9,6 +9,7 @@ import torch
 
 from divisi.kernels import select
 from divisi.kernels.attention.layout import KvPool, QkNorm
+from divisi.kernels.experts.layout import Tree
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
 from divisi.kernels.select import Kernels, select_kernels
 
@@ -62,7 +63,9 @@ def test_route_and_experts(kernels: Kernels, dtype: torch.dtype) -> None:
 
     def routed(rows: slice) -> torch.Tensor:
         ids, gates = kernels.route(logits[rows, :10], 3, True)
-        return torch.cat([ids, gates, kernels.routed_experts(x[rows], ids, gates, gate_up, down)], -1)
+        return torch.cat(
+            [ids, gates, kernels.routed_experts(x[rows], ids, gates, Tree.of(range(10), 4), gate_up, down)], -1
+        )
 
     expect_rows_alone(routed)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from divisi.kernels.attention.layout import KvPool
+from divisi.kernels.experts.layout import Tree
 from divisi.kernels.linear.layout import PackedMatrix
 from divisi.kernels.native.variants import VARIANTS, runnable_variants
 from divisi.kernels.select import Kernels, select_kernels
@@ -73,7 +74,7 @@ def test_experts(kernels: Kernels, tokens: int, chosen: int, experts: int, width
     )
     ids = torch.rand(tokens, experts + 2).argsort(-1)[:, :chosen]
     ids, gates = torch.where(ids < experts, ids, -1).int(), torch.rand(tokens, chosen)
-    actual = kernels.routed_experts(x, ids, gates, *kernels.pack_experts(gate_up, down))
+    actual = kernels.routed_experts(x, ids, gates, Tree.of(range(experts), 4), *kernels.pack_experts(gate_up, down))
     gate_TEI, up_TEI = torch.einsum("td,efd->tef", x, gate_up.float()).chunk(2, -1)
     inner_TEI = (torch.nn.functional.silu(gate_TEI) * up_TEI).bfloat16().float()
     outputs_TED = torch.einsum("tei,edi->ted", inner_TEI, down.float())
@@ -88,7 +89,9 @@ def test_strangers_are_not_read(kernels: Kernels) -> None:
     gate_up[1], down[1] = torch.randn(32, 8), torch.randn(8, 16)
     packed = kernels.pack_experts(gate_up.bfloat16(), down.bfloat16())
     ids = torch.ones((50, 1), dtype=torch.int32)
-    assert torch.isfinite(kernels.routed_experts(torch.randn(50, 8), ids, torch.ones(50, 1), *packed)).all()
+    assert torch.isfinite(
+        kernels.routed_experts(torch.randn(50, 8), ids, torch.ones(50, 1), Tree.of(range(3), 2), *packed)
+    ).all()
 
 
 def expect_rows_alone(operation: Callable[[slice], torch.Tensor], counts: list[int]) -> None:
@@ -103,8 +106,8 @@ def check_bits(kernels: Kernels, counts: list[int]) -> None:
     x, weight = torch.randn(MOST, 128), kernels.pack_linear(rounded(145, 128))
     expect_rows_alone(lambda rows: kernels.linear(x[rows], weight), counts)
     packed = kernels.pack_experts(rounded(10, 2 * 40, 128), rounded(10, 128, 40))
-    ids, gates = torch.rand(MOST, 10).argsort(-1)[:, :3].int(), torch.rand(MOST, 3)
-    expect_rows_alone(lambda rows: kernels.routed_experts(x[rows], ids[rows], gates[rows], *packed), counts)
+    ids, gates, tree = torch.rand(MOST, 10).argsort(-1)[:, :3].int(), torch.rand(MOST, 3), Tree.of(range(10), 4)
+    expect_rows_alone(lambda rows: kernels.routed_experts(x[rows], ids[rows], gates[rows], tree, *packed), counts)
     heads, kv_heads, dim, page, before = 8, 2, 32, 16, 500
     pool = KvPool(rounded(1600, kv_heads, dim), rounded(1600, kv_heads, dim), page)
     q, projected = torch.randn(MOST, heads, dim), torch.randn(MOST, 2 * (heads + kv_heads) * dim)

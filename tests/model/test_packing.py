@@ -17,7 +17,7 @@ from divisi.model.config import ModelConfig
 from divisi.model.demo import checkpoint_dir
 from divisi.model.experts import ExpertBank
 from divisi.model.packing import matrices_of_a_token, packing_bytes
-from divisi.model.placement import Role
+from divisi.model.placement import Role, whole_share
 from divisi.model.weights import load_weights
 
 pytestmark = pytest.mark.skipif(
@@ -45,7 +45,7 @@ def test_what_is_planned_is_what_is_held(mtp: bool) -> None:
     path: Path = checkpoint_dir()
     config, checkpoint, kernels = ModelConfig.load(path).with_mtp(mtp), Checkpoint.open(path), select_kernels(CPU)
     weights = load_weights(checkpoint, config, kernels, torch.bfloat16, CPU)
-    experts = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, torch.bfloat16, CPU)
+    experts = ExpertBank.load(checkpoint, config, whole_share(config), kernels, torch.bfloat16, CPU)
     (role,) = Role.all_of(config, 1, 0)
     share = rank_tensors(config, checkpoint.tensors, role)
     matrices = sum(size for name, size in share.items() if not name.endswith(SMALL))

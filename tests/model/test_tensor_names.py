@@ -13,7 +13,7 @@ from divisi.model.checkpoint import Checkpoint, CheckpointError, rank_tensors
 from divisi.model.config import ModelConfig
 from divisi.model.errors import ConfigError
 from divisi.model.experts import ExpertBank
-from divisi.model.placement import Role
+from divisi.model.placement import ExpertShare, Role
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from divisi.model.tensor_names import count_mtp_layers
 
@@ -45,7 +45,8 @@ def test_both_layouts_hold_the_same_experts(tmp_path: Path) -> None:
         path = written(tmp_path / layout, mtp=True, mtp_layout=layout)
         config = ModelConfig.load(path)
         kernels = select_kernels(CPU, "reference")
-        bank = ExpertBank.load(Checkpoint.open(path), config, range(5), kernels, torch.float32, CPU)
+        share = ExpertShare(tuple(range(5)), 8, (range(8),))
+        bank = ExpertBank.load(Checkpoint.open(path), config, share, kernels, torch.float32, CPU)
         x_TD = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(2))
         ids_TK = torch.tensor([[0, 4], [3, 1], [2, 7]], dtype=torch.int32)  # the last is held elsewhere
         sums.append(bank.partial_sum(config.mtp_index, x_TD, ids_TK, torch.ones(3, 2)))

@@ -18,6 +18,7 @@ from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.experts import ExpertBank
+from divisi.model.placement import whole_share
 
 CPU = torch.device("cpu")
 
@@ -69,5 +70,5 @@ def local_engine(
     )
     runner = load_runner(checkpoint, config, limits, kernels, dtype, CPU)
     engine = assemble_engine(limits, runner, load_grammars(path, config), CPU)
-    bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)
+    bank = ExpertBank.load(checkpoint, config, whole_share(config), kernels, dtype, CPU)
     return LocalEngine(engine, LocalEnd(bank))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,31 +17,31 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership
+from divisi.kernels.experts.reference import sum_in_tree
+from divisi.model.placement import ExpertShare
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class DenseExperts:
-    """Experts small enough to compute one token at a time. `held` are the ids that this rank has."""
+    """Experts small enough to compute one token at a time. `share` is what this rank has."""
 
     weights_LEDD: Tensor
-    held: frozenset[int]
+    share: ExpertShare
 
     def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
-        for t, (ids, gates) in enumerate(zip(expert_ids_TK.tolist(), gates_TK, strict=True)):
-            for expert, gate in zip(ids, gates, strict=True):
-                if expert in self.held:
-                    y_TD[t] += gate * torch.tanh(self.weights_LEDD[layer, expert] @ x_TD[t].float())
-        return y_TD
-
-
-def split(num_experts: int, num_shards: int) -> list[frozenset[int]]:
-    """Contiguous shares that differ by one at most."""
-    size, extra = divmod(num_experts, num_shards)
-    bounds = [i * size + min(i, extra) for i in range(num_shards + 1)]
-    return [frozenset(range(a, b)) for a, b in pairwise(bounds)]
+        leaves, size = self.share.leaves, 1 << (self.share.leaves - 1).bit_length()
+        sums = []
+        for own in self.share.subtrees:
+            parts_TKD = torch.zeros(*expert_ids_TK.shape, x_TD.shape[1])
+            for t, ids in enumerate(expert_ids_TK.tolist()):
+                for k, expert in enumerate(ids):
+                    if expert % leaves in own:
+                        y_D = torch.tanh(self.weights_LEDD[layer, expert] @ x_TD[t].float())
+                        parts_TKD[t, k] = gates_TK[t, k] * y_D
+            sums.append(sum_in_tree(parts_TKD, expert_ids_TK % leaves, size))
+        return torch.cat(sums, dim=1)
 
 
 def membership_of(shape: GangShape, store: Address, epoch: int = 1) -> Membership:

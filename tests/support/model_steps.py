@@ -18,6 +18,7 @@ from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
 from divisi.model.mtp import Drafted
+from divisi.model.placement import whole_share
 from divisi.model.runner import ModelRunner
 from divisi.model.state import StateStore
 from divisi.model.weights import load_weights
@@ -62,7 +63,7 @@ class ModelSteps:
             dtype=dtype, device=CPU,
         )  # fmt: skip
         runner = ModelRunner(config, load_weights(checkpoint, config, kernels, dtype, CPU), store, kernels)
-        bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, dtype, CPU)
+        bank = ExpertBank.load(checkpoint, config, whole_share(config), kernels, dtype, CPU)
         # scattered, so that a mistake in a page table shows
         pages = torch.randperm(sequences * each, generator=torch.Generator().manual_seed(1)).view(sequences, each)
         held = [_Held(own, 2 * index, 2 * index + 1) for index, own in enumerate(pages.tolist())]

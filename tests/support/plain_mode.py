@@ -15,6 +15,7 @@ from divisi.cluster.dispatch.broadcast import wait_for
 from divisi.cluster.dispatch.groups import PeerGroup, Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
 from divisi.cluster.passes import Pass
+from divisi.model.placement import additions, subtrees
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Plain:
     hidden_size: int
     experts_per_token: int
     deadline_s: float
+    leaves: int
 
     def worker_end(self, peers: Peers) -> WorkerEnd:
         return _WorkerEnd(self, peers, peers.join())
@@ -34,18 +36,19 @@ class Plain:
 
 class _WorkerEnd:
     def __init__(self, mode: Plain, peers: Peers, group: PeerGroup) -> None:
-        self._mode, self._shards, self._group = mode, peers.shards, group
+        self._mode, self._shards, self._group = mode, sorted(peers.shards.items()), group
+        self._trees = subtrees(mode.leaves, len(self._shards))
 
     def begin(self, step_pass: Pass) -> None:
         pass
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> _Pending:
         tensors = [x_TD.float(), expert_ids_TK, gates_TK]
-        partials_TD = [torch.empty(x_TD.shape) for _ in self._shards]
-        transfers = [self._group.send(_bytes(tensor), rank) for rank in self._shards.values() for tensor in tensors]
-        for rank, partial_TD in zip(self._shards.values(), partials_TD, strict=True):
-            transfers.append(self._group.recv(_bytes(partial_TD), rank))
-        return _Pending(transfers, tensors, partials_TD, self._mode.deadline_s)
+        sums_TSD = [torch.empty(len(x_TD), len(trees), x_TD.shape[1]) for trees in self._trees]
+        transfers = [self._group.send(_bytes(tensor), rank) for _, rank in self._shards for tensor in tensors]
+        for (_, rank), of_shard_TSD in zip(self._shards, sums_TSD, strict=True):
+            transfers.append(self._group.recv(_bytes(of_shard_TSD), rank))
+        return _Pending(transfers, tensors, sums_TSD, [tree for own in self._trees for tree in own], self._mode)
 
     def idle(self, layer: int) -> None:
         pass
@@ -55,15 +58,16 @@ class _WorkerEnd:
 class _Pending:
     transfers: Sequence[Transfer]
     sent: Sequence[Tensor]
-    partials_TD: Sequence[Tensor]
-    deadline_s: float
+    sums_TSD: Sequence[Tensor]
+    trees: Sequence[range]
+    mode: Plain
 
     def combine(self) -> Tensor:
-        wait_for(self.transfers, self.deadline_s)
-        y_TD = self.partials_TD[0]
-        for partial_TD in self.partials_TD[1:]:
-            y_TD += partial_TD
-        return y_TD
+        wait_for(self.transfers, self.mode.deadline_s)
+        sums_TD = list(torch.cat(list(self.sums_TSD), dim=1).unbind(1))
+        for left, right in additions(self.trees):
+            sums_TD[left] = sums_TD[left] + sums_TD[right]
+        return sums_TD[0]
 
 
 class _ShardEnd:

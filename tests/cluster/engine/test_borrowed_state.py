@@ -23,6 +23,7 @@ from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Pending
 from divisi.model.experts import ExpertBank
+from divisi.model.placement import whole_share
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from divisi.model.runner import ModelRunner
 from divisi.model.sampling.sampler import Sampler
@@ -61,7 +62,7 @@ class Rig:
         runner = ModelRunner(config, load_weights(checkpoint, config, kernels, torch.float32, CPU), self.store, kernels)
         self.scheduler = Lender(limits)
         self.engine = Engine(runner, Sampler(), self.scheduler, device=CPU, stopwatch=Stopwatch())
-        experts = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, torch.float32, CPU)
+        experts = ExpertBank.load(checkpoint, config, whole_share(config), kernels, torch.float32, CPU)
         self.dispatcher = LocalEnd(experts)
 
     def step(self) -> list[int]:
