@@ -97,7 +97,7 @@ def subtrees(leaves: int, num_shards: int) -> tuple[tuple[range, ...], ...]:
     """Of each shard, the largest subtrees that cover its virtual shards; it returns one sum for each of them."""
     whole = 1 << (leaves - 1).bit_length()
     return tuple(
-        tuple(_aligned(share.start, whole if share.stop == leaves else share.stop))
+        tuple(t for t in _aligned(share.start, whole if share.stop == leaves else share.stop) if t.start < leaves)
         for share in _shares_of(leaves, num_shards)
     )
 
