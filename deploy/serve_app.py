@@ -227,6 +227,7 @@ def telemetry_spec(settings: Settings) -> TelemetrySpec:
         traces_endpoint=_otlp(chosen.traces_endpoint, "v1/traces"),
         metrics_endpoint=_otlp(chosen.metrics_endpoint, "v1/metrics"),
         scraped=chosen.scraped,
+        scrape_from_port=chosen.scrape_from_port,
         trace_ratio=chosen.trace_ratio,
         step_ratio=chosen.step_ratio,
         content=chosen.content,

@@ -320,6 +320,8 @@ class TelemetrySettings(Group):
     """Where metrics go by OTLP over HTTP, besides being there to be scraped; None: nowhere."""
     scraped: bool = True
     """Whether each process opens a port for Prometheus on its node's address; `/metrics/targets` lists them."""
+    scrape_from_port: int = Field(default=0, ge=0, le=65_472)
+    """The first of 64 ports, of which each process takes one that is free on its node, for firewalls; 0: any port."""
     trace_ratio: float = Field(default=1.0, ge=0, le=1)
     """Of the requests whose client has not decided by `traceparent`, so many are traced."""
     step_ratio: float = Field(default=0.01, ge=0, le=1)

@@ -50,6 +50,7 @@ NOT_HERE = {
     "http": ("host", "port", "haproxy"),
     "auth": ("api_keys_file",),
     "log": ("file", "max_file_bytes"),
+    "telemetry": ("scrape_from_port",),
     "": ("placement",),
 }
 """Settings that the chart decides, by their group."""

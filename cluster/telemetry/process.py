@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ from divisi.cluster.telemetry.rows import StatRow
 from divisi.cluster.telemetry.spec import TelemetrySpec
 from divisi.cluster.telemetry.vllm_names import VllmNames
 
+SCRAPE_PORTS = 64
+"""So many ports may be tried where the first is given: processes of one machine, and former ones that still end."""
 _SEND_EVERY_MS = 1000.0
 _METRICS_EVERY_MS = 15_000.0
 _SEND_S = 5.0
@@ -100,11 +103,22 @@ class ProcessMetrics:
         """Show what iterating over `rows` gives at each scrape."""
         self.produce(lambda: metrics_of(rows, self._since))
 
-    def serve(self, host: str) -> int:
-        """Open a port on which a scrape finds all of it, and the process's own memory and processor time."""
+    def serve(self, host: str, from_port: int = 0) -> int:
+        """Open a port on which a scrape finds all of it, and the process's own memory and processor time.
+
+        It is the first free one of the SCRAPE_PORTS that begin with `from_port`; 0: any. Raises OSError if none is.
+        """
         ProcessCollector(registry=self.registry)
-        server, _ = start_http_server(0, host, self.registry)
-        return int(server.server_port)
+        for port in range(from_port, from_port + SCRAPE_PORTS) if from_port else (0,):
+            try:
+                server, _ = start_http_server(port, host, self.registry)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return int(server.server_port)
+        last = from_port + SCRAPE_PORTS - 1
+        raise OSError(errno.EADDRINUSE, f"no port from {from_port} to {last} is free on {host}; give another first one")
 
     def close(self) -> None:
         """Send what has not been sent."""
@@ -127,7 +141,7 @@ class Telemetry:
             "process.pid": os.getpid(),
         })  # fmt: skip
         self.metrics = ProcessMetrics(spec, resource)
-        self.port = self.metrics.serve(host) if host is not None and spec.scraped else 0
+        self.port = self.metrics.serve(host, spec.scrape_from_port) if host is not None and spec.scraped else 0
         self.tracer: Tracer | None = None
         self._provider = None if spec.traces_endpoint is None else _span_provider(spec.traces_endpoint, resource)
         if self._provider is not None:

@@ -15,6 +15,8 @@ class TelemetrySpec:
     """URL that takes OTLP metrics over HTTP; None: they can only be scraped."""
     scraped: bool = True
     """Whether each process opens a port for Prometheus."""
+    scrape_from_port: int = 0
+    """The first of the ports that processes of a machine take for it, each one that is free; 0: any."""
     trace_ratio: float = 1.0
     """Of the requests that come without a decision of their own (`traceparent`), so many are traced."""
     step_ratio: float = 0.01

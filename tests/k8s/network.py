@@ -44,7 +44,10 @@ def _selects(policy: Policy, way: str, pod: Pod) -> bool:
 
 def _port(rule: Policy, port: int, protocol: str) -> bool:
     ports = rule.get("ports")
-    return ports is None or any(item["port"] == port and item.get("protocol", "TCP") == protocol for item in ports)
+    return ports is None or any(
+        item["port"] <= port <= item.get("endPort", item["port"]) and item.get("protocol", "TCP") == protocol
+        for item in ports
+    )
 
 
 def _peer(rule: Policy, key: str, policy: Policy, pod: Pod) -> bool:

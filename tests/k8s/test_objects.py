@@ -118,12 +118,19 @@ def test_monitors_come_where_their_api_is(helm_program: Path, tmp_path: Path) ->
     """By the program, which can be told of the cluster's APIs."""
 
     def kinds(*apis: str) -> list[str]:
+        return [item["kind"] for item in objects(*apis)]
+
+    def objects(*apis: str) -> list[Any]:
         command = [str(helm_program), "template", "divisi", str(Path(__file__).parents[2] / "k8s" / "divisi"), *apis]
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path).stdout
-        return [item["kind"] for item in yaml.safe_load_all(text) if item]
+        return [item for item in yaml.safe_load_all(text) if item]
 
-    assert "PodMonitor" not in kinds()
-    assert kinds("--api-versions", "monitoring.coreos.com/v1").count("PodMonitor") == 2
+    assert not {"PodMonitor", "ScrapeConfig"} & set(kinds())
+    assert kinds("--api-versions", "monitoring.coreos.com/v1").count("PodMonitor") == 1
+    made = objects("--api-versions", "monitoring.coreos.com/v1alpha1/ScrapeConfig")
+    (config,) = [item["spec"]["httpSDConfigs"][0]["url"] for item in made if item["kind"] == "ScrapeConfig"]
+    (service,) = [item["metadata"]["name"] for item in made if item["kind"] == "Service"]
+    assert config == f"http://{service}.default.svc:8000/metrics/targets"
 
 
 def test_the_program_is_content_with_each_preset(helm_program: Path, tmp_path: Path) -> None:

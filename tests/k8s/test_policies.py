@@ -6,7 +6,8 @@ from functools import cache
 
 import pytest
 
-from tests.k8s.helm import Manifest, Values, at, merged, pods_of, render
+from divisi.cluster.telemetry.process import SCRAPE_PORTS
+from tests.k8s.helm import Manifest, Values, at, merged, pods_of, render, settings_of
 from tests.k8s.network import Pod, allowed
 from tests.k8s.test_release import PREFETCH
 
@@ -34,6 +35,8 @@ OTHERS = {
     "stranger": Pod({"app": "shell"}, "default"),
     "neighbour": Pod({"app": "shell"}, "models"),
 }
+SCRAPED = range(9400, 9400 + SCRAPE_PORTS)
+"""What processes listen on for Prometheus."""
 INSIDE = ("head", "ingress", "attention", "experts")
 
 
@@ -64,7 +67,8 @@ def flows() -> list[tuple[str, str, int, str, bool]]:
         row(source, "dns", True, 53)
         row(source, "dns", True, 53, protocol="UDP")
         row(source, "collector", True, 4317, 4318)
-        row("prometheus", source, True, 8080)
+        row("prometheus", source, True, 8080, SCRAPED.start, SCRAPED[-1])
+        row("prometheus", source, False, SCRAPED.start - 1, SCRAPED.stop)
         row("prometheus", source, False, 8404, 6379, 30001, 41234, 52365)
         row(source, "hub", False, 443, 80)
         row(source, "prometheus", False, 8080, 9090)
@@ -75,9 +79,9 @@ def flows() -> list[tuple[str, str, int, str, bool]]:
         row(source, "redis", False, 6379, 22)
         row("operator", source, source == "head", 8265)
         row("balancer", source, source == "ingress", 8000)
-        row("balancer", source, False, 8265, 8080, 8404, 9101, 6379, 30001, 41234, 52365)
+        row("balancer", source, False, 8265, 8080, 8404, 9101, SCRAPED.start, 6379, 30001, 41234, 52365)
         for outsider in ("stranger", "neighbour", "hub", "API server", "redis", "collector", "fetcher"):
-            row(outsider, source, False, 8000, 8080, 8265, 8404, 9101, 6379, 30001, 41234, 52365)
+            row(outsider, source, False, 8000, 8080, 8265, 8404, 9101, SCRAPED.start, 6379, 30001, 41234, 52365)
         row(source, "fetcher", False, 80, 8080)
         row("test", source, source == "ingress", 8000)
         row("test", source, False, 8265, 6379, 41234)
@@ -132,3 +136,7 @@ def test_without_policies_all_is_open() -> None:
     """The evaluation itself can say yes: nothing selects a pod, so that everything comes about."""
     _, pods = release()
     assert allowed([], OTHERS["stranger"], pods["head"], 6379)
+
+
+def test_processes_are_scraped_where_prometheus_may_call() -> None:
+    assert settings_of(render())["telemetry"]["scrape_from_port"] == SCRAPED.start

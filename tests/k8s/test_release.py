@@ -147,6 +147,10 @@ REFUSED = [
     ("head.extraEnv", merged(REDIS, at("head.extraEnv", [{"name": "REDIS_PASSWORD", "value": "x"}]))),
     ("head.extraEnv", merged(SCALING, at("head.extraEnv", [{"name": "RAY_enable_autoscaler_v2", "value": "1"}]))),
     ("networkPolicy.apiServer", at("autoscaling.enabled", True)),
+    (
+        "divisi.auth.metrics_open",
+        {"secrets": {"apiKeys": {"secretName": "k"}}, "divisi": {"auth": {"metrics_open": False}}},
+    ),
     ("route.gateway.parentRefs", at("route.gateway.enabled", True)),
     ("podSecurity/runAsUser", at("podSecurity.runAsUser", 0)),
     ("rayClusterConfig", {"rayClusterConfig": {"upgradeStrategy": {}}}),

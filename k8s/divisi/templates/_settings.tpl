@@ -59,9 +59,13 @@
 {{- if .Values.secrets.tls.secretName -}}
 {{- $_ := set $gang "tls" (dict "certificate" "/etc/divisi/tls/tls.crt" "key" "/etc/divisi/tls/tls.key" "ca" "/etc/divisi/tls/ca.crt") -}}
 {{- end -}}
+{{- $_ := set $settings "telemetry" (merge (dict "scrape_from_port" (include "divisi.scrapeFromPort" . | int)) ($settings.telemetry | default dict)) -}}
 {{- $_ := set $settings "log" (merge ($settings.log | default dict) (dict "format" "json")) -}}
 {{- include "divisi.block" $settings -}}
 {{- end }}
+
+{{/* The first of 64 ports, one for each process of a pod, that Prometheus may call. */}}
+{{- define "divisi.scrapeFromPort" -}}9400{{- end }}
 
 {{/* A mapping as YAML, with whole numbers in digits: Helm's own has 17179869184 as 1.7179869184e+10. */}}
 {{- define "divisi.block" -}}
@@ -163,6 +167,10 @@
 {{- end -}}
 {{- range $.Values.head.extraEnv -}}
 {{- if eq .name "RAY_enable_autoscaler_v2" -}}{{- fail "head.extraEnv: RAY_enable_autoscaler_v2 is set by KubeRay; leave it out, and use autoscaling.enabled" -}}{{- end -}}
+{{- end -}}
+{{- $auth := .Values.divisi.auth | default dict -}}
+{{- if and .Values.podMonitor.enabled .Values.secrets.apiKeys.secretName (eq (toString $auth.metrics_open) "false") -}}
+{{- fail "divisi.auth.metrics_open: Prometheus has no key, and asks /metrics/targets for what to scrape; leave it out, or turn podMonitor.enabled off" -}}
 {{- end -}}
 {{- if and .Values.route.gateway.enabled (not .Values.route.gateway.parentRefs) -}}
 {{- fail "route.gateway.parentRefs: name the Gateway, as [{name: public, namespace: gateways}]" -}}

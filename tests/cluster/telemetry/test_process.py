@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import urllib.request
 
@@ -91,6 +92,17 @@ def test_a_collector_that_is_not_there_does_not_hold_up_the_end(monkeypatch: pyt
     telemetry.tracer.start_span("something").end()
     telemetry.close()
     assert time.monotonic() - begin < 4
+
+
+def test_ports_are_those_that_a_firewall_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        first = taken.getsockname()[1]
+        spec = TelemetrySpec(scrape_from_port=first)
+        ports = [Telemetry(spec, "attention", "127.0.0.1").port for _ in range(2)]
+        assert first < ports[0] < ports[1] < first + process.SCRAPE_PORTS
+        monkeypatch.setattr(process, "SCRAPE_PORTS", 1)
+        with pytest.raises(OSError, match=f"no port from {first} to {first} is free on 127.0.0.1"):
+            Telemetry(spec, "attention", "127.0.0.1")
 
 
 def test_vllm_names() -> None:
