@@ -35,6 +35,7 @@ from divisi.deploy.settings import Settings, SettingsError, Surroundings
 from divisi.deploy.shared_cluster import Claim, ClusterOccupied
 from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
 from divisi.deploy.supervision import Orders, say
+from divisi.kernels.choice import kernels_here
 
 APP = "divisi"
 _LOOK_EVERY_S = 0.25
@@ -68,8 +69,10 @@ def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = F
                 settings = _with_log_file(settings, surroundings, instance)
                 spec = _settle(settings, instance, plan)
             say(f"Starting {_describe(spec)}")
-            for line in core_lines(settings, cores, plan, instance.haproxy) if instance.own else ():
-                say(line)
+            if instance.own:  # others' ranks may be on other machines
+                say(f"  kernels: {kernels_here(spec.kernels, spec.device)}")
+                for line in core_lines(settings, cores, plan, instance.haproxy):
+                    say(line)
             try:
                 _serve(settings, spec, instance, interruptibly, orders)
             finally:
