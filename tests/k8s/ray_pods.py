@@ -19,9 +19,11 @@ import yaml
 
 from divisi.model.demo import checkpoint_dir
 from tests.k8s.helm import Manifest, groups_of, pods_of, service_of
-from tests.support.lab import Lab, Machine, lab
+from tests.support.lab import Lab, Machine, lab, with_caches
 
 _BIN = Path(sys.executable).parent
+_TOKEN = b"what KubeRay's Secret holds".hex()
+_HEADERS = {"Authorization": f"Bearer {_TOKEN}"}
 
 
 @dataclass
@@ -38,17 +40,16 @@ class Pod:
         """Of its HTTP proxy."""
         return f"http://{self.machine.address}:8000"
 
-    def terminate(self, within_s: float) -> None:
-        """As the kubelet ends it: the preStop hook, then SIGTERM to `ray start --block`."""
+    def terminate(self, within_s: float, hook: bool = True) -> None:
+        """As the kubelet ends it: the preStop hook, unless `hook` is false, then SIGTERM to `ray start --block`."""
         command = self.manifest["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         here = self.machine.inside(self.process)
-        if here.is_running():
+        if hook and here.is_running():
             self.machine.run([sys.executable, *command[1:]], self.environment, within_s)
-        self.signal()
+        self._signal()
         self.process.wait(within_s)
 
-    def signal(self) -> None:
-        """SIGTERM alone."""
+    def _signal(self) -> None:
         started = [self.machine.inside(self.process)]
         started += started[0].children(recursive=True)
         for process in started:
@@ -71,12 +72,13 @@ class RayPods:
         """A pod more of a group."""
         spec = groups_of(self.manifests)[group]
         params = {
-            "num-cpus": spec["resources"]["CPU"],
+            **{f"num-{kind.lower()}s": amount for kind, amount in spec["resources"].items()},
             "labels": ",".join(f"{k}={v}" for k, v in spec["labels"].items()),
         }
         pod = _start(
-            self.lab, f"{group}-{len(self.pods.get(group, []))}", spec["template"], params, self.head.machine.address
-        )
+            self.lab, f"{group}-{len(self.pods.get(group, []))}", spec["template"], params,
+            _authentication(self.manifests), self.head.machine.address,
+        )  # fmt: skip
         self.pods.setdefault(group, []).append(pod)
         return pod
 
@@ -85,16 +87,17 @@ class RayPods:
         file = folder / "serve.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         address = f"http://{self.head.machine.address}:8265"
-        environment = {**os.environ, "RAY_DASHBOARD_ADDRESS": address}
+        environment = {**os.environ, "RAY_DASHBOARD_ADDRESS": address, **_authentication(self.manifests)}
         done = _run([str(_BIN / "serve"), "deploy", "--address", address, str(file)], environment)
         assert "Sent deploy request successfully" in done
 
-    def wait_until_nodes(self, count: int, within_s: float = 60) -> None:
+    def wait_until_nodes(self, count: int, within_s: float = 200) -> None:
         """Until Ray's head knows so many living nodes."""
         until = time.monotonic() + within_s
         while time.monotonic() < until:
             try:
-                reply = httpx.get(f"http://{self.head.machine.address}:8265/nodes?view=summary", timeout=5).json()
+                url = f"http://{self.head.machine.address}:8265/nodes?view=summary"
+                reply = httpx.get(url, headers=_HEADERS, timeout=5).json()
                 alive = [node for node in reply["data"]["summary"] if node["raylet"].get("state") == "ALIVE"]
                 if len(alive) == count:
                     return
@@ -119,7 +122,8 @@ class RayPods:
 
     def status(self) -> str:
         """What Serve says."""
-        return httpx.get(f"http://{self.head.machine.address}:8265/api/serve/applications/", timeout=10).text[:6000]
+        url = f"http://{self.head.machine.address}:8265/api/serve/applications/"
+        return httpx.get(url, headers=_HEADERS, timeout=10).text[:6000]
 
     def logs(self) -> str:
         """The end of each machine's log."""
@@ -145,6 +149,13 @@ def _run(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout + done.stderr
 
 
+def _authentication(manifests: list[Manifest]) -> dict[str, str]:
+    """What KubeRay adds to each pod's environment by `authOptions`."""
+    if service_of(manifests)["rayClusterConfig"]["authOptions"]["mode"] == "disabled":
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
+
+
 def _environment(template: Manifest, head: str) -> dict[str, str]:
     told = {item["name"]: item["value"] for item in template["spec"]["containers"][0]["env"]}
     return {
@@ -153,15 +164,17 @@ def _environment(template: Manifest, head: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _start(lab: Lab, name: str, template: Manifest, params: dict[str, str], head: str | None = None) -> Pod:
+def _start(
+    lab: Lab, name: str, template: Manifest, params: dict[str, str], told: dict[str, str], head: str | None = None
+) -> Pod:
     machine = lab.machine(name)
-    environment = _environment(template, head or machine.address)
+    environment = _environment(template, head or machine.address) | told
     where = ["--head", "--port=6379"] if head is None else [f"--address={head}:6379"]
     flags = [f"--{key}={value}" for key, value in params.items()]
     start = [str(_BIN / "ray"), "start", *where, *flags, f"--node-ip-address={machine.address}", "--block",
              "--disable-usage-stats", "--metrics-export-port=8080", "--dashboard-agent-listen-port=52365",
              "--object-store-memory=80000000"]  # fmt: skip
-    before = "true"
+    before = with_caches(environment["HOME"])
     for item in template["spec"].get("initContainers", []):
         command = [sys.executable, *item["command"][1:], *item["args"]]
         before += " && env -u RAY_SERVE_HAPROXY_BINARY_PATH " + " ".join(command)  # an init container has its own
@@ -174,7 +187,8 @@ def ray_pods(manifests: list[Manifest], folder: Path, counts: dict[str, int]) ->
     with lab(folder) as made:
         head_spec = service_of(manifests)["rayClusterConfig"]["headGroupSpec"]
         params = {**head_spec["rayStartParams"], "dashboard-port": "8265"}
-        cluster = RayPods(made, manifests, _start(made, "head", pods_of(manifests)["head"], params))
+        head = _start(made, "head", pods_of(manifests)["head"], params, _authentication(manifests))
+        cluster = RayPods(made, manifests, head)
         cluster.wait_until_nodes(1)
         for group, number in counts.items():
             for _ in range(number):

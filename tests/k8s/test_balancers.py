@@ -19,9 +19,9 @@ import httpx
 import pytest
 
 from divisi.deploy.haproxy.environment import find_binary
-from tests.support.lab import Lab, Machine, lab
+from tests.support.lab import Lab, Machine, lab, with_caches
 
-pytestmark = [pytest.mark.verify, pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.verify, pytest.mark.timeout(600)]
 
 STREAMS, AT_ONCE, TOKENS = 200, 32, 24
 _DIVISI = [sys.executable, "-P", "-m", "divisi.deploy.cli"]
@@ -41,16 +41,16 @@ class Gang:
         self._count += 1
         name = f"{self.machine.log.stem}-{self._count}.requests"
         self.requests = self._folder / name
-        environment = {**os.environ, "RAY_ADDRESS": "local", "HOME": "/tmp", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "RAY_ADDRESS": "local", "HOME": "/tmp/home", "OMP_NUM_THREADS": "1"}
         address = ["--host", "0.0.0.0", "--port", "8000", "--max-queued-requests", "64"]
         command = [*_DIVISI, "serve", *address, *_SIZES, "--log-file", f"/run/shared/{name}"]
-        self.process = self.machine.start(command, environment)
+        self.process = self.machine.start(command, environment, with_caches("/tmp/home"))
 
     def drain(self) -> None:
         """SIGTERM to the server; returns at once."""
         self.machine.inside(self.process).send_signal(signal.SIGTERM)
 
-    def wait_until_ready(self, within_s: float = 90) -> None:
+    def wait_until_ready(self, within_s: float = 220) -> None:
         until = time.monotonic() + within_s
         while time.monotonic() < until:
             assert self.process.poll() is None, self.machine.tail()

@@ -22,6 +22,12 @@ _NET = "10.77"
 _number = count(1)
 
 
+def with_caches(home: str) -> str:
+    """Shell lines that give a home, which begins empty, this user's kernels, so that no machine compiles its own."""
+    own = shlex.quote(str(Path.home() / ".cache" / "divisi"))
+    return f"mkdir -p {home}/.cache {own} && ln -sfn {own} {home}/.cache/divisi"
+
+
 @dataclass
 class Machine:
     """One namespace; `log` has what its processes write."""
