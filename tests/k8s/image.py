@@ -25,6 +25,8 @@ _DEBIAN, _PYTHON = "bookworm", "3.11"
 _BASE = f"docker.io/library/python:{_PYTHON}-slim-{_DEBIAN}"
 _MIRROR = "http://deb.debian.org/debian"
 _NAME = "localhost/divisi:cpu"
+_BEFORE = "DIVISI_IMAGE"
+"""Names an image in buildah's store that was built before; a build takes minutes."""
 USER = 65532
 _ENTER = """set -e
 root={root}
@@ -73,6 +75,18 @@ def built(folder: Path) -> Iterator[Image]:
     for program in ("buildah", "mmdebstrap"):
         if shutil.which(program) is None or os.getuid() != 0:
             pytest.skip(f"building the image takes root and {program}: install Debian's {program}")
+    name = os.environ.get(_BEFORE) or _build(folder)
+    container = _buildah("from", "--pull-never", name)
+    try:
+        listed = _buildah("run", "--isolation", "chroot", container, "--", "env")
+        environment = dict(line.split("=", 1) for line in listed.splitlines() if "=" in line)
+        kept = {name: environment[name] for name in ("PATH", "HOME", "PYTHONDONTWRITEBYTECODE")}
+        yield Image(Path(_buildah("mount", container)), kept)
+    finally:
+        _buildah("rm", container)
+
+
+def _build(folder: Path) -> str:
     _base()
     pip = folder / "pip.conf"
     cert, links = os.environ.get("PIP_CERT", ""), os.environ.get("PIP_FIND_LINKS", "")
@@ -84,14 +98,7 @@ def built(folder: Path) -> Iterator[Image]:
         *(word for volume in here for word in ("--volume", volume)),
         "--file", str(ROOT / "k8s/image/Dockerfile"), "--target", "cpu", "--tag", _NAME, str(ROOT),
     )  # fmt: skip
-    container = _buildah("from", "--pull-never", _NAME)
-    try:
-        listed = _buildah("run", "--isolation", "chroot", container, "--", "env")
-        environment = dict(line.split("=", 1) for line in listed.splitlines() if "=" in line)
-        kept = {name: environment[name] for name in ("PATH", "HOME", "PYTHONDONTWRITEBYTECODE")}
-        yield Image(Path(_buildah("mount", container)), kept)
-    finally:
-        _buildah("rm", container)
+    return _NAME
 
 
 def _base() -> None:

@@ -34,6 +34,8 @@ class Pod:
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
     manifest: Manifest
+    stays: bool = True
+    """Whether its end would be a fault."""
 
     @property
     def url(self) -> str:
@@ -42,6 +44,7 @@ class Pod:
 
     def terminate(self, within_s: float, hook: bool = True) -> None:
         """As the kubelet ends it: the preStop hook, unless `hook` is false, then SIGTERM to `ray start --block`."""
+        self.stays = False
         command = self.manifest["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         here = self.machine.inside(self.process)
         if hook and here.is_running():
@@ -95,6 +98,8 @@ class RayPods:
         """Until Ray's head knows so many living nodes."""
         until = time.monotonic() + within_s
         while time.monotonic() < until:
+            for pod in (pod for pods in self.pods.values() for pod in pods):
+                assert pod.process.poll() is None or not pod.stays, pod.machine.tail()
             try:
                 url = f"http://{self.head.machine.address}:8265/nodes?view=summary"
                 reply = httpx.get(url, headers=_HEADERS, timeout=5).json()
@@ -190,10 +195,10 @@ def ray_pods(manifests: list[Manifest], folder: Path, counts: dict[str, int]) ->
         head = _start(made, "head", pods_of(manifests)["head"], params, _authentication(manifests))
         cluster = RayPods(made, manifests, head)
         cluster.wait_until_nodes(1)
-        for group, number in counts.items():
-            for _ in range(number):
-                cluster.add(group)
-        cluster.wait_until_nodes(1 + sum(counts.values()))
+        groups = [group for group, number in counts.items() for _ in range(number)]
+        for nodes, group in enumerate(groups, start=2):
+            cluster.add(group)
+            cluster.wait_until_nodes(nodes)  # seven at once on two cores: each would give up after 30 s
         try:
             yield cluster
         finally:

@@ -326,6 +326,11 @@ def test_locked_memory_and_rdma_are_for_those_who_ask() -> None:
     assert container(pods["attention"])["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_a_runtime_is_for_those_who_ask() -> None:
+    pods = pods_of(render(at("groups.experts.runtimeClassName", "nvidia")))
+    assert {name for name, pod in pods.items() if pod["spec"].get("runtimeClassName") == "nvidia"} == {"experts"}
+
+
 def test_an_ingress_pod_is_ready_while_the_gang_serves() -> None:
     pods = pods_of(render())
     assert container(pods["ingress"])["readinessProbe"]["httpGet"]["path"] == "/v1/health/ready"

@@ -18,7 +18,7 @@
 {{- else if eq $model.source "nodeCache" }}
 - name: model
   {{- if .weights }}
-  hostPath: {path: {{ $model.hostPath | quote }}, type: DirectoryOrCreate}
+  hostPath: {path: {{ $model.hostPath | quote }}, type: Directory}
   {{- else }}
   emptyDir: {sizeLimit: 1Gi}
   {{- end }}

@@ -186,6 +186,9 @@ spec:
   {{- with .values.priorityClassName }}
   priorityClassName: {{ . }}
   {{- end }}
+  {{- with .values.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
   {{- with merge (dict) .values.nodeSelector ((.values.accelerator | default dict).selector | default dict) }}
   nodeSelector: {{- toYaml . | nindent 4 }}
   {{- end }}
