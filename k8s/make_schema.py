@@ -112,7 +112,8 @@ def _pods() -> dict[str, Schema]:
     return {
         "resources": _shared("resources"), "nodeSelector": LABELS, "tolerations": _shared("tolerations"),
         "affinity": _shared("affinity"), "topologySpreadConstraints": _shared("spread"), "priorityClassName": NAME,
-        "runtimeClassName": NAME, "extraEnv": _shared("env"), "podAnnotations": LABELS, "podLabels": LABELS, "shmSize": QUANTITY,
+        "runtimeClassName": NAME, "extraEnv": _shared("env"), "podAnnotations": LABELS, "podLabels": LABELS,
+        "shmSize": QUANTITY,
     }  # fmt: skip
 
 
