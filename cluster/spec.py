@@ -19,7 +19,7 @@ class GangSpec:
     """One gang: the checkpoint, its shape and the sizes of its ranks, with nothing left to be found out."""
 
     name: str
-    """Name of the coordinator's actor."""
+    """Of the gang: the Serve application's, and an id that no other gang has; empty until both are known."""
     model_dir: str
     dtype: Literal["bfloat16", "float32", "float16"]
     device: Literal["cpu", "cuda"]

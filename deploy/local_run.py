@@ -23,6 +23,7 @@ from divisi.cluster.cores import CorePlan, usable_cores
 from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.draining import drain_gang
+from divisi.cluster.ray.identity import named
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.core_use import JOINED, core_lines, core_plan, waiting_policy
 from divisi.deploy.haproxy.environment import LOOPBACK
@@ -94,7 +95,7 @@ def _settle(settings: Settings, instance: RayInstance, plan: CorePlan | None) ->
     if plan is not None and not instance.own:
         raise SettingsError(JOINED)
     ranks, gpus = settings.gang.shape.size, ray.cluster_resources().get("GPU", 0)
-    spec = replace_fields(gang_spec(settings, gpus), core_plan=plan)
+    spec = named(replace_fields(gang_spec(settings, gpus), core_plan=plan), APP)
     if instance.own and spec.device == "cuda" and gpus < ranks:
         raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
     return spec

@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
 from divisi.cluster.nodes import NodeChoice, empty_groups
+from divisi.cluster.ray.identity import named
 from divisi.cluster.ray.nodes import actor_options, has_autoscaler, living_nodes
 from divisi.cluster.ray.presence import Presence
 from divisi.cluster.spec import GangSpec
@@ -63,7 +64,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Build the ASGI application."""
-        settings, spec = self._settings, self._spec
+        settings, spec = self._settings, _named_here(self._spec)
         configure_logs(settings.log, "ingress")
         if spec.core_plan is not None:
             keep_to(spec.core_plan.service)
@@ -95,7 +96,7 @@ class AttentionWorker:
         from divisi.cluster.ray.worker import AttentionRank
 
         configure_logs(log, "attention")
-        self._rank = AttentionRank(spec)
+        self._rank = AttentionRank(_named_here(spec))
         self._grace_s = grace_s
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -113,18 +114,19 @@ class AttentionWorker:
 
 
 class Gang:
-    """Owns the coordinator and the shards; one replica."""
+    """Owns the coordinator and the shards; one replica. They outlive it until the next one has adopted them."""
 
     def __init__(self, spec: GangSpec, grace_s: float) -> None:
         """What runs when the replica is told to end has `grace_s` seconds, as it needs the gang's actors."""
         from divisi.cluster.ray.gang import GangOwner
 
+        spec = _named_here(spec)
         self._name = spec.name
         self._owner = GangOwner(spec)
         self._grace_s = grace_s
 
     def check_health(self) -> None:
-        """For Serve: without its coordinator the gang is built anew."""
+        """For Serve: a gang with a shard that cannot load is built anew."""
         self._owner.check()
 
     def __del__(self) -> None:
@@ -135,8 +137,14 @@ class Gang:
 
         with contextlib.suppress(GangLost):  # a gang that is replaced because it fails has nothing to finish
             self._owner.check()
-            drain_gang(self._name, self._grace_s)
+            if not self._owner.displaced:
+                drain_gang(self._name, self._grace_s)
         self._owner.close()
+
+
+def _named_here(spec: GangSpec) -> GangSpec:
+    """As the replicas of this application know their gang."""
+    return named(spec, serve.get_replica_context().app_name)
 
 
 def api_settings(settings: Settings, spec: GangSpec) -> ApiSettings:
@@ -195,7 +203,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         log.warning("%s", note)
     log.info("kernels: %s", kernels_here(gang.kernels, fitted.device))
     return GangSpec(
-        name=f"coordinator/{settings.served_model_name}",
+        name="",
         model_dir=str(model_dir),
         dtype=fitted.dtype,
         device=fitted.device,

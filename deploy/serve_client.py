@@ -110,8 +110,12 @@ class ServeEngineClient:
         except (CoordinatorLost, RayError) as error:
             self._coordinator = None
             reason = str(error) if isinstance(error, CoordinatorLost) else "the coordinator has stopped"
-            self._status = GangStatus(False, reason)
+            self._status = self._without_coordinator(reason)
         else:
+            if found.gathering:
+                self._status = self._without_coordinator(found.reason)
+                self._checked_at = asked_at
+                return self._status
             self._connections.name(found.streams)
             if self._limits_of is not None and found.workers:
                 self._gate.limits = self._limits_of(found.workers)
@@ -123,6 +127,11 @@ class ServeEngineClient:
             self._status = GangStatus(ready, "; ".join(reasons), rows, found.targets)
         self._checked_at = asked_at
         return self._status
+
+    def _without_coordinator(self, reason: str) -> GangStatus:
+        """While it is replaced the gang goes on: as it was, where a worker says that it takes requests."""
+        was = self._status
+        return GangStatus(was.ready and bool(self._connections.able()), reason, was.stats, was.targets)
 
     async def _wait_for_a_worker(self, give_up_at: float) -> None:
         """For an answer that has begun: whether the gang as a whole serves is not asked, as it will again."""

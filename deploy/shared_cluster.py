@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.context import _get_global_client
 
 from divisi.cluster.errors import DivisiError
-from divisi.cluster.ray.coordinator import NAMESPACE
+from divisi.cluster.ray.actors import NAMESPACE
 from divisi.deploy.setting_groups import HttpSettings
 
 _CALL_S = 10.0

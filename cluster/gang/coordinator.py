@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from divisi.cluster.gang.drain import Drain
+from divisi.cluster.gang.lease import OwnerLease
 from divisi.cluster.gang.ordinals import Ordinals
 from divisi.cluster.gang.roster import Directive, Roster
-from divisi.cluster.seats import Address, GangShape, Role, ScrapeTarget, Seat, StreamAddress
+from divisi.cluster.seats import Address, GangShape, Membership, Role, ScrapeTarget, Seat, StreamAddress
 
 Stats = Mapping[str, float | Mapping[str, float]]
 """Of one rank, by name; some are by one or two more keys, written `chat 1`."""
@@ -36,6 +37,21 @@ class CoordinatorClient(Protocol):
         """Take a seat; None when all of the role are held, or when the gang has another spec than that fingerprint's.
 
         `loading`: to load the weights of that seat first.
+        """
+        ...
+
+    def resume(
+        self,
+        holder_id: str,
+        seat: Seat,
+        address: Address,
+        membership: Membership | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> bool:
+        """Go on in a seat that this coordinator has given, or a former one; False when it is another's by now.
+
+        `membership`: of the epoch that the holder is in.
         """
         ...
 
@@ -92,6 +108,8 @@ class CoordinatorStatus:
     """Whose metrics can be scraped."""
     workers: int = 0
     """Attention workers of the epoch; 0 between epochs."""
+    gathering: bool = False
+    """The coordinator was started anew and does not know yet whether the gang serves."""
 
 
 class Coordinator:
@@ -107,15 +125,20 @@ class Coordinator:
         first_epoch: int = 1,
         min_attention_workers: int | None = None,
         spec: str = "",
+        gather_s: float | None = None,
+        owner_lease_s: float = 30.0,
     ) -> None:
         """`first_epoch` must be above every epoch of a former coordinator of the gang.
 
-        `min_attention_workers` and `spec`: see Roster.
+        `gather_s`: how long to look for the gang of a former one, before it is formed anew; None: there was none.
+        `owner_lease_s`: how long the gang lasts without an owner. `min_attention_workers` and `spec`: see Roster.
         """
-        self._roster = Roster(shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec)
+        gather_until = None if gather_s is None else clock() + gather_s
+        self._roster = Roster(shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until)
         self._clock = clock
         self._changed = threading.Condition()
         self._drain = Drain(clock)
+        self._owner = OwnerLease(owner_lease_s, clock)
         self._stats: dict[str, Stats] = {}
         self._progress: dict[str, str] = {}
         self._failures: dict[str, str] = {}
@@ -145,6 +168,23 @@ class Coordinator:
             self._count_epochs()
             self._changed.notify_all()
         return seat
+
+    def resume(
+        self,
+        holder_id: str,
+        seat: Seat,
+        address: Address,
+        membership: Membership | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> bool:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.expire(self._clock())
+            resumed = self._roster.resume(holder_id, seat, address, self._clock(), membership, loading, spec)
+            self._count_epochs()
+            self._changed.notify_all()
+        return resumed
 
     def loaded(self, holder_id: str) -> None:
         """See CoordinatorClient."""
@@ -216,6 +256,28 @@ class Coordinator:
         with self._changed:
             self._unplaced = text
 
+    def own(self, owner_id: str, spec: str) -> bool:
+        """Become the gang's owner in the place of a former one; False where it is a gang of another spec."""
+        with self._changed:
+            if spec == self._roster.spec:
+                self._owner.take(owner_id)
+                self._changed.notify_all()
+            return spec == self._roster.spec
+
+    def keep(self, owner_id: str, wait_s: float) -> bool:
+        """Stay the owner; returns after `wait_s`, or with False once another is."""
+        until = self._clock() + wait_s
+        with self._changed:
+            while self._owner.keep(owner_id) and (left_s := until - self._clock()) > 0:
+                self._changed.wait(left_s)
+            return self._owner.keep(owner_id)
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the gang has lost its owner for good."""
+        with self._changed:
+            return self._owner.lapsed
+
     def drain(self, grace_s: float) -> None:
         """Be ready no more; what runs may go on for so long. The ingress replicas hear of it by their reports."""
         with self._changed:
@@ -255,6 +317,7 @@ class Coordinator:
                 progress=dict(self._progress),
                 failures=dict(self._failures),
                 workers=0 if membership is None else len(membership.workers),
+                gathering=self._roster.gathering,
                 streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
                 gang=self._numbers(),
                 targets=self._targets(),

@@ -6,7 +6,7 @@ and everybody has left the previous epoch. Who is to have died or hung, by a pee
 epoch fences it, and one that turns out to live comes back with the next. An epoch ends between two steps, by its
 leader, when somebody comes or wants to go; and at once when a holder reports that a step could not finish, leaves its
 seat or stops renewing its lease. Late and repeated reports are ignored. Who was told another spec than the coordinator
-gets no seat. Imports no torch.
+gets no seat. A roster that follows on another's gathers first who holds what. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from divisi.cluster.gang.gathering import Gathering
 from divisi.cluster.seats import Address, GangShape, Membership, Role, Seat
 
 _SUSPECTS_LEASE_S = 1.5
@@ -66,8 +67,12 @@ class Roster:
         first_epoch: int = 1,
         min_attention_workers: int | None = None,
         spec: str = "",
+        gather_until: float | None = None,
     ) -> None:
-        """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's."""
+        """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's.
+
+        `gather_until`: when to begin anew, unless an epoch of a former roster's is whole before; None: there was none.
+        """
         self.shape = shape
         self.spec = spec
         self.min_attention_workers = min_attention_workers or shape.attention_workers
@@ -85,6 +90,7 @@ class Roster:
         """The last epoch has ended in good order, and the next one is about to serve."""
         self._strangers: set[Role] = set()
         """Who was told another spec, and asked for a seat."""
+        self._gathering = None if gather_until is None else Gathering(gather_until)
 
     def join(
         self,
@@ -99,7 +105,8 @@ class Roster:
         """Take a seat: the one with `index`, or the lowest free one of the role. Joining twice gives the same seat.
 
         Returns None when it is held. A shard takes it nevertheless, since it is its former process started anew.
-        Returns None, too, for one of another `spec`, which shares no epoch with the others.
+        Returns None, too, for one of another `spec`, which shares no epoch with the others; and for a worker that wants
+        any seat, while those who have one may still come back.
         No epoch begins while a holder that joined as `loading` has not `loaded`.
         """
         if (known := self._holders.get(holder_id)) is not None:
@@ -117,6 +124,8 @@ class Roster:
                 return None
             if seat in taken:
                 self._remove(taken[seat], f"{seat} was taken over by a new process", now)
+        elif self._gathering is not None:
+            return None
         else:
             free = [seat for seat in self.shape.seats if seat.role == role and seat not in taken]
             if not free:
@@ -125,6 +134,42 @@ class Roster:
         self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s, loading)
         self._form()
         return seat
+
+    def resume(
+        self,
+        holder_id: str,
+        seat: Seat,
+        address: Address,
+        now: float,
+        membership: Membership | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> bool:
+        """Go on in a seat that this roster has given, or a former one.
+
+        `membership` is that of the epoch which the holder is in: what it has reported in vain meanwhile is made up for.
+        False when the seat is another's, or for another spec.
+        """
+        inside = 0 if membership is None else membership.epoch
+        if (known := self._holders.get(holder_id)) is not None:
+            known.lease_until = now + self._lease_s
+            if known.epoch not in (0, inside):
+                self.left(holder_id, known.epoch, "its report was lost", now)
+            known.epoch, known.told_to_leave, known.loading = inside, False, loading
+            self._form()
+            return True
+        if spec != self.spec or seat not in self.shape.seats or any(seat == h.seat for h in self._holders.values()):
+            return False
+        self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s, loading, inside)
+        if membership is not None and self._gathering is not None:
+            self._gathering.claim(membership)
+        self._form()
+        return True
+
+    @property
+    def gathering(self) -> bool:
+        """Whether a former roster's epoch may still be found whole."""
+        return self._gathering is not None
 
     def loaded(self, holder_id: str) -> None:
         """A holder has the weights of its seat."""
@@ -151,7 +196,9 @@ class Roster:
             holder.lease_until = now + self._lease_s
 
     def expire(self, now: float) -> None:
-        """Take the seats of holders whose lease has lapsed."""
+        """Take the seats of holders whose lease has lapsed; a former roster's are waited for as long as agreed."""
+        if self._gathering is not None and now >= self._gathering.until:
+            self._gathering = None
         for holder in [h for h in self._holders.values() if h.lease_until <= now]:
             self._remove(holder, f"{holder.seat} was not heard of for too long", now)
         self._form()
@@ -161,6 +208,8 @@ class Roster:
         holder = self._holders.get(holder_id)
         if holder is None:
             return Directive("rejoin")
+        if self._gathering is not None:
+            return Directive("stay")
         current = self.membership
         if holder.epoch and (current is None or holder.epoch != current.epoch):
             if holder.told_to_leave:
@@ -216,6 +265,8 @@ class Roster:
         if self._serves():
             absent = ", ".join(sorted(map(str, self.membership.absent))) if self.membership else ""
             return f"epoch {self._epoch} serves" + (f", without {absent}" if absent else "")
+        if self._gathering is not None:
+            return "the coordinator was started anew and looks who is there"
         held = {holder.seat for holder in self._holders.values()}
         missing = [seat for seat in self.shape.seats if seat not in held]
         workers = sum(seat.role == "attention" for seat in held)
@@ -252,8 +303,20 @@ class Roster:
             holder.serving = False
             holder.lease_until = min(holder.lease_until, now + self._grace_s)
 
-    def _form(self) -> None:
+    def _adopt(self, gathering: Gathering) -> None:
+        """Go on with an epoch whose members are all back; look no more once there can be none."""
+        inside = {holder.holder_id: holder.epoch for holder in self._holders.values()}
+        self.membership = gathering.whole(inside)
         if self.membership is not None:
+            self._epoch = max(self._epoch, self.membership.epoch)
+        held = {holder.seat: holder.holder_id for holder in self._holders.values()}
+        if self.membership is not None or gathering.hopeless(inside, held) or len(held) == self.shape.size:
+            self._gathering = None
+
+    def _form(self) -> None:
+        if self._gathering is not None:
+            self._adopt(self._gathering)
+        if self.membership is not None or self._gathering is not None:
             return
         if any(holder.epoch and not holder.suspected for holder in self._holders.values()):
             return

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from divisi.cluster.gang.coordinator import CoordinatorClient, CoordinatorLost, Stats
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
-from divisi.cluster.seats import Address, Role, Seat
+from divisi.cluster.seats import Address, Membership, Role, Seat
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 1.0
+_RETRY_S = 0.25
 _POLL_S = 1.0
 _ENTER_S = 0.02
 _GIVE_UP_S = 30.0
@@ -38,7 +38,10 @@ class Candidate:
 
 
 class SeatWatch:
-    """Holds a seat for a loop until stopped, through coordinator restarts and lost leases."""
+    """Holds a seat for a loop until stopped, through lost leases and coordinators that come and go.
+
+    While there is no coordinator the epoch goes on. The next one is told who sits where, and in which epoch.
+    """
 
     def __init__(
         self,
@@ -58,13 +61,23 @@ class SeatWatch:
         self._stats = stats
         self._stop = threading.Event()
         self._unheard = threading.Event()
-        self._offered = 0
-        """The last epoch that the loop was sent into."""
+        self._telling = threading.Lock()
+        """So that a report of the loop and the word on where it is cannot overtake each other."""
+        self._inside: Membership | None = None
+        """Of the epoch that the loop was sent into, until it has left that one."""
+        self._served = 0
+        """The last epoch in which it has reached its peers."""
         self._outside = threading.Event()
-        """It has left that one."""
+        """Set while it is in none."""
         self._outside.set()
+        self._told: Stats | None = None
+        """The last statistics that a poll has carried."""
         self._client: CoordinatorClient | None = None
         self._holder_id = ""
+        self.heard_at = time.monotonic()
+        """When a coordinator has last answered."""
+        self.superseded = threading.Event()
+        """Another process has taken the one seat that this one can fill."""
         self.seat: Seat | None = None
         """The seat held now."""
         self._thread = threading.Thread(target=self._run, name="seat-watch", daemon=True)
@@ -101,13 +114,16 @@ class SeatWatch:
 
     def serving(self, epoch: int) -> None:
         """For the loop: all peers of the epoch were reached."""
+        self._served = epoch
         self._tell(lambda client: client.serving(self._holder_id, epoch))
 
     def left(self, epoch: int, reason: str, suspect: str | None = None) -> None:
         """For the loop: it is out of the epoch; `suspect`: the seats that it blames."""
-        self._tell(lambda client: client.left(self._holder_id, epoch, reason, suspect))
-        if epoch >= self._offered:
-            self._outside.set()
+        with self._telling:
+            if self._inside is not None and self._inside.epoch <= epoch:
+                self._inside = None
+                self._outside.set()
+            self._tell(lambda client: client.left(self._holder_id, epoch, reason, suspect))
 
     def retire(self, within_s: float) -> None:
         """Leave the gang between two steps, so that none is aborted; done when the loop is in no epoch any more."""
@@ -131,11 +147,11 @@ class SeatWatch:
             try:
                 call(self._client)
             except CoordinatorLost:
-                # It would wait for this report for ever, if it is there at all; a new holder owes it nothing.
+                # It would wait for this report for ever, if it is there at all: it has to be told anew where this is.
                 self._unheard.set()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not self.superseded.is_set():
             try:
                 self._client = self._connect()
                 self._hold_seat(self._client)
@@ -145,37 +161,63 @@ class SeatWatch:
             except Exception:  # whatever it was: without this thread the seat would stay empty for good
                 log.exception("the seat watch failed and begins anew")
                 self._stop.wait(_RETRY_S)
+        self._give_up()
 
     def _hold_seat(self, client: CoordinatorClient) -> None:
-        """Join and follow directives until the seat is lost. Returns to join anew."""
-        self._unheard.clear()
-        self._holder_id = uuid.uuid4().hex
-        self.seat = self._join(client)
+        """Keep the seat or take one, and follow directives. Returns to begin anew; raises CoordinatorLost."""
+        if self.seat is not None and not self._resume(client, self.seat):
+            self._give_up()
+            if self._candidate.index is not None:  # or the two would take it from each other for ever
+                self.superseded.set()
+                return
+        if self.seat is None:
+            self._unheard.clear()
+            self._holder_id = uuid.uuid4().hex
+            self.seat = self._join(client)
+            self.heard_at = time.monotonic()
         if self._stop.is_set():  # `stop` may have given the seat up before it was taken
             client.leave(self._holder_id, "it was stopped")
         if self.seat is None:
             self._stop.wait(_RETRY_S)
-            return
-        epoch = 0
-        try:
-            while not self._stop.is_set() and not self._unheard.is_set():
-                directive = client.poll(self._holder_id, _POLL_S, None if self._loading else self._stats())
-                match directive.action:
-                    case "enter" if directive.membership is not None:
-                        epoch = directive.epoch
-                        membership = directive.membership
-                        self._offered = epoch
-                        self._outside.clear()
-                        self._inbox.offer(Assignment(membership, membership.rank(self.seat)))
-                    case "change":
-                        self._inbox.change(directive.epoch)
-                    case "leave":
-                        self._inbox.interrupt(directive.epoch)
-                    case "rejoin":
-                        return
-        finally:
-            self.seat = None
-            self._inbox.interrupt(epoch)
+        else:
+            self._follow(client, self.seat)
+
+    def _follow(self, client: CoordinatorClient, seat: Seat) -> None:
+        while not self._stop.is_set() and not self._unheard.is_set():
+            stats = None if self._loading else self._stats()
+            self._told = stats or self._told
+            directive = client.poll(self._holder_id, _POLL_S, stats)
+            self.heard_at = time.monotonic()
+            match directive.action:
+                case "enter" if directive.membership is not None:
+                    membership = self._inside = directive.membership
+                    self._outside.clear()
+                    self._inbox.offer(Assignment(membership, membership.rank(seat)))
+                case "change":
+                    self._inbox.change(directive.epoch)
+                case "leave":
+                    self._inbox.interrupt(directive.epoch)
+                case "rejoin":
+                    return
+
+    def _resume(self, client: CoordinatorClient, seat: Seat) -> bool:
+        """Tell a coordinator that may know nothing of it where this process is; whether it keeps its seat."""
+        self._unheard.clear()
+        candidate = self._candidate
+        with self._telling:
+            inside = self._inside
+            held = client.resume(self._holder_id, seat, candidate.address, inside, self._loading, candidate.spec)
+            if held and inside is not None and self._served == inside.epoch:
+                client.serving(self._holder_id, inside.epoch)
+            if held and self._told is not None:
+                client.push_stats(self._holder_id, self._told)
+        return held
+
+    def _give_up(self) -> None:
+        """The seat is another's; the loop leaves the epoch."""
+        self.seat = None
+        if (inside := self._inside) is not None:
+            self._inbox.interrupt(inside.epoch)
 
     @property
     def _loading(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from typing import Any, TypeVar
@@ -13,19 +15,20 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayS
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
 from divisi.cluster.gang.roster import Directive
 from divisi.cluster.nodes import NodeChoice
+from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, end_actors, end_own_actor
 from divisi.cluster.ray.nodes import actor_options
-from divisi.cluster.seats import Address, Role, ScrapeTarget, Seat
+from divisi.cluster.seats import Address, Membership, Role, ScrapeTarget, Seat
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.context import below, parse
 from divisi.cluster.telemetry.conventions import GANG_STATUS
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.ranks import show_coordinator
 
-NAMESPACE = "divisi"
-"""The Ray namespace of the named actors."""
+log = logging.getLogger(__name__)
 
 _CALL_S = 15.0
-_REPLACE_S = 60.0
+_GATHER_S = 4.0
+_LOOK_EVERY_S = 1.0
 _Answer = TypeVar("_Answer")
 
 
@@ -37,6 +40,7 @@ class CoordinatorActor(Coordinator):
 
         host = ray.util.get_node_ip_address()
         self._server = StoreServer(host)
+        again = ray.get_runtime_context().was_current_actor_reconstructed
         # Seconds as the first epoch: above every epoch of a coordinator that this one replaces.
         super().__init__(
             spec.shape,
@@ -44,12 +48,24 @@ class CoordinatorActor(Coordinator):
             first_epoch=int(time.time()),
             min_attention_workers=spec.min_attention_workers,
             spec=spec.fingerprint,
+            gather_s=_GATHER_S if again else None,
+            owner_lease_s=ORPHANED_S,
         )
         telemetry = Telemetry(spec.telemetry, "coordinator", host)
         self._tracer = telemetry.tracer
         if telemetry.port:
             self.own_target = ScrapeTarget("coordinator", 0, host, telemetry.port)
         show_coordinator(telemetry, self.numbers)
+        self._gang = spec.name
+        threading.Thread(target=self._end_with_the_owner, name="owner", daemon=True).start()
+
+    def _end_with_the_owner(self) -> None:
+        while not self.orphaned:
+            threading.Event().wait(_LOOK_EVERY_S)  # a lease lapses without anything happening
+        log.warning("the gang has no owner any more, and ends")
+        with contextlib.suppress(Exception):  # whatever Ray says: each shard ends by itself, too
+            end_actors(self._gang, but=(coordinator_name(self._gang),))
+        end_own_actor()
 
     def status(self, traceparent: str = "") -> CoordinatorStatus:
         """See Coordinator; a traced request's question gets a span."""
@@ -61,35 +77,28 @@ class CoordinatorActor(Coordinator):
 
 
 def start_coordinator(spec: GangSpec) -> ActorHandle[Any]:
-    """Create the named actor; it lives as long as its creator. Waits for one that is being cleared away."""
+    """The named actor: that which is there, or a new one. Ray starts it anew whenever it dies."""
     actor: Any = ray.remote(CoordinatorActor)
     options = {
-        "name": spec.name,
+        "name": coordinator_name(spec.name),
         "namespace": NAMESPACE,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "max_restarts": -1,
         "num_cpus": 0,
         "max_concurrency": 4 * spec.shape.size + 32,
         **actor_options(NodeChoice(spec.placement.ingress.labels)),
     }
-    until = time.monotonic() + _REPLACE_S
-    while True:
-        try:
-            handle: Any = actor.options(**options).remote(spec)
-            break
-        except ValueError:  # the name is taken, by the actor of a gang replica that died a moment ago
-            if time.monotonic() > until:
-                raise
-            threading.Event().wait(0.5)  # Ray has no way to await that a name becomes free
-    ray.get(handle.status.remote())
-    found: ActorHandle[Any] = handle
-    return found
+    handle: ActorHandle[Any] = actor.options(**options).remote(spec)
+    return handle
 
 
 def find_coordinator(name: str) -> ActorHandle[Any]:
-    """The gang's coordinator. Raises CoordinatorLost while there is none."""
+    """The coordinator of the gang with that name. Raises CoordinatorLost while there is none."""
     try:
-        handle: ActorHandle[Any] = ray.get_actor(name, namespace=NAMESPACE)
+        handle: ActorHandle[Any] = ray.get_actor(coordinator_name(name), namespace=NAMESPACE)
     except ValueError as error:
-        raise CoordinatorLost(f"no coordinator {name!r} yet") from error
+        raise CoordinatorLost(f"the gang {name!r} has no coordinator yet") from error
     return handle
 
 
@@ -111,6 +120,18 @@ class RayCoordinatorClient:
         """See CoordinatorClient."""
         seat: Seat | None = self._get(self._actor.join.remote(holder_id, role, address, index, loading, spec))
         return seat
+
+    def resume(
+        self,
+        holder_id: str,
+        seat: Seat,
+        address: Address,
+        membership: Membership | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> bool:
+        """See CoordinatorClient."""
+        return bool(self._get(self._actor.resume.remote(holder_id, seat, address, membership, loading, spec)))
 
     def loaded(self, holder_id: str) -> None:
         """See CoordinatorClient."""

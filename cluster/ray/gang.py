@@ -1,92 +1,138 @@
-"""What owns a gang: creates the coordinator, the placement group and the shards, which all end with their owner.
+"""What owns a gang: sees to it that there is a coordinator, and all shards.
 
-Ray ends the actors and placement groups of a process that ends, however it ends, as long as they are not detached:
-that is the whole ownership rule, and nothing here is detached.
+They outlive the process that has made them, by as long as the owner's lease: the next owner adopts what it finds of its
+own gang and spec, and ends the rest. Without an owner they end by themselves.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
+import threading
+import time
+import uuid
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
 from divisi.cluster.gang.coordinator import CoordinatorStatus
-from divisi.cluster.nodes import NodeChoice, empty_groups
-from divisi.cluster.ray.coordinator import NAMESPACE, start_coordinator
+from divisi.cluster.nodes import empty_groups
+from divisi.cluster.ray.actors import NAMESPACE, coordinator_name, end_actors, shard_name
+from divisi.cluster.ray.coordinator import start_coordinator
 from divisi.cluster.ray.nodes import actor_options, living_nodes
 from divisi.cluster.spec import GangSpec
 
+log = logging.getLogger(__name__)
+
+_KEEP_S = 5.0
+_ANSWER_S = 10.0
+_RETRY_S = 0.2
+_REPLACE_S = 60.0
+
 
 class GangLost(RuntimeError):
-    """The coordinator is gone, or a shard for good; the owner has to be replaced."""
+    """A shard is gone for good; the owner has to be replaced."""
 
 
 class GangOwner:
-    """Lives in one process; `close` or the end of the process ends the gang's actors."""
+    """Lives in one process. `close` ends the gang's actors; the end of the process leaves them to the next owner."""
 
     def __init__(self, spec: GangSpec) -> None:
         """Returns at once: a shard for which there is no room yet waits for it, as long as that takes."""
         self._spec = spec
-        self._coordinator = start_coordinator(spec)
-        self._group: PlacementGroup | None = None
-        self._shards: list[ActorHandle[Any]] = []
-        self._shard_seats = {str(spec.shape.seat(rank)) for rank in spec.shape.shard_ranks}
-        if num_shards := len(spec.shape.shard_ranks):
-            self._group = _place(spec)
-            self._shards = [_start_shard(spec, index, self._group) for index in range(num_shards)]
+        self._id = uuid.uuid4().hex
+        self._closed = threading.Event()
+        self._coordinator = self._adopt_or_start()
+        self._seats = [spec.shape.seat(rank) for rank in spec.shape.shard_ranks]
+        self._names = [shard_name(spec, seat.index) for seat in self._seats]
+        end_actors(spec.name, but=(coordinator_name(spec.name), *self._names))
+        self._start_shards()
         self._tell_unplaced()
+        self.displaced = False
+        """Whether another process has become the owner."""
+        threading.Thread(target=self._keep, name="gang-lease", daemon=True).start()
 
     def check(self) -> None:
-        """Raise GangLost if the coordinator has died, or a shard could not load.
+        """Raise GangLost if a shard could not load; start what is missing.
 
-        A shard that dies is no reason, since Ray restarts it; but not one whose constructor raised.
+        Ray starts anew what dies, but not a shard whose constructor raised.
         """
         try:
             reply: Any = self._coordinator.status.remote()
-            status: CoordinatorStatus = ray.get(reply, timeout=10)
-        except RayActorError as error:
-            raise GangLost(str(error)) from error
-        if failed := [f"{who}: {text}" for who, text in status.failures.items() if who in self._shard_seats]:
+            status: CoordinatorStatus = ray.get(reply, timeout=_ANSWER_S)
+        except RayActorError:
+            return  # it is being started anew, by Ray or by `_keep`
+        seats = {str(seat) for seat in self._seats}
+        if failed := [f"{who}: {text}" for who, text in status.failures.items() if who in seats]:
             raise GangLost("; ".join(failed))
-        if not status.ready:
+        if not status.ready and not self.displaced:
+            self._start_shards()
             self._tell_unplaced()
 
+    def close(self) -> None:
+        """End all actors now, unless they are another owner's."""
+        self._closed.set()
+        if not self.displaced:
+            end_actors(self._spec.name)
+
+    def _adopt_or_start(self) -> ActorHandle[Any]:
+        """The coordinator of this spec, owned from now on; one of another spec ends, with its shards."""
+        until = time.monotonic() + _REPLACE_S
+        while True:
+            coordinator: Any = start_coordinator(self._spec)
+            try:
+                if ray.get(coordinator.own.remote(self._id, self._spec.fingerprint), timeout=_REPLACE_S):
+                    found: ActorHandle[Any] = coordinator
+                    return found
+                end_actors(self._spec.name)
+            except RayActorError:
+                if time.monotonic() > until:
+                    raise
+            self._closed.wait(_RETRY_S)  # Ray has no way to await that a name becomes free
+
+    def _keep(self) -> None:
+        """The standing call to the coordinator: renews the lease, and fails as soon as the coordinator dies."""
+        while not self._closed.is_set():
+            try:
+                kept: Any = self._coordinator.keep.remote(self._id, _KEEP_S)
+                if not ray.get(kept, timeout=_KEEP_S + _ANSWER_S):
+                    self.displaced = True
+                    return
+            except ActorDiedError:  # for good: Ray does not start it anew
+                if not self._closed.is_set():
+                    self._coordinator = self._adopt_or_start()
+            except (RayActorError, GetTimeoutError) as error:
+                log.info("the coordinator is not there now: %s", error)
+                self._closed.wait(_RETRY_S)
+            except RayError:  # whatever it was: without this thread the gang would end
+                log.exception("the gang's lease was not renewed")
+                self._closed.wait(_RETRY_S)
+
+    def _start_shards(self) -> None:
+        """Those that are not there."""
+        for seat, name in zip(self._seats, self._names, strict=True):
+            _start_shard(self._spec, seat.index, name)
+
     def _tell_unplaced(self) -> None:
-        found = empty_groups(self._spec.placement, len(self._shards), living_nodes())
+        found = empty_groups(self._spec.placement, len(self._seats), living_nodes())
         self._coordinator.report_unplaced.remote("; ".join(found))
 
-    def close(self) -> None:
-        """End all actors now."""
-        for actor in (*self._shards, self._coordinator):
-            ray.kill(actor)
-        if self._group is not None:
-            remove_placement_group(self._group)
 
-
-def _place(spec: GangSpec) -> PlacementGroup:
-    nodes, num_shards = spec.placement.experts, len(spec.shape.shard_ranks)
-    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device == "cuda" else {}) | dict(nodes.resources)
-    labels = [dict(nodes.labels)] * num_shards if nodes.labels else None
-    group: PlacementGroup = placement_group([bundle] * num_shards, strategy="PACK", bundle_label_selector=labels)
-    return group
-
-
-def _start_shard(spec: GangSpec, index: int, group: PlacementGroup) -> ActorHandle[Any]:
+def _start_shard(spec: GangSpec, index: int, name: str) -> None:
+    """Spread over the nodes: the fewer of them one node holds, the fewer go with it."""
     # Late: the ingress imports this module too, and must not load torch, which comes with the shard.
     actor = importlib.import_module("divisi.cluster.ray.shard").ExpertShardActor
     options = {
         "num_cpus": 1,
         "num_gpus": 1 if spec.device == "cuda" else 0,
         "max_restarts": -1,
-        "name": f"{spec.name}/expert:{index}",
+        "lifetime": "detached",
+        "name": name,
         "namespace": NAMESPACE,
-        **actor_options(NodeChoice(resources=spec.placement.experts.resources)),
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        "get_if_exists": True,
+        "scheduling_strategy": "SPREAD",
+        **actor_options(spec.placement.experts),
     }
-    handle: ActorHandle[Any] = ray.remote(actor).options(**options).remote(spec, index)
-    return handle
+    ray.remote(actor).options(**options).remote(spec, index)

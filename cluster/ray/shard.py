@@ -1,4 +1,8 @@
-"""An expert shard as a Ray actor: loads its experts, takes its seat, and runs the shard loop in a thread."""
+"""An expert shard as a Ray actor: loads its experts, takes its seat, and runs the shard loop in a thread.
+
+It outlives who created it. It ends once no coordinator has been heard of for long, and where another process has taken
+its seat: then Ray took this one's node to be lost.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from functools import partial
 
 from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
+from divisi.cluster.ray.actors import ORPHANED_S, end_own_actor
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import load_in_thread, own_host, reported
 from divisi.cluster.seats import Address
@@ -21,6 +27,8 @@ from divisi.cluster.telemetry.ranks import show_shard
 from divisi.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
 
 
 class ExpertShardActor:
@@ -45,6 +53,15 @@ class ExpertShardActor:
         self._told = False
         threading.Thread(target=_run_or_exit, args=(loop,), name="shard-loop", daemon=True).start()
         self._watch.start()
+        threading.Thread(target=self._end_when_not_wanted, name="owner", daemon=True).start()
+
+    def _end_when_not_wanted(self) -> None:
+        while not self._watch.superseded.wait(_LOOK_EVERY_S):
+            if time.monotonic() - self._watch.heard_at > ORPHANED_S:
+                log.warning("no coordinator has been heard of for %g s; this shard ends", ORPHANED_S)
+                end_own_actor()
+        log.warning("another process has this shard's seat; this one ends")
+        os._exit(1)
 
     def _stats(self) -> dict[str, float] | None:
         if self._told:

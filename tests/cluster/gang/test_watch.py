@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, Stats
 from divisi.cluster.gang.inbox import EpochInbox
@@ -64,6 +65,14 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
             return
         threading.Event().wait(0.02)
     raise AssertionError(otherwise)
+
+
+def is_over(inbox: EpochInbox, epoch: int) -> bool:
+    try:
+        inbox.check(epoch)
+    except StepAborted:
+        return True
+    return False
 
 
 def test_a_lost_report_does_not_hold_up_the_next_epoch(
@@ -162,6 +171,11 @@ class Mortal(Coordinator):
             raise CoordinatorLost("it has died")
         return super().poll(holder_id, wait_s, stats)
 
+    def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
+        if self.died:
+            raise CoordinatorLost("it has died")
+        super().left(holder_id, epoch, reason, suspect)
+
 
 def test_a_worker_keeps_the_seat_whose_weights_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through coordinators that know nothing of their predecessors; and it says so when somebody else has the seat."""
@@ -184,9 +198,70 @@ def test_a_worker_keeps_the_seat_whose_weights_it_has(monkeypatch: pytest.Monkey
         watch.loaded()
         assert next_epoch(inbox) == 10
         coordinators[0].died = True
+        wait_until(lambda: is_over(inbox, 10), "nobody else knows of the epoch, and it goes on in it")
+        watch.left(10, "told to")
         assert next_epoch(inbox) == 20, "in its own seat, not in the lowest free one, and loaded"
         assert not watch.displaced
         coordinators[1].died = True
         wait_until(lambda: watch.displaced, "somebody else has its seat for good, and it does not say so")
     finally:
         watch.stop("the test is over")
+
+
+def test_an_epoch_goes_on_under_the_next_coordinator(
+    start: Callable[[Callable[[], Coordinator]], tuple[SeatWatch, EpochInbox]],
+) -> None:
+    """Between the two, and afterwards, nobody in it is told anything."""
+    shape = GangShape(2, 0)
+    former, latter = Mortal(shape, ADDRESS), Coordinator(shape, ADDRESS, first_epoch=100, gather_s=30.0)
+    alive = threading.Event()
+
+    def connect() -> Coordinator:
+        if not former.died:
+            return former
+        if not alive.is_set():
+            raise CoordinatorLost("none yet")
+        return latter
+
+    ranks = [start(connect) for _ in range(2)]
+    for watch, inbox in ranks:
+        assert next_epoch(inbox) == 1
+        watch.serving(1)
+    assert former.status().ready
+    former.died = True
+    threading.Event().wait(0.2)
+    assert all(watch.seat is not None for watch, _ in ranks), "a seat is not lost with the coordinator"
+    assert latter.join("another", "attention", ADDRESS) is None, "the seats may be taken"
+    assert latter.status().gathering
+    alive.set()
+    wait_until(lambda: latter.status().ready, "the epoch is not adopted")
+    assert (latter.status().epoch, latter.status().gathering) == (1, False)
+    assert not any(is_over(inbox, 1) for _, inbox in ranks)
+    watch, inbox = ranks[0]
+    watch.left(1, "a step was aborted")
+    wait_until(lambda: is_over(ranks[1][1], 1), "the other is not told")
+    ranks[1][0].left(1, "told to")
+    assert next_epoch(inbox) == 100, "above every epoch of the former coordinator"
+
+
+def test_a_report_that_falls_between_two_coordinators_is_made_up_for(
+    start: Callable[[Callable[[], Coordinator]], tuple[SeatWatch, EpochInbox]],
+) -> None:
+    shape = GangShape(2, 0)
+    former, latter = Mortal(shape, ADDRESS), Coordinator(shape, ADDRESS, first_epoch=100, gather_s=30.0)
+    alive = threading.Event()
+
+    def connect() -> Coordinator:
+        if former.died and not alive.is_set():
+            raise CoordinatorLost("none yet")
+        return latter if former.died else former
+
+    ranks = [start(connect) for _ in range(2)]
+    for _, inbox in ranks:
+        assert next_epoch(inbox) == 1
+    former.died = True
+    ranks[0][0].left(1, "a step was aborted")  # to whom?
+    alive.set()
+    wait_until(lambda: is_over(ranks[1][1], 1), "the other goes on in an epoch that lacks a member")
+    ranks[1][0].left(1, "told to")
+    assert [next_epoch(inbox) for _, inbox in ranks] == [100, 100]

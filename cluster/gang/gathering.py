@@ -1,0 +1,41 @@
+"""What a coordinator learns of its predecessor's gang: the holders come back, and tell which epoch they are in.
+
+An epoch whose members are all back is adopted and goes on, without any of them having noticed. Plain data, no clock.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from divisi.cluster.seats import Membership, Seat
+
+
+@dataclass(slots=True)
+class Gathering:
+    """Goes on until an epoch is whole, or none can become so any more, or `until` (seconds) at most."""
+
+    until: float
+    _claimed: dict[int, Membership] = field(default_factory=dict)
+
+    def claim(self, membership: Membership) -> None:
+        """A holder is in that epoch."""
+        self._claimed[membership.epoch] = membership
+
+    def whole(self, inside: Mapping[str, int]) -> Membership | None:
+        """The epoch whose members are all back and in it; `inside`: which one each holder is in."""
+        for membership in self._claimed.values():
+            if all(inside.get(holder_id) == membership.epoch for holder_id in membership.holders):
+                return membership
+        return None
+
+    def hopeless(self, inside: Mapping[str, int], held: Mapping[Seat, str]) -> bool:
+        """Whether every epoch that somebody is in lacks a member: it has left, or another has its seat by now."""
+        return bool(self._claimed) and all(
+            any(
+                held.get(seat, holder_id) != holder_id or inside.get(holder_id, membership.epoch) != membership.epoch
+                for seat, holder_id in zip(membership.seats, membership.holders, strict=True)
+            )
+            for membership in self._claimed.values()
+        )
