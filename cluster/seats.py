@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["attention", "expert"]
@@ -97,6 +97,16 @@ class ScrapeTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class Patience:
+    """After how many seconds the ranks of an epoch suspect each other."""
+
+    suspect_after_s: float = 2.0
+    """One that is silent. A false suspicion costs an epoch."""
+    stuck_after_s: float = 10.0
+    """One that stands still in a step, and waits for nobody."""
+
+
+@dataclass(frozen=True, slots=True)
 class Membership:
     """Who takes part in one epoch; never changes. `addresses` and `holders` are in rank order.
 
@@ -112,6 +122,7 @@ class Membership:
     """The key-value store through which process groups meet."""
     absent: frozenset[Seat] = frozenset()
     """Attention workers' seats that nobody fills."""
+    patience: Patience = field(default_factory=Patience)
 
     @property
     def seats(self) -> tuple[Seat, ...]:

@@ -9,7 +9,7 @@ from typing import Literal
 from divisi.cluster.cores import CorePlan
 from divisi.cluster.door import TlsFiles
 from divisi.cluster.nodes import Placement
-from divisi.cluster.seats import GangShape
+from divisi.cluster.seats import GangShape, Patience
 from divisi.cluster.telemetry.spec import TelemetrySpec
 from divisi.model.placement import VIRTUAL_SHARDS
 
@@ -54,6 +54,13 @@ class GangSpec:
     """Into how many the experts are cut for good: tokens are the same for any number of shards up to it."""
     min_attention_workers: int | None = None
     """With how many an epoch forms; None: all of the shape's."""
+    suspect_after_s: float = 2.0
+    """After how much silence a rank is suspected."""
+
+    @property
+    def patience(self) -> Patience:
+        """Of the ranks with each other."""
+        return Patience(self.suspect_after_s, self.step_deadline_s / 3)
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
+from divisi.cluster.gang.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice, empty_groups
 from divisi.cluster.ray.identity import named
 from divisi.cluster.ray.nodes import actor_options, has_autoscaler, living_nodes
@@ -97,6 +98,7 @@ class AttentionWorker:
 
         configure_logs(log, "attention")
         self._rank = AttentionRank(_named_here(spec))
+        self._watchdog = Watchdog(self._rank.stuck)
         self._grace_s = grace_s
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -109,8 +111,9 @@ class AttentionWorker:
         self._rank.check()
 
     def __del__(self) -> None:
-        if hasattr(self, "_rank"):
+        if hasattr(self, "_watchdog"):
             self._rank.close(self._grace_s)
+            self._watchdog.close()
 
 
 class Gang:
@@ -219,6 +222,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         max_seqs=cache.max_seqs,
         max_step_tokens=cache.max_step_tokens,
         step_deadline_s=gang.step_deadline_s,
+        suspect_after_s=gang.suspect_after_s or (2.0 if fitted.device == "cpu" else 0.5),
         secret_file=None if gang.secret_file is None else str(gang.secret_file),
         tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
         placement=settings.placement.choices,

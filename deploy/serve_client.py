@@ -33,13 +33,15 @@ from divisi.deploy.moved_answers import MovedAnswers
 from divisi.deploy.routing import QueuedTokens, WorkerReport
 
 _FRESH_S = 0.5
-_STATUS_TIMEOUT_S = 10.0
+_STATUS_TIMEOUT_S = 2.0
 _REPORT_EVERY_S = 0.5
 _CONNECT_S = 1.0
 """A worker whose address has just become known takes a few milliseconds to be reached."""
 _RESEND_S = 3.0
 """While the gang serves, a request that a worker refuses goes to another: by then its report says that it does."""
 _RESEND_EVERY_S = 0.1
+_RECOVERY_S = 5.0
+"""A request that comes while the gang forms anew waits so long; then it is refused."""
 _RESUME_S = 600.0
 """An answer that a lost worker has begun waits so long for another one, which may have weights to load."""
 
@@ -70,6 +72,8 @@ class ServeEngineClient:
         self._moves = MovedAnswers(telemetry)
         self._reporting: asyncio.Task[None] | None = None
         self._status = GangStatus(False, "starting")
+        self._recovering = False
+        """Whether the gang has served, and is about to serve again."""
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
 
@@ -116,6 +120,7 @@ class ServeEngineClient:
                 self._status = self._without_coordinator(found.reason)
                 self._checked_at = asked_at
                 return self._status
+            self._recovering = found.recovering
             self._connections.name(found.streams)
             if self._limits_of is not None and found.workers:
                 self._gate.limits = self._limits_of(found.workers)
@@ -139,7 +144,7 @@ class ServeEngineClient:
             if time.monotonic() > give_up_at:
                 raise AnswerLost(f"no attention worker could go on with the answer within {_RESUME_S:g} s")
             with contextlib.suppress(GangNotReady):
-                await self.check_ready()  # which names the workers that there are now
+                await self._ask_whether_ready()  # which names the workers that there are now
             await self._connections.wait_until_able(_RESEND_EVERY_S)
 
     async def _report_open(self) -> None:
@@ -150,7 +155,7 @@ class ServeEngineClient:
                 await asyncio.wait_for(self._gate.idle.wait(), _REPORT_EVERY_S)
             if self._status.ready:  # a gate that is full asks nobody, and would not hear of a worker that has come
                 with contextlib.suppress(GangNotReady):
-                    await self.check_ready()
+                    await self._ask_whether_ready()
         await self._report_once()
 
     async def _report_once(self) -> None:
@@ -164,7 +169,18 @@ class ServeEngineClient:
             self._gate.end_all_in(left_s)
 
     async def check_ready(self) -> None:
-        """See EngineClient. One question serves a whole burst; while the gang serves, its answer is good for a moment.
+        """See EngineClient. A new epoch of a gang that has served takes a moment, seldom more: it is waited for."""
+        until = time.monotonic() + _RECOVERY_S
+        while True:
+            try:
+                return await self._ask_whether_ready()
+            except GangNotReady:
+                if not self._recovering or time.monotonic() > until:
+                    raise
+            await asyncio.sleep(_RESEND_EVERY_S)
+
+    async def _ask_whether_ready(self) -> None:
+        """One question serves a whole burst; while the gang serves, its answer is good for a moment. Else GangNotReady.
 
         That it does not serve counts only for those who came before the question: another ingress replica may have
         told the client since that it does.
@@ -178,7 +194,8 @@ class ServeEngineClient:
                     async with asyncio.timeout(_STATUS_TIMEOUT_S):
                         await self.status()
                 except TimeoutError:
-                    raise GangNotReady("the coordinator does not answer") from None
+                    self._status = self._without_coordinator("the coordinator does not answer")
+                    self._checked_at = time.monotonic()
         if not self._status.ready:
             raise GangNotReady(self._status.reason)
 

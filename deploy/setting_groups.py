@@ -121,6 +121,9 @@ class GangSettings(Group):
     """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)
     """Longest wait inside one step before it is aborted and replayed in a new epoch."""
+    suspect_after_s: float | None = Field(default=None, gt=0)
+    """A rank that is silent for so long is left out of the next epoch, until it is heard of again. None: 2 s on CPUs,
+    where a busy machine may keep a healthy one silent for some tenths of a second; else 0.5 s."""
     secret_file: HerePath | None = None
     """By it the processes of the gang know each other; the same on every node. None: one is drawn, and Ray keeps it."""
     tls: TlsSettings | None = None

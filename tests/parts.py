@@ -11,6 +11,7 @@ from collections.abc import Sequence
 PARTS = {
     "chart": "the Helm chart, the image, load balancers and several nodes",
     "clients": "independent clients in each topology",
+    "deaths": "gaps of open streams when a process, a node or a network dies, and that nothing is lost or left",
     "faults": "start, stop and what fails on the way: processes, sockets, files, grammars",
     "kernels": "kernels: every build that runs here, every number of rows, those of GPUs in an interpreter",
     "mtp": "multi-token prediction: the layer, drafts that change nothing, how far they go, killed shards",
@@ -39,6 +40,9 @@ TABLE = {
     "distributed": "step",
     "distributed/test_drafting_gang.py": "mtp",
     "e2e": "serve",
+    "e2e/test_deaths.py": "deaths",
+    "e2e/test_deaths_cut.py": "deaths",
+    "e2e/test_deaths_owners.py": "deaths",
     "e2e/test_demo.py": "faults",
     "e2e/test_front.py": "faults",
     "e2e/test_mtp.py": "mtp",

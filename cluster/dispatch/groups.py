@@ -10,6 +10,7 @@ host, since that is the only way to a deadline, and a group that failed is abort
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from divisi.cluster.activity import Activity
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import Address, Membership
 
@@ -52,7 +54,7 @@ class PeerGroup(Protocol):
         ...
 
     def close(self) -> None:
-        """Drop all connections, failing what is under way here and at the peers."""
+        """Drop all connections, failing what is under way here and at the peers. From any thread."""
         ...
 
 
@@ -70,8 +72,12 @@ def join_group(
     device: torch.device,
     timeout_s: float,
     check: Callable[[], None] = lambda: None,
+    activity: Activity | None = None,
 ) -> PeerGroup:
-    """Meet all ranks of an epoch; blocks until they are there. Raises StepAborted, and what `check` raises."""
+    """Meet all ranks of an epoch; blocks until they are there. Raises StepAborted, and what `check` raises.
+
+    `activity` is told of each wait for a transfer.
+    """
     timeout = timedelta(seconds=timeout_s)
     try:
         tcp = _dist.TCPStore(membership.store.host, membership.store.port, is_master=False, timeout=timeout)
@@ -84,7 +90,7 @@ def join_group(
             backend = _gloo(store, rank, membership, timeout)
     except RuntimeError as error:  # torch.distributed's errors all derive from it
         raise StepAborted(f"cannot form the process group of epoch {membership.epoch}: {error}") from error
-    return _BackendGroup(backend, membership)
+    return _BackendGroup(backend, membership, activity or Activity())
 
 
 def _meet(store: Any, rank: int, membership: Membership, deadline: float, check: Callable[[], None]) -> None:
@@ -113,9 +119,11 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 
 
 class _BackendGroup:
-    def __init__(self, backend: Any, membership: Membership) -> None:
+    def __init__(self, backend: Any, membership: Membership, activity: Activity) -> None:
         self._backend = backend
-        self._seats = membership.seats
+        self._seats = [str(seat) for seat in membership.seats]
+        self._activity = activity
+        self._closing = threading.Lock()
 
     def send(self, data: Tensor, rank: int) -> Transfer:
         return self._start(data, rank, sending=True)
@@ -124,29 +132,33 @@ class _BackendGroup:
         return self._start(data, rank, sending=False)
 
     def _start(self, data: Tensor, rank: int, *, sending: bool) -> Transfer:
-        seat = str(self._seats[rank])
-        if self._backend is None:
+        seat, backend = self._seats[rank], self._backend
+        if backend is None:
             raise StepAborted("its process group was closed", seat)
         try:
-            work = (self._backend.send if sending else self._backend.recv)([data], rank, _TAG)
+            work = (backend.send if sending else backend.recv)([data], rank, _TAG)
         except RuntimeError as error:
             raise StepAborted(f"transfer failed: {error}", seat) from error
-        return _WorkTransfer(work, seat)
+        return _WorkTransfer(work, seat, self._activity)
 
     def close(self) -> None:
-        if self._backend is not None:
-            self._backend.abort()
-            self._backend = None
+        with self._closing:
+            backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.abort()
 
 
 @dataclass(frozen=True, slots=True)
 class _WorkTransfer:
     work: Any
     seat: str
+    activity: Activity
 
     def wait(self, deadline: float) -> None:
         left_s = max(deadline - time.monotonic(), 0.001)
+        self.activity.waiting()
         try:
             self.work.wait(timedelta(seconds=left_s))
         except RuntimeError as error:
             raise StepAborted(f"transfer failed: {error}", self.seat) from error
+        self.activity.goes_on()

@@ -16,7 +16,7 @@ from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.lease import OwnerLease
 from divisi.cluster.gang.ordinals import Ordinals
 from divisi.cluster.gang.roster import Directive, Roster
-from divisi.cluster.seats import Address, GangShape, Membership, Role, ScrapeTarget, Seat, StreamAddress
+from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, ScrapeTarget, Seat, StreamAddress
 
 Stats = Mapping[str, float | Mapping[str, float]]
 """Of one rank, by name; some are by one or two more keys, written `chat 1`."""
@@ -108,6 +108,8 @@ class CoordinatorStatus:
     """Whose metrics can be scraped."""
     workers: int = 0
     """Attention workers of the epoch; 0 between epochs."""
+    recovering: bool = False
+    """The gang has had an epoch, and is to have another soon."""
     gathering: bool = False
     """The coordinator was started anew and does not know yet whether the gang serves."""
 
@@ -127,14 +129,18 @@ class Coordinator:
         spec: str = "",
         gather_s: float | None = None,
         owner_lease_s: float = 30.0,
+        patience: Patience | None = None,
     ) -> None:
         """`first_epoch` must be above every epoch of a former coordinator of the gang.
 
         `gather_s`: how long to look for the gang of a former one, before it is formed anew; None: there was none.
-        `owner_lease_s`: how long the gang lasts without an owner. `min_attention_workers` and `spec`: see Roster.
+        `owner_lease_s`: how long the gang lasts without an owner. `patience`: of each epoch's ranks with each other.
+        `min_attention_workers` and `spec`: see Roster.
         """
         gather_until = None if gather_s is None else clock() + gather_s
-        self._roster = Roster(shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until)
+        self._roster = Roster(
+            shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience
+        )
         self._clock = clock
         self._changed = threading.Condition()
         self._drain = Drain(clock)
@@ -317,6 +323,7 @@ class Coordinator:
                 progress=dict(self._progress),
                 failures=dict(self._failures),
                 workers=0 if membership is None else len(membership.workers),
+                recovering=self._epochs > 0 and not self._drain.begun,
                 gathering=self._roster.gathering,
                 streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
                 gang=self._numbers(),

@@ -6,6 +6,7 @@ Then come, in
 - a hello: the sender's role (u8: 0 attention, 1 expert) and the index of its seat (u16);
 - an announcement: whether it is to have a step for itself (u8), rows by pass (u32 each);
 - an end: nothing;
+- a beat, whose step is a count of waits: the sender's role and index as in a hello, and whether it is busy (u8);
 - a header: the number of passes (u8), the length of the trace context (u8), the trace context; and for each pass its
   kind (u8), micro-batches (u8), number of counts (u16), bucket (u32), and the counts (seat u16, rows u32) above 0.
 """
@@ -22,6 +23,7 @@ from divisi.cluster.seats import Role, Seat
 MAX_PASSES = 32
 _PREFIX = struct.Struct("<BHIQ")
 _SEAT = struct.Struct("<BH")
+_BEAT = struct.Struct("<BHB")
 _HEADER = struct.Struct("<BB")
 _PASS = struct.Struct("<BBHI")
 _COUNT = struct.Struct("<HI")
@@ -33,11 +35,13 @@ class _Kind(enum.IntEnum):
     ANNOUNCEMENT = 2
     HEADER = 3
     END = 4
+    BEAT = 5
 
 
 # By kind, so that noise is told from a message before anything waits for its end.
 _LONGEST: dict[int, int] = {
     _Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 1 + 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF, _Kind.END: 0,
+    _Kind.BEAT: _BEAT.size,
 }  # fmt: skip
 
 
@@ -108,7 +112,23 @@ class End:
         return _encode(_Kind.END, self.epoch, 0, b"")
 
 
-Message = Hello | Announcement | Header | End
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A rank lives; first, and all there is, on its second connection."""
+
+    epoch: int
+    seat: Seat
+    waits: int
+    """See Activity, as the next one."""
+    busy: bool
+
+    def encode(self) -> bytes:
+        """The bytes on the wire."""
+        role = _ROLES.index(self.seat.role)
+        return _encode(_Kind.BEAT, self.epoch, self.waits, _BEAT.pack(role, self.seat.index, self.busy))
+
+
+Message = Hello | Announcement | Header | End | Beat
 
 
 class MessageReader:
@@ -148,6 +168,9 @@ def _decode(kind: int, epoch: int, step: int, body: bytearray) -> Message:
         if kind == _Kind.ANNOUNCEMENT:
             alone, *counts = struct.unpack(f"<?{len(body) // 4}I", body)
             return Announcement(epoch, step, tuple(counts), alone)
+        if kind == _Kind.BEAT:
+            role, index, busy = _BEAT.unpack(body)
+            return Beat(epoch, Seat(_ROLES[role], index), step, bool(busy))
         role, index = _SEAT.unpack(body)
         return Hello(epoch, Seat(_ROLES[role], index))
     except (struct.error, IndexError) as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import select
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from divisi.cluster.activity import Activity
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.wake import Wake
 from divisi.cluster.seats import Membership
@@ -24,12 +26,15 @@ class EpochInbox:
 
     def __init__(self) -> None:
         self.wake = Wake()
+        self.activity = Activity()
+        """Where the loop is, told by itself."""
         self._lock = threading.Lock()
         self._offered: Assignment | None = None
         self._over = 0
         """The highest epoch that must not be worked in any more."""
         self._changing = 0
         """The highest epoch that is to end between two steps."""
+        self._break: tuple[int, Callable[[], None]] | None = None
         self._stopping = False
 
     def offer(self, assignment: Assignment) -> None:
@@ -39,10 +44,27 @@ class EpochInbox:
         self.wake.set()
 
     def interrupt(self, epoch: int) -> None:
-        """Get the loop out of an epoch."""
+        """Get the loop out of an epoch, whatever it waits for."""
         with self._lock:
             self._over = max(self._over, epoch)
+            breaks = self._break
         self.wake.set()
+        if breaks is not None and breaks[0] <= epoch:
+            breaks[1]()
+
+    def on_interrupt(self, epoch: int, action: Callable[[], None]) -> None:
+        """What ends the waits of that epoch that look for nothing here, in place of the former epoch's.
+
+        Carried out by the thread that interrupts the epoch, maybe more than once; at once where it is over already.
+        """
+        with self._lock:
+            self._break = epoch, action
+        if self.is_over(epoch):
+            action()
+
+    def is_over(self, epoch: int) -> bool:
+        """Whether an epoch was interrupted."""
+        return epoch <= self._over
 
     def change(self, epoch: int) -> None:
         """Have an epoch end between two of its steps. For its leader."""

@@ -1,21 +1,25 @@
-"""What connects a rank to its gang during one epoch: the control mesh and the process group."""
+"""What connects a rank to its gang during one epoch: the control mesh, the beats and the process group."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from divisi.cluster.dispatch.groups import PeerGroup, join_group
 from divisi.cluster.dispatch.protocol import Peers
+from divisi.cluster.errors import StepAborted
+from divisi.cluster.gang.beats import Beats
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
+from divisi.cluster.gang.peer import Peer
+from divisi.cluster.seats import Seat
 
-_MEET_S = 15.0
+_MEET_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ def worker_links(
         else:
             mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline)
         stack.callback(mesh.close)
+        stack.enter_context(_fenced(assignment, inbox, mesh.beats))
         yield WorkerLinks(mesh, _peers(assignment, inbox, device, stack))
 
 
@@ -63,7 +68,36 @@ def shard_links(assignment: Assignment, inbox: EpochInbox, device: torch.device)
     with contextlib.ExitStack() as stack:
         mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, time.monotonic() + _MEET_S)
         stack.callback(mesh.close)
+        stack.enter_context(_fenced(assignment, inbox, mesh.beats))
         yield ShardLinks(mesh, _peers(assignment, inbox, device, stack))
+
+
+@contextlib.contextmanager
+def _fenced(assignment: Assignment, inbox: EpochInbox, beats: Mapping[Seat, Peer]) -> Iterator[None]:
+    """Beat, and have the epoch end here as soon as a peer is suspected: the error then names that one.
+
+    An epoch that was interrupted is nobody's fault whose transfers this broke.
+    """
+    membership, blamed = assignment.membership, dict[Seat, str]()
+
+    def suspect(seat: Seat, reason: str) -> None:
+        blamed[seat] = reason
+        inbox.interrupt(membership.epoch)
+
+    own = membership.seats[assignment.rank]
+    thread = Beats(membership.epoch, own, beats, inbox.activity, membership.patience, suspect)
+    thread.start()
+    try:
+        yield
+    except StepAborted as error:
+        if blamed:
+            raise StepAborted(", ".join(blamed.values()), ", ".join(map(str, blamed))) from None
+        if inbox.is_over(membership.epoch) and error.seat is not None:
+            raise StepAborted(f"epoch {membership.epoch} is over") from None
+        raise
+    finally:
+        thread.close()
+        inbox.activity.waiting()
 
 
 def _peers(assignment: Assignment, inbox: EpochInbox, device: torch.device, stack: contextlib.ExitStack) -> Peers:
@@ -71,8 +105,11 @@ def _peers(assignment: Assignment, inbox: EpochInbox, device: torch.device, stac
 
     def join() -> PeerGroup:
         membership = assignment.membership
-        group = join_group(membership, assignment.rank, device, _MEET_S, lambda: inbox.check(membership.epoch))
+        group = join_group(
+            membership, assignment.rank, device, _MEET_S, lambda: inbox.check(membership.epoch), inbox.activity
+        )
         stack.callback(group.close)
+        inbox.on_interrupt(membership.epoch, group.close)
         return group
 
     return Peers.of(assignment.membership, assignment.rank, join)

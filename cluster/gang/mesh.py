@@ -8,83 +8,18 @@ Messages of another epoch, and announcements for a step that has already begun, 
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
 
 from divisi.cluster.errors import EpochEnded, StepAborted
 from divisi.cluster.gang.agreement import StepAgreement
-from divisi.cluster.gang.header import Announcement, End, Header, Hello, Message, MessageReader
+from divisi.cluster.gang.header import Announcement, Beat, End, Header, Hello, Message
 from divisi.cluster.gang.inbox import EpochInbox
+from divisi.cluster.gang.peer import Peer, look, wait_for
 from divisi.cluster.seats import Membership, Seat
 
 CHANGES = "its membership changes"
-_CHUNK = 65536
-
-
-def listen(host: str) -> socket.socket:
-    """The control listener of a possible leader, on a free port; it outlives epochs."""
-    listener = socket.create_server((host, 0), backlog=1024)
-    listener.setblocking(False)
-    return listener
-
-
-class HasFd(Protocol):
-    """Something that `poll` can wait for."""
-
-    def fileno(self) -> int:
-        """Its file descriptor."""
-        ...
-
-
-class _Peer:
-    """One connection, tuned for small messages."""
-
-    def __init__(self, connection: socket.socket, seat: Seat | None = None) -> None:
-        """Of a seat that is not known before it says hello."""
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = connection
-        self._reader = MessageReader()
-        self.seat = seat
-
-    @property
-    def who(self) -> str:
-        return "a rank that said no hello" if self.seat is None else str(self.seat)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def send(self, data: bytes) -> None:
-        """Messages are smaller than a socket's buffer: one that doesn't fit has a peer that is stuck."""
-        try:
-            sent = self._socket.send(data)
-        except OSError as error:
-            raise StepAborted(f"control connection failed: {error}", self.who) from error
-        if sent != len(data):
-            raise StepAborted("control connection is stuck", self.who)
-
-    def receive(self) -> list[Message]:
-        try:
-            data = self._socket.recv(_CHUNK)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise StepAborted(f"control connection failed: {error}", self.who) from error
-        if not data:
-            raise StepAborted("control connection was closed", self.who)
-        try:
-            return self._reader.feed(data)
-        except ValueError as error:
-            raise StepAborted(f"control connection carries something else: {error}", self.who) from error
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-Source = TypeVar("Source", bound="HasFd")
 
 
 class LeaderMesh:
@@ -109,11 +44,15 @@ class LeaderMesh:
         self._agreement = StepAgreement(membership.workers)
         self._deadline: float | None = None
         """Of the announcements owed now; a wake-up in between doesn't prolong it."""
-        self._peers: dict[Seat, _Peer] = {}
+        self._peers: dict[Seat, Peer] = {}
+        self.beats: dict[Seat, Peer] = {}
+        """Each rank's second connection, for its beats; to be closed by who takes them."""
         try:
             self._accept_all(listener, deadline)
         except StepAborted:
             self.close()
+            for peer in self.beats.values():
+                peer.close()
             raise
 
     def announce(self, counts: tuple[int, ...], alone: bool = False) -> None:
@@ -128,8 +67,9 @@ class LeaderMesh:
 
         Bound by `deadline_s` while a worker still owes an announcement, else parked until one has rows.
         """
+        self._inbox.activity.waiting()
         # Look first: an idle worker that rings must get into the next step even if there is always one to begin.
-        peers, woken = _ready(list(self._peers.values()), self._inbox, self._membership.epoch, 0.0)
+        peers, woken = look(list(self._peers.values()), self._inbox, self._membership.epoch, 0.0)
         self._read_announcements(peers)
         self._end_if_asked()
         passes = self._agreement.begin()
@@ -147,6 +87,7 @@ class LeaderMesh:
         data = header.encode()
         for peer in self._peers.values():
             peer.send(data)
+        self._inbox.activity.goes_on()
         return header
 
     def _end_if_asked(self) -> None:
@@ -165,13 +106,13 @@ class LeaderMesh:
     def _collect(self, deadline: float | None) -> None:
         """Take announcements until something arrived or the loop was woken."""
         peers, epoch = list(self._peers.values()), self._membership.epoch
-        self._read_announcements(_wait(peers, self._inbox, epoch, deadline, self._waiting_for()))
+        self._read_announcements(wait_for(peers, self._inbox, epoch, deadline, self._waiting_for()))
 
-    def _read_announcements(self, peers: Sequence[_Peer]) -> None:
+    def _read_announcements(self, peers: Sequence[Peer]) -> None:
         for peer in peers:
             self._take(peer, peer.receive())
 
-    def _take(self, peer: _Peer, messages: Sequence[Message]) -> None:
+    def _take(self, peer: Peer, messages: Sequence[Message]) -> None:
         now = self._membership.epoch, self._step + 1
         for message in messages:
             if isinstance(message, Announcement) and (message.epoch, message.step) == now:
@@ -183,25 +124,25 @@ class LeaderMesh:
         return ", ".join(str(Seat("attention", worker)) for worker in self._agreement.unfinished)
 
     def _accept_all(self, listener: socket.socket, deadline: float) -> None:
-        """Every rank but the leader connects; connections left over from older epochs are closed."""
-        unknown: list[_Peer] = []
-        others = self._membership.seats[1:]
+        """Every rank but the leader connects twice; connections left over from older epochs are closed."""
+        unknown: list[Peer] = []
+        others, unheard_s = self._membership.seats[1:], self._membership.patience.suspect_after_s
         try:
-            while len(self._peers) < len(others):
-                sources: list[socket.socket | _Peer] = [listener, *unknown]
-                missing = ", ".join(str(seat) for seat in others if seat not in self._peers)
-                for ready in _wait(sources, self._inbox, self._membership.epoch, deadline, missing):
-                    if isinstance(ready, _Peer):
+            while absent := [seat for seat in others if seat not in self._peers or seat not in self.beats]:
+                sources: list[socket.socket | Peer] = [listener, *unknown]
+                missing = ", ".join(map(str, absent))
+                for ready in wait_for(sources, self._inbox, self._membership.epoch, deadline, missing):
+                    if isinstance(ready, Peer):
                         unknown.remove(ready)
                         self._greet(ready)
                         continue
                     with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it hung up meanwhile
-                        unknown.append(_Peer(listener.accept()[0]))
+                        unknown.append(Peer(listener.accept()[0], unheard_s))
         finally:
             for peer in unknown:
                 peer.close()
 
-    def _greet(self, peer: _Peer) -> None:
+    def _greet(self, peer: Peer) -> None:
         try:
             messages = peer.receive()
         except StepAborted:  # a rank that gave up an older epoch while it waited in the backlog, or a port scanner
@@ -215,6 +156,11 @@ class LeaderMesh:
                 peer.seat = seat
                 self._peers[seat] = peer
                 self._take(peer, early)
+            case [Beat(epoch, seat), *_] if (
+                epoch == self._membership.epoch and seat in others and seat not in self.beats
+            ):
+                peer.seat = seat
+                self.beats[seat] = peer
             case _:
                 peer.close()
 
@@ -223,7 +169,7 @@ class FollowerMesh:
     """The end of every rank but the leader: announces rows (workers), receives headers."""
 
     def __init__(self, membership: Membership, rank: int, inbox: EpochInbox, deadline: float) -> None:
-        """Connect to the leader and say hello. Raises StepAborted."""
+        """Connect to the leader, and once more for the beats. Raises StepAborted."""
         self._epoch = membership.epoch
         self._seat = membership.seats[rank]
         self._inbox = inbox
@@ -232,7 +178,18 @@ class FollowerMesh:
         self._deadline: float | None = None
         self._arrived: list[Header | End] = []
         self._leader = _connect(membership, deadline)
-        self._leader.send(Hello(self._epoch, self._seat).encode())
+        self._activity = inbox.activity
+        self.beats: dict[Seat, Peer] = {}
+        """A second connection to the leader, for the beats; to be closed by who takes it."""
+        try:
+            self._leader.send(Hello(self._epoch, self._seat).encode())
+            beats = self.beats[membership.seats[0]] = _connect(membership, deadline)
+            beats.send(Beat(self._epoch, self._seat, 0, False).encode())
+        except StepAborted:
+            self.close()
+            for peer in self.beats.values():
+                peer.close()
+            raise
 
     def announce(self, counts: tuple[int, ...], alone: bool = False) -> None:
         """Tell the leader this worker's rows by pass for the next step, none where it has nothing to do.
@@ -256,12 +213,13 @@ class FollowerMesh:
 
         Bound by `deadline_s` after rows were announced, else parked. Shards never announce.
         """
+        self._activity.waiting()
         if not self._arrived:
             if not self._announced:
                 self._deadline = None
             elif self._deadline is None:
                 self._deadline = time.monotonic() + deadline_s
-            self._read(_wait([self._leader], self._inbox, self._epoch, self._deadline, self._leader.who))
+            self._read(wait_for([self._leader], self._inbox, self._epoch, self._deadline, self._leader.who))
         if not self._arrived:
             return None
         header = self._arrived.pop(0)
@@ -273,9 +231,10 @@ class FollowerMesh:
         if takes_part or self._announced:
             # Rows announced but not in the header: they crossed it on the way and have to be announced again.
             self._announced = None
+        self._activity.goes_on()
         return header
 
-    def _read(self, peers: Sequence[_Peer]) -> None:
+    def _read(self, peers: Sequence[Peer]) -> None:
         for peer in peers:
             self._arrived += [m for m in peer.receive() if isinstance(m, Header | End) and m.epoch == self._epoch]
 
@@ -290,40 +249,10 @@ class FollowerMesh:
         self._leader.close()
 
 
-def _connect(membership: Membership, deadline: float) -> _Peer:
+def _connect(membership: Membership, deadline: float) -> Peer:
     leader, seat, left_s = membership.leader, membership.seats[0], max(deadline - time.monotonic(), 0.01)
     try:
-        return _Peer(socket.create_connection((leader.host, leader.port), timeout=left_s), seat)
+        connection = socket.create_connection((leader.host, leader.port), timeout=left_s)
+        return Peer(connection, membership.patience.suspect_after_s, seat)
     except OSError as error:
         raise StepAborted(f"cannot reach the leader at {leader.host}:{leader.port}: {error}", str(seat)) from error
-
-
-def _wait(
-    sources: Sequence[Source], inbox: EpochInbox, epoch: int, deadline: float | None, waiting_for: str
-) -> list[Source]:
-    """Sources that can be read; empty after a wake-up. Raises StepAborted on a deadline or at the epoch's end."""
-    left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-    ready, woken = _ready(sources, inbox, epoch, left_s)
-    if not ready and not woken:
-        raise StepAborted("did not answer before its deadline", waiting_for)
-    return ready
-
-
-def _ready(
-    sources: Sequence[Source], inbox: EpochInbox, epoch: int, timeout_s: float | None
-) -> tuple[list[Source], bool]:
-    """Sources that can be read, and whether the loop was woken: it must then look what for before it parks.
-
-    Raises StepAborted at the epoch's end.
-    """
-    # poll, not select: it takes file descriptors above 1024, which a busy server reaches.
-    poller = select.poll()
-    by_fd: dict[int, Source] = {source.fileno(): source for source in sources}
-    for fd in (*by_fd, inbox.wake.fileno()):
-        poller.register(fd, select.POLLIN)
-    ready = {fd for fd, _ in poller.poll(None if timeout_s is None else timeout_s * 1000)}
-    woken = inbox.wake.fileno() in ready
-    if woken:
-        inbox.wake.clear()
-    inbox.check(epoch)
-    return [by_fd[fd] for fd in ready if fd in by_fd], woken

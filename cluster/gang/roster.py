@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from divisi.cluster.gang.gathering import Gathering
-from divisi.cluster.seats import Address, GangShape, Membership, Role, Seat
+from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
 
 _SUSPECTS_LEASE_S = 1.5
 """Who is suspected and lives says something within a poll."""
+_LONGEST_OUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,10 @@ class Holder:
     """A peer could not go on for its sake; until it says itself that it has left."""
     retiring: bool = False
     """It wants to go, between two steps."""
+    misses: int = 0
+    """Epochs in a row whose peers it did not reach, though other workers did."""
+    out_until: float = 0.0
+    """No epoch waits for it before, if it can be without."""
 
 
 class Roster:
@@ -68,6 +73,7 @@ class Roster:
         min_attention_workers: int | None = None,
         spec: str = "",
         gather_until: float | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's.
 
@@ -80,6 +86,7 @@ class Roster:
         """The current epoch's; None between epochs."""
         self.last_break = ""
         self._store = store
+        self._patience = patience or Patience()
         self._lease_s = lease_s
         self._grace_s = grace_s
         self._holders: dict[str, Holder] = {}
@@ -91,6 +98,8 @@ class Roster:
         self._strangers: set[Role] = set()
         """Who was told another spec, and asked for a seat."""
         self._gathering = None if gather_until is None else Gathering(gather_until)
+        self._now = 0.0
+        """The last time that this was told."""
 
     def join(
         self,
@@ -197,6 +206,7 @@ class Roster:
 
     def expire(self, now: float) -> None:
         """Take the seats of holders whose lease has lapsed; a former roster's are waited for as long as agreed."""
+        self._now = now
         if self._gathering is not None and now >= self._gathering.until:
             self._gathering = None
         for holder in [h for h in self._holders.values() if h.lease_until <= now]:
@@ -236,9 +246,12 @@ class Roster:
 
         `suspect` names the seats for whose sake it could not go on.
         """
+        self._now = now
         holder = self._holders.get(holder_id)
         if holder is None or holder.epoch != epoch:
             return
+        if self.membership is not None and self.membership.epoch == epoch and self._told_to_change != epoch:
+            self._note_misses(now)
         holder.epoch, holder.told_to_leave, holder.serving, holder.suspected = 0, False, False, False
         if self.membership is not None and self.membership.epoch == epoch:
             self._break(f"{holder.seat}: {reason}", now)
@@ -313,6 +326,17 @@ class Roster:
         if self.membership is not None or gathering.hopeless(inside, held) or len(held) == self.shape.size:
             self._gathering = None
 
+    def _note_misses(self, now: float) -> None:
+        """A worker that cannot reach a peer which others reach stays out for a while, twice as long each time.
+
+        Else it would hold up every epoch for as long as ranks wait for each other at its beginning.
+        """
+        workers = [holder for holder in self._holders.values() if holder.epoch and holder.seat.role == "attention"]
+        if any(holder.serving for holder in workers):
+            for holder in workers:
+                holder.misses = 0 if holder.serving else holder.misses + 1
+                holder.out_until = now + min(2.0 ** (holder.misses - 1), _LONGEST_OUT_S) if holder.misses else 0.0
+
     def _form(self) -> None:
         if self._gathering is not None:
             self._adopt(self._gathering)
@@ -321,6 +345,9 @@ class Roster:
         if any(holder.epoch and not holder.suspected for holder in self._holders.values()):
             return
         able = {holder.seat: holder for holder in self._holders.values() if self._is_able(holder)}
+        welcome = {seat: holder for seat, holder in able.items() if holder.out_until <= self._now}
+        if sum(seat.role == "attention" for seat in welcome) >= self.min_attention_workers:
+            able = welcome
         absent = frozenset(seat for seat in self.shape.seats if seat not in able)
         workers = sum(seat.role == "attention" for seat in able)
         if workers < self.min_attention_workers or any(seat.role == "expert" for seat in absent):
@@ -335,6 +362,7 @@ class Roster:
             addresses=tuple(holder.address for holder in ordered),
             store=self._store,
             absent=absent,
+            patience=self._patience,
         )
 
     def _is_able(self, holder: Holder) -> bool:
@@ -346,5 +374,6 @@ class Roster:
         if self._told_to_change == current.epoch:
             return False
         members = [holder for holder in self._holders.values() if holder.holder_id in current.holders]
-        comes = any(self._is_able(holder) for holder in self._holders.values() if holder not in members)
+        others = [holder for holder in self._holders.values() if holder not in members]
+        comes = any(self._is_able(holder) and holder.out_until <= self._now for holder in others)
         return comes or any(holder.retiring for holder in members)

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayS
 
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
 from divisi.cluster.gang.roster import Directive
+from divisi.cluster.gang.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice
 from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, end_actors, end_own_actor
 from divisi.cluster.ray.nodes import actor_options
@@ -50,13 +51,14 @@ class CoordinatorActor(Coordinator):
             spec=spec.fingerprint,
             gather_s=_GATHER_S if again else None,
             owner_lease_s=ORPHANED_S,
+            patience=spec.patience,
         )
         telemetry = Telemetry(spec.telemetry, "coordinator", host)
         self._tracer = telemetry.tracer
         if telemetry.port:
             self.own_target = ScrapeTarget("coordinator", 0, host, telemetry.port)
         show_coordinator(telemetry, self.numbers)
-        self._gang = spec.name
+        self._gang, self._watchdog = spec.name, Watchdog()
         threading.Thread(target=self._end_with_the_owner, name="owner", daemon=True).start()
 
     def _end_with_the_owner(self) -> None:

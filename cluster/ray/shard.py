@@ -13,10 +13,12 @@ import threading
 import time
 from functools import partial
 
+from divisi.cluster.activity import StuckCheck
 from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
+from divisi.cluster.gang.watchdog import Watchdog
 from divisi.cluster.ray.actors import ORPHANED_S, end_own_actor
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import load_in_thread, own_host, reported
@@ -53,6 +55,7 @@ class ExpertShardActor:
         self._told = False
         threading.Thread(target=_run_or_exit, args=(loop,), name="shard-loop", daemon=True).start()
         self._watch.start()
+        self._watchdog = Watchdog(StuckCheck(inbox.activity, spec.patience.stuck_after_s))
         threading.Thread(target=self._end_when_not_wanted, name="owner", daemon=True).start()
 
     def _end_when_not_wanted(self) -> None:

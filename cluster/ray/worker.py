@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 
+from divisi.cluster.activity import StuckCheck
 from divisi.cluster.assembly import (
     build_engine,
     dispatch_mode,
@@ -25,7 +26,7 @@ from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang.coordinator import Stats
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.mesh import listen
+from divisi.cluster.gang.peer import listen
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
@@ -146,6 +147,11 @@ class AttentionRank:
         self._thread.join(timeout=self._spec.step_deadline_s)
         self._watch.stop("its replica is shutting down")
         self._open.close()
+
+    @property
+    def stuck(self) -> StuckCheck:
+        """Whether the step loop hangs, as seen from now on."""
+        return StuckCheck(self._inbox.activity, self._spec.patience.stuck_after_s)
 
     @property
     def seat(self) -> Seat | None:

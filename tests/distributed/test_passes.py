@@ -20,7 +20,7 @@ from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.mesh import listen
+from divisi.cluster.gang.peer import listen
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.threads import CoreShare
 from divisi.cluster.gang.watch import Candidate, SeatWatch

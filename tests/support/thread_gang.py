@@ -28,7 +28,7 @@ from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.mesh import listen
+from divisi.cluster.gang.peer import listen
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop

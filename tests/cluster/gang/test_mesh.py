@@ -16,7 +16,8 @@ from divisi.cluster.errors import EpochEnded, StepAborted
 from divisi.cluster.gang.agreement import NOTHING, StepAgreement, merge
 from divisi.cluster.gang.header import Announcement, End, Header, Hello, Message, MessageReader
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh, listen
+from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
+from divisi.cluster.gang.peer import listen
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership, Seat
 

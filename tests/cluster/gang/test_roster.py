@@ -312,6 +312,143 @@ def test_an_expert_that_is_blamed_is_waited_for() -> None:
     assert len(seats_of(roster)) == 4
 
 
+def successor(roster: Roster, until: float = 4.0) -> Roster:
+    """What comes after it, and knows nothing."""
+    return Roster(
+        roster.shape, STORE, lease_s=10.0, grace_s=2.0, first_epoch=100,
+        min_attention_workers=roster.min_attention_workers, gather_until=until,
+    )  # fmt: skip
+
+
+def resume_all(roster: Roster, former: Roster, but: str = "") -> None:
+    for holder in former.holders():
+        if holder.holder_id != but:
+            inside = former.membership if holder.epoch else None
+            assert roster.resume(holder.holder_id, holder.seat, holder.address, 1.0, inside)
+
+
+def test_an_epoch_whose_members_are_all_back_goes_on() -> None:
+    former = make_roster(workers=2, least=1)
+    ids = fill(former)
+    epoch = enter_all(former, ids)
+    roster = successor(former)
+    resume_all(roster, former, but=ids[0])
+    assert (roster.gathering, roster.membership) == (True, None)
+    assert {roster.directive(holder_id).action for holder_id in ids[1:]} == {"stay"}, "nobody is sent away meanwhile"
+    assert roster.join("new", "attention", Address("h"), 1.0) is None, "the seat is another's"
+    resume_all(roster, former)
+    assert not roster.gathering
+    assert roster.membership == former.membership
+    assert not roster.ready(), "who serves says so"
+    for holder_id in ids:
+        roster.serving(holder_id, epoch)
+    assert roster.ready()
+    assert {roster.directive(holder_id).action for holder_id in ids} == {"stay"}
+
+
+def test_an_epoch_that_lacks_a_member_is_waited_for_and_given_up() -> None:
+    former = make_roster(workers=2, least=1)
+    ids = fill(former)
+    epoch = enter_all(former, ids)
+    roster = successor(former)
+    resume_all(roster, former, but=ids[0])
+    roster.expire(3.9)
+    assert roster.gathering
+    roster.expire(4.0)
+    assert not roster.gathering
+    for holder_id in ids[1:]:
+        assert roster.directive(holder_id).action == "leave"
+        roster.left(holder_id, epoch, "told to", 4.1)
+    assert roster.membership is not None
+    assert (roster.membership.epoch, roster.membership.holders) == (100, tuple(ids[1:]))
+
+
+@pytest.mark.parametrize("how", ["it has left the epoch", "a new process has its seat"])
+def test_an_epoch_that_cannot_become_whole_is_given_up_at_once(how: str) -> None:
+    former = make_roster(workers=2, shards=1, least=1)
+    *others, shard = ids = fill(former)
+    enter_all(former, ids)
+    roster = successor(former)
+    resume_all(roster, former, but=shard)
+    if how == "a new process has its seat":
+        assert roster.join("new", "expert", Address("h"), 1.0, index=0) is not None
+        assert not roster.resume(shard, Seat("expert", 0), Address("h"), 1.0, former.membership)
+    else:
+        assert roster.resume(shard, Seat("expert", 0), Address("h"), 1.0, None)
+    assert not roster.gathering
+    assert {roster.directive(holder_id).action for holder_id in others} == {"leave"}
+
+
+def test_a_gang_between_two_epochs_begins_the_next_once_all_are_back() -> None:
+    former = make_roster()
+    fill(former)
+    roster = successor(former)
+    resume_all(roster, former)
+    assert roster.membership is not None
+    assert roster.membership.epoch == 100
+
+
+def test_one_of_another_spec_does_not_resume() -> None:
+    roster = make_roster()
+    assert not roster.resume("w", Seat("attention", 0), Address("h"), 0.0, spec="another")
+    assert not list(roster.holders())
+
+
+def test_who_resumes_has_left_what_it_says_to_have_left() -> None:
+    """Its report was lost on the way."""
+    roster = make_roster()
+    ids = fill(roster)
+    epoch = enter_all(roster, ids)
+    assert roster.resume(ids[0], Seat("attention", 0), Address("h"), 1.0, None)
+    assert roster.membership is None
+    for holder_id in ids[1:]:
+        roster.left(holder_id, epoch, "told to", 1.0)
+    assert roster.membership is not None
+
+
+def test_a_worker_that_does_not_reach_its_peers_stays_out_ever_longer() -> None:
+    roster = make_roster(workers=2, shards=1, least=1)
+    good, bad, shard = fill(roster)
+    now = 0.0
+    for out_s in (1.0, 2.0, 4.0):
+        for holder_id in (good, bad, shard):
+            roster.beat(holder_id, now)
+            assert roster.directive(holder_id).action == "enter"
+        assert roster.membership is not None
+        epoch = roster.membership.epoch
+        roster.serving(good, epoch)
+        roster.left(bad, epoch, "did not come", now, "expert:0")
+        roster.left(shard, epoch, "did not come", now, "attention:1")
+        roster.left(good, epoch, "told to", now)
+        assert roster.membership is not None
+        assert roster.membership.holders == (good, shard), "the others go on without it"
+        for holder_id in (good, shard):
+            roster.beat(holder_id, now)
+            assert roster.directive(holder_id).action == "enter"
+            roster.serving(holder_id, epoch + 1)
+        roster.expire(now + out_s - 0.1)
+        assert roster.directive(good).action == "stay", "it is let in too soon"
+        now += out_s
+        for holder_id in (good, bad, shard):
+            roster.beat(holder_id, now)
+        roster.expire(now)
+        assert roster.directive(good).action == "change"
+        for holder_id in (good, shard):
+            roster.left(holder_id, epoch + 1, "its membership changes", now)
+
+
+def test_who_is_needed_is_not_kept_out() -> None:
+    roster = make_roster(workers=2, shards=1, least=2)
+    good, bad, shard = ids = fill(roster)
+    epoch = enter_all(roster, ids)
+    for holder in roster.holders():
+        holder.serving = holder.holder_id == good
+    for holder_id in (bad, shard, good):
+        roster.left(holder_id, epoch, "a transfer failed", 1.0)
+    assert roster.membership is not None
+    assert roster.membership.holders == (good, bad, shard)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_histories_keep_the_invariants(seed: int) -> None:
     rng = random.Random(seed)

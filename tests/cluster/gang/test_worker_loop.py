@@ -13,7 +13,7 @@ from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.errors import GangNotReady, RequestRejected
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
-from divisi.cluster.gang.mesh import listen
+from divisi.cluster.gang.peer import listen
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.worker_loop import WorkerLoop, WorkerNetwork
 from divisi.cluster.passes import PassLayers
