@@ -38,8 +38,9 @@ from divisi.deploy.serve_app import build
 ray.init(log_to_driver=False)
 serve.start(http_options={"port": PORT})
 for name in sys.argv[1:]:
-    args = {"model": {"model_dir": MODEL}, "gang": {"expert_shards": 1, "device": "cpu", "threads_per_process": 1},
-            "cache": {"kv_memory": "64MiB", "max_seqs": 8, "max_model_len": 2048, "dtype": "float32"},
+    args = {"model": {"model_dir": MODEL, "max_model_len": 2048, "dtype": "float32"},
+            "gang": {"expert_shards": 1, "device": "cpu", "threads_per_process": 1},
+            "cache": {"kv_memory": "64MiB", "max_seqs": 8},
             "mtp": {"max_draft_tokens": 0}, **PLACEMENT}
     serve.run(build(args), name=name, route_prefix=f"/{name}")
 """
