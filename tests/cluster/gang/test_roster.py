@@ -422,6 +422,7 @@ def test_a_worker_that_does_not_reach_its_peers_stays_out_ever_longer() -> None:
         roster.left(good, epoch, "told to", now)
         assert roster.membership is not None
         assert roster.membership.holders == (good, shard), "the others go on without it"
+        roster.beat(bad, now)
         for holder_id in (good, shard):
             roster.beat(holder_id, now)
             assert roster.directive(holder_id).action == "enter"
