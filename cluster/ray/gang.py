@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
 from divisi.cluster.gang.coordinator import CoordinatorStatus
 from divisi.cluster.nodes import empty_groups
@@ -108,7 +108,7 @@ class GangOwner:
             except (RayActorError, GetTimeoutError) as error:
                 log.info("the coordinator is not there now: %s", error)
                 self._closed.wait(_RETRY_S)
-            except RayError:  # whatever it was: without this thread the gang would end
+            except Exception:  # whatever it was: without this thread the gang would end
                 log.exception("the gang's lease was not renewed")
                 self._closed.wait(_RETRY_S)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.exceptions import RayError
 
 from divisi.cluster.errors import AnswerLost, GangNotReady, Overloaded, RequestRejected
 from divisi.cluster.gang.coordinator import CoordinatorStatus
@@ -257,9 +258,7 @@ async def test_an_answer_goes_on_with_another_worker_when_its_own_is_lost(
     other = ScriptedWorker()
     worker.script = other.script = one_more
     with running(other) as second:
-        coordinator.answer = CoordinatorStatus(
-            True, "epoch 1 serves", 1, streams=(*coordinator.answer.streams, second)
-        )
+        coordinator.answer = CoordinatorStatus(True, "epoch 1 serves", 1, streams=(*coordinator.answer.streams, second))
         telemetry = Telemetry(TelemetrySpec(scraped=False), "ingress")
         client = make(telemetry=telemetry)
         assert (await client.status()).ready
@@ -414,3 +413,75 @@ async def test_over_the_limit_http_answers_429_with_retry_after(
         assert second.json()["error"]["code"] == "overloaded"
         worker.server.deliver(at_once(worker.requests[0]))
         assert (await first).status_code == 200
+
+
+class Gone:
+    """Stands for the handle of a coordinator that has died, or does not answer."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+        self.status = SimpleNamespace(remote=self._fail)
+        self.report_open = SimpleNamespace(remote=self._fail)
+
+    async def _fail(self, *_: object) -> None:
+        if self._error is not None:
+            raise self._error
+        await asyncio.sleep(60)
+
+
+async def test_the_gang_goes_on_while_its_coordinator_is_replaced(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its last word, as long as a worker says that it takes requests."""
+    worker.script = at_once
+    client = make()
+    assert await read(client) == 2
+    monkeypatch.setattr(serve_client, "_FRESH_S", 0.0)
+    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: Gone(RayError("it has died")))
+    client._coordinator = None
+    assert await read(client, 1) == 2
+    assert (await client.status()).ready
+    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: coordinator)
+    coordinator.answer = CoordinatorStatus(ready=False, reason="looks who is there", epoch=0, gathering=True)
+    assert await read(client, 2) == 2
+    coordinator.answer = CoordinatorStatus(ready=False, reason="missing expert:0", epoch=0)
+    with pytest.raises(GangNotReady, match="missing expert:0"):
+        await read(client, 3)
+    monkeypatch.setattr(serve_client, "find_coordinator", lambda name: Gone(RayError("it has died")))
+    client._coordinator = None
+    with pytest.raises(GangNotReady, match="the coordinator has stopped"):
+        await read(client, 4)
+
+
+async def test_a_coordinator_that_does_not_answer_holds_nobody_up(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.script = at_once
+    client = make()
+    assert await read(client) == 2
+    monkeypatch.setattr(serve_client, "_FRESH_S", 0.0)
+    monkeypatch.setattr(serve_client, "_STATUS_TIMEOUT_S", 0.05)
+    client._coordinator = Gone(None)  # type: ignore[assignment]
+    async with asyncio.timeout(10):
+        assert await read(client, 1) == 2
+
+
+async def test_a_request_waits_for_an_epoch_that_is_about_to_form(
+    coordinator: Coordinator, worker: ScriptedWorker, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = coordinator.answer
+    coordinator.answer = CoordinatorStatus(ready=False, reason="waiting for expert:0", epoch=0, recovering=True)
+    worker.script = at_once
+    client = make()
+    reading = asyncio.create_task(read(client))
+    await until(lambda: coordinator.asked > 2)
+    assert not reading.done()
+    coordinator.answer = ready
+    async with asyncio.timeout(10):
+        assert await reading == 2
+    monkeypatch.setattr(serve_client, "_RECOVERY_S", 0.3)
+    monkeypatch.setattr(serve_client, "_FRESH_S", 0.0)
+    coordinator.answer = CoordinatorStatus(ready=False, reason="waiting for expert:0", epoch=0, recovering=True)
+    async with asyncio.timeout(10):
+        with pytest.raises(GangNotReady, match="waiting for expert:0"):
+            await read(client, 1)
