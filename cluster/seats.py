@@ -102,7 +102,7 @@ class Patience:
 
     suspect_after_s: float = 2.0
     """One that is silent. A false suspicion costs an epoch."""
-    stuck_after_s: float = 10.0
+    stuck_after_s: float = 27.0
     """One that stands still in a step, and waits for nobody."""
 
 

@@ -60,7 +60,7 @@ class GangSpec:
     @property
     def patience(self) -> Patience:
         """Of the ranks with each other."""
-        return Patience(self.suspect_after_s, self.step_deadline_s / 3)
+        return Patience(self.suspect_after_s, 0.9 * self.step_deadline_s)  # before the others' deadline blames anybody
 
     @property
     def fingerprint(self) -> str:

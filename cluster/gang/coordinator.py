@@ -267,6 +267,7 @@ class Coordinator:
         with self._changed:
             if spec == self._roster.spec:
                 self._owner.take(owner_id)
+                self._drain = Drain(self._clock)  # a former owner's, which did not come to its end
                 self._changed.notify_all()
             return spec == self._roster.spec
 

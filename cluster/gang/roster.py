@@ -160,6 +160,7 @@ class Roster:
         False when the seat is another's, or for another spec.
         """
         inside = 0 if membership is None else membership.epoch
+        self._epoch = max(self._epoch, inside)
         if (known := self._holders.get(holder_id)) is not None:
             known.lease_until = now + self._lease_s
             if known.epoch not in (0, inside):
@@ -320,8 +321,6 @@ class Roster:
         """Go on with an epoch whose members are all back; look no more once there can be none."""
         inside = {holder.holder_id: holder.epoch for holder in self._holders.values()}
         self.membership = gathering.whole(inside)
-        if self.membership is not None:
-            self._epoch = max(self._epoch, self.membership.epoch)
         held = {holder.seat: holder.holder_id for holder in self._holders.values()}
         if self.membership is not None or gathering.hopeless(inside, held) or len(held) == self.shape.size:
             self._gathering = None

@@ -22,7 +22,6 @@ from divisi.cluster.nodes import empty_groups
 from divisi.cluster.ray.actors import NAMESPACE, coordinator_name, end_actors, shard_name
 from divisi.cluster.ray.coordinator import start_coordinator
 from divisi.cluster.ray.nodes import actor_options, living_nodes
-from divisi.cluster.ray.warm import keep_warm
 from divisi.cluster.spec import GangSpec
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,6 @@ class GangOwner:
                 if not ray.get(kept, timeout=_KEEP_S + _ANSWER_S):
                     self.displaced = True
                     return
-                keep_warm(self._spec)
             except ActorDiedError:  # for good: Ray does not start it anew
                 if not self._closed.is_set():
                     self._coordinator = self._adopt_or_start()

@@ -388,6 +388,19 @@ def test_a_gang_between_two_epochs_begins_the_next_once_all_are_back() -> None:
     assert roster.membership.epoch == 100
 
 
+def test_the_next_epoch_is_above_any_that_somebody_was_in() -> None:
+    """Epochs may follow each other faster than the seconds that they are numbered from."""
+    former = Roster(GangShape(1, 1), STORE, lease_s=10.0, grace_s=2.0, first_epoch=500)
+    ids = fill(former)
+    enter_all(former, ids)
+    roster = successor(former)
+    resume_all(roster, former, but=ids[1])
+    assert roster.resume(ids[1], Seat("expert", 0), Address("h"), 1.0, None)
+    roster.left(ids[0], 500, "told to", 1.0)
+    assert roster.membership is not None
+    assert roster.membership.epoch == 501
+
+
 def test_one_of_another_spec_does_not_resume() -> None:
     roster = make_roster()
     assert not roster.resume("w", Seat("attention", 0), Address("h"), 0.0, spec="another")

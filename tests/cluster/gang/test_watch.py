@@ -265,3 +265,18 @@ def test_a_report_that_falls_between_two_coordinators_is_made_up_for(
     wait_until(lambda: is_over(ranks[1][1], 1), "the other goes on in an epoch that lacks a member")
     ranks[1][0].left(1, "told to")
     assert [next_epoch(inbox) for _, inbox in ranks] == [100, 100]
+
+
+def test_an_owner_takes_over_a_gang_that_its_predecessor_was_about_to_end() -> None:
+    coordinator = Coordinator(GangShape(1, 0), ADDRESS, spec="one")
+    assert coordinator.own("a", "one")
+    coordinator.drain(10.0)
+    assert coordinator.status().reason == "the server is shutting down"
+    keeping = threading.Thread(target=lambda: kept.append(coordinator.keep("a", 60.0)))
+    kept: list[bool] = []
+    keeping.start()
+    assert not coordinator.own("b", "another"), "a gang of another spec is not adopted"
+    assert coordinator.own("b", "one")
+    keeping.join(10)
+    assert kept == [False], "the former owner hears of it at once"
+    assert "missing attention:0" in coordinator.status().reason
