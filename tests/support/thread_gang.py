@@ -176,6 +176,7 @@ def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, g
         grace_s,
         min_attention_workers=spec.min_attention_workers,
         spec=spec.fingerprint,
+        patience=spec.patience,
     )
 
 
