@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 PARTS = {
-    "chart": "the Helm chart, the image, load balancers and several nodes",
+    "chart": "the Helm chart, the image, the fetching of models, load balancers and several nodes",
     "clients": "independent clients in each topology",
     "deaths": "gaps of open streams when a process, a node or a network dies, and that nothing is lost or left",
     "faults": "start, stop and what fails on the way: processes, sockets, files, grammars",
@@ -36,6 +36,7 @@ TABLE = {
     "deploy/api/test_structured_output.py": "faults",
     "deploy/api/test_tracing.py": "telemetry",
     "deploy/monitoring": "telemetry",
+    "deploy/prefetch": "chart",
     "deploy/report": "telemetry",
     "distributed": "step",
     "distributed/test_drafting_gang.py": "mtp",

@@ -47,6 +47,7 @@ exec chroot $root setpriv --reuid={user} --regid={user} --clear-groups --boundin
 class Image:
     """A built image, whose files are at `root`."""
 
+    name: str
     root: Path
     environment: Mapping[str, str]
 
@@ -75,13 +76,14 @@ def built(folder: Path) -> Iterator[Image]:
     for program in ("buildah", "mmdebstrap"):
         if shutil.which(program) is None or os.getuid() != 0:
             pytest.skip(f"building the image takes root and {program}: install Debian's {program}")
-    name = os.environ.get(_BEFORE) or _build(folder)
+    before = os.environ.get(_BEFORE)
+    name = before or _build(folder)
     container = _buildah("from", "--pull-never", name)
     try:
         listed = _buildah("run", "--isolation", "chroot", container, "--", "env")
         environment = dict(line.split("=", 1) for line in listed.splitlines() if "=" in line)
         kept = {name: environment[name] for name in ("PATH", "HOME", "PYTHONDONTWRITEBYTECODE")}
-        yield Image(Path(_buildah("mount", container)), kept)
+        yield Image(f"{before}, built before" if before else "built here", Path(_buildah("mount", container)), kept)
     finally:
         _buildah("rm", container)
 
@@ -91,7 +93,9 @@ def _build(folder: Path) -> str:
     pip = folder / "pip.conf"
     cert, links = os.environ.get("PIP_CERT", ""), os.environ.get("PIP_FIND_LINKS", "")
     pip.write_text("[global]\n" + (f"cert = {cert}\n" if cert else "") + (f"find-links = {links}\n" if links else ""))
-    here = [f"{pip}:/etc/pip.conf:ro", "/etc/ssl/certs:/etc/ssl/certs:ro", *([f"{links}:{links}:ro"] if links else ())]
+    here = [f"{pip}:/etc/pip.conf:ro", "/etc/ssl/certs:/etc/ssl/certs:ro"]
+    if Path(links).is_absolute():
+        here.append(f"{links}:{links}:ro")
     _buildah(
         "bud", "--isolation", "chroot", "--network", "host", "--pull-never", "--layers",
         "--build-arg", f"PYTHON={_PYTHON}", "--build-arg", "TORCH_INDEX=https://pypi.org/simple",

@@ -154,6 +154,8 @@ def test_a_gang_is_replaced_under_streams(
             assert problems == []
             gangs[0].wait_until_ready()
             time.sleep(1.5)  # two checks of the balancer's, or the end of nginx's fail_timeout
+            named = client.get(f"{url}/v1/models", headers={"X-Request-Id": f"{kind}-7"})
+            assert named.headers["X-Request-Id"] == f"{kind}-7"
             more = [read_stream(client, url, STREAMS + index, begun) for index in range(8)]
         assert [problem for problem in more if problem] == []
         new = gangs[0].answered()

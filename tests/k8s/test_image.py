@@ -109,6 +109,7 @@ class TestImage:
             body = {"model": "divisi-demo", "prompt": "Hello", "max_tokens": 16, "temperature": 0}
             answer = httpx.post(f"{url}/completions", json=body, timeout=60).json()["choices"][0]["text"]
             (said,) = re.findall(r"^  kernels: (.*)$", machine.log.read_text(errors="replace"), re.MULTILINE)
+            record_result("image", image.name)
             record_result("kernels", said)
             assert said == expected
             assert answer
@@ -131,6 +132,7 @@ class TestImage:
                 seconds = {timed.kind: timed.seconds() for timed in (first, second)}
                 if number:  # the first warms up
                     ratios.append(seconds["native"] / seconds["ahead"])
+            record_result("image", image.name)
             record_result("kernels", [ahead.library, native.library])
             record_result("speed, times of native's: median, least, most", [median(ratios), min(ratios), max(ratios)])
             assert median(ratios) >= 0.95, ratios
