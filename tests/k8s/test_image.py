@@ -41,7 +41,7 @@ echo "compilers: $(command -v cc gcc g++ c++ clang make)"
 echo "probes: "$(command -v bash wget)
 echo "written: $(for folder in / /opt/divisi /opt/divisi/divisi-demo /etc /var/tmp; do
   touch $folder/x 2>/dev/null && echo $folder; done)"
-echo "routes: $(grep -c 00000000 /proc/net/route)"
+echo "routes: $(grep -cE '^[^[:space:]]+[[:space:]]00000000' /proc/net/route)"
 """
 """What a container says of itself."""
 
