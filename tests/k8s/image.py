@@ -36,6 +36,7 @@ mount --rbind /dev $root/dev
 mount -t tmpfs tmpfs $root/tmp
 mount -t tmpfs tmpfs $root/run
 install -d -o {user} -g {user} $root/run/divisi $root/tmp/home
+mount --bind /etc/hosts $root/etc/hosts
 {more}
 mount -o remount,bind,ro $root
 exec chroot $root setpriv --reuid={user} --regid={user} --clear-groups --bounding-set=-all --no-new-privs \
