@@ -196,7 +196,7 @@ def build_engine(
     file = partial(_times_file, spec, max_rows(spec, config))
     engine = Engine(
         runner,
-        Sampler(),
+        Sampler(kernels.choose_tokens),
         Scheduler(limits, MostTokensPerSecond(times)),
         device=device,
         stopwatch=runner.stopwatch,
@@ -215,7 +215,13 @@ def _times_file(spec: GangSpec, rows: int) -> times_file.TimesFile:
 def _calibration(limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes) -> Calibration:
     """Over the model and memory of `runner`, with an engine and a stopwatch of its own."""
     apart, drafting = runner.timed_apart(), FixedDepth()
-    engine = Engine(apart, Agreeing(), Scheduler(limits, drafting), device=device, stopwatch=apart.stopwatch)
+    engine = Engine(
+        apart,
+        Agreeing(apart.kernels.choose_tokens),
+        Scheduler(limits, drafting),
+        device=device,
+        stopwatch=apart.stopwatch,
+    )
     return Calibration(engine, drafting, limits, times)
 
 
@@ -262,5 +268,11 @@ def assemble_engine(
 ) -> Engine:
     """An engine over a runner whose drafts go as far as they may."""
     return Engine(
-        runner, Sampler(), Scheduler(limits), device=device, stopwatch=runner.stopwatch, grammars=grammars, wake=wake
+        runner,
+        Sampler(runner.kernels.choose_tokens),
+        Scheduler(limits),
+        device=device,
+        stopwatch=runner.stopwatch,
+        grammars=grammars,
+        wake=wake,
     )

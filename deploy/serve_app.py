@@ -153,7 +153,8 @@ def _named_here(spec: GangSpec) -> GangSpec:
 def api_settings(settings: Settings, spec: GangSpec) -> ApiSettings:
     """What the HTTP API of one ingress replica has to know."""
     limits, config = settings.limits, ModelConfig.load(spec.model_dir)
-    computes = f"{settings.served_model_name} {spec.dtype} {spec.device} {spec.shape} {config!r}"
+    kernels = kernels_here(spec.kernels, spec.device)
+    computes = f"{settings.served_model_name} {spec.dtype} {spec.device} {kernels} {spec.shape} {config!r}"
     return ApiSettings(
         served_model_name=settings.served_model_name,
         model_aliases=settings.model_names[1:],

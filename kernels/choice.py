@@ -15,7 +15,7 @@ CPU_IMPLEMENTATIONS = frozenset({"native", *VARIANTS})
 OPERATIONS = (
     "linear", "mlp", "rms_norm", "add_rms_norm", "silu_mul", "route", "routed_experts", "add_shared",
     "gated_delta_decode", "gated_delta_prefill", "gated_delta_flush", "attention_inputs", "attention_decode",
-    "attention_prefill",
+    "attention_prefill", "choose_tokens",
 )  # fmt: skip
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from divisi.kernels.activation.reference import silu_mul
@@ -20,15 +22,21 @@ from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
 from divisi.kernels.linear.layout import Matrix
 from divisi.kernels.linear.reference import embed, linear
 from divisi.kernels.mlp.reference import mlp
+from divisi.kernels.native.fused import Fused
 from divisi.kernels.native.loader import load_library
-from divisi.kernels.native.ops import NativeKernels
+from divisi.kernels.native.ops import native_operations
 from divisi.kernels.native.variants import VARIANTS
 from divisi.kernels.norm.reference import add_rms_norm, rms_norm
 from divisi.kernels.router.reference import route
+from divisi.kernels.sampling.layout import Draws
+from divisi.kernels.sampling.reference import choose_tokens
 
 
 class Kernels(Protocol):
     """The operations a model needs; each is specified by its reference."""
+
+    fused: Fused | None
+    """Several of them as one, where all are the same implementation's and it has them."""
 
     def pack_linear(self, weight_NK: Tensor) -> Matrix: ...
     def pack_experts(self, gate_up_EFD: Tensor, down_EDI: Tensor) -> tuple[Matrix, Matrix]: ...
@@ -86,6 +94,7 @@ class Kernels(Protocol):
     def attention_prefill(
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor: ...
+    def choose_tokens(self, logits_RV: Tensor, draws: Draws, positions_R: NDArray[np.int64]) -> Tensor: ...
 
 
 _REFERENCE: Mapping[str, Callable[..., Any]] = {
@@ -107,6 +116,7 @@ _REFERENCE: Mapping[str, Callable[..., Any]] = {
     "attention_inputs": attention.attention_inputs,
     "attention_decode": attention.attend_runs,
     "attention_prefill": attention.attend_runs,
+    "choose_tokens": choose_tokens,
 }
 
 _COMPANIONS = {"pack_linear": "linear", "embed": "linear", "pack_experts": "routed_experts", "pack_mlp": "mlp"}
@@ -119,7 +129,7 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
     ``choice`` is ``auto``, ``reference``, ``native`` (C++, CPU), one of its builds or ``triton`` (GPU), and after it,
     or alone, exceptions by operation, separated by commas: ``auto,route=reference``. What an implementation leaves
     out is done by its reference. ``deterministic``: a row's result depends on its sequence alone, see
-    NativeKernels. Raises ValueError for unknown names and for what the device cannot have.
+    native_operations. Raises ValueError for unknown names and for what the device cannot have.
     """
     told = KernelChoice.parse(choice)
     general, exceptions = told.general, told.exceptions
@@ -128,7 +138,7 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
             f"deterministic is on, but kernels {choice!r} on device {device.type!r} are not: it needs the C++ "
             "kernels, which g++ builds for a CPU; install g++ and use device 'cpu', or turn deterministic off"
         )
-    tables: dict[str, Mapping[str, Callable[..., Any]]] = {}
+    tables: dict[str, Mapping[str, Any]] = {}
     for name in told.implementations:
         tables[name] = _table(name, device, deterministic)
     if deterministic and (missing := [op for op in OPERATIONS if op not in tables[general]]):
@@ -139,20 +149,20 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
     chosen = {op: tables[exceptions.get(op, general)].get(op, _REFERENCE[op]) for op in OPERATIONS}
     for companion, op in _COMPANIONS.items():
         chosen[companion] = tables[exceptions.get(op, general)].get(companion, _REFERENCE[companion])
-    return cast(Kernels, SimpleNamespace(**chosen))
+    fused = None if exceptions else tables[general].get("fused")
+    return cast(Kernels, SimpleNamespace(**chosen, fused=fused))
 
 
 def _has_native(device: torch.device) -> bool:
     return device.type == "cpu" and load_library() is not None
 
 
-def _table(name: str, device: torch.device, deterministic: bool) -> Mapping[str, Callable[..., Any]]:
+def _table(name: str, device: torch.device, deterministic: bool) -> Mapping[str, Any]:
     """What an implementation offers on the device."""
     if name in ("native", *VARIANTS) or (name == "auto" and device.type == "cpu"):
         library = (load_library(name) if name in VARIANTS else load_library()) if device.type == "cpu" else None
         if library is not None:
-            kernels = NativeKernels(library, deterministic)
-            return {op: getattr(kernels, op) for op in (*OPERATIONS, *_COMPANIONS) if hasattr(kernels, op)}
+            return native_operations(library, deterministic)
         if name != "auto":
             raise ValueError(f"kernels {name!r} need a CPU device and a C++ compiler (g++); use 'auto' or 'reference'")
     if name == "triton" or (name == "auto" and device.type == "cuda"):

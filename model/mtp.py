@@ -20,11 +20,11 @@ from divisi.kernels.select import Kernels
 from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
-from divisi.model.layers.mixer import attention, biased
-from divisi.model.layers.mlp import dense, mixture
+from divisi.model.layers.block import Block
+from divisi.model.layers.mixer import biased
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
-from divisi.model.weights import AttentionWeights, MlpWeights, MtpWeights, Weights
+from divisi.model.weights import AttentionWeights, MtpWeights, Weights
 
 _FIRST = 1
 """The first position that has an entry."""
@@ -57,20 +57,33 @@ class MtpLayer:
         self._store, self._kernels = store, kernels
         mixer = layer.layer.mixer
         assert isinstance(mixer, AttentionWeights), "the MTP layer is one of full attention"
-        self._mixer = mixer
+        self._norm, self._pool = mixer.norm, store.kv[config.mtp_index]
+        self._block = Block(config, kernels, layer.layer, config.mtp_index, store, _FIRST)
         hidden_SND = store.hidden_SND
         self._entries = hidden_SND.shape[1]
         self._hidden_ED = hidden_SND.view(-1, hidden_SND.shape[-1])
         """All entries of all slots."""
+        self._fused, self._most_rows = None, 0
+        if kernels.fused is not None and layer.kv_rows_bias_P is None:
+            self._most_rows = kernels.fused.most_rows(layer.fc_DE)
+            self._fused = kernels.fused.drafts(
+                weights.embed_VD, layer.embedding_scale_D, layer.hidden_scale_D, layer.fc_DE, layer.layer.input_scale_D,
+                layer.kv_rows_PD, mixer.norm, self._pool, hidden_SND, config.rms_norm_eps, config.rotary_dim // 2,
+            )  # fmt: skip
 
     def record(self, h_TD: Tensor, batch: StepBatch, cos_sin_TR: Tensor) -> None:
         """Write what a step's rows leave: their entries, and h (the model's final-norm outputs) to the slots."""
+        decode = batch.decode
+        if self._fused is not None and decode is not None and self._takes(batch):
+            self._fused.record(
+                batch.token_ids_T, h_TD, cos_sin_TR, batch.kv_rows_T, decode.starts_S1, decode.lengths_S, decode.slots_S
+            )
+            return
         before_TD = self._keep(h_TD, batch)
         x_TD = self._input(batch.token_ids_T, before_TD)
         normed_TD = self._kernels.rms_norm(x_TD, self._layer.layer.input_scale_D, self._config.rms_norm_eps)
         kv_TP = biased(self._kernels.linear(normed_TD, self._layer.kv_rows_PD), self._layer.kv_rows_bias_P)
-        pool = self._store.kv[self._config.mtp_index]
-        self._kernels.attention_inputs(kv_TP, cos_sin_TR, self._mixer.norm, pool, batch.kv_rows_T, 0)
+        self._kernels.attention_inputs(kv_TP, cos_sin_TR, self._norm, self._pool, batch.kv_rows_T, 0)
 
     def draft(
         self,
@@ -84,25 +97,28 @@ class MtpLayer:
 
         Raises what the dispatcher raises when the step cannot be finished.
         """
-        kernels, layer, config = self._kernels, self._layer.layer, self._config
-        if hidden_SD is None:
-            assert batch.decode is not None, "decoding sequences draft"
-            hidden_SD = self._hidden_ED.index_select(0, self._entry(batch.decode.slots_S, batch.decode.lengths_S - 1))
-            hidden_SD = hidden_SD.to(self._dtype)
-        residual_TD = self._input(batch.token_ids_T, hidden_SD)
-        x_TD = kernels.rms_norm(residual_TD, layer.input_scale_D, config.rms_norm_eps)
-        pool, heads = self._store.kv[config.mtp_index], config.num_attention_heads
-        mixed_TD = attention(kernels, self._mixer, pool, heads, x_TD, cos_sin_TR, batch, _FIRST)
+        assert batch.decode is not None, "decoding sequences draft"
+        kernels, eps = self._kernels, self._config.rms_norm_eps
+        residual_TD = self._begun(batch, batch.decode, hidden_SD)
+        mixed_TD = self._block.mix(residual_TD, None, cos_sin_TR, batch)
         stopwatch.lap("draft")
-        x_TD = kernels.add_rms_norm(residual_TD, mixed_TD, layer.mlp_scale_D, config.rms_norm_eps)
-        if isinstance(layer.mlp, MlpWeights):
-            update_TD = dense(kernels, layer.mlp, x_TD)
-        else:
-            update_TD = mixture(kernels, layer.mlp, config, config.mtp_index, x_TD, dispatcher, stopwatch)
-        out_TD = kernels.add_rms_norm(residual_TD, update_TD, self._layer.final_scale_D, config.rms_norm_eps)
+        update_TD = self._block.feed(residual_TD, mixed_TD, batch, dispatcher, stopwatch)
+        out_TD = kernels.add_rms_norm(residual_TD, update_TD, self._layer.final_scale_D, eps)
         logits_SV = kernels.linear(out_TD, self._weights.head_VD).float()
         stopwatch.lap("draft")
         return Drafted(logits_SV, out_TD)
+
+    def _begun(self, batch: StepBatch, decode: DecodeRows, hidden_SD: Tensor | None) -> Tensor:
+        """What goes into the layer."""
+        if self._fused is not None and self._takes(batch):
+            return self._fused.input(batch.token_ids_T, hidden_SD, decode.starts_S1, decode.lengths_S, decode.slots_S)
+        if hidden_SD is None:
+            hidden_SD = self._hidden_ED.index_select(0, self._entry(decode.slots_S, decode.lengths_S - 1))
+            hidden_SD = hidden_SD.to(self._dtype)
+        return self._input(batch.token_ids_T, hidden_SD)
+
+    def _takes(self, batch: StepBatch) -> bool:
+        return batch.prefill is None and batch.num_tokens <= self._most_rows
 
     def _input(self, token_ids_T: Tensor, h_TD: Tensor) -> Tensor:
         """``fc`` of each row's embedding and the h before it."""

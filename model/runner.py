@@ -12,13 +12,12 @@ from divisi.kernels.select import Kernels
 from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
-from divisi.model.layers.mixer import attention, delta_net
-from divisi.model.layers.mlp import dense, mixture
+from divisi.model.layers.block import Block
 from divisi.model.layers.rotary import Rotary
 from divisi.model.mtp import Drafted, MtpLayer
 from divisi.model.state import Pairs, StateStore
 from divisi.model.stopwatch import Stopwatch
-from divisi.model.weights import AttentionWeights, MlpWeights, Weights
+from divisi.model.weights import Weights
 
 
 class ModelRunner:
@@ -37,10 +36,12 @@ class ModelRunner:
     ) -> None:
         self.store = store
         self.stopwatch = stopwatch or Stopwatch()
-        self._config, self._weights, self._kernels = config, weights, kernels
+        self.kernels = kernels
+        self._config, self._weights = config, weights
         device = weights.embed_VD.device
         self._activation_dtype = torch.float32 if device.type == "cpu" else weights.embed_VD.dtype
         self._rotary = Rotary(config, device)
+        self._blocks = [Block(config, kernels, layer, index, store) for index, layer in enumerate(weights.layers)]
         self._mtp = None
         if weights.mtp is not None:
             self._mtp = MtpLayer(config, weights, weights.mtp, store, kernels, self._activation_dtype)
@@ -51,33 +52,24 @@ class ModelRunner:
 
         Raises what the dispatcher raises when the step cannot be finished; the same batch may then be run again.
         """
-        kernels, eps = self._kernels, self._config.rms_norm_eps
-        residual_TD = self._kernels.embed(self._weights.embed_VD, batch.token_ids_T).to(self._activation_dtype)
+        residual_TD = self.kernels.embed(self._weights.embed_VD, batch.token_ids_T).to(self._activation_dtype)
         cos_sin_TR = self._rotary.cos_sin(batch.positions_T)
         self.stopwatch.lap("other")
         update_TD: Tensor | None = None
-        for index, layer in enumerate(self._weights.layers):
-            if update_TD is None:
-                x_TD = kernels.rms_norm(residual_TD, layer.input_scale_D, eps)
-            else:
-                x_TD = kernels.add_rms_norm(residual_TD, update_TD, layer.input_scale_D, eps)
-            mixed_TD = self._mix(index, x_TD, cos_sin_TR, batch)
+        for block in self._blocks:
+            mixed_TD = block.mix(residual_TD, update_TD, cos_sin_TR, batch)
             self.stopwatch.lap("mixer")
-            x_TD = kernels.add_rms_norm(residual_TD, mixed_TD, layer.mlp_scale_D, eps)
-            if isinstance(layer.mlp, MlpWeights):
-                update_TD = dense(kernels, layer.mlp, x_TD)
-                self.stopwatch.lap("experts")
-            else:
-                update_TD = mixture(kernels, layer.mlp, self._config, index, x_TD, dispatcher, self.stopwatch)
+            update_TD = block.feed(residual_TD, mixed_TD, batch, dispatcher, self.stopwatch)
         assert update_TD is not None, "a model has at least one layer"
-        if self._mtp is None:
-            logits_RV = self._logits(residual_TD, update_TD, batch.logit_rows_R)
-        else:
-            h_TD = kernels.add_rms_norm(residual_TD, update_TD, self._weights.final_scale_D, eps)
+        every = batch.logit_rows_R.shape[0] == batch.num_tokens
+        if self._mtp is None and not every:  # h of the other rows is nobody's
+            residual_TD, update_TD = residual_TD[batch.logit_rows_R], update_TD[batch.logit_rows_R]
+            every = True
+        h_TD = self.kernels.add_rms_norm(residual_TD, update_TD, self._weights.final_scale_D, self._config.rms_norm_eps)
+        if self._mtp is not None:
             self._mtp.record(h_TD, batch, cos_sin_TR)
             self.stopwatch.lap("draft")
-            every = batch.logit_rows_R.shape[0] == batch.num_tokens
-            logits_RV = kernels.linear(h_TD if every else h_TD[batch.logit_rows_R], self._weights.head_VD).float()
+        logits_RV = self.kernels.linear(h_TD if every else h_TD[batch.logit_rows_R], self._weights.head_VD).float()
         self.stopwatch.lap("other")
         return logits_RV
 
@@ -94,7 +86,7 @@ class ModelRunner:
         Rings are replayed up to a position, (slot, position), then slots and pages copied, (from, to).
         """
         if flushes:
-            self.store.flush(self._kernels, flushes)
+            self.store.flush(self.kernels, flushes)
         if slot_copies:
             self.store.copy_slots(slot_copies)
         if page_copies:
@@ -102,20 +94,4 @@ class ModelRunner:
 
     def timed_apart(self) -> ModelRunner:
         """The same weights and memory, with a stopwatch of its own."""
-        return ModelRunner(self._config, self._weights, self.store, self._kernels)
-
-    def _mix(self, index: int, x_TD: Tensor, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
-        mixer = self._weights.layers[index].mixer
-        if isinstance(mixer, AttentionWeights):
-            heads = self._config.num_attention_heads
-            return attention(self._kernels, mixer, self.store.kv[index], heads, x_TD, cos_sin_TR, batch)
-        return delta_net(self._kernels, mixer, self.store.delta[index], x_TD, batch)
-
-    def _logits(self, residual_TD: Tensor, update_TD: Tensor, logit_rows_R: Tensor) -> Tensor:
-        if logit_rows_R.shape[0] == residual_TD.shape[0]:
-            hidden_RD, last_RD = residual_TD, update_TD
-        else:
-            hidden_RD, last_RD = residual_TD[logit_rows_R], update_TD[logit_rows_R]
-        scale_D = self._weights.final_scale_D
-        final_RD = self._kernels.add_rms_norm(hidden_RD, last_RD, scale_D, self._config.rms_norm_eps)
-        return self._kernels.linear(final_RD, self._weights.head_VD).float()
+        return ModelRunner(self._config, self._weights, self.store, self.kernels)

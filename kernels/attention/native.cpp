@@ -16,7 +16,7 @@ template <class KV>
 static void inputs(const float* rows, const float* cos_sin, const float* q_scale, const float* k_scale, float eps, KV* keys,
                    KV* values, const int32_t* kv_rows, float* q, long t, long qh, long kvh, long d, long half, int threads) {
   long width = (2 * qh + 2 * kvh) * d;
-#pragma omp parallel num_threads(threads) if (t > 2)
+#pragma omp parallel num_threads(threads) if (t * width > ALONE / 4)
   {
     std::vector<float> k(d);
 #pragma omp for schedule(static)
@@ -133,12 +133,14 @@ static void attend_runs(const float* q, const float* rows, const KV* keys, const
                         long qh, long kvh, long d, int threads) {
   constexpr long MOST = 8;
   long group = qh / kvh, width = (2 * qh + 2 * kvh) * d;
+  long products = 0;
   std::vector<Block> blocks;
   for (long s = 0; s < runs; s++) {
-    long end = starts[s + 1];
+    long end = starts[s + 1], own = end - starts[s];
+    products += 2 * own * (lengths[s] + own) * qh * d;
     for (long t = starts[s]; t < end; t += MOST) blocks.push_back({s, t, end - t < MOST ? end - t : MOST});
   }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (products > ALONE)
   {
     Attend<KV> attend(page_size, group, kvh, d, first, MOST);
 #pragma omp for schedule(dynamic) collapse(2)

@@ -47,7 +47,7 @@ static void experts(const float* x, const int32_t* ids, const float* gates, cons
 
   // gate and up rows of the same block side by side, so that their product is taken while it is in cache
   long up_blocks = (f + UP - 1) / UP, down_blocks = (d + DOWN - 1) / DOWN, n = (long)jobs.size();
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (3 * (long)pairs.size() * d * f > ALONE)
   {
     std::vector<const float*> rows;
     std::vector<float> tile;

@@ -5,7 +5,7 @@
 #include "simd.h"
 #include <vector>
 
-struct Delta {  // one layer; field order is that of _Delta in native/ops.py
+struct Delta {  // one layer; field order is that of _Delta in native/delta.py
   float *state, *conv, *key, *delta, *decay;
   int32_t* position;
   const float *taps, *rate, *dt_bias, *norm;
@@ -150,7 +150,7 @@ static void replay(const Delta& a, long slot, long h, long upto) {
 extern "C" void divisi_gated_delta_flush(const Delta* layer, const int32_t* slots, const int32_t* upto, long n,
                                          int threads) {
   const Delta& a = *layer;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2) if (n * a.value_heads * a.key_dim * a.value_dim > ALONE / 2)
   for (long i = 0; i < n; i++)
     for (long h = 0; h < a.value_heads; h++) replay(a, slots[i], h, upto[i]);
   for (long i = 0; i < n; i++)
@@ -212,7 +212,7 @@ extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows
     if (at >= first) return rows + (starts[s] + at - first) * a.row_width();
     return at < 0 ? nullptr : a.conv + (sources[s] * a.ring + at % a.ring) * c;
   };
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (starts[runs] * a.value_heads * 2 * kd * vd > ALONE / 2)
   {
     std::vector<float> u;
     std::vector<Read> tokens;

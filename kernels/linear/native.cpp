@@ -7,7 +7,7 @@ static void linear(const float* x, const W* w, float* y, long t, long n, long k,
   constexpr long BLOCK = 32;  // rows of w per work item
   std::vector<const float*> rows(t);
   for (long i = 0; i < t; i++) rows[i] = x + i * k;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (t * n * k > ALONE)
   for (long b = 0; b < (n + BLOCK - 1) / BLOCK; b++) {
     long j = b * BLOCK, width = n - j < BLOCK ? n - j : BLOCK;
     dot_block<W>(rows.data(), t, w + j * k, k, width, k, y + j, n);

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401  loads its libgomp first, so that there is one pool of threads
+from torch import Tensor  # loads torch's libgomp first, so that there is one pool of threads
 
 from divisi.kernels.native.build import CACHE, NoCompilerError, find, sources
 from divisi.kernels.native.variants import Variant, find_variant
@@ -52,6 +52,12 @@ def load_library(name: str | None = None, cache_dir: Path | None = None) -> Libr
             function = getattr(functions, function_name)
             function.argtypes, function.restype = [_argument(text) for text in parameters.split(",")], None
     return Library(variant, functions)
+
+
+def pointer(tensor: Tensor) -> int:
+    """Where a tensor's values lie, side by side."""
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def _argument(parameter: str) -> type:

@@ -194,7 +194,7 @@ def test_a_planted_difference_is_found(model_dir: Path, tmp_path: Path, capsys: 
 def test_other_arithmetic_is_excused_by_a_margin_only(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    after = copy_of(tmp_path, "kernels/native/ops.py", "_GEMM_ROWS = 4")
+    after = copy_of(tmp_path, "kernels/native/dense.py", "GEMM_ROWS = 4")
     plain = Workload(ModelConfig.load(model_dir).vocab_size, FIELDS, 0).requests(60, plain=True)
     case = same.Case("local", "float32", plain)
     with processes(after) as found:

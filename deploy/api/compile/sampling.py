@@ -12,7 +12,7 @@ from divisi.deploy.api.errors import ApiError
 from divisi.model.text import TextCodec, Tokenizer
 
 _SEED_STEP = 0x9E37_79B9_7F4A_7C15
-"""Odd, so that the seeds of 2**64 choices differ; the noise hashes them (model/sampling/noise.py)."""
+"""Odd, so that the seeds of 2**64 choices differ; the noise hashes them (kernels/sampling/noise.py)."""
 
 _CONVERTED = {"temperature", "top_k", "top_p", "seed", "logit_bias", "allowed_token_ids", "bad_words"}
 _AS_THEY_ARE = tuple(field.name for field in fields(Sampling) if field.name not in _CONVERTED)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from divisi.cluster.request import Request, Sampling
+from divisi.kernels.sampling.noise import gumbel_noise, row_keys
 from divisi.model.sampling.logit_rules import SequenceRules
-from divisi.model.sampling.noise import gumbel_noise, row_keys
 from divisi.model.sampling.sampler import NO_TOKEN, Sampler, SamplingBatch, SequenceSampling
 from divisi.model.sampling.token_counts import History
 from tests.support.sampling_oracle import ruled_logits

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from divisi.model.sampling.noise import gumbel_noise, row_keys
+from divisi.kernels.sampling.noise import gumbel_noise, row_keys
 
 MASK_32, MASK_64 = (1 << 32) - 1, (1 << 64) - 1
 

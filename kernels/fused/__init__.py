@@ -1,0 +1,1 @@
+"""What stands around a layer's mixer and its experts, as one operation each."""

@@ -1,0 +1,83 @@
+"""A decoder layer's fused operations, for steps of few rows that all decode.
+
+These take longer to be told to the kernels than to be computed, so what is around the mixer and around the router is
+one operation each, made once for the layer. The results are to the bit those of the operations one by one.
+Shapes: T rows, D model width, R rotary dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor
+
+from divisi.kernels.attention.layout import KvPool
+from divisi.kernels.gated_delta.layout import DeltaState
+from divisi.kernels.native.fused import Fused, NormRoute
+from divisi.model.batch import DecodeRows, StepBatch
+from divisi.model.config import ModelConfig
+from divisi.model.layers.mlp import Routed
+from divisi.model.weights import AttentionWeights, LayerWeights, MlpWeights
+
+Mix = Callable[[Tensor, Tensor | None, Tensor, Tensor, DecodeRows], Tensor]
+
+
+class FusedBlock:
+    """Of one layer."""
+
+    def __init__(self, most_rows: int, mix: Mix, norm_route: NormRoute | None) -> None:
+        self._most_rows, self._mix, self._norm_route = most_rows, mix, norm_route
+
+    @classmethod
+    def of(
+        cls, fused: Fused, config: ModelConfig, weights: LayerWeights, pool: KvPool | None, delta: DeltaState | None,
+        first: int,
+    ) -> Self | None:  # fmt: skip
+        """Those of a layer; None where it has a part that is not in them."""
+        mixer = weights.mixer
+        if isinstance(mixer, AttentionWeights) and mixer.rows_bias_P is not None:
+            return None
+        mix = _mix(fused, config, weights, pool, delta, first)
+        return cls(fused.most_rows(mixer.rows_PD), mix, _norm_route(fused, config, weights))
+
+    def takes(self, batch: StepBatch) -> bool:
+        """Whether it computes such a step's rows."""
+        return batch.prefill is None and batch.num_tokens <= self._most_rows
+
+    def mix(self, residual_TD: Tensor, update_TD: Tensor | None, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
+        """Norm and mixer."""
+        assert batch.decode is not None, "rows decode or prefill"
+        return self._mix(residual_TD, update_TD, cos_sin_TR, batch.kv_rows_T, batch.decode)
+
+    def route(self, residual_TD: Tensor, mixed_TD: Tensor) -> Routed:
+        """Norm and router."""
+        assert self._norm_route is not None, "the layer has experts"
+        x_TD, logits_TE, ids_TK, gates_TK = self._norm_route(residual_TD, mixed_TD)
+        return Routed(x_TD, ids_TK, gates_TK, logits_TE[:, -1])
+
+
+def _mix(
+    fused: Fused, config: ModelConfig, weights: LayerWeights, pool: KvPool | None, delta: DeltaState | None, first: int
+) -> Mix:
+    mixer, scale_D, eps = weights.mixer, weights.input_scale_D, config.rms_norm_eps
+    if isinstance(mixer, AttentionWeights):
+        assert pool is not None, "a layer of attention has pages"
+        attention = fused.attention(
+            scale_D, eps, mixer.rows_PD, mixer.norm, pool, mixer.out_DX, half=config.rotary_dim // 2, first=first
+        )
+        return lambda residual_TD, update_TD, cos_sin_TR, kv_rows_T, decode: attention(
+            residual_TD, update_TD, cos_sin_TR, kv_rows_T, decode.starts_S1, decode.lengths_S, decode.pages_SN
+        )
+    assert delta is not None, "a linear layer has state slots"
+    delta_net = fused.delta_net(scale_D, eps, mixer.rows_PD, mixer.delta, delta, mixer.out_DX)
+    return lambda residual_TD, update_TD, cos_sin_TR, kv_rows_T, decode: delta_net(
+        residual_TD, update_TD, decode.starts_S1, decode.lengths_S, decode.slots_S
+    )
+
+
+def _norm_route(fused: Fused, config: ModelConfig, weights: LayerWeights) -> NormRoute | None:
+    if isinstance(weights.mlp, MlpWeights):
+        return None
+    experts, chosen, normalise = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+    return fused.norm_route(weights.mlp_scale_D, config.rms_norm_eps, weights.mlp.router_ED, experts, chosen, normalise)

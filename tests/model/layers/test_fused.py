@@ -1,0 +1,100 @@
+"""Fused operations give the bits of the operations one by one, and leave the same memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from divisi.kernels.native.dense import GEMM_ROWS
+from divisi.kernels.select import Kernels, select_kernels
+from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+from tests.kernels.conftest import BUILDS
+from tests.support.model_steps import CPU, ModelSteps
+
+CONFIG = SMALL_CONFIG | {
+    "vocab_size": 211,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "mlp_only_layers": [1],
+}
+DTYPES = [torch.float32, torch.bfloat16]
+SEQUENCES = 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fused")
+    write_random_checkpoint(path, CONFIG, seed=5, tokenizer=False, mtp=True)
+    return path
+
+
+def load(path: Path, kernels: Kernels, dtype: torch.dtype) -> ModelSteps:
+    return ModelSteps.load(path, kernels, dtype, sequences=SEQUENCES, most_tokens=64, max_rows=4)
+
+
+def walk(model: ModelSteps, rows: Sequence[int]) -> list[Tensor]:
+    """Prompts, then steps of some rows of each sequence, the last of which are rejected, and drafts after each."""
+    rng = random.Random(7)
+    found = [*model.step({}, {index: tokens(rng, 3 + index) for index in range(SEQUENCES)}).values()]
+    for count in rows:
+        rejected = {index: rng.randrange(count) for index in range(SEQUENCES)}
+        found += model.step({i: tokens(rng, count) for i in range(SEQUENCES)}, {}, rejected=rejected).values()
+        hidden = None
+        for ahead in range(3):
+            logits, hidden = model.draft({i: rng.randrange(211) for i in range(SEQUENCES)}, ahead, hidden)
+            found += [logits, hidden]
+    return found
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(211) for _ in range(count)]
+
+
+def memory(model: ModelSteps) -> list[Tensor]:
+    store = model.runner.store
+    pools = [tensor for pool in store.kv.values() for tensor in (pool.key_PJD, pool.value_PJD)]
+    return [store.hidden_SND, *pools, *(tensor for state in store.delta.values() for tensor in state.tensors)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_same_bits(checkpoint: Path, build: str, dtype: torch.dtype, deterministic: bool) -> None:
+    """20 to 80 rows: from 48 on torch takes products of unpacked weights, where it may."""
+    assert SEQUENCES < GEMM_ROWS < 3 * SEQUENCES
+    kernels = select_kernels(CPU, build, deterministic=deterministic)
+    apart = cast(Kernels, SimpleNamespace(**vars(kernels) | {"fused": None}))
+    fused, one_by_one = load(checkpoint, kernels, dtype), load(checkpoint, apart, dtype)
+    for actual, expected in zip(walk(fused, (1, 4, 3)), walk(one_by_one, (1, 4, 3)), strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(memory(fused), memory(one_by_one), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_who_has_them(checkpoint: Path) -> None:
+    """Only where all operations are the same implementation's."""
+    assert select_kernels(CPU, "native").fused is not None
+    for choice in ("reference", "auto,route=reference", "reference,linear=native"):
+        assert select_kernels(CPU, choice).fused is None
+
+
+def test_a_step_of_few_rows_is_one_call_a_mixer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the operations that are fused is called by itself."""
+    kernels = select_kernels(CPU, "native")
+    model = load(checkpoint, kernels, torch.float32)
+    model.step({}, {0: [3, 4, 5]})
+
+    def called(*_: object) -> Tensor:
+        raise AssertionError("called by itself")
+
+    for name in ("gated_delta_decode", "attention_inputs", "attention_decode", "route", "rms_norm"):
+        monkeypatch.setattr(kernels, name, called)
+    model.step({0: [6, 7]}, {})
+    model.draft({0: 8}, 0, None)
