@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -22,6 +22,7 @@ from divisi.benchmarks.contenders import DivisiEngine
 from divisi.benchmarks.model import bench_model
 from divisi.cluster import assembly
 from divisi.kernels.choice import OPERATIONS, kernels_here
+from divisi.kernels.native.fused import Fused
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.config import ModelConfig
 from divisi.model.packing import matrices_of_a_token
@@ -72,10 +73,12 @@ class _Clock:
     def select(self, *arguments: Any, **options: Any) -> Kernels:
         kernels = select_kernels(*arguments, **options)
         for name in OPERATIONS:
-            setattr(kernels, name, self._timed(name, getattr(kernels, name)))
+            setattr(kernels, name, self.timed(name, getattr(kernels, name)))
+        if kernels.fused is not None:
+            kernels.fused = cast(Fused, _TimedFused(kernels.fused, self))
         return kernels
 
-    def _timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             start = time.perf_counter_ns()
             result = operation(*arguments)
@@ -83,6 +86,22 @@ class _Clock:
             return result
 
         return timed
+
+
+class _TimedFused:
+    """Makes fused operations with a clock."""
+
+    def __init__(self, fused: Fused, clock: _Clock) -> None:
+        self._fused, self._clock = fused, clock
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        make = getattr(self._fused, name)
+
+        def made(*arguments: Any, **options: Any) -> Any:
+            found = make(*arguments, **options)
+            return self._clock.timed(name, found) if callable(found) else found
+
+        return made
 
 
 def _round(engine: DivisiEngine, clock: _Clock, kind: str, size: int) -> tuple[float, dict[str, float]]:

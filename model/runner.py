@@ -40,7 +40,7 @@ class ModelRunner:
         self._config, self._weights = config, weights
         device = weights.embed_VD.device
         self._activation_dtype = torch.float32 if device.type == "cpu" else weights.embed_VD.dtype
-        self._rotary = Rotary(config, device)
+        self._rotary = Rotary(config, min(config.max_position_embeddings, store.num_pages * store.page_size), device)
         self._blocks = [Block(config, kernels, layer, index, store) for index, layer in enumerate(weights.layers)]
         self._mtp = None
         if weights.mtp is not None:

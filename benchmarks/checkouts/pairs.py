@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from divisi.model.demo import checkpoint_dir
 from divisi.model.random_checkpoint import write_random_checkpoint
 
 _PAIRS_OF_A_PROCESS = 3
+_MODELS = ("bench-s", "divisi-demo")
 _BENCH_S = Path(__file__).parents[1] / "configs" / "bench-s.json"
 
 
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", type=Path, help="root of another, or of the same one")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of runs of each cell, at least 6 (default 9)")
     parser.add_argument("--most-pairs", type=int, default=27, help="where the interval is too wide (default 27)")
+    parser.add_argument("--models", nargs="+", choices=_MODELS, default=list(_MODELS), help="default both")
     parser.add_argument("--threads", type=int, default=2, help="threads of either checkout (default 2)")
     parser.add_argument("--demo-target", type=float, default=0.98, help="ratio wanted of the demo model (default 0.98)")
     parser.add_argument(
@@ -110,12 +112,13 @@ def main(options: argparse.Namespace) -> int:
         bench_s = Path(scratch) / "bench-s"
         write_random_checkpoint(bench_s, json.loads(_BENCH_S.read_text()))
         together = Cell("prefill 16 x 64", 16, 64, runs=2)
-        demo = Cell("prefill 16 x 64", 16, 64, runs=2, target=options.demo_target)
+        demo = [replace(cell, target=options.demo_target) for cell in (_decode(1), _decode(4), together)]
         parts = [
             Part("bench-s", bench_s, _WIDE, DECODE_AND_PREFILL),
             Part("bench-s", bench_s, _NARROW, [together]),
-            Part("divisi-demo", checkpoint_dir(), _NARROW, [demo]),
+            Part("divisi-demo", checkpoint_dir(), _NARROW, demo),
         ]
+        parts = [part for part in parts if part.model in options.models]
         print("\n".join([*map(str, checkouts), machine.describe()]))
         print(f"{effort.dtype}, {effort.threads} threads, local; load average {_load_average()}")
         return report(checkouts, parts, effort)

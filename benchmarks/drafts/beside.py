@@ -17,8 +17,9 @@ from divisi.benchmarks.served.server import running
 from divisi.model.demo import checkpoint_dir
 
 _FLAGS = (
-    "--attention-workers", "2", "--expert-shards", "2", "--device", "cpu", "--kv-memory", "64MiB", "--max-seqs", "16",
-    "--max-model-len", "2048", "--mtp-max-draft-tokens", "8", "--served-model-name", "demo",
+    "--attention-workers", "2", "--min-attention-workers", "2", "--expert-shards", "2", "--device", "cpu",
+    "--kv-memory", "64MiB", "--max-seqs", "16", "--max-model-len", "2048", "--mtp-max-draft-tokens", "8",
+    "--served-model-name", "demo",
 )  # fmt: skip
 _PLAIN, _TOKENS = 16, 96
 _AT_MOST = 0.05

@@ -36,12 +36,13 @@ class BatchBuilder:
         # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out.
         self._token_ids_T = torch.zeros(size, dtype=torch.int64)
         self._token_ids = self._token_ids_T.numpy()
-        # Nine integers a row at most, two of its own, five of a run, two of a state that is left; and rounding.
-        self._ints = _IntBuffer(12 * size + 64)
+        # Of a full pass nine integers a row at most, two of its own, five of a run, two of a state that is left; of all
+        # draft passes two a run and two for each of its drafts; and rounding.
+        self._ints = _IntBuffer(max(12, 4 + 2 * config.max_draft_tokens) * size + 64 * (1 + config.max_draft_tokens))
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
         self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
-        self._drafting: tuple[Tensor, Tensor] = (self._starts_S1[:0], self._starts_S1[:0])
+        self._drafting = (self._starts_S1[:0],) * 4
         shape = (config.max_seqs, config.max_pages_per_sequence)
         self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -82,18 +83,13 @@ class BatchBuilder:
 
         The first pass of a step comes first: what stays is laid out by it, and those that draft on are its first rows.
         """
-        ints, runs = self._ints, plan.drafting[: plan.counts[index]]
-        count, size = len(runs), self._page_size
+        runs = plan.drafting[: plan.counts[index]]
+        count = len(runs)
         if index == 0:
-            self._drafting = self._lay_out_drafting(runs)
-        slots_S, pages_SN = (part[:count] for part in self._drafting)
-        ints.clear()
-        at = [run.start + index for run in runs]
+            self._drafting = self._lay_out_drafting(plan)
+        slots_S, pages_SN = (part[:count] for part in self._drafting[:2])
+        positions_T, kv_rows_T = (part[index, :count] for part in self._drafting[2:])
         self._token_ids[:count] = [max(self._last_token(run, drafts), 0) for run in runs]
-        rows = [_kv_row(run, position, size) for run, position in zip(runs, at, strict=True)]
-        parts = ints.put(at), ints.put(rows)
-        on_device = ints.to(self._device)
-        positions_T, kv_rows_T = (on_device[part] for part in parts)
         return StepBatch(
             token_ids_T=self._token_ids_T[:count].to(self._device),
             positions_T=positions_T,
@@ -104,11 +100,22 @@ class BatchBuilder:
             logit_rows_R=self._logit_rows_T[:count],
         )
 
-    def _lay_out_drafting(self, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-        """Slots [S] and page tables [S, N] of a step's draft passes, as far as its last one needs them."""
-        values = [[run.source for run in runs], [run.sequence.holding.table for run in runs]]
-        slots_S, tables_S = torch.tensor(values, dtype=torch.int32).to(self._device)
-        return slots_S, self._pages(runs, tables_S)
+    def _lay_out_drafting(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Slots [S] and page tables [S, N] of a step's draft passes; positions and KV rows [K, S] of each."""
+        runs, ints, size = plan.drafting, self._ints, self._page_size
+        ints.clear()
+        width = -(-len(runs) // _ALIGNED) * _ALIGNED
+        positions: list[int] = []
+        kv_rows: list[int] = []
+        for index, count in enumerate(plan.counts[:-1]):
+            padding = [0] * (width - count)
+            positions += [run.start + index for run in runs[:count]] + padding
+            kv_rows += [_kv_row(run, run.start + index, size) for run in runs[:count]] + padding
+        slots, tables = ints.put([run.source for run in runs]), ints.put([run.sequence.holding.table for run in runs])
+        parts = ints.put(positions), ints.put(kv_rows)
+        on_device = ints.to(self._device)
+        positions_KS, kv_rows_KS = (on_device[part].view(-1, width) for part in parts)
+        return on_device[slots], self._pages(runs, on_device[tables]), positions_KS, kv_rows_KS
 
     @staticmethod
     def _last_token(run: Run, drafts: Drafts) -> int:

@@ -26,8 +26,7 @@ class Sampling:
         assert positions_R.dtype == np.int64
         tokens_R = torch.empty(rows, dtype=torch.int64)
         self._functions.divisi_choose(
-            logits_RV.data_ptr(), logits_RV.stride(0), vocab, draws.seeds_R.ctypes.data, positions_R.ctypes.data,
-            draws.temperature_R.ctypes.data, draws.top_k_R.ctypes.data, draws.top_p_R.ctypes.data,
-            draws.log_min_p_R.ctypes.data, tokens_R.data_ptr(), rows, torch.get_num_threads(),
+            logits_RV.data_ptr(), logits_RV.stride(0), vocab, positions_R.ctypes.data, *draws.addresses,
+            tokens_R.data_ptr(), rows, torch.get_num_threads(),
         )  # fmt: skip
         return tokens_R

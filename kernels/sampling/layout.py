@@ -37,6 +37,9 @@ class Draws:
         self.top_p_R = np.array([row.top_p for row in rows], dtype=np.float64)
         log_min_p = [math.log(row.min_p) if row.min_p > 0 else -math.inf for row in rows]
         self.log_min_p_R = np.array(log_min_p, dtype=np.float32)
+        arrays = self.seeds_R, self.temperature_R, self.top_k_R, self.top_p_R, self.log_min_p_R
+        self.addresses = tuple(int(array.ctypes.data) for array in arrays)
+        """Of seeds, temperatures, top_k, top_p and log min_p."""
         noisy = self.temperature_R > 0
         filtered = noisy & ((self.top_k_R > 0) | (self.top_p_R < 1))
         self.plain = self._group(noisy & ~filtered)

@@ -141,7 +141,7 @@ static long best_of(const float* logits, long vocab) {
 }
 
 // temperature 0: the best token, the lowest id among equals
-extern "C" void divisi_choose(const float* logits, long stride, long vocab, const int64_t* seeds, const int64_t* positions,
+extern "C" void divisi_choose(const float* logits, long stride, long vocab, const int64_t* positions, const int64_t* seeds,
                               const float* temperature, const int64_t* top_k, const double* top_p, const float* log_min_p,
                               int64_t* tokens, long rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows > 1 && rows * vocab > ALONE)

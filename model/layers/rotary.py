@@ -1,6 +1,6 @@
-"""Rotary position angles (Su et al. 2021, arXiv 2104.09864), computed once a step for all layers.
+"""Rotary position angles (Su et al. 2021, arXiv 2104.09864), computed once for all positions.
 
-Shapes: T rows, R rotary dim.
+Shapes: T rows, P positions, R rotary dim.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from divisi.model.config import ModelConfig
 
 
 class Rotary:
-    """The rotation frequencies of a model."""
+    """The rotations of a model's first positions."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, num_positions: int, device: torch.device) -> None:
         steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device)
-        self._inverse_frequency = 1.0 / config.rope_theta ** (steps / config.rotary_dim)
+        inverse_frequency = 1.0 / config.rope_theta ** (steps / config.rotary_dim)
+        angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * inverse_frequency
+        self._cos_sin_PR = torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def cos_sin(self, positions_T: Tensor) -> Tensor:
         """Return ``[T, R]``: R/2 cosines, then R/2 sines, fp32."""
-        angles = positions_T.float()[:, None] * self._inverse_frequency
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self._cos_sin_PR.index_select(0, positions_T)

@@ -14,7 +14,7 @@ import pytest
 
 from divisi.model.demo import checkpoint_dir
 from tests.e2e.conftest import Cluster, running_cluster
-from tests.e2e.test_serve_split import metric
+from tests.e2e.test_serve_split import metric, wait_for
 from tests.support.drafted_replies import ask_all, bodies, compare
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(900)]
@@ -41,14 +41,21 @@ def draft_counts(cluster: Cluster) -> dict[str, float]:
     return found
 
 
+def both_serve(cluster: Cluster) -> None:
+    """The gang serves with one attention worker, and the other comes a moment later."""
+    wait_for(lambda: len(metric(cluster, "requests_running")) == 2, 60, "the second worker")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_replies_are_those_of_a_server_without_drafts(shape: str, tmp_path: Path, record_result: Record) -> None:
     """Two hundred conversations, eight at a time: every field of sampling, different numbers of drafts in one batch."""
     asked, flags = list(bodies(50)), (*SHAPES[shape], *SIZES)
     with running_cluster(checkpoint_dir(), tmp_path / "plain.txt", *flags, "--mtp-max-draft-tokens", "0") as cluster:
+        both_serve(cluster)
         expected = ask_all(cluster.url, asked)
     drafting = ("--mtp-max-draft-tokens", "5", "--no-mtp-adaptive")
     with running_cluster(checkpoint_dir(), tmp_path / "drafts.txt", *flags, *drafting) as cluster:
+        both_serve(cluster)
         found = ask_all(cluster.url, asked)
         accepted, rejected = compare(asked, expected, found)
         counts = draft_counts(cluster)
