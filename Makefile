@@ -54,6 +54,7 @@ build/typecheck:
 bench: $(STAMP) ## the speed tables of benchmarks/README.md: the engine, a server over HTTP
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,bench]'
 	$(BIN)/python -m divisi.benchmarks
+	$(BIN)/python -m divisi.benchmarks profile
 	$(BIN)/python -m divisi.benchmarks served
 	$(BIN)/python -m divisi.benchmarks steps
 	$(BIN)/python -m divisi.benchmarks drafts
