@@ -14,7 +14,7 @@ from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
 from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.meter import MeteredExperts
-from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
+from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.drafting import FixedDepth, MostTokensPerSecond
 from divisi.cluster.engine import times_file
@@ -82,7 +82,7 @@ def transport(spec: GangSpec, config: ModelConfig) -> Transport:
     )
 
 
-def dispatch_mode(spec: GangSpec, config: ModelConfig, experts: Experts | None) -> DispatchMode:
+def dispatch_mode(spec: GangSpec, config: ModelConfig, experts: AllExperts | None) -> DispatchMode:
     """How an attention worker's rows reach the experts; `experts` are those that it holds itself."""
     shape = spec.shape
     if not shape.expert_shards or shape.size == 1:
@@ -104,7 +104,7 @@ def pass_layers(config: ModelConfig) -> PassLayers:
     return PassLayers(full=config.moe_layers, draft=config.draft_moe_layers)
 
 
-def metered(spec: GangSpec, config: ModelConfig, experts: Experts, index: int) -> MeteredExperts:
+def metered(spec: GangSpec, config: ModelConfig, experts: AllExperts, index: int) -> MeteredExperts:
     """The experts of the `index`-th share, or all of them, with a meter."""
     layers = (*config.moe_layers, *config.draft_moe_layers)
     shares = spec.shape.expert_shards

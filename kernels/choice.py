@@ -18,6 +18,9 @@ OPERATIONS = (
     "attention_prefill", "choose_tokens",
 )  # fmt: skip
 
+MIXTURE = "mixture"
+"""Several of these at once, where an implementation has that: `mixture=reference` does one after another."""
+
 
 def checked_choice(text: str) -> str:
     """The text, which KernelChoice understands. Raises ValueError."""
@@ -61,10 +64,10 @@ class KernelChoice:
                 )
             if not equals:
                 general = name
-            elif operation in OPERATIONS:
+            elif operation in (*OPERATIONS, MIXTURE):
                 exceptions[operation] = name
             else:
-                known = ", ".join(OPERATIONS)
+                known = ", ".join((*OPERATIONS, MIXTURE))
                 raise ValueError(f"kernels {part!r}: operation {operation!r} is unknown; use one of {known}")
         return cls(general, exceptions)
 

@@ -21,12 +21,14 @@ from divisi.kernels.gated_delta import reference as gated_delta
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
 from divisi.kernels.linear.layout import Matrix
 from divisi.kernels.linear.reference import embed, linear
+from divisi.kernels.mixture.reference import ComposedMixture, MixtureKernels
 from divisi.kernels.mlp.reference import mlp
 from divisi.kernels.native.fused import Fused
 from divisi.kernels.native.loader import load_library
 from divisi.kernels.native.ops import native_operations
 from divisi.kernels.native.variants import VARIANTS
 from divisi.kernels.norm.reference import add_rms_norm, rms_norm
+from divisi.kernels.pass_memory import Memory, TorchMemory
 from divisi.kernels.router.reference import route
 from divisi.kernels.sampling.layout import Draws
 from divisi.kernels.sampling.reference import choose_tokens
@@ -95,6 +97,10 @@ class Kernels(Protocol):
         self, q_TQD: Tensor, rows_TP: Tensor, pool: KvPool, starts_S1: Tensor, lengths_S: Tensor, pages_SN: Tensor
     ) -> Tensor: ...
     def choose_tokens(self, logits_RV: Tensor, draws: Draws, positions_R: NDArray[np.int64]) -> Tensor: ...
+    @property
+    def mixture(self) -> MixtureKernels: ...
+    @property
+    def memory(self) -> Memory: ...
 
 
 _REFERENCE: Mapping[str, Callable[..., Any]] = {
@@ -121,6 +127,7 @@ _REFERENCE: Mapping[str, Callable[..., Any]] = {
 
 _COMPANIONS = {"pack_linear": "linear", "embed": "linear", "pack_experts": "routed_experts", "pack_mlp": "mlp"}
 """What comes with the implementation of an operation: laying out its weights while they are loaded, reading rows."""
+_OF_A_MIXTURE = {"linear", "mlp", "silu_mul", "route", "routed_experts", "add_shared", "add_rms_norm"}
 
 
 def select_kernels(device: torch.device, choice: str = "auto", *, deterministic: bool = False) -> Kernels:
@@ -144,13 +151,25 @@ def select_kernels(device: torch.device, choice: str = "auto", *, deterministic:
     if deterministic and (missing := [op for op in OPERATIONS if op not in tables[general]]):
         raise ValueError(f"deterministic is on, and {', '.join(missing)} has no such kernel; turn deterministic off")
     for op, name in exceptions.items():
-        if name != "auto" and op not in tables[name]:
+        if name not in ("auto", "reference") and op not in tables[name]:
             raise ValueError(f"kernels '{op}={name}': there is no such implementation; use '{op}=reference'")
+    return assembled(tables, general, exceptions)
+
+
+def assembled(tables: Mapping[str, Mapping[str, Any]], general: str, exceptions: Mapping[str, str] = {}) -> Kernels:
+    """Kernels of one table, with exceptions; what it leaves out is done by the references.
+
+    A table's own ``mixture`` is taken where nothing that it stands for is an exception.
+    """
     chosen = {op: tables[exceptions.get(op, general)].get(op, _REFERENCE[op]) for op in OPERATIONS}
     for companion, op in _COMPANIONS.items():
         chosen[companion] = tables[exceptions.get(op, general)].get(companion, _REFERENCE[companion])
     fused = None if exceptions else tables[general].get("fused")
-    return cast(Kernels, SimpleNamespace(**chosen, fused=fused))
+    memory = tables[general].get("memory") or TorchMemory()
+    kernels = SimpleNamespace(**chosen, fused=fused, memory=memory)
+    own = None if exceptions.keys() & _OF_A_MIXTURE else tables[exceptions.get("mixture", general)].get("mixture")
+    kernels.mixture = own or ComposedMixture(cast(Kernels, kernels))
+    return cast(Kernels, kernels)
 
 
 def _has_native(device: torch.device) -> bool:
@@ -174,7 +193,7 @@ def _table(name: str, device: torch.device, deterministic: bool) -> Mapping[str,
     return _REFERENCE
 
 
-def _triton_table(device: torch.device) -> Mapping[str, Callable[..., Any]] | None:
+def _triton_table(device: torch.device) -> Mapping[str, Any] | None:
     if device.type != "cuda":
         return None
     # imported here alone: compiling for a GPU is no business of a machine without one

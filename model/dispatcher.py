@@ -9,15 +9,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from divisi.kernels.mixture.layout import Routed
+
 
 class Pending(Protocol):
     """Routed rows on their way to the experts."""
 
-    def combine(self) -> Tensor:
-        """Wait for the experts and return ``y_TD`` (fp32): per row, the sum over its experts of gate x expert(x).
+    def combine(self) -> Routed:
+        """Wait for the experts and return, per row, the sum over its experts of gate x expert(x), or its terms.
 
-        The tensor is the dispatcher's, and valid until the next `dispatch`. Raises whatever the dispatcher defines for
-        a step that cannot be finished.
+        What it returns is the dispatcher's, and valid until the next `dispatch`. Raises whatever the dispatcher defines
+        for a step that cannot be finished.
         """
         ...
 

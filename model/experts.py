@@ -13,6 +13,7 @@ from torch import Tensor
 
 from divisi.kernels.experts.layout import Tree
 from divisi.kernels.linear.layout import Matrix
+from divisi.kernels.mixture.layout import Routed
 from divisi.kernels.native.memory import return_freed_memory
 from divisi.kernels.select import Kernels
 from divisi.model.checkpoint import Checkpoint
@@ -79,7 +80,16 @@ class ExpertBank:
         if len(self._subtrees_E) > 1:
             places = [local_E[expert_ids_TK] for local_E in self._subtrees_E]
             return torch.cat([self._run(layer, x_TD, local_TK, gates_TK) for local_TK in places], dim=1)
-        return self._run(layer, x_TD, expert_ids_TK if self._holds_all else self._local_E[expert_ids_TK], gates_TK)
+        return self._run(layer, x_TD, self._local(expert_ids_TK), gates_TK)
+
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+        """The sum over all experts, which are held here, or what it is the sum of."""
+        assert len(self._subtrees_E) == 1, "one sum"
+        local_TK = self._local(expert_ids_TK)
+        return self._kernels.mixture.routed(x_TD, local_TK, gates_TK, self._tree, *self._layers[layer])
+
+    def _local(self, expert_ids_TK: Tensor) -> Tensor:
+        return expert_ids_TK if self._holds_all else self._local_E[expert_ids_TK]
 
     def _run(self, layer: int, x_TD: Tensor, local_TK: Tensor, gates_TK: Tensor) -> Tensor:
         return self._kernels.routed_experts(x_TD, local_TK, gates_TK, self._tree, *self._layers[layer])

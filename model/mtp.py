@@ -21,6 +21,7 @@ from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.block import Block
+from divisi.model.layers.head import logits
 from divisi.model.layers.mixer import biased
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
@@ -102,9 +103,9 @@ class MtpLayer:
         residual_TD = self._begun(batch, batch.decode, hidden_SD)
         mixed_TD = self._block.mix(residual_TD, None, cos_sin_TR, batch)
         stopwatch.lap("draft")
-        update_TD = self._block.feed(residual_TD, mixed_TD, batch, dispatcher, stopwatch)
-        out_TD = kernels.add_rms_norm(residual_TD, update_TD, self._layer.final_scale_D, eps)
-        logits_SV = kernels.linear(out_TD, self._weights.head_VD).float()
+        update = self._block.feed(residual_TD, mixed_TD, batch, dispatcher, stopwatch)
+        out_TD = kernels.mixture.add_norm(residual_TD, update, self._layer.final_scale_D, eps)
+        logits_SV = logits(kernels, out_TD, self._weights.head_VD)
         stopwatch.lap("draft")
         return Drafted(logits_SV, out_TD)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from divisi.kernels.mixture.layout import Update
+from divisi.kernels.pass_memory import PassKind
 from divisi.kernels.select import Kernels
 from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.block import Block
+from divisi.model.layers.head import logits
 from divisi.model.layers.rotary import Rotary
 from divisi.model.mtp import Drafted, MtpLayer
 from divisi.model.state import Pairs, StateStore
@@ -42,6 +45,8 @@ class ModelRunner:
         self._activation_dtype = torch.float32 if device.type == "cpu" else weights.embed_VD.dtype
         self._rotary = Rotary(config, min(config.max_position_embeddings, store.num_pages * store.page_size), device)
         self._blocks = [Block(config, kernels, layer, index, store) for index, layer in enumerate(weights.layers)]
+        self._draft_passes = 0
+        """Of the step under way, before the pass under way."""
         self._mtp = None
         if weights.mtp is not None:
             self._mtp = MtpLayer(config, weights, weights.mtp, store, kernels, self._activation_dtype)
@@ -52,24 +57,28 @@ class ModelRunner:
 
         Raises what the dispatcher raises when the step cannot be finished; the same batch may then be run again.
         """
-        residual_TD = self.kernels.embed(self._weights.embed_VD, batch.token_ids_T).to(self._activation_dtype)
-        cos_sin_TR = self._rotary.cos_sin(batch.positions_T)
+        kernels, device = self.kernels, batch.token_ids_T.device
+        kernels.memory.begin("full", device, decoding=batch.prefill is None)
+        residual_TD = kernels.embed(self._weights.embed_VD, batch.token_ids_T).to(self._activation_dtype)
+        cos_sin_TR = self._cos_sin(batch.positions_T)
         self.stopwatch.lap("other")
-        update_TD: Tensor | None = None
-        for block in self._blocks:
-            mixed_TD = block.mix(residual_TD, update_TD, cos_sin_TR, batch)
+        update: Update | None = None
+        for index, block in enumerate(self._blocks):
+            kernels.memory.layer(index)
+            mixed_TD = block.mix(residual_TD, update, cos_sin_TR, batch)
             self.stopwatch.lap("mixer")
-            update_TD = block.feed(residual_TD, mixed_TD, batch, dispatcher, self.stopwatch)
-        assert update_TD is not None, "a model has at least one layer"
+            update = block.feed(residual_TD, mixed_TD, batch, dispatcher, self.stopwatch)
+        assert update is not None, "a model has at least one layer"
+        kernels.memory.after_layers()
         every = batch.logit_rows_R.shape[0] == batch.num_tokens
         if self._mtp is None and not every:  # h of the other rows is nobody's
-            residual_TD, update_TD = residual_TD[batch.logit_rows_R], update_TD[batch.logit_rows_R]
+            residual_TD, update = residual_TD[batch.logit_rows_R], update[batch.logit_rows_R]
             every = True
-        h_TD = self.kernels.add_rms_norm(residual_TD, update_TD, self._weights.final_scale_D, self._config.rms_norm_eps)
+        h_TD = kernels.mixture.add_norm(residual_TD, update, self._weights.final_scale_D, self._config.rms_norm_eps)
         if self._mtp is not None:
             self._mtp.record(h_TD, batch, cos_sin_TR)
             self.stopwatch.lap("draft")
-        logits_RV = self.kernels.linear(h_TD if every else h_TD[batch.logit_rows_R], self._weights.head_VD).float()
+        logits_RV = logits(kernels, h_TD if every else h_TD[batch.logit_rows_R], self._weights.head_VD)
         self.stopwatch.lap("other")
         return logits_RV
 
@@ -77,7 +86,10 @@ class ModelRunner:
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         """One pass over the MTP layer, of decoding sequences of one row each; see `MtpLayer.draft`."""
         assert self._mtp is not None, "only a model with an MTP layer drafts"
-        return self._mtp.draft(batch, self._rotary.cos_sin(batch.positions_T), hidden_SD, dispatcher, self.stopwatch)
+        self._draft_passes = 0 if hidden_SD is None else self._draft_passes + 1
+        kind: PassKind = "odd draft" if self._draft_passes % 2 else "even draft"
+        self.kernels.memory.begin(kind, batch.token_ids_T.device, decoding=True)
+        return self._mtp.draft(batch, self._cos_sin(batch.positions_T), hidden_SD, dispatcher, self.stopwatch)
 
     @torch.inference_mode()
     def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
@@ -95,3 +107,7 @@ class ModelRunner:
     def timed_apart(self) -> ModelRunner:
         """The same weights and memory, with a stopwatch of its own."""
         return ModelRunner(self._config, self._weights, self.store, self.kernels)
+
+    def _cos_sin(self, positions_T: Tensor) -> Tensor:
+        shape = positions_T.shape[0], self._config.rotary_dim
+        return self._rotary.cos_sin(positions_T, self.kernels.memory.empty(shape, torch.float32, positions_T.device))

@@ -14,6 +14,7 @@ from torch import Tensor
 from divisi.kernels.attention.layout import QkNorm
 from divisi.kernels.gated_delta.layout import DeltaWeights
 from divisi.kernels.linear.layout import Matrix
+from divisi.kernels.mixture.layout import MixtureMatrices
 from divisi.kernels.native.memory import return_freed_memory
 from divisi.kernels.select import Kernels
 from divisi.model.checkpoint import Checkpoint
@@ -53,22 +54,14 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class MoeWeights:
-    """Router and shared expert; the routed experts live in an ExpertBank."""
-
-    router_ED: Matrix
-    """One row per expert, then the shared expert's gate: both read the same input, so they are one product."""
-    shared: MlpWeights
-
-
-@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One decoder layer; norm weights are whole factors, fp32."""
 
     input_scale_D: Tensor
     mixer: AttentionWeights | DeltaNetWeights
     mlp_scale_D: Tensor
-    mlp: MlpWeights | MoeWeights
+    mlp: MlpWeights | MixtureMatrices
+    """A mixture's routed experts live in an ExpertBank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +154,7 @@ class _Loader:
             self._scale(f"{prefix}.post_attention_layernorm.weight", width),
             self._moe(f"{prefix}.mlp")
             if self._config.is_moe(index)
-            else self._mlp(f"{prefix}.mlp", self._config.intermediate_size),
+            else MlpWeights(*self._kernels.pack_mlp(*self._mlp(f"{prefix}.mlp", self._config.intermediate_size))),
         )
 
     def _attention(self, prefix: str) -> AttentionWeights:
@@ -216,18 +209,17 @@ class _Loader:
         rows = self._read(name, (groups * sum(sizes), self._config.hidden_size))
         return [part.flatten(0, 1) for part in rows.view(groups, sum(sizes), -1).split(sizes, dim=1)]
 
-    def _moe(self, prefix: str) -> MoeWeights:
+    def _moe(self, prefix: str) -> MixtureMatrices:
         c = self._config
         router = self._read(f"{prefix}.gate.weight", (c.num_experts, c.hidden_size))
         gate = self._read(f"{prefix}.shared_expert_gate.weight", (1, c.hidden_size))
         shared = self._mlp(f"{prefix}.shared_expert", c.shared_expert_intermediate_size)
-        return MoeWeights(self._pack(torch.cat([router, gate])), shared)
+        return self._kernels.mixture.pack(router, gate[0], *shared)
 
-    def _mlp(self, prefix: str, inner: int) -> MlpWeights:
+    def _mlp(self, prefix: str, inner: int) -> tuple[Tensor, Tensor]:
         width = self._config.hidden_size
         gate, up = (self._read(f"{prefix}.{name}_proj.weight", (inner, width)) for name in ("gate", "up"))
-        down = self._read(f"{prefix}.down_proj.weight", (width, inner))
-        return MlpWeights(*self._kernels.pack_mlp(torch.cat([gate, up]), down))
+        return torch.cat([gate, up]), self._read(f"{prefix}.down_proj.weight", (width, inner))
 
     def _scale(self, name: str, width: int) -> Tensor:
         """A zero-centred norm weight as the factor it stands for."""

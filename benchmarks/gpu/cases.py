@@ -6,8 +6,9 @@ Floats that are activations, weights or KV take the dtype asked for; recurrent s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.experts.layout import Tree
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
+from divisi.kernels.mixture.layout import MixtureUpdate
 from divisi.kernels.select import Kernels
 
 _MANY = 2**16
@@ -37,13 +39,19 @@ class Case:
     def run(self, kernels: Kernels) -> dict[str, Tensor]:
         """Call on copies of what is written; return every result by name."""
         arguments = [copied(a) if i in self.written else a for i, a in enumerate(self.arguments)]
-        result = getattr(kernels, self.operation)(*arguments)
+        result = self.call(kernels)(*arguments)
         returned = result if isinstance(result, tuple) else () if result is None else (result,)
         results = {f"result{i}": x for i, x in enumerate(returned)}
         for i in self.written:
             for name, tensor in _tensors(arguments[i]):
                 results[f"argument{i}{name}"] = tensor
         return results
+
+    def call(self, kernels: Kernels) -> Callable[..., Any]:
+        """What is called with the arguments."""
+        several = _SEVERAL.get(self.operation)
+        found: Callable[..., Any] = getattr(kernels, self.operation) if several is None else partial(several, kernels)
+        return found
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Case:
         """The same case with other tensors."""
@@ -157,6 +165,52 @@ def routed_experts(
         (x, ids.to(draw.device), gates, Tree.of(range(experts), 32, draw.device), gate_up, down),
         bytes=moved, flops=6.0 * pairs * width * inner,
     )  # fmt: skip
+
+
+def mixture_inputs(draw: Draw, name: str, tokens: int, experts: int, chosen: int, width: int, inner: int) -> Case:
+    """Whole numbers, whose products and sums are exact, so that the choices are."""
+    sizes = ((tokens, width), 1.0), ((experts, width), 2.0), ((width,), 1.0)
+    x, router, gate = (draw.normal(*size, scale=scale).round() for size, scale in sizes)
+    gate_up, down = draw.normal(2 * inner, width, scale=width**-0.5), draw.normal(width, inner, scale=inner**-0.5)
+    moved = sum(w.nbytes for w in (router, gate, gate_up, down, x, x))
+    return Case("mixture_inputs", name, (x, router, gate, gate_up, down, chosen), bytes=moved)
+
+
+def mixture_add_norm(
+    draw: Draw, name: str, tokens: int, chosen: int, width: int, inner: int, experts: int, *, summed: bool = False
+) -> Case:
+    """After the experts of this process, or of others (``summed``)."""
+    routed = routed_experts(draw, name, tokens, chosen, experts, width, inner, elsewhere=1).arguments
+    if summed:
+        routed = (draw.normal(tokens, width, dtype=torch.float32),)
+    residual, shared, logits = draw.normal(tokens, width), draw.normal(tokens, width), draw.normal(tokens, 3)
+    scale = draw.normal(width, dtype=torch.float32)
+    moved = (3 + (2 if summed else chosen)) * residual.nbytes
+    return Case(
+        "mixture_add_norm", name, (residual, shared, logits[:, 1], scale, 1e-6, *routed), written=(0,), bytes=moved
+    )
+
+
+def _mixture_inputs(
+    kernels: Kernels, x_TD: Tensor, router_ED: Tensor, gate_D: Tensor, gate_up_FD: Tensor, down_DI: Tensor, chosen: int
+) -> tuple[Tensor, ...]:
+    matrices = kernels.mixture.pack(router_ED, gate_D, gate_up_FD, down_DI)
+    rows = kernels.mixture.inputs(x_TD, matrices, chosen, True)
+    return rows.ids_TK, rows.gates_TK, rows.gate_T, kernels.mixture.shared(x_TD, rows, matrices)
+
+
+def _mixture_add_norm(
+    kernels: Kernels, residual_TD: Tensor, shared_TD: Tensor, gate_T: Tensor, scale_D: Tensor, eps: float,
+    *routed: Tensor,
+) -> Tensor:  # fmt: skip
+    found = routed[0] if len(routed) == 1 else kernels.mixture.routed(*routed)
+    return kernels.mixture.add_norm(residual_TD, MixtureUpdate(found, shared_TD, gate_T), scale_D, eps)
+
+
+_SEVERAL: Mapping[str, Callable[..., Any]] = {
+    "mixture_inputs": _mixture_inputs, "mixture_add_norm": _mixture_add_norm,
+}  # fmt: skip
+"""Cases of more than one call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,10 @@ TOLERANCE: Mapping[tuple[str, torch.dtype], float] = {
     ("silu_mul", torch.bfloat16): _BF16,
     ("route", torch.float32): 1e-6,
     ("route", torch.bfloat16): 1e-6,
+    ("mixture_inputs", torch.float32): 2e-5,
+    ("mixture_inputs", torch.bfloat16): 2 * _BF16,
+    ("mixture_add_norm", torch.float32): 2e-5,
+    ("mixture_add_norm", torch.bfloat16): 2 * _BF16,  # of experts, and of a sum of them
     ("attention_inputs", torch.float32): 2e-5,
     ("attention_inputs", torch.bfloat16): _BF16,
     ("attention_decode", torch.float32): 2e-5,

@@ -28,6 +28,11 @@ CHECKED: Mapping[str, Make] = {
     "route": partial(cases.route, tokens=7, experts=37, chosen=5),
     "route with ties": partial(cases.route, tokens=7, experts=37, chosen=5, ties=True),
     "route to all": partial(cases.route, tokens=1, experts=8, chosen=8),
+    "mixture": partial(cases.mixture_inputs, tokens=3, experts=13, chosen=3, width=40, inner=24),
+    "mixture's norm": partial(cases.mixture_add_norm, tokens=4, chosen=3, width=40, inner=24, experts=5),
+    "mixture's norm of a sum": partial(
+        cases.mixture_add_norm, tokens=3, chosen=3, width=61, inner=24, experts=5, summed=True
+    ),
     "inputs": partial(cases.attention_inputs, tokens=5, heads=SMALL_HEADS, pages=4),
     "keys and values only": partial(cases.attention_inputs, tokens=3, heads=replace(SMALL_HEADS, query=0), pages=4),
     "odd inputs": partial(cases.attention_inputs, tokens=3, heads=ODD_HEADS, pages=3),

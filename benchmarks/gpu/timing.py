@@ -50,7 +50,7 @@ class Timer:
             for position_S, before_S in positions:
                 position_S.copy_(before_S)
 
-        operation: Callable[..., Any] = getattr(kernels, case.operation)
+        operation: Callable[..., Any] = case.call(kernels)
         operation(*case.arguments)
         try:
             return self.milliseconds(lambda: operation(*case.arguments), put_back)

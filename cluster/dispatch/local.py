@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from divisi.cluster.dispatch.protocol import Experts, Peers, WorkerEnd
+from divisi.cluster.dispatch.protocol import AllExperts, Peers, WorkerEnd
 from divisi.cluster.passes import Pass
+from divisi.kernels.mixture.layout import Routed
 
 
 @dataclass(frozen=True, slots=True)
 class Local:
     """The mode of ranks that hold all experts. It needs no peers: `LocalEnd(experts)` is a dispatcher by itself."""
 
-    experts: Experts
+    experts: AllExperts
 
     def worker_end(self, peers: Peers) -> WorkerEnd:
         """See DispatchMode."""
@@ -24,7 +25,7 @@ class Local:
 class LocalEnd:
     """Runs the experts when the sum is asked for."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: AllExperts) -> None:
         self._experts = experts
 
     def begin(self, step_pass: Pass) -> None:
@@ -40,11 +41,11 @@ class LocalEnd:
 
 @dataclass(frozen=True, slots=True)
 class _LocalPending:
-    experts: Experts
+    experts: AllExperts
     layer: int
     x_TD: Tensor
     expert_ids_TK: Tensor
     gates_TK: Tensor
 
-    def combine(self) -> Tensor:
-        return self.experts.partial_sum(self.layer, self.x_TD, self.expert_ids_TK, self.gates_TK)
+    def combine(self) -> Routed:
+        return self.experts.routed(self.layer, self.x_TD, self.expert_ids_TK, self.gates_TK)

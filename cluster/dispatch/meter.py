@@ -5,20 +5,24 @@ Shapes: T rows, D model width, K experts per row, L layers, E experts of the mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.protocol import Experts
+from divisi.cluster.dispatch.protocol import AllExperts
+from divisi.kernels.mixture.layout import Routed
+
+T = TypeVar("T")
 
 
 class MeteredExperts:
-    """The experts of a rank, with a meter. Implements `Experts`."""
+    """The experts of a rank, with a meter. Implements `AllExperts`."""
 
     def __init__(
-        self, experts: Experts, layers: Sequence[int], held: Sequence[int], num_experts: int, device: torch.device
+        self, experts: AllExperts, layers: Sequence[int], held: Sequence[int], num_experts: int, device: torch.device
     ) -> None:
         """`held` are the ids of the experts of this rank, of `num_experts` in each of `layers`."""
         self._experts = experts
@@ -33,12 +37,26 @@ class MeteredExperts:
 
     def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """See Experts."""
+        return self._measured(self._experts.partial_sum, layer, x_TD, expert_ids_TK, gates_TK)
+
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+        """See AllExperts."""
+        return self._measured(self._experts.routed, layer, x_TD, expert_ids_TK, gates_TK)
+
+    def _measured(
+        self,
+        call: Callable[[int, Tensor, Tensor, Tensor], T],
+        layer: int,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        gates_TK: Tensor,
+    ) -> T:
         if not self.measuring:
-            return self._experts.partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
+            return call(layer, x_TD, ids_TK, gates_TK)
         begin = perf_counter()
-        y_TD = self._experts.partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
+        y_TD = call(layer, x_TD, ids_TK, gates_TK)
         self.seconds += perf_counter() - begin
-        ids = expert_ids_TK.reshape(-1).long()
+        ids = ids_TK.reshape(-1).long()
         self._counts_LE[self._rows[layer]].scatter_add_(0, ids, self._ones.expand_as(ids))
         return y_TD
 

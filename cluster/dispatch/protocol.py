@@ -19,6 +19,7 @@ from torch import Tensor
 from divisi.cluster.dispatch.groups import PeerGroup
 from divisi.cluster.passes import Pass
 from divisi.cluster.seats import Membership
+from divisi.kernels.mixture.layout import Routed
 from divisi.model.dispatcher import Dispatcher
 
 
@@ -31,6 +32,14 @@ class Experts(Protocol):
         In the fixed tree of `divisi.model.placement`. Where they make up several of its subtrees, the sum of each, one
         beside the other: D is so many times as wide.
         """
+        ...
+
+
+class AllExperts(Experts, Protocol):
+    """All of them, on the rank whose rows they get: the sum may be left to what comes next."""
+
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+        """As `partial_sum`, or its terms."""
         ...
 
 

@@ -20,6 +20,7 @@ from divisi.kernels.attention.layout import KvPool
 from divisi.kernels.attention.reference import attend_runs
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.runs import block_of_run, run_of_row
+from divisi.kernels.pass_memory import Memory
 
 _SPLIT = 512  # keys of a decode program: 2 x 256 KB of bf16 at head dim 256, some 10 us of one SM's share of bandwidth
 _MOST_SPLITS = 64  # beyond it splits grow, so that partial results stay below 1 MB a row
@@ -200,6 +201,7 @@ def attention_decode(
     first: int = 0,
     *,
     chip: Chip,
+    memory: Memory,
 ) -> Tensor:
     """See ``attend_runs`` in reference.py. Rows past the last run's are padding: their output is zero."""
     if q_TQD.shape[2] > _MOST_DIM:
@@ -215,10 +217,10 @@ def attention_decode(
     # 8 warps share 64 queries two by two, and the half of a small head is less than a product takes
     fitting = fitting if dim >= 64 else _DECODE[chip][0]
     tiles = _EXACT if pool.key_PJD.dtype is torch.float32 else fitting
-    part_TQZD = torch.empty((tokens, heads, splits, dim), device=q_TQD.device)
-    part_max_TQZ = torch.empty((tokens, heads, splits), device=q_TQD.device)
-    part_sum_TQZ = torch.empty_like(part_max_TQZ)
-    out_TX = torch.empty((tokens, heads * dim), dtype=q_TQD.dtype, device=q_TQD.device)
+    part_TQZD = memory.empty((tokens, heads, splits, dim), torch.float32, q_TQD.device)
+    part_max_TQZ = memory.empty((tokens, heads, splits), torch.float32, q_TQD.device)
+    part_sum_TQZ = memory.empty((tokens, heads, splits), torch.float32, q_TQD.device)
+    out_TX = memory.empty((tokens, heads * dim), q_TQD.dtype, q_TQD.device)
     block_d = max(triton.next_power_of_2(dim), 16)
     attention_split_fwd_kernel[(splits, kv_heads, runs)](
         q_TQD, pool.key_PJD, pool.value_PJD, starts_S1, lengths_S, pages_SN, part_TQZD, part_max_TQZ, part_sum_TQZ,

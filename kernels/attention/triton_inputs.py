@@ -5,12 +5,12 @@ Unlike the reference it does not round between the norm and the rotation. Shapes
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
+from divisi.kernels.pass_memory import Memory
 
 _HEADS = 8  # a program's share of a row: 2,048 values at head dim 256, 16 a thread
 
@@ -53,14 +53,15 @@ def attention_inputs_fwd_kernel(
 
 
 def attention_inputs(
-    rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int
-) -> Tensor:
+    rows_TP: Tensor, cos_sin_TR: Tensor, norm: QkNorm, pool: KvPool, kv_rows_T: Tensor, num_heads: int,
+    *, memory: Memory,
+) -> Tensor:  # fmt: skip
     """See reference.py. A row whose ``kv_rows`` is negative is padding and writes nothing to the pool."""
     assert rows_TP.stride(1) == 1
     assert cos_sin_TR.is_contiguous()
     _, kv_heads, dim = pool.key_PJD.shape
     tokens = rows_TP.shape[0]
-    q_TQD = torch.empty((tokens, num_heads, dim), dtype=rows_TP.dtype, device=rows_TP.device)
+    q_TQD = memory.empty((tokens, num_heads, dim), rows_TP.dtype, rows_TP.device)
     grid = (tokens, triton.cdiv(num_heads + 2 * kv_heads, _HEADS))
     attention_inputs_fwd_kernel[grid](
         rows_TP, cos_sin_TR, norm.query_D, norm.key_D, kv_rows_T, q_TQD, pool.key_PJD, pool.value_PJD,

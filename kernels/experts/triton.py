@@ -18,7 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from divisi.kernels.experts.layout import Tree
 from divisi.kernels.experts.triton_many import experts_down_many_fwd_kernel, experts_up_many_fwd_kernel
 from divisi.kernels.experts.triton_place import SortedPairs, sort_pairs
+from divisi.kernels.experts.triton_sum import sum_parts
 from divisi.kernels.gpu.chip import Chip
+from divisi.kernels.mixture.layout import ExpertParts
+from divisi.kernels.pass_memory import Memory
 
 _PART = 64  # pairs that triton_many.py takes at a time; three of these are a tile
 
@@ -114,51 +117,30 @@ def experts_down_fwd_kernel(
         tl.store(p_out, b_out.to(p_parts.dtype.element_ty), mask=held[None, :] & (i_r < D)[:, None])
 
 
-@triton.jit
-def experts_sum_fwd_kernel(
-    p_parts, p_ids, p_gates, p_leaves, p_y, D: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr,
-    LEVELS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Sum a token's parts in the tree over their experts' leaves."""
-    i_t = tl.program_id(0).to(tl.int64)
-    i_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    i_l = tl.arange(0, LEAVES)
-    b_y = tl.zeros([BLOCK_D, LEAVES], tl.float32)
-    for k in tl.static_range(CHOICES):
-        expert = tl.load(p_ids + i_t * CHOICES + k)
-        held = expert >= 0
-        leaf = tl.load(p_leaves + expert, mask=held, other=0)
-        gate = tl.load(p_gates + i_t * CHOICES + k)
-        b_part = tl.load(p_parts + (i_t * CHOICES + k) * D + i_d, mask=held & (i_d < D), other=0.0).to(tl.float32)
-        b_term = tl.where(held, gate, 0.0) * b_part
-        b_y += tl.where(i_l[None, :] == leaf, b_term[:, None], 0.0)
-    for level in tl.static_range(LEVELS):
-        b_left, b_right = tl.split(tl.reshape(b_y, [BLOCK_D, LEAVES >> (level + 1), 2]))
-        b_y = b_left + b_right
-    tl.store(p_y + i_t * D + i_d, tl.reshape(b_y, [BLOCK_D]), mask=i_d < D)
-
-
 def routed_experts(
     x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, tree: Tree, gate_up_EFD: Tensor, down_EDI: Tensor, *,
-    chip: Chip,
+    chip: Chip, memory: Memory,
 ) -> Tensor:  # fmt: skip
     """See reference.py. As there, the inner values and an expert's output are rounded to the weights' dtype."""
+    parts = expert_parts(x_TD, local_ids_TK, gates_TK, tree, gate_up_EFD, down_EDI, chip=chip, memory=memory)
+    return sum_parts(parts, memory)
+
+
+def expert_parts(
+    x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, tree: Tree, gate_up_EFD: Tensor, down_EDI: Tensor, *,
+    chip: Chip, memory: Memory,
+) -> ExpertParts:  # fmt: skip
+    """What `routed_experts` sums up."""
     assert all(t.is_contiguous() for t in (x_TD, local_ids_TK, gates_TK, gate_up_EFD, down_EDI))
     (tokens, choices), (experts, width, inner) = local_ids_TK.shape, down_EDI.shape
     dtype, device, pairs = down_EDI.dtype, x_TD.device, tokens * choices
     tiles = _tiles(pairs, down_EDI, chip)
-    sorted_pairs = sort_pairs(local_ids_TK, experts, tiles.pairs)
-    inner_PI = torch.empty((pairs, inner), dtype=dtype, device=device)
-    parts_PD = torch.empty((pairs, width), dtype=dtype, device=device)
-    y_TD = torch.empty((tokens, width), device=device)
+    sorted_pairs = sort_pairs(local_ids_TK, experts, tiles.pairs, memory)
+    inner_PI = memory.empty((pairs, inner), dtype, device)
+    parts_PD = memory.empty((pairs, width), dtype, device)
     multiply = _multiply_many if tiles is _PARTS.get(chip) else _multiply
     multiply(x_TD, gate_up_EFD, down_EDI, inner_PI, parts_PD, sorted_pairs, choices, tiles)
-    block_d = max(min(triton.next_power_of_2(width), 4096 // tree.size), 16)  # 32 sums a thread
-    experts_sum_fwd_kernel[(tokens, triton.cdiv(width, block_d))](
-        parts_PD, local_ids_TK, gates_TK, tree.leaves_E, y_TD, D=width, CHOICES=choices, LEAVES=tree.size,
-        LEVELS=tree.size.bit_length() - 1, BLOCK_D=block_d,
-    )  # fmt: skip
-    return y_TD
+    return ExpertParts(parts_PD, local_ids_TK, gates_TK, tree)
 
 
 def _multiply(

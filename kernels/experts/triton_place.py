@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from divisi.kernels.pass_memory import Memory
+
 _BLOCKS = (128, 1024)  # pairs sorted in registers, 1 or 8 a thread; the larger takes 10 us, too long for small batches
 _ROWS = 8  # blocks' counts that are summed at once
 
@@ -75,17 +77,17 @@ def experts_place_fwd_kernel(
             tl.store(p_tile_expert + i + i_i, -1, mask=i + i_i < num_tiles)
 
 
-def sort_pairs(local_ids_TK: Tensor, experts: int, pairs_of_tile: int) -> SortedPairs:
+def sort_pairs(local_ids_TK: Tensor, experts: int, pairs_of_tile: int, memory: Memory) -> SortedPairs:
     """Of contiguous int32 ids, -1 for experts that are elsewhere. One launch for up to 1,024 pairs, two for more."""
     pairs, device = local_ids_TK.numel(), local_ids_TK.device
     # no more tiles than pairs, and at most one unfilled tile per expert
     count = min(pairs, pairs // pairs_of_tile + experts)
-    order_P = torch.empty(pairs, dtype=torch.int32, device=device)
+    order_P = memory.empty((pairs,), torch.int32, device)
     # rows of whole 16 bytes, or the pointers' alignment would make for more variants
-    tile_3N = torch.empty((3, triton.cdiv(count, 4) * 4), dtype=torch.int32, device=device)
+    tile_3N = memory.empty((3, triton.cdiv(count, 4) * 4), torch.int32, device)
     block = _BLOCKS[pairs > _BLOCKS[0]]
     blocks, block_e = triton.cdiv(pairs, block), max(triton.next_power_of_2(experts), 16)
-    counts_BE = torch.empty((blocks, block_e), dtype=torch.int32, device=device)
+    counts_BE = memory.empty((blocks, block_e), torch.int32, device)
     if blocks > 1:
         experts_count_fwd_kernel[(blocks,)](local_ids_TK, counts_BE, pairs, BLOCK_E=block_e, BLOCK=block)
     experts_place_fwd_kernel[(blocks,)](

@@ -17,6 +17,7 @@ from torch import Tensor
 from divisi.kernels.gated_delta.layout import DeltaDims, DeltaState, DeltaWeights
 from divisi.kernels.gated_delta.triton_inputs import causal_conv, gated_norm_fwd_kernel, log_decay, rounded_product
 from divisi.kernels.gpu.chip import Chip
+from divisi.kernels.pass_memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +132,14 @@ def gated_delta_decode(
     slots_S: Tensor,
     *,
     chip: Chip,
+    memory: Memory,
 ) -> Tensor:
     """See reference.py. Slot -1 and sequences without rows touch nothing; rows past the last sequence's are zero."""
     assert rows_TP.stride(1) == 1
     dims, tiles, tokens, runs = DeltaDims.of(state), _DECODE[chip], rows_TP.shape[0], slots_S.shape[0]
     heads, value_dim = dims.value_heads, dims.value_dim
-    o_THV = torch.empty((tokens, heads, value_dim), device=rows_TP.device)
-    out_TX = torch.empty((tokens, heads * value_dim), dtype=rows_TP.dtype, device=rows_TP.device)
+    o_THV = memory.empty((tokens, heads, value_dim), torch.float32, rows_TP.device)
+    out_TX = memory.empty((tokens, heads * value_dim), rows_TP.dtype, rows_TP.device)
     block_v = min(tiles.block_v, triton.next_power_of_2(value_dim))
     block_k, taps = max(triton.next_power_of_2(dims.key_dim), _LEAST_K), weights.conv_WC.shape[0]
     gated_delta_decode_fwd_kernel[(triton.cdiv(value_dim, block_v), heads, runs)](

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from divisi.kernels.activation.triton import silu_mul
 from divisi.kernels.attention.triton import attention_decode, attention_prefill
@@ -13,17 +15,26 @@ from divisi.kernels.experts.triton import routed_experts
 from divisi.kernels.gated_delta.triton_decode import gated_delta_decode, gated_delta_flush
 from divisi.kernels.gated_delta.triton_prefill import gated_delta_prefill
 from divisi.kernels.gpu.chip import Chip
-from divisi.kernels.linear.reference import linear
+from divisi.kernels.linear.triton import embed, linear
+from divisi.kernels.mixture.triton import FusedMixture
 from divisi.kernels.norm.triton import add_rms_norm, rms_norm
+from divisi.kernels.pass_memory import Buffers, Memory
 from divisi.kernels.router.triton import route
 
 
-def triton_operations(chip: Chip) -> Mapping[str, Callable[..., Any]]:
-    """By name. Matrix products are left out: torch's are the vendor's own."""
-    alike = (silu_mul, attention_inputs, add_rms_norm, rms_norm, route)
-    configured = (
-        attention_decode, attention_prefill, routed_experts, gated_delta_decode, gated_delta_prefill, gated_delta_flush
-    )  # fmt: skip
-    table: dict[str, Callable[..., Any]] = {op.__name__: op for op in alike}
-    table["mlp"] = lambda x_TD, gate_up_FD, down_DI: linear(silu_mul(linear(x_TD, gate_up_FD)), down_DI)
-    return table | {op.__name__: partial(op, chip=chip) for op in configured}
+def triton_operations(chip: Chip) -> Mapping[str, Any]:
+    """By name, with the memory that they share. Matrix products are torch's, which are the vendor's own."""
+    memory = Buffers()
+    alike = (linear, embed, silu_mul, attention_inputs, add_rms_norm, rms_norm, route)
+    configured = (attention_decode, routed_experts, gated_delta_decode)
+    unbuffered = (attention_prefill, gated_delta_prefill, gated_delta_flush)  # no part of a pass of decoding rows
+    table: dict[str, Any] = {op.__name__: partial(op, memory=memory) for op in alike}
+    table |= {op.__name__: partial(op, chip=chip, memory=memory) for op in configured}
+    table |= {op.__name__: partial(op, chip=chip) for op in unbuffered}
+    table |= {"mlp": partial(_mlp, memory=memory), "memory": memory, "mixture": FusedMixture(chip, memory)}
+    return table
+
+
+def _mlp(x_TD: Tensor, gate_up_FD: Tensor, down_DI: Tensor, *, memory: Memory) -> Tensor:
+    inner_TI = silu_mul(linear(x_TD, gate_up_FD, memory=memory), memory=memory)
+    return linear(inner_TI, down_DI, memory=memory)

@@ -19,10 +19,12 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
     Whoever streams weights looks up an address a page, 512 times as often in small ones. A hint: where there are no
     huge pages (not Linux, not enough free memory) nothing changes.
     """
+    if tensor.device.type != "cpu":
+        return tensor
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = tensor.data_ptr() + tensor.nbytes - start
     madvise: Any = getattr(_LIBC, "madvise", None)
-    if tensor.device.type == "cpu" and length >= _LARGE and madvise is not None:
+    if length >= _LARGE and madvise is not None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
     return tensor
 

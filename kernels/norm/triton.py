@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from divisi.kernels.pass_memory import Memory
 
 
 @triton.jit
@@ -26,25 +27,31 @@ def rms_norm_fwd_kernel(
     tl.store(p_out + i_row + i_d, b_out.to(p_out.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, scale_D: Tensor, eps: float, *, memory: Memory) -> Tensor:
     """See reference.py."""
-    return _launch(x_TD, None, scale_D, eps)
+    return _launch(x_TD, None, scale_D, eps, memory)
 
 
-def add_rms_norm(residual_TD: Tensor, update_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+def add_rms_norm(
+    residual_TD: Tensor, update_TD: Tensor, scale_D: Tensor, eps: float, *, memory: Memory
+) -> Tensor:
     """See reference.py."""
     assert update_TD.is_contiguous()
-    return _launch(residual_TD, update_TD, scale_D, eps)
+    return _launch(residual_TD, update_TD, scale_D, eps, memory)
 
 
-def _launch(x_TD: Tensor, update_TD: Tensor | None, scale_D: Tensor, eps: float) -> Tensor:
+def _launch(x_TD: Tensor, update_TD: Tensor | None, scale_D: Tensor, eps: float, memory: Memory) -> Tensor:
     assert x_TD.is_contiguous()
     tokens, width = x_TD.shape
-    out_TD = torch.empty_like(x_TD)
+    out_TD = memory.empty(x_TD.shape, x_TD.dtype, x_TD.device)
     block = triton.next_power_of_2(width)
-    # 8 values a thread: one 16-byte load of bf16
-    warps = min(max(block // 256, 1), 16)
     rms_norm_fwd_kernel[(tokens,)](
-        x_TD, update_TD, scale_D, out_TD, eps, D=width, BLOCK_D=block, ADD=update_TD is not None, num_warps=warps
-    )
+        x_TD, update_TD, scale_D, out_TD, eps, D=width, BLOCK_D=block, ADD=update_TD is not None,
+        num_warps=warps_of_row(block),
+    )  # fmt: skip
     return out_TD
+
+
+def warps_of_row(block: int) -> int:
+    """8 values a thread: one 16-byte load of bf16."""
+    return min(max(block // 256, 1), 16)

@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from divisi.kernels.pass_memory import Memory
+
 
 @triton.jit
-def route_fwd_kernel(
-    p_logits, p_ids, p_gates, row_stride,
+def route_row(
+    p_logits, p_ids, p_gates, i_t, row_stride,
     E: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    i_t = tl.program_id(0).to(tl.int64)
+    """Store the choices of row ``i_t`` (int64) and their gates."""
     i_e = tl.arange(0, BLOCK_E)
     i_k = tl.arange(0, BLOCK_K)
     b_logit = tl.load(p_logits + i_t * row_stride + i_e, mask=i_e < E, other=float("-inf")).to(tl.float32)
@@ -43,16 +45,30 @@ def route_fwd_kernel(
     tl.store(p_gates + i_t * K + i_k, b_gates, mask=i_k < K)
 
 
-def route(logits_TE: Tensor, num_chosen: int, normalise: bool) -> tuple[Tensor, Tensor]:
+@triton.jit
+def route_fwd_kernel(
+    p_logits, p_ids, p_gates, row_stride,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    i_t = tl.program_id(0).to(tl.int64)
+    route_row(p_logits, p_ids, p_gates, i_t, row_stride, E, BLOCK_E, K, BLOCK_K, NORMALISE)
+
+
+def route(logits_TE: Tensor, num_chosen: int, normalise: bool, *, memory: Memory) -> tuple[Tensor, Tensor]:
     """See reference.py."""
     assert logits_TE.stride(1) == 1
     tokens, experts = logits_TE.shape
-    ids_TK = torch.empty((tokens, num_chosen), dtype=torch.int32, device=logits_TE.device)
-    gates_TK = torch.empty((tokens, num_chosen), device=logits_TE.device)
+    ids_TK = memory.empty((tokens, num_chosen), torch.int32, logits_TE.device)
+    gates_TK = memory.empty((tokens, num_chosen), torch.float32, logits_TE.device)
     block = triton.next_power_of_2(experts)
     route_fwd_kernel[(tokens,)](
         logits_TE, ids_TK, gates_TK, logits_TE.stride(0), E=experts, BLOCK_E=block, K=num_chosen,
         BLOCK_K=triton.next_power_of_2(num_chosen), NORMALISE=normalise,
-        num_warps=1 if block <= 1024 else 4,  # one warp: its reductions need no barrier, and there are K of them
+        num_warps=warps_of_choice(block),
     )  # fmt: skip
     return ids_TK, gates_TK
+
+
+def warps_of_choice(block: int) -> int:
+    """One warp: its reductions need no barrier, and there is one for every expert chosen."""
+    return 1 if block <= 1024 else 4

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from divisi.kernels.mixture.layout import Update
 from divisi.kernels.select import Kernels
 from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.fused import FusedBlock
 from divisi.model.layers.mixer import attention, delta_net
-from divisi.model.layers.mlp import dense, mixture, route
+from divisi.model.layers.mlp import dense, mixture
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import AttentionWeights, LayerWeights, MlpWeights
@@ -37,15 +38,16 @@ class Block:
         if kernels.fused is not None:
             self._fused = FusedBlock.of(kernels.fused, config, weights, self._pool, self._delta, first)
 
-    def mix(self, residual_TD: Tensor, update_TD: Tensor | None, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
+    def mix(self, residual_TD: Tensor, update: Update | None, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
         """Add the update to the residual, and return the mixer's own."""
         if self._fused is not None and self._fused.takes(batch):
-            return self._fused.mix(residual_TD, update_TD, cos_sin_TR, batch)
+            assert update is None or isinstance(update, Tensor), "where operations are fused, updates are summed"
+            return self._fused.mix(residual_TD, update, cos_sin_TR, batch)
         scale_D, eps = self._weights.input_scale_D, self._config.rms_norm_eps
-        if update_TD is None:
+        if update is None:
             x_TD = self._kernels.rms_norm(residual_TD, scale_D, eps)
         else:
-            x_TD = self._kernels.add_rms_norm(residual_TD, update_TD, scale_D, eps)
+            x_TD = self._kernels.mixture.add_norm(residual_TD, update, scale_D, eps)
         mixer = self._weights.mixer
         if isinstance(mixer, AttentionWeights):
             assert self._pool is not None, "a layer of attention has pages"
@@ -56,7 +58,7 @@ class Block:
 
     def feed(
         self, residual_TD: Tensor, mixed_TD: Tensor, batch: StepBatch, dispatcher: Dispatcher, stopwatch: Stopwatch
-    ) -> Tensor:
+    ) -> Update:
         """Add the mixer's output to the residual, and return that of the feed-forward part."""
         scale_D, eps, mlp = self._weights.mlp_scale_D, self._config.rms_norm_eps, self._weights.mlp
         if isinstance(mlp, MlpWeights):
@@ -65,9 +67,10 @@ class Block:
             stopwatch.lap("experts")
             return y_TD
         if self._fused is not None and self._fused.takes(batch):
-            routed = self._fused.route(residual_TD, mixed_TD)
+            x_TD, rows = self._fused.route(residual_TD, mixed_TD)
         else:
             x_TD = self._kernels.add_rms_norm(residual_TD, mixed_TD, scale_D, eps)
-            routed = route(self._kernels, mlp, self._config, x_TD)
+            chosen, normalise = self._config.num_experts_per_tok, self._config.norm_topk_prob
+            rows = self._kernels.mixture.inputs(x_TD, mlp, chosen, normalise)
         stopwatch.lap("router")
-        return mixture(self._kernels, mlp, self._index, routed, dispatcher, stopwatch)
+        return mixture(self._kernels, mlp, self._index, x_TD, rows, dispatcher, stopwatch)

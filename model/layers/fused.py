@@ -14,10 +14,10 @@ from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool
 from divisi.kernels.gated_delta.layout import DeltaState
+from divisi.kernels.mixture.layout import MixtureRows
 from divisi.kernels.native.fused import Fused, NormRoute
 from divisi.model.batch import DecodeRows, StepBatch
 from divisi.model.config import ModelConfig
-from divisi.model.layers.mlp import Routed
 from divisi.model.weights import AttentionWeights, LayerWeights, MlpWeights
 
 Mix = Callable[[Tensor, Tensor | None, Tensor, Tensor, DecodeRows], Tensor]
@@ -50,11 +50,11 @@ class FusedBlock:
         assert batch.decode is not None, "rows decode or prefill"
         return self._mix(residual_TD, update_TD, cos_sin_TR, batch.kv_rows_T, batch.decode)
 
-    def route(self, residual_TD: Tensor, mixed_TD: Tensor) -> Routed:
-        """Norm and router."""
+    def route(self, residual_TD: Tensor, mixed_TD: Tensor) -> tuple[Tensor, MixtureRows]:
+        """Norm and router: the normed rows, and where they go."""
         assert self._norm_route is not None, "the layer has experts"
         x_TD, logits_TE, ids_TK, gates_TK = self._norm_route(residual_TD, mixed_TD)
-        return Routed(x_TD, ids_TK, gates_TK, logits_TE[:, -1])
+        return x_TD, MixtureRows(ids_TK, gates_TK, logits_TE[:, -1], None)
 
 
 def _mix(
@@ -80,4 +80,4 @@ def _norm_route(fused: Fused, config: ModelConfig, weights: LayerWeights) -> Nor
     if isinstance(weights.mlp, MlpWeights):
         return None
     experts, chosen, normalise = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
-    return fused.norm_route(weights.mlp_scale_D, config.rms_norm_eps, weights.mlp.router_ED, experts, chosen, normalise)
+    return fused.norm_route(weights.mlp_scale_D, config.rms_norm_eps, weights.mlp.inputs_ND, experts, chosen, normalise)

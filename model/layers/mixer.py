@@ -76,5 +76,5 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def biased(x_TN: Tensor, bias_N: Tensor | None) -> Tensor:
-    """A projection's output with its bias, if it has one."""
-    return x_TN if bias_N is None else x_TN + bias_N
+    """A projection's output with its bias, if it has one, added in place."""
+    return x_TN if bias_N is None else x_TN.add_(bias_N)

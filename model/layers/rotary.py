@@ -20,6 +20,6 @@ class Rotary:
         angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * inverse_frequency
         self._cos_sin_PR = torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    def cos_sin(self, positions_T: Tensor) -> Tensor:
-        """Return ``[T, R]``: R/2 cosines, then R/2 sines, fp32."""
-        return self._cos_sin_PR.index_select(0, positions_T)
+    def cos_sin(self, positions_T: Tensor, out_TR: Tensor) -> Tensor:
+        """Fill and return ``out_TR``: R/2 cosines, then R/2 sines, fp32."""
+        return torch.index_select(self._cos_sin_PR, 0, positions_T, out=out_TR)

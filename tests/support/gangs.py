@@ -43,6 +43,9 @@ class DenseExperts:
             sums.append(sum_in_tree(parts_TKD, expert_ids_TK % leaves, size))
         return torch.cat(sums, dim=1)
 
+    def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        return self.partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
+
 
 def membership_of(shape: GangShape, store: Address, epoch: int = 1) -> Membership:
     """Of all seats."""

@@ -38,12 +38,26 @@ class _Utils:
         return {"max_shared_mem": shared, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What was launched, and the places of its tensors."""
+
+    name: str
+    grid: tuple[int, int, int]
+    places: tuple[tuple[int, int], ...]
+
+
+def place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Stands for a tensor's address, which one without memory has none of: its storage, and the byte it begins at."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.itemsize
+
+
 @dataclass
 class StubDriver(DriverBase):
     """Compiles for ``arch`` and keeps what was launched."""
 
     arch: int
-    launches: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
     kernels: dict[str, Any] = field(default_factory=dict)
     """Compiled kernels by hash."""
 
@@ -80,7 +94,8 @@ class StubDriver(DriverBase):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-            self.launches.append((metadata.name, (x, y, z)))
+            tensors = [argument for argument in rest if isinstance(argument, torch.Tensor)]
+            self.launches.append(Launch(metadata.name, (x, y, z), tuple(map(place, tensors))))
 
         return launch
 

@@ -67,13 +67,13 @@ def test_a_step_is_computed_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with thread_gang(small_spec(tmp_path, GangShape(1, 0), threads=None)) as (worker,):
         experts, seen = worker.experts, set()
         assert experts is not None
-        partial_sum = experts.partial_sum
+        routed = experts.routed
 
         def noted(layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
             seen.add(torch.get_num_threads())
-            return partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
+            return routed(layer, x_TD, expert_ids_TK, gates_TK)
 
-        monkeypatch.setattr(experts, "partial_sum", noted)
+        monkeypatch.setattr(experts, "routed", noted)
         worker.submit(Request("a", (1, 2, 3), 2, Sampling(temperature=0.0)))
         worker.finish("a")
     assert seen == {3}

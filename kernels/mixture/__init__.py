@@ -1,0 +1,1 @@
+"""What surrounds the routed experts of a layer: router, shared expert, and adding all to the residual."""

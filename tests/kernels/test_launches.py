@@ -1,0 +1,69 @@
+"""What a decode step launches at the published sizes, on fake CUDA tensors: see tests/support/decode_launches.py.
+
+No proof of graph capture, and the vendor's products may launch a second kernel that splits the sum.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.kernels.test_triton import run
+
+Step = dict[str, Any]
+MOST = {"delta": 12, "attention": 14}
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, list[Step]]:
+    """Of each kind of step two, with other lengths, after one that made room."""
+    found: dict[str, list[Step]] = json.loads(run(sys.executable, "-m", "tests.support.decode_launches", "90"))
+    return found
+
+
+def test_a_layer_takes_few_launches(
+    steps: dict[str, list[Step]], record_result: Callable[[str, object], None]
+) -> None:
+    for name, (step, _) in steps.items():
+        layers = by_layer(step)
+        for index, launches in enumerate(layers):
+            kind = "attention" if index % 4 == 3 else "delta"
+            listed = ", ".join(launches)
+            print(f"{name}, {kind}: {len(launches)}: {listed}")
+            record_result(f"{name}, layer {index}, {kind}", f"{len(launches)}: {listed}")
+            assert len(launches) <= MOST[kind], f"{name}: {launches}"
+
+
+def test_two_steps_launch_the_same_at_the_same_addresses(steps: dict[str, list[Step]]) -> None:
+    for name, (first, second) in steps.items():
+        one, two = inside(first), inside(second)
+        assert [launch["name"] for launch in one if "name" in launch].count("torch.mm") == 4 * 4 + 1, name
+        assert one == two, name
+        assert first["compiled"] == second["compiled"] == 0, name
+
+
+def test_nothing_waits_copies_or_takes_memory_within_the_layers(steps: dict[str, list[Step]]) -> None:
+    for name, pair in steps.items():
+        for step in pair:
+            assert step["faults"] == [], name
+
+
+def inside(step: Step) -> list[Step]:
+    """From the first layer to the logits."""
+    launches: list[Step] = step["launches"]
+    return launches[next(i for i, launch in enumerate(launches) if "mark" in launch) :]
+
+
+def by_layer(step: Step) -> list[list[str]]:
+    """The names of each layer's launches; the norm that adds a layer's result opens the next one."""
+    layers: list[list[str]] = [[]]
+    for launch in inside(step)[1:]:
+        if launch.get("mark") == "experts":
+            layers.append([])
+        elif "name" in launch:
+            layers[-1].append(launch["name"])
+    return layers[:-1]
