@@ -201,7 +201,7 @@ def _mixture_inputs(
 
 def _mixture_add_norm(
     kernels: Kernels, residual_TD: Tensor, shared_TD: Tensor, gate_T: Tensor, scale_D: Tensor, eps: float,
-    *routed: Tensor,
+    *routed: Any,
 ) -> Tensor:  # fmt: skip
     found = routed[0] if len(routed) == 1 else kernels.mixture.routed(*routed)
     return kernels.mixture.add_norm(residual_TD, MixtureUpdate(found, shared_TD, gate_T), scale_D, eps)
