@@ -6,8 +6,8 @@ Floats that are activations, weights or KV take the dtype asked for; recurrent s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.experts.layout import Tree
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves, ring_entries
-from divisi.kernels.mixture.layout import MixtureUpdate
 from divisi.kernels.select import Kernels
 
 _MANY = 2**16
@@ -35,6 +34,10 @@ class Case:
     bytes: float = 0
     """What the call must read and write at least."""
     flops: float = 0
+    between: float = 0
+    """Bytes that its launches hand to each other."""
+    several: Callable[..., Any] | None = None
+    """Where the operation stands for several calls: makes them, of kernels and the arguments."""
 
     def run(self, kernels: Kernels) -> dict[str, Tensor]:
         """Call on copies of what is written; return every result by name."""
@@ -49,14 +52,15 @@ class Case:
 
     def call(self, kernels: Kernels) -> Callable[..., Any]:
         """What is called with the arguments."""
-        several = _SEVERAL.get(self.operation)
-        found: Callable[..., Any] = getattr(kernels, self.operation) if several is None else partial(several, kernels)
-        return found
+        if self.several is not None:
+            return partial(self.several, kernels)
+        operation: Callable[..., Any] = getattr(kernels, self.operation)
+        return operation
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Case:
         """The same case with other tensors."""
         arguments = tuple(_map(a, change) for a in self.arguments)
-        return Case(self.operation, self.name, arguments, self.written, self.bytes, self.flops)
+        return replace(self, arguments=arguments)
 
 
 def copied(value: Any) -> Any:
@@ -163,54 +167,8 @@ def routed_experts(
     return Case(
         "routed_experts", name,
         (x, ids.to(draw.device), gates, Tree.of(range(experts), 32, draw.device), gate_up, down),
-        bytes=moved, flops=6.0 * pairs * width * inner,
+        bytes=moved, flops=6.0 * pairs * width * inner, between=2 * pairs * (inner + width) * down.itemsize,
     )  # fmt: skip
-
-
-def mixture_inputs(draw: Draw, name: str, tokens: int, experts: int, chosen: int, width: int, inner: int) -> Case:
-    """Whole numbers, whose products and sums are exact, so that the choices are."""
-    sizes = ((tokens, width), 1.0), ((experts, width), 2.0), ((width,), 1.0)
-    x, router, gate = (draw.normal(*size, scale=scale).round() for size, scale in sizes)
-    gate_up, down = draw.normal(2 * inner, width, scale=width**-0.5), draw.normal(width, inner, scale=inner**-0.5)
-    moved = sum(w.nbytes for w in (router, gate, gate_up, down, x, x))
-    return Case("mixture_inputs", name, (x, router, gate, gate_up, down, chosen), bytes=moved)
-
-
-def mixture_add_norm(
-    draw: Draw, name: str, tokens: int, chosen: int, width: int, inner: int, experts: int, *, summed: bool = False
-) -> Case:
-    """After the experts of this process, or of others (``summed``)."""
-    routed = routed_experts(draw, name, tokens, chosen, experts, width, inner, elsewhere=1).arguments
-    if summed:
-        routed = (draw.normal(tokens, width, dtype=torch.float32),)
-    residual, shared, logits = draw.normal(tokens, width), draw.normal(tokens, width), draw.normal(tokens, 3)
-    scale = draw.normal(width, dtype=torch.float32)
-    moved = (3 + (2 if summed else chosen)) * residual.nbytes
-    return Case(
-        "mixture_add_norm", name, (residual, shared, logits[:, 1], scale, 1e-6, *routed), written=(0,), bytes=moved
-    )
-
-
-def _mixture_inputs(
-    kernels: Kernels, x_TD: Tensor, router_ED: Tensor, gate_D: Tensor, gate_up_FD: Tensor, down_DI: Tensor, chosen: int
-) -> tuple[Tensor, ...]:
-    matrices = kernels.mixture.pack(router_ED, gate_D, gate_up_FD, down_DI)
-    rows = kernels.mixture.inputs(x_TD, matrices, chosen, True)
-    return rows.ids_TK, rows.gates_TK, rows.gate_T, kernels.mixture.shared(x_TD, rows, matrices)
-
-
-def _mixture_add_norm(
-    kernels: Kernels, residual_TD: Tensor, shared_TD: Tensor, gate_T: Tensor, scale_D: Tensor, eps: float,
-    *routed: Any,
-) -> Tensor:  # fmt: skip
-    found = routed[0] if len(routed) == 1 else kernels.mixture.routed(*routed)
-    return kernels.mixture.add_norm(residual_TD, MixtureUpdate(found, shared_TD, gate_T), scale_D, eps)
-
-
-_SEVERAL: Mapping[str, Callable[..., Any]] = {
-    "mixture_inputs": _mixture_inputs, "mixture_add_norm": _mixture_add_norm,
-}  # fmt: skip
-"""Cases of more than one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +234,13 @@ def attention(
         (q, gate, pool, starts, draw.ints(lengths), tables.to(draw.device), *([first] if first else [])),
         bytes=2 * held * heads.key * heads.dim * q.itemsize + 3 * q.nbytes,
         flops=4.0 * sum(seen) * heads.query * heads.dim,
+        between=_split_bytes(heads, lengths, rows) if operation == "attention_decode" else 0,
     )  # fmt: skip
+
+
+def _split_bytes(heads: Heads, lengths: Sequence[int], rows: Sequence[int]) -> float:
+    splits = sum(n * -(-(length + n) // 512) for length, n in zip(lengths, rows, strict=True))
+    return 8.0 * splits * heads.query * (heads.dim + 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,11 +302,15 @@ def gated_delta_decode(
     starts = draw.ints([sum(rows[:i]) for i in range(runs + 1)])
     projected = draw.normal(total, shape.row)
     per_state = 4 * shape.heads * shape.key_dim * shape.value_dim
-    moved = sum((per_state * (2 if lag else 1)) for n, lag in zip(rows, lags, strict=True) if n)
+    entry = 4 * (shape.groups * shape.key_dim + shape.heads * (shape.value_dim + 1))
+    rings = sum(n * (entry + 4 * shape.channels) + lag * entry for n, lag in zip(rows, lags, strict=True))
+    rings += sum(map(bool, rows)) * (shape.taps - 1) * 4 * shape.channels
+    moved = rings + sum((per_state * (2 if lag else 1)) for n, lag in zip(rows, lags, strict=True) if n)
     return Case(
         "gated_delta_decode", name, (projected, weights, state, starts, draw.ints(lengths), draw.ints(slots)),
         written=(2,), bytes=moved + projected.nbytes + 2 * total * shape.heads * shape.value_dim,
         flops=sum((7 * n + 3 * lag) * per_state / 4 for n, lag in zip(rows, lags, strict=True)),
+        between=8.0 * total * shape.heads * shape.value_dim,
     )  # fmt: skip
 
 
@@ -386,5 +354,13 @@ def gated_delta_prefill(
     return Case(
         "gated_delta_prefill", name,
         (projected, weights, state, starts, draw.ints(lengths), draw.ints(sources), leaves), written=(2,),
-        bytes=projected.nbytes + out, flops=per_row * sum(rows),
+        bytes=projected.nbytes + out, flops=per_row * sum(rows), between=_chunk_bytes(shape, rows, len(positions)),
     )  # fmt: skip
+
+
+def _chunk_bytes(shape: DeltaShape, rows: Sequence[int], leaves: int) -> float:
+    """fp32: conv outputs by row; w, u, k^T, deltas and the state before each chunk of 64; those of a leaf."""
+    keys, values = shape.groups * shape.key_dim, shape.heads * shape.value_dim
+    chunk = 64 * (2 * shape.heads * shape.key_dim + 2 * keys + 4 * values) + 2 * values * shape.key_dim
+    leaf = 64 * (values + keys) + 2 * values * shape.key_dim + (shape.taps - 1) * shape.channels
+    return 4.0 * (sum(rows) * (5 * keys + 2 * values) + sum(-(-n // 64) for n in rows) * chunk + leaves * leaf)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from divisi.benchmarks.gpu import cases
+from divisi.benchmarks.gpu import cases, mixture_cases
 from divisi.benchmarks.gpu.cases import Case, DeltaShape, Draw, Heads
 
 Make = Callable[[Draw, str], Case]
@@ -28,10 +28,10 @@ CHECKED: Mapping[str, Make] = {
     "route": partial(cases.route, tokens=7, experts=37, chosen=5),
     "route with ties": partial(cases.route, tokens=7, experts=37, chosen=5, ties=True),
     "route to all": partial(cases.route, tokens=1, experts=8, chosen=8),
-    "mixture": partial(cases.mixture_inputs, tokens=3, experts=13, chosen=3, width=40, inner=24),
-    "mixture's norm": partial(cases.mixture_add_norm, tokens=4, chosen=3, width=40, inner=24, experts=5),
+    "mixture": partial(mixture_cases.mixture_inputs, tokens=3, experts=13, chosen=3, width=40, inner=24),
+    "mixture's norm": partial(mixture_cases.mixture_add_norm, tokens=4, chosen=3, width=40, inner=24, experts=5),
     "mixture's norm of a sum": partial(
-        cases.mixture_add_norm, tokens=3, chosen=3, width=61, inner=24, experts=5, summed=True
+        mixture_cases.mixture_add_norm, tokens=3, chosen=3, width=61, inner=24, experts=5, summed=True
     ),
     "inputs": partial(cases.attention_inputs, tokens=5, heads=SMALL_HEADS, pages=4),
     "keys and values only": partial(cases.attention_inputs, tokens=3, heads=replace(SMALL_HEADS, query=0), pages=4),
@@ -95,6 +95,10 @@ TIMED: Sequence[tuple[str, Make]] = (
     ("T=1, 10 of 512", partial(cases.route, tokens=1, experts=512, chosen=10)),
     ("T=64, 10 of 512", partial(cases.route, tokens=64, experts=512, chosen=10)),
     ("T=8192, 10 of 512", partial(cases.route, tokens=8192, experts=512, chosen=10)),
+    ("T=64", partial(mixture_cases.mixture_inputs, tokens=64, experts=512, chosen=10, width=2048, inner=512)),
+    ("T=64 of a sum", partial(
+        mixture_cases.mixture_add_norm, tokens=64, chosen=10, width=2048, inner=512, experts=512, summed=True
+    )),
     ("T=64", partial(cases.attention_inputs, tokens=64, heads=HEADS, pages=600)),
     ("T=8192", partial(cases.attention_inputs, tokens=8192, heads=HEADS, pages=600)),
     ("1 x 1 row at 32768", partial(_decode, lengths=[32767], rows=[1])),

@@ -85,7 +85,7 @@ def _attend(
     return b_max, b_sum, b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages_stride", "num_splits"])
 def attention_split_fwd_kernel(
     p_q, p_key, p_value, p_starts, p_lengths, p_pages, p_part, p_part_max, p_part_sum,
     scale, pages_stride, num_splits,
@@ -123,7 +123,7 @@ def attention_split_fwd_kernel(
             tl.store(p_part + i_part[:, None] * D + i_d[None, :], b_acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "num_splits"])
 def attention_join_fwd_kernel(
     p_part, p_part_max, p_part_sum, p_gate, p_out, p_starts, p_lengths, num_runs, num_splits, gate_stride,
     Q: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -151,7 +151,7 @@ def attention_join_fwd_kernel(
     tl.store(p_out + i_head * D + i_d, b_acc.to(p_out.dtype.element_ty), mask=i_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "pages_stride"])
 def attention_prefill_fwd_kernel(
     p_q, p_gate, p_key, p_value, p_starts, p_lengths, p_pages, p_out, scale, num_runs, gate_stride, pages_stride,
     Q: tl.constexpr, J: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,

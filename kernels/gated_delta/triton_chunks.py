@@ -20,7 +20,7 @@ def operand(b_x, PRECISION: tl.constexpr):
     return b_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def gated_delta_conv_fwd_kernel(
     p_rows, p_taps, p_conv, p_starts, p_lengths, p_sources, p_qk, p_v, num_runs, row_stride,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, RING: tl.constexpr,
@@ -78,7 +78,7 @@ def unit_lower_inverse(b_lower, i_t, SIZE: tl.constexpr, PRECISION: tl.constexpr
     return b_inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def gated_delta_chunk_fwd_kernel(
     p_rows, p_rate, p_dt_bias, p_qk, p_v, p_starts, p_w, p_u, p_log, p_turned, num_runs, row_stride,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -176,7 +176,7 @@ def gated_delta_scan_fwd_kernel(
         b_s = b_s * tl.exp(last) + tl.dot(b_key, b_left, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def gated_delta_output_fwd_kernel(
     p_rows, p_norm, p_qk, p_delta, p_log, p_before, p_starts, p_out, num_runs, row_stride, eps,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -215,7 +215,7 @@ def gated_delta_output_fwd_kernel(
         tl.store(p_own, b_out.to(p_out.dtype.element_ty), mask=mask_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def gated_delta_leaf_fwd_kernel(
     p_turned, p_delta, p_log, p_before, p_state, p_starts, p_lengths, p_leaf_starts, p_leaf_positions, p_leaf_slots,
     num_runs,
@@ -249,7 +249,7 @@ def gated_delta_leaf_fwd_kernel(
         tl.store(p_own, b_s, mask=(i_k < K)[:, None] & (i_v < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def gated_delta_history_fwd_kernel(
     p_rows, p_conv, p_position, p_starts, p_lengths, p_sources, p_leaf_starts, p_leaf_positions, p_leaf_slots,
     num_runs, row_stride, C: tl.constexpr, W: tl.constexpr, RING: tl.constexpr,

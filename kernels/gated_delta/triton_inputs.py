@@ -60,7 +60,7 @@ def gated_norm(b_o, b_z, b_norm, eps, V: tl.constexpr):
     return b_o * tl.rsqrt(tl.sum(b_o * b_o, 1)[:, None] / V + eps) * b_norm[None, :] * b_z * tl.sigmoid(b_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def gated_norm_fwd_kernel(
     p_o, p_rows, p_norm, p_out, p_position, p_starts, p_lengths, p_slots, num_runs, row_stride, eps,
     H: tl.constexpr, V: tl.constexpr, Z: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -13,6 +13,7 @@ from divisi.model.dispatcher import Dispatcher
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import MlpWeights
 
+
 def dense(kernels: Kernels, weights: MlpWeights, x_TD: Tensor) -> Tensor:
     """SwiGLU; return ``y_TD``."""
     return kernels.mlp(x_TD, weights.gate_up_FD, weights.down_DI)

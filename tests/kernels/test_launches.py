@@ -52,6 +52,14 @@ def test_nothing_waits_copies_or_takes_memory_within_the_layers(steps: dict[str,
             assert step["faults"] == [], name
 
 
+def test_kernels_specialise_into_few_variants_and_into_none_after_the_first_steps() -> None:
+    """By the ends of a bucket: one sequence and many, short ones and long ones, without drafts and with."""
+    found = json.loads(run(sys.executable, "-m", "tests.support.decode_variants", "90"))
+    assert len(found["variants"]) >= 12
+    assert {name: count for name, count in found["variants"].items() if count > 2} == {}
+    assert found["later"] == []
+
+
 def inside(step: Step) -> list[Step]:
     """From the first layer to the logits."""
     launches: list[Step] = step["launches"]

@@ -10,17 +10,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from types import SimpleNamespace
-from typing import cast
 
 import torch
 
-from divisi.benchmarks.gpu import cases
+from divisi.benchmarks.gpu import cases, mixture_cases
 from divisi.benchmarks.gpu.cases import Case, Draw
 from divisi.benchmarks.gpu.shapes import DELTA, HEADS
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.ops import triton_operations
-from divisi.kernels.select import Kernels
+from divisi.kernels.select import assembled
 from tests.support import stub_driver
 
 _experts = partial(cases.routed_experts, chosen=10, experts=32, width=2048, inner=512)
@@ -29,6 +27,13 @@ LAUNCHED: dict[str, list[Callable[..., Case]]] = {
     "rms_norm": [partial(cases.rms_norm, tokens=4, width=2048)],
     "add_rms_norm": [partial(cases.add_rms_norm, tokens=4, width=2048)],
     "silu_mul": [partial(cases.silu_mul, tokens=4, inner=512)],
+    "mixture_inputs": [
+        partial(mixture_cases.mixture_inputs, tokens=4, experts=512, chosen=10, width=2048, inner=512)
+    ],
+    "mixture_add_norm": [
+        partial(mixture_cases.mixture_add_norm, tokens=4, chosen=10, width=2048, inner=512, experts=32, summed=summed)
+        for summed in (False, True)
+    ],
     "route": [partial(cases.route, tokens=4, experts=512, chosen=10)],
     "attention_inputs": [partial(cases.attention_inputs, tokens=4, heads=HEADS, pages=4)],
     "attention_decode": [partial(_decode, lengths=[300, 20], rows=[n, n]) for n in (1, 4, 8)],
@@ -54,7 +59,7 @@ class _Ones(Draw):
 def main() -> None:
     arch, wanted = int(sys.argv[1]), sys.argv[2:] or list(LAUNCHED)
     stub = stub_driver.install(arch)
-    kernels = cast(Kernels, SimpleNamespace(**triton_operations(Chip(arch))))
+    kernels = assembled({"triton": triton_operations(Chip(arch))}, "triton")
     draw = _Ones(0, torch.bfloat16, torch.device("cpu"))
     seen: set[str] = set()
     for operation in wanted:

@@ -28,6 +28,7 @@ from divisi.model.batch import DecodeRows, StepBatch
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
+from divisi.model.placement import whole_share
 from divisi.model.runner import ModelRunner
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Part, Stopwatch
@@ -147,17 +148,18 @@ class FakeCheckpoint:
     """Tensors of any shape, without bytes."""
 
     bytes_read = 0
+    device = CUDA
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=CUDA)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def read_experts(
         self, layer: int, ids: Sequence[int], config: ModelConfig, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         width, inner = config.hidden_size, config.moe_intermediate_size
         return (
-            torch.empty((len(ids), 2 * inner, width), dtype=dtype, device=CUDA),
-            torch.empty((len(ids), width, inner), dtype=dtype, device=CUDA),
+            torch.empty((len(ids), 2 * inner, width), dtype=dtype, device=self.device),
+            torch.empty((len(ids), width, inner), dtype=dtype, device=self.device),
         )
 
 
@@ -193,7 +195,7 @@ def main() -> None:
             device=CUDA,
         )  # fmt: skip
         weights = load_weights(checkpoint, config, kernels, torch.bfloat16, CUDA)
-        bank = ExpertBank.load(checkpoint, config, range(config.num_experts), kernels, torch.bfloat16, CUDA)
+        bank = ExpertBank.load(checkpoint, config, whole_share(config), kernels, torch.bfloat16, CUDA)
         runner = ModelRunner(config, weights, store, kernels, Marks(record.mark))
         told = {}
         for name, rows in {"1 row of 8": [1] * 8, "3 drafts of 8": [4] * 8, "1 row of 64": [1] * 64}.items():

@@ -16,6 +16,7 @@ from typing import Any
 import triton
 
 from divisi.kernels.gpu.chip import Chip
+from tests.support import kernel_model
 
 OUT = Path(__file__).parent.parent.parent / "benchmarks/results/kernels.md"
 _SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -28,6 +29,26 @@ that fit on a multiprocessor, matrix instructions and bulk tensor copies in the 
 
 Other cards have no configurations: `--kernels auto` runs the references there, and `--kernels triton` is refused
 ("kernels 'triton' need an NVIDIA A100, H100, B200 or alike; use 'auto' or 'reference'").
+
+"""  # noqa: E501 - lines of the report
+_REFUSED = """
+## What runs where
+
+Heads of more than 256 dims have no Triton attention on any chip: the reference runs, and the log says so once ("heads of 264 dims have
+no Triton attention (at most 256): the reference runs").
+
+"""  # noqa: E501 - lines of the report
+_INSTEAD = {
+    "experts_up_many_fwd_kernel": "experts_up, in tiles of 128 pairs",
+    "experts_down_many_fwd_kernel": "experts_down, in tiles of 128 pairs",
+}
+_MODEL = f"""
+## Modelled, not measured
+
+At the shapes of gpu.md. Bytes are what an operation must read and write, and beside them what its launches hand to each other, each once.
+A cell: microseconds, and in brackets their terms: memory at {kernel_model.SHARE:.0%} of the maker's bandwidth, products at
+{kernel_model.SHARE:.0%} of the maker's bf16 rate (the larger of the two counts), and {kernel_model.LAUNCH_US:.0f} us a launch. What a
+program waits for itself, and how fast instructions issue, is not in the model.
 
 """  # noqa: E501 - lines of the report
 
@@ -46,7 +67,7 @@ def main() -> None:
         if process.returncode:
             sys.exit(f"compiling for {chip.name} failed")
         compiled[chip] = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    text = _HEAD + table(compiled)
+    text = _HEAD + table(compiled) + _REFUSED + matrix(compiled) + _MODEL + kernel_model.table()
     OUT.write_text(text, encoding="utf-8")
     print(text)
 
@@ -63,6 +84,17 @@ def table(compiled: Mapping[Chip, Sequence[Mapping[str, Any]]]) -> str:
     for (operation, name), cells in by_kernel.items():
         for own in zip_longest(*(cells.get(chip, []) for chip in compiled), fillvalue=""):
             lines.append(f"| {operation} | {name.removesuffix('_fwd_kernel')} | {' | '.join(own)} |")
+    return "\n".join(lines) + "\n"
+
+
+def matrix(compiled: Mapping[Chip, Sequence[Mapping[str, Any]]]) -> str:
+    """Which kernel is launched on which chip."""
+    launched = {chip: {kernel["kernel"] for kernel in kernels} for chip, kernels in compiled.items()}
+    names = " | ".join(chip.name for chip in compiled)
+    lines = [f"| kernel | {names} |", "|---" * (1 + len(compiled)) + "|"]
+    for name in sorted(set().union(*launched.values())):
+        cells = ["yes" if name in launched[chip] else _INSTEAD.get(name, "never launched") for chip in compiled]
+        lines.append(f"| {name.removesuffix('_fwd_kernel')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

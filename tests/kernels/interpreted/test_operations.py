@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import cast
-
 import pytest
 import torch
 
@@ -15,11 +12,11 @@ from divisi.benchmarks.gpu.shapes import CHECKED, ODD_DELTA, SMALL_DELTA
 from divisi.kernels.gated_delta import triton_decode
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.ops import triton_operations
-from divisi.kernels.select import Kernels, select_kernels
+from divisi.kernels.select import assembled, select_kernels
 from tests.support.honest_interpreter import grid_order, planted
 
 CPU = torch.device("cpu")
-TRITON = cast(Kernels, SimpleNamespace(**triton_operations(Chip.H100)))
+TRITON = assembled({"triton": triton_operations(Chip.H100)}, "triton")
 ORDERS = ("forward", "reverse", "shuffled")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -74,6 +71,19 @@ def test_a_position_that_is_stored_too_early_is_caught(monkeypatch: pytest.Monke
         "gated_delta_decode_fwd_kernel",
         "            tl.store(p_own, b_s, mask=mask)\n",
         "            tl.store(p_own, b_s, mask=mask)\n            tl.store(p_position + slot, length)\n",
+    )
+    monkeypatch.setattr(triton_decode, "gated_delta_decode_fwd_kernel", wrong)
+    case = CHECKED["delta decode"](Draw(0, torch.float32, CPU), "")
+    with pytest.raises(WrongResult, match="deviates"):
+        expect_close(case.operation, torch.float32, case.run(TRITON), case.run(select_kernels(CPU, "reference")))
+
+
+def test_a_state_that_is_rounded_to_bf16_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = planted(
+        triton_decode,
+        "gated_delta_decode_fwd_kernel",
+        "            b_sg = b_s * g\n",
+        "            b_sg = (b_s * g).to(tl.bfloat16).to(tl.float32)\n",
     )
     monkeypatch.setattr(triton_decode, "gated_delta_decode_fwd_kernel", wrong)
     case = CHECKED["delta decode"](Draw(0, torch.float32, CPU), "")
