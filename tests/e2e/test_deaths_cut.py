@@ -52,6 +52,14 @@ def cut(machine: Machine) -> Iterator[None]:
         subprocess.run([*port, "3"], check=True, timeout=20)
 
 
+def has_raylet(machine: Machine) -> bool:
+    try:
+        inside = machine.inside(machine.processes[0]).children(recursive=True)
+        return any("raylet/raylet" in " ".join(process.cmdline()[:1]) for process in inside)
+    except (psutil.NoSuchProcess, ValueError):  # its namespaces are being made
+        return False
+
+
 def shard_of(machine: Machine) -> psutil.Process:
     inside = machine.inside(machine.processes[0])
     (found,) = [p for p in inside.children(recursive=True) if "ExpertShardActor" in " ".join(p.cmdline()[:1])]
@@ -75,7 +83,8 @@ def test_a_shard_that_is_cut_off_is_fenced_and_comes_back(
         code = DEPLOY.replace('{"port": PORT}', '{"host": "0.0.0.0", "port": 8000}')
         code = code.replace("MODEL", repr(str(checkpoint_dir())))
         code = code.replace("PLACEMENT", '{"placement": {"experts": {"labels": {"role": "far"}}}}')
-        wait_for(lambda: "Ray runtime started" in head.log.read_text(), 60, "no head")
+        for machine in (head, far):
+            wait_for(lambda machine=machine: has_raylet(machine), 60, machine.tail())  # type: ignore[misc]
         head.run([sys.executable, "-c", code, "one"], environment(head.address), 150)
         wait_for(lambda: ready(url), 90, "not ready")
         undisturbed = OpenStreams(url, "divisi-demo", 2, TOKENS)
