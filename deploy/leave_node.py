@@ -2,7 +2,7 @@
 
 usage: python -m divisi.deploy.leave_node [--within SECONDS] [--node ID]
 
-Run on the node itself, before its `ray start --block` gets SIGTERM, which ends Ray's processes at once; for instance
+Run on the node itself, before its `ray start --block` gets SIGTERM, after which Ray waits 30 s at most; for instance
 as a pod's preStop hook.
 """
 
