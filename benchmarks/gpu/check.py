@@ -24,6 +24,8 @@ TOLERANCE: Mapping[tuple[str, torch.dtype], float] = {
     ("mixture_inputs", torch.bfloat16): 2 * _BF16,
     ("mixture_add_norm", torch.float32): 2e-5,
     ("mixture_add_norm", torch.bfloat16): 2 * _BF16,  # of experts, and of a sum of them
+    ("choose_tokens", torch.float32): 0.0,
+    ("choose_tokens", torch.bfloat16): 0.0,
     ("attention_inputs", torch.float32): 2e-5,
     ("attention_inputs", torch.bfloat16): _BF16,
     ("attention_decode", torch.float32): 2e-5,

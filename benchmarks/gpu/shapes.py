@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from divisi.benchmarks.gpu import cases, mixture_cases
+from divisi.benchmarks.gpu import cases, mixture_cases, sampling_cases
 from divisi.benchmarks.gpu.cases import Case, DeltaShape, Draw, Heads
 
 Make = Callable[[Draw, str], Case]
@@ -36,6 +36,7 @@ CHECKED: Mapping[str, Make] = {
     "inputs": partial(cases.attention_inputs, tokens=5, heads=SMALL_HEADS, pages=4),
     "keys and values only": partial(cases.attention_inputs, tokens=3, heads=replace(SMALL_HEADS, query=0), pages=4),
     "odd inputs": partial(cases.attention_inputs, tokens=3, heads=ODD_HEADS, pages=3),
+    "sampling": partial(sampling_cases.choose_tokens, rows=3, vocab=4099),
     "decode": partial(_small_decode, heads=SMALL_HEADS, lengths=[9, 0, 37], rows=[1, 1, 1]),
     "verify": partial(_small_decode, heads=ODD_HEADS, lengths=[5, 70, 0, 8], rows=[3, 4, 1, 0]),
     "decode without the first key": partial(
@@ -101,6 +102,7 @@ TIMED: Sequence[tuple[str, Make]] = (
     )),
     ("T=64", partial(cases.attention_inputs, tokens=64, heads=HEADS, pages=600)),
     ("T=8192", partial(cases.attention_inputs, tokens=8192, heads=HEADS, pages=600)),
+    ("T=64", partial(sampling_cases.choose_tokens, rows=64, vocab=151_936)),
     ("1 x 1 row at 32768", partial(_decode, lengths=[32767], rows=[1])),
     ("64 x 1 row at 4096", partial(_decode, lengths=[4095] * 64, rows=[1] * 64)),
     ("64 x 4 rows at 4096", partial(_decode, lengths=[4092] * 64, rows=[4] * 64)),

@@ -26,25 +26,29 @@ _ALIGNED = 4
 class BatchBuilder:
     """Builds batches in preallocated buffers: a batch is valid until the next one is built.
 
-    The page tables live on the device, one per admitted sequence, and only their new entries are written.
+    The page tables live on the device, one per admitted sequence, and only their new entries are written. What decoding
+    rows need lies at the same addresses for as many rows and sequences, and on a GPU their page tables are as wide as
+    the next power of two: two steps then differ in numbers only.
     """
 
     def __init__(self, config: SchedulerConfig, device: torch.device) -> None:
         self._page_size = config.page_size
         self._device = device
         size = config.max_step_tokens
-        # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out.
-        self._token_ids_T = torch.zeros(size, dtype=torch.int64)
-        self._token_ids = self._token_ids_T.numpy()
+        self._token_ids_T = _Mirrored(size, torch.int64, device)
+        self._token_ids = self._token_ids_T.host.numpy()
         # Of a full pass nine integers a row at most, two of its own, five of a run, two of a state that is left; of all
         # draft passes two a run and two for each of its drafts; and rounding.
-        self._ints = _IntBuffer(max(12, 4 + 2 * config.max_draft_tokens) * size + 64 * (1 + config.max_draft_tokens))
+        rounding = 64 * (1 + config.max_draft_tokens)
+        self._ints = _IntBuffer(max(12, 4 + 2 * config.max_draft_tokens) * size + rounding, device)
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
         self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
         self._drafting = (self._starts_S1[:0],) * 4
         shape = (config.max_seqs, config.max_pages_per_sequence)
         self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._tables = {kind: torch.empty(0, dtype=torch.int32, device=device) for kind in ("decode", "draft")}
+        """Of the passes under way, on a GPU."""
 
     def grow(self, growths: tuple[PageGrowth, ...]) -> None:
         """Write the pages that sequences got since the last call."""
@@ -67,9 +71,9 @@ class BatchBuilder:
         for run in plan.scans:
             self._fill_scan(run, ints[positions], ints[kv_rows])
         decode, prefill = self._decode_slices(plan.rings), self._prefill_slices(plan.scans)
-        on_device = ints.to(self._device)
+        on_device = ints.on_device()
         return StepBatch(
-            token_ids_T=self._token_ids_T[:num_rows].to(self._device),
+            token_ids_T=self._token_ids_T.on_device(num_rows),
             positions_T=on_device[positions],
             kv_rows_T=on_device[kv_rows],
             decode=self._decode_rows(plan.rings, [on_device[part] for part in decode]) if plan.rings else None,
@@ -91,7 +95,7 @@ class BatchBuilder:
         positions_T, kv_rows_T = (part[index, :count] for part in self._drafting[2:])
         self._token_ids[:count] = [max(self._last_token(run, drafts), 0) for run in runs]
         return StepBatch(
-            token_ids_T=self._token_ids_T[:count].to(self._device),
+            token_ids_T=self._token_ids_T.on_device(count),
             positions_T=positions_T,
             kv_rows_T=kv_rows_T,
             decode=DecodeRows(self._starts_S1[: count + 1], positions_T, slots_S, pages_SN),
@@ -113,9 +117,9 @@ class BatchBuilder:
             kv_rows += [_kv_row(run, run.start + index, size) for run in runs[:count]] + padding
         slots, tables = ints.put([run.source for run in runs]), ints.put([run.sequence.holding.table for run in runs])
         parts = ints.put(positions), ints.put(kv_rows)
-        on_device = ints.to(self._device)
+        on_device = ints.on_device()
         positions_KS, kv_rows_KS = (on_device[part].view(-1, width) for part in parts)
-        return on_device[slots], self._pages(runs, on_device[tables]), positions_KS, kv_rows_KS
+        return on_device[slots], self._static_pages("draft", runs, on_device[tables]), positions_KS, kv_rows_KS
 
     @staticmethod
     def _last_token(run: Run, drafts: Drafts) -> int:
@@ -152,7 +156,7 @@ class BatchBuilder:
 
     def _decode_rows(self, runs: Sequence[Run], parts: Sequence[Tensor]) -> DecodeRows:
         starts_S1, lengths_S, slots_S, tables_S = parts
-        return DecodeRows(starts_S1, lengths_S, slots_S, self._pages(runs, tables_S))
+        return DecodeRows(starts_S1, lengths_S, slots_S, self._static_pages("decode", runs, tables_S))
 
     def _prefill_slices(self, runs: Sequence[Run]) -> list[slice]:
         put = self._ints.put
@@ -177,6 +181,17 @@ class BatchBuilder:
         num_pages = -(-max([run.end for run in runs]) // self._page_size)
         return self._page_tables_MN[:, :num_pages].index_select(0, tables_S)
 
+    def _static_pages(self, kind: str, runs: Sequence[Run], tables_S: Tensor) -> Tensor:
+        """The same at an address that stays, wider than needed."""
+        if self._device.type == "cpu":
+            return self._pages(runs, tables_S)
+        num_pages, most = -(-max([run.end for run in runs]) // self._page_size), self._page_tables_MN.shape[1]
+        width = min(1 << (num_pages - 1).bit_length(), most)
+        if not self._tables[kind].numel():
+            self._tables[kind] = torch.empty_like(self._page_tables_MN).flatten()
+        pages_SN = self._tables[kind][: len(runs) * width].view(len(runs), width)
+        return torch.index_select(self._page_tables_MN[:, :width], 0, tables_S, out=pages_SN)
+
     def _logit_rows(self, plan: StepPlan) -> Tensor:
         if not plan.scans:
             return self._logit_rows_T[: plan.num_rows]
@@ -185,12 +200,25 @@ class BatchBuilder:
         return torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(self._device)
 
 
+class _Mirrored:
+    """Integers on the host, and their copy on the device."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out.
+        self.host = torch.zeros(size, dtype=dtype)
+        self._copy = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
+
+    def on_device(self, count: int) -> Tensor:
+        """The first so many, at the same address each time."""
+        return self.host[:count] if self._copy is self.host else self._copy[:count].copy_(self.host[:count])
+
+
 class _IntBuffer:
     """Arrays of int32 side by side, so that they reach the device in one copy."""
 
-    def __init__(self, size: int) -> None:
-        self._host = torch.zeros(size, dtype=torch.int32)
-        self._values = self._host.numpy()
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._mirrored = _Mirrored(size, torch.int32, device)
+        self._values = self._mirrored.host.numpy()
         self._used = 0
 
     def clear(self) -> None:
@@ -210,8 +238,8 @@ class _IntBuffer:
     def __getitem__(self, part: slice) -> NDArray[np.int32]:
         return self._values[part]
 
-    def to(self, device: torch.device) -> Tensor:
-        return self._host[: self._used].to(device)
+    def on_device(self) -> Tensor:
+        return self._mirrored.on_device(self._used)
 
 
 def _kv_row(run: Run, position: int, page_size: int) -> int:

@@ -20,12 +20,13 @@ from divisi.kernels.mixture.triton import FusedMixture
 from divisi.kernels.norm.triton import add_rms_norm, rms_norm
 from divisi.kernels.pass_memory import Buffers, Memory
 from divisi.kernels.router.triton import route
+from divisi.kernels.sampling.triton import choose_tokens
 
 
 def triton_operations(chip: Chip) -> Mapping[str, Any]:
     """By name, with the memory that they share. Matrix products are torch's, which are the vendor's own."""
     memory = Buffers()
-    alike = (linear, embed, silu_mul, attention_inputs, add_rms_norm, rms_norm, route)
+    alike = (linear, embed, silu_mul, attention_inputs, add_rms_norm, rms_norm, route, choose_tokens)
     configured = (attention_decode, routed_experts, gated_delta_decode)
     unbuffered = (attention_prefill, gated_delta_prefill, gated_delta_flush)  # no part of a pass of decoding rows
     table: dict[str, Any] = {op.__name__: partial(op, memory=memory) for op in alike}

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from divisi.benchmarks.gpu import cases, mixture_cases
+from divisi.benchmarks.gpu import cases, mixture_cases, sampling_cases
 from divisi.benchmarks.gpu.cases import Case, Draw
 from divisi.benchmarks.gpu.shapes import DELTA, HEADS
 from divisi.kernels.gpu.chip import Chip
@@ -35,6 +35,7 @@ LAUNCHED: dict[str, list[Callable[..., Case]]] = {
         for summed in (False, True)
     ],
     "route": [partial(cases.route, tokens=4, experts=512, chosen=10)],
+    "choose_tokens": [partial(sampling_cases.choose_tokens, rows=2, vocab=151_936)],
     "attention_inputs": [partial(cases.attention_inputs, tokens=4, heads=HEADS, pages=4)],
     "attention_decode": [partial(_decode, lengths=[300, 20], rows=[n, n]) for n in (1, 4, 8)],
     "attention_prefill": [

@@ -17,6 +17,7 @@ SHARE = 0.8
 LAUNCH_US = 3.0
 LAUNCHES = {
     "gated_delta_decode": 2, "gated_delta_prefill": 6, "attention_decode": 2, "routed_experts": 4, "mixture_inputs": 3,
+    "choose_tokens": 3,
 }  # fmt: skip
 """More than one."""
 
