@@ -40,10 +40,13 @@ CASES: dict[str, Callable[..., Case]] = {
     "gated_delta_decode of 4 rows": partial(cases.gated_delta_decode, shape=HEAD, rows=[4], lags=[3], max_rows=4),
     "gated_delta_prefill": partial(cases.gated_delta_prefill, shape=HEAD, lengths=[0], rows=[256]),
     "mixture_add_norm": partial(
-        mixture_cases.mixture_add_norm, tokens=64, chosen=2, width=256, inner=16, experts=4, summed=True
+        mixture_cases.mixture_add_norm, tokens=16, chosen=2, width=512, inner=16, experts=4, summed=True
     ),
 }
-SLOW = ("attention_decode of 4 rows", "gated_delta_prefill", "attention_prefill", "attention_decode")
+SLOW = (
+    "attention_decode of 4 rows", "gated_delta_decode of 4 rows", "gated_delta_prefill", "attention_prefill",
+    "attention_decode",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,11 @@ def test_equals_go_to_the_lower_id_and_forbidden_tokens_never_win() -> None:
 
 def test_noise_is_that_of_the_reference() -> None:
     """Over flat logits the token is the noise's alone, whatever its size."""
-    logits_RV = torch.zeros(64, 300)
-    draws, positions_R = Draws([Draw(seed) for seed in range(64)]), np.arange(64, dtype=np.int64)
+    logits_RV = torch.zeros(12, 300)
+    draws, positions_R = Draws([Draw(seed) for seed in range(12)]), np.arange(12, dtype=np.int64)
     found = CHOOSE(logits_RV, draws, positions_R)
     assert torch.equal(found, choose_tokens(logits_RV, draws, positions_R))
-    assert len(set(found.tolist())) > 40
+    assert len(set(found.tolist())) > 8
 
 
 def test_filtered_rows_are_the_references() -> None:
