@@ -10,7 +10,6 @@ host, since that is the only way to a deadline, and a group that failed is abort
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from divisi.cluster.activity import Activity
+from divisi.cluster.dispatch.gloo_sockets import GlooSockets
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import Address, Membership
 
@@ -53,8 +53,12 @@ class PeerGroup(Protocol):
         """Start receiving exactly as many bytes as `data` holds."""
         ...
 
+    def interrupt(self) -> None:
+        """End all connections, failing what is under way here and at the peers. From any thread."""
+        ...
+
     def close(self) -> None:
-        """Drop all connections, failing what is under way here and at the peers. From any thread."""
+        """Drop all connections, failing what is under way at the peers."""
         ...
 
 
@@ -83,19 +87,22 @@ def join_group(
         tcp = _dist.TCPStore(membership.store.host, membership.store.port, is_master=False, timeout=timeout)
         store = _dist.PrefixStore(f"epoch-{membership.epoch}", tcp)
         store.set_timeout(timeout)
-        _meet(store, rank, membership, time.monotonic() + timeout_s, check)
-        if device.type == "cuda":
+        sockets = None if device.type == "cuda" else GlooSockets(membership.addresses[rank].host)
+        _meet(store, rank, membership, time.monotonic() + timeout_s, check, "" if sockets is None else sockets.told)
+        if sockets is None:
             backend = _nccl(store, rank, membership.size, timeout)
+            interrupt = backend.abort
         else:
-            backend = _gloo(store, rank, membership, timeout)
+            backend = _gloo(store, rank, membership, timeout, sockets)
+            interrupt = sockets.shut
     except RuntimeError as error:  # torch.distributed's errors all derive from it
         raise StepAborted(f"cannot form the process group of epoch {membership.epoch}: {error}") from error
-    return _BackendGroup(backend, membership, activity or Activity())
+    return _BackendGroup(backend, interrupt, membership, activity or Activity())
 
 
-def _meet(store: Any, rank: int, membership: Membership, deadline: float, check: Callable[[], None]) -> None:
-    """Wait until every rank is there: the backends would wait blindly for one that has gone meanwhile."""
-    store.set(f"here/{rank}", "")
+def _meet(store: Any, rank: int, membership: Membership, deadline: float, check: Callable[[], None], told: str) -> None:
+    """Tell the others, and wait until every rank is there: the backends would wait blindly for one that has gone."""
+    store.set(f"here/{rank}", told)
     keys = {f"here/{other}": str(seat) for other, seat in enumerate(membership.seats)}
     while not store.check(list(keys)):
         check()
@@ -105,10 +112,13 @@ def _meet(store: Any, rank: int, membership: Membership, deadline: float, check:
         time.sleep(_LOOK_EVERY_S)  # a wait of the store itself could not be called back
 
 
-def _gloo(store: Any, rank: int, membership: Membership, timeout: timedelta) -> Any:
+def _gloo(store: Any, rank: int, membership: Membership, timeout: timedelta, sockets: GlooSockets) -> Any:
+    for other, address in enumerate(membership.addresses):
+        if other != rank:
+            sockets.learn(address.host, store.get(f"here/{other}").decode())
     options = _dist.ProcessGroupGloo._Options()
     options._timeout = timeout
-    options._devices = [_dist.ProcessGroupGloo.create_device(hostname=membership.addresses[rank].host)]
+    options._devices = [sockets.device]
     return _dist.ProcessGroupGloo(store, rank, membership.size, options)
 
 
@@ -119,11 +129,11 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 
 
 class _BackendGroup:
-    def __init__(self, backend: Any, membership: Membership, activity: Activity) -> None:
+    def __init__(self, backend: Any, interrupt: Callable[[], None], membership: Membership, activity: Activity) -> None:
         self._backend = backend
+        self._interrupt = interrupt
         self._seats = [str(seat) for seat in membership.seats]
         self._activity = activity
-        self._closing = threading.Lock()
 
     def send(self, data: Tensor, rank: int) -> Transfer:
         return self._start(data, rank, sending=True)
@@ -141,11 +151,13 @@ class _BackendGroup:
             raise StepAborted(f"transfer failed: {error}", seat) from error
         return _WorkTransfer(work, seat, self._activity)
 
+    def interrupt(self) -> None:
+        self._interrupt()
+
     def close(self) -> None:
-        with self._closing:
-            backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.abort()
+        if self._backend is not None:
+            self._backend.abort()
+            self._backend = None
 
 
 @dataclass(frozen=True, slots=True)

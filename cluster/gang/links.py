@@ -109,7 +109,7 @@ def _peers(assignment: Assignment, inbox: EpochInbox, device: torch.device, stac
             membership, assignment.rank, device, _MEET_S, lambda: inbox.check(membership.epoch), inbox.activity
         )
         stack.callback(group.close)
-        inbox.on_interrupt(membership.epoch, group.close)
+        inbox.on_interrupt(membership.epoch, group.interrupt)
         return group
 
     return Peers.of(assignment.membership, assignment.rank, join)

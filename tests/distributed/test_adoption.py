@@ -1,8 +1,10 @@
-"""A coordinator dies under running steps: real loops, sockets and groups, no Ray."""
+"""A coordinator dies under running steps, and a rank falls silent: real loops, sockets and groups, no Ray."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
+from tests.support.gang_processes import coordinator_server, rank_processes
 from tests.support.thread_gang import HOST, Shard, Worker, new_coordinator, small_spec, thread_gang
 
 TOKENS = 400
@@ -85,3 +88,33 @@ def test_steps_go_on_without_a_coordinator_and_under_the_next(small_model: Path,
         second.leave()
         wait_for(lambda: latter.status().workers == 1, "the adopted gang cannot change")
         assert latter.status().epoch == 10_000
+
+
+@pytest.mark.parametrize("silent", ["a worker", "the leader"])
+def test_who_falls_silent_is_fenced_and_comes_back(
+    small_model: Path, alone: dict[str, list[int]], silent: str, record_result: Callable[[str, object], None]
+) -> None:
+    spec = two_and_one(small_model, suspect_after_s=1.0)
+    busy = Request("v", (1, 2, 3), TOKENS, Sampling())
+    with coordinator_server(spec) as (coordinator, port), rank_processes(spec, port) as start:
+        start(0)
+        if silent == "the leader":
+            stopped = start(Request("v", (1, 2, 3), 2, Sampling()))
+            wait_for(lambda: coordinator.status().workers == 1, "the first does not serve")
+        with contextlib.closing(Worker(spec, coordinator)) as worker:
+            if silent == "a worker":
+                wait_for(lambda: coordinator.status().workers == 1, "the first does not serve")
+                stopped = start(busy)
+            wait_for(lambda: coordinator.status().workers == 2 and coordinator.status().ready, "not two")
+            worker.submit(*ASKED)
+            worker.wait_for_tokens("r0", 5)
+            assert stopped.pid is not None
+            begin = time.monotonic()
+            os.kill(stopped.pid, signal.SIGSTOP)
+            wait_for(lambda: coordinator.status().workers == 1 and coordinator.status().ready, "it is not left out")
+            fenced_s = time.monotonic() - begin
+            record_result(f"{silent} falls silent: seconds until an epoch without it serves", round(fenced_s, 2))
+            assert 0.5 < fenced_s < 15.0, "half of the deadline that it would take by itself"
+            os.kill(stopped.pid, signal.SIGCONT)
+            wait_for(lambda: coordinator.status().workers == 2, "it does not come back")
+            assert {request.request_id: worker.finish(request.request_id) for request in ASKED} == alone
