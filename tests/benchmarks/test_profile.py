@@ -13,13 +13,13 @@ from safetensors import safe_open
 
 from divisi.benchmarks import profile
 from divisi.model.config import ModelConfig
-from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
+from divisi.model.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("profile")
-    write_random_checkpoint(path, SMALL_CONFIG | {"vocab_size": 211})
+    write_random_checkpoint(path)
     return path
 
 
