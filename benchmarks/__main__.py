@@ -1,6 +1,6 @@
 """`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `drafts`: multi-token prediction;
 `same`, `pairs`: two checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress;
-`profile`: a step by operation."""
+`profile`: a step by operation; `dispatch`: experts elsewhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Protocol
 
 import torch
 
-from divisi.benchmarks import machine, profile, speed, split_step
+from divisi.benchmarks import machine, profile, speed
 from divisi.benchmarks.checkouts import pairs, same
+from divisi.benchmarks.dispatch import report as dispatch
+from divisi.benchmarks.dispatch import split_step
 from divisi.benchmarks.drafts import report as drafts
 from divisi.benchmarks.http_cost import report as http_cost
 from divisi.benchmarks.model import bench_model
@@ -37,7 +39,7 @@ class Command(Protocol):
 
 _COMMANDS: dict[str, Command] = {
     "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports, "drafts": drafts,
-    "profile": profile,
+    "profile": profile, "dispatch": dispatch,
 }  # fmt: skip
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 
+from divisi.cluster.dispatch import planner
+from divisi.cluster.dispatch.all_to_all import AllToAll
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
 from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
+from divisi.cluster.door import Credentials
 from divisi.cluster.drafting import FixedDepth, MostTokensPerSecond
 from divisi.cluster.engine import times_file
 from divisi.cluster.engine.calibration import Agreeing, Calibration, Remembered
@@ -95,8 +98,20 @@ def dispatch_mode(spec: GangSpec, config: ModelConfig, experts: AllExperts | Non
 
 
 def sharded_mode(spec: GangSpec, config: ModelConfig) -> ShardedMode:
-    """How rows reach experts on ranks of their own."""
-    return Broadcast(transport(spec, config))
+    """How rows reach experts on ranks of their own: as told, or by the planner for a step of full batches."""
+    way, wire = transport(spec, config), transport(spec, config).wire
+    load = planner.Load(
+        spec.shape.attention_workers,
+        spec.shape.expert_shards,
+        spec.max_seqs,
+        request_bytes=wire.request_bytes(1),
+        reply_bytes=wire.reply_bytes(1, 1),
+        hit=planner.hit_rate(wire.experts_per_token, wire.leaves, spec.shape.expert_shards),
+    )
+    mode = spec.dispatch
+    if mode == "auto":
+        mode = "broadcast" if spec.device == "cuda" else planner.plan_mode(load, planner.MEMORY)
+    return AllToAll(way) if mode == "all_to_all" else Broadcast(way)
 
 
 def pass_layers(config: ModelConfig) -> PassLayers:
@@ -118,11 +133,14 @@ def memory_units(spec: GangSpec, config: ModelConfig) -> tuple[int, int]:
     return per_page, StateStore.bytes_per_slot(config, max_rows(spec, config))
 
 
-def worker_network(spec: GangSpec, config: ModelConfig, listener: socket.socket) -> WorkerNetwork:
+def worker_network(
+    spec: GangSpec, config: ModelConfig, listener: socket.socket, credentials: Credentials
+) -> WorkerNetwork:
     """How an attention worker reaches its gang."""
     device = torch.device(spec.device)
     cores = CoreShare(spec.threads, spec.core_plan)
-    return WorkerNetwork(listener, device, spec.step_deadline_s, pass_layers(config), cores, spec.step_share)
+    layers = pass_layers(config)
+    return WorkerNetwork(listener, device, spec.step_deadline_s, layers, cores, spec.step_share, credentials)
 
 
 def load_shard(
@@ -139,6 +157,7 @@ def shard_loop(
     spec: GangSpec,
     config: ModelConfig,
     experts: Experts,
+    credentials: Credentials,
     inbox: EpochInbox,
     reports: EpochReports,
     observer: ShardObserver | None = None,
@@ -146,7 +165,7 @@ def shard_loop(
     """The loop that serves a shard's experts."""
     mode, device = sharded_mode(spec, config), torch.device(spec.device)
     cores = CoreShare(spec.threads, spec.core_plan)
-    return ShardLoop(experts, mode, pass_layers(config), device, cores, inbox, reports, observer)
+    return ShardLoop(experts, mode, pass_layers(config), device, cores, credentials, inbox, reports, observer)
 
 
 def build_engine(

@@ -52,6 +52,8 @@ class GangSpec:
     telemetry: TelemetrySpec = field(default_factory=TelemetrySpec)
     virtual_shards: int = VIRTUAL_SHARDS
     """Into how many the experts are cut for good: tokens are the same for any number of shards up to it."""
+    dispatch: Literal["auto", "broadcast", "all_to_all"] = "auto"
+    """How rows reach expert shards; auto: by `divisi.cluster.dispatch.planner`."""
     min_attention_workers: int | None = None
     """With how many an epoch forms; None: all of the shape's."""
     suspect_after_s: float = 2.0

@@ -55,6 +55,10 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
         )
     on_gpu = num_gpus >= shape.size and not gang.deterministic
     device = gang.device if gang.device != "auto" else ("cuda" if on_gpu else "cpu")
+    if gang.dispatch == "all_to_all" and device == "cuda":
+        raise SettingsError(
+            "gang.dispatch: 'all_to_all' has no transport between GPUs yet; use 'broadcast' or 'auto', or device 'cpu'"
+        )
     _check_kernels(settings, device)
     dtype = settings.model.dtype if settings.model.dtype != "auto" else config.dtype
     notes = []

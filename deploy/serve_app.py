@@ -216,6 +216,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         deterministic=gang.deterministic,
         shape=gang.shape,
         virtual_shards=gang.virtual_shards,
+        dispatch=gang.dispatch,
         min_attention_workers=gang.least_workers,
         max_model_len=fitted.max_model_len,
         kv_memory=cache.kv_bytes,

@@ -108,6 +108,9 @@ class GangSettings(Group):
     """Processes that hold nothing but experts; a colocated gang has none."""
     virtual_shards: int = Field(default=32, ge=1, le=512)
     """Into how many the experts are cut for good: tokens are the same bit for bit for any number of shards up to it."""
+    dispatch: Literal["auto", "broadcast", "all_to_all"] = "auto"
+    """How rows reach expert shards of their own: all to each of them, or each to those that it visits; auto: whichever
+    a model of their cost prefers. The tokens are the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""

@@ -93,6 +93,11 @@ def _shares_of(leaves: int, num_shards: int) -> tuple[range, ...]:
     return tuple(range(low, high) for low, high in itertools.pairwise(bounds))
 
 
+def shard_of_leaf(leaves: int, num_shards: int) -> list[int]:
+    """The shard that serves each virtual shard."""
+    return [shard for shard, own in enumerate(_shares_of(leaves, num_shards)) for _ in own]
+
+
 def subtrees(leaves: int, num_shards: int) -> tuple[tuple[range, ...], ...]:
     """Of each shard, the largest subtrees that cover its virtual shards; it returns one sum for each of them."""
     whole = 1 << (leaves - 1).bit_length()

@@ -42,7 +42,8 @@ class _WorkerEnd:
 
     def __init__(self, peers: Peers, transport: Transport) -> None:
         wire, max_rows = transport.wire, transport.max_pass_rows
-        self._seat, self._transport, self._group = peers.seat, transport, peers.join()
+        self._seat, self._transport = peers.seat, transport
+        self._group = peers.join(transport.largest(len(peers.shards)))
         self._ranks = [rank for _, rank in sorted(peers.shards.items())]
         self._trees = subtrees(wire.leaves, len(self._ranks))
         self._request_B = transport.buffer(wire.request_bytes(max_rows))
@@ -69,6 +70,10 @@ class _WorkerEnd:
     def idle(self, layer: int) -> None:
         """The shards know from the header that nothing comes from here."""
 
+    def carried_all(self) -> bool:
+        """See WorkerEnd."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class _BroadcastPending:
@@ -86,7 +91,7 @@ class _ShardEnd:
 
     def __init__(self, peers: Peers, experts: Experts, transport: Transport) -> None:
         size = transport.wire.request_bytes(transport.max_pass_rows)
-        self._transport, self._group = transport, peers.join()
+        self._transport, self._group = transport, peers.join(transport.largest(len(peers.shards)))
         self._workers = [(seat, rank, transport.buffer(size)) for seat, rank in sorted(peers.workers.items())]
         sums = len(subtrees(transport.wire.leaves, len(peers.shards))[peers.seat])
         self._batch = ShardBatch(experts, transport, len(self._workers), sums)

@@ -43,7 +43,8 @@ class ColocatedEnd:
 
     def __init__(self, peers: Peers, experts: Experts, transport: Transport) -> None:
         wire, max_rows = transport.wire, transport.max_pass_rows
-        self._seat, self._transport, self._group = peers.seat, transport, peers.join()
+        self._seat, self._transport = peers.seat, transport
+        self._group = peers.join(transport.largest(len(peers.shards)))
         self._ranks = dict(sorted(peers.workers.items()))
         self._requests_B = {seat: transport.buffer(wire.request_bytes(max_rows)) for seat in self._ranks}
         trees = subtrees(wire.leaves, len(peers.shards))
@@ -83,6 +84,10 @@ class ColocatedEnd:
     def idle(self, layer: int) -> None:
         """Run this rank's experts for the peers. Raises StepAborted."""
         self.finish(layer, _start(self._request_transfers))
+
+    def carried_all(self) -> bool:
+        """See WorkerEnd."""
+        return True
 
     def finish(self, layer: int, requests: list[Transfer]) -> None:
         """The other half of a layer: own experts on the rows of all, and everybody's partial sums on their way."""

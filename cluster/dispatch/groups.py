@@ -1,8 +1,9 @@
-"""Process groups, one per epoch, with gloo or NCCL behind one interface.
+"""Process groups, one per epoch, with gloo, shared memory or NCCL behind one interface.
 
 A group is made directly from its backend class, without torch.distributed's global default group, so that one process
 can leave a broken group and join the next without a trace of the old one. Groups of different epochs meet under
-different prefixes of one store and cannot hear each other.
+different prefixes of one store and cannot hear each other. The store is behind a door; what a backend's own sockets
+carry is neither authenticated nor encrypted, and needs a network of its own.
 
 NCCL has been checked against its documentation only, as no machine with two GPUs was at hand: its waits block the
 host, since that is the only way to a deadline, and a group that failed is aborted, never destroyed.
@@ -10,8 +11,10 @@ host, since that is the only way to a deadline, and a group that failed is abort
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -22,8 +25,13 @@ from torch import Tensor
 
 from divisi.cluster.activity import Activity
 from divisi.cluster.dispatch.gloo_sockets import GlooSockets
+from divisi.cluster.dispatch.host_memory import HostMemory, Segment
+from divisi.cluster.dispatch.rendezvous import DoorStore
+from divisi.cluster.door import Credentials
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.seats import Address, Membership
+from divisi.cluster.seats import Membership
+
+log = logging.getLogger(__name__)
 
 _TAG = 0
 _LOOK_EVERY_S = 0.002
@@ -50,7 +58,7 @@ class PeerGroup(Protocol):
         ...
 
     def recv(self, data: Tensor, rank: int) -> Transfer:
-        """Start receiving exactly as many bytes as `data` holds."""
+        """Start receiving a message of at most as many bytes as `data` holds."""
         ...
 
     def interrupt(self) -> None:
@@ -62,31 +70,24 @@ class PeerGroup(Protocol):
         ...
 
 
-class StoreServer:
-    """Hosts the key-value store through which groups meet. Lives in the coordinator's process, through all epochs."""
-
-    def __init__(self, host: str) -> None:
-        self._store = _dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        self.address = Address(host, self._store.port)
-
-
 def join_group(
     membership: Membership,
     rank: int,
     device: torch.device,
     timeout_s: float,
+    credentials: Credentials,
     check: Callable[[], None] = lambda: None,
     activity: Activity | None = None,
+    memory: HostMemory | None = None,
 ) -> PeerGroup:
     """Meet all ranks of an epoch; blocks until they are there. Raises StepAborted, and what `check` raises.
 
-    `activity` is told of each wait for a transfer.
+    `activity` is told of each wait for a transfer. With `memory`, which all ranks give or none, those of one host that
+    exchange rows share memory where they can.
     """
-    timeout = timedelta(seconds=timeout_s)
+    timeout, activity = timedelta(seconds=timeout_s), activity or Activity()
     try:
-        tcp = _dist.TCPStore(membership.store.host, membership.store.port, is_master=False, timeout=timeout)
-        store = _dist.PrefixStore(f"epoch-{membership.epoch}", tcp)
-        store.set_timeout(timeout)
+        store = DoorStore(membership.store, membership.epoch, credentials, timeout_s)
         sockets = None if device.type == "cuda" else GlooSockets(membership.addresses[rank].host)
         _meet(store, rank, membership, time.monotonic() + timeout_s, check, "" if sockets is None else sockets.told)
         if sockets is None:
@@ -95,9 +96,36 @@ def join_group(
         else:
             backend = _gloo(store, rank, membership, timeout, sockets)
             interrupt = sockets.shut
+        segments = {} if memory is None else memory.open(store, rank, _partners(membership, rank), activity)
     except RuntimeError as error:  # torch.distributed's errors all derive from it
         raise StepAborted(f"cannot form the process group of epoch {membership.epoch}: {error}") from error
-    return _BackendGroup(backend, interrupt, membership, activity or Activity())
+    if memory is not None:
+        _tell(membership, rank, segments)
+    return _BackendGroup(backend, interrupt, membership, activity, segments, store)
+
+
+def _partners(membership: Membership, rank: int) -> list[int]:
+    """The ranks of this rank's host with which it exchanges rows."""
+    seats, hosts = membership.seats, [address.host for address in membership.addresses]
+    return [
+        other
+        for other in range(membership.size)
+        if other != rank
+        and hosts[other] == hosts[rank]
+        and (membership.shape.colocated or seats[other].role != seats[rank].role)
+    ]
+
+
+def _tell(membership: Membership, rank: int, segments: Mapping[int, Segment]) -> None:
+    """One line for each way in which rows travel on this host."""
+    partners = _partners(membership, rank)
+    for ranks, how in (
+        ([p for p in partners if p in segments], "shared memory with %s"),
+        ([p for p in partners if p not in segments], "gloo with %s, on this host but without memory that both opened"),
+    ):
+        if ranks:
+            who = ", ".join(str(membership.seats[p]) for p in ranks)
+            log.info(f"epoch %d: {how}", membership.epoch, who)
 
 
 def _meet(store: Any, rank: int, membership: Membership, deadline: float, check: Callable[[], None], told: str) -> None:
@@ -129,17 +157,30 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 
 
 class _BackendGroup:
-    def __init__(self, backend: Any, interrupt: Callable[[], None], membership: Membership, activity: Activity) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        interrupt: Callable[[], None],
+        membership: Membership,
+        activity: Activity,
+        segments: Mapping[int, Segment],
+        store: DoorStore,
+    ) -> None:
         self._backend = backend
         self._interrupt = interrupt
+        self._store = store  # the backend is in C++, and does not keep it
         self._seats = [str(seat) for seat in membership.seats]
         self._activity = activity
+        self._segments = segments
+        self._closing = threading.Lock()
 
     def send(self, data: Tensor, rank: int) -> Transfer:
-        return self._start(data, rank, sending=True)
+        segment = self._segments.get(rank)
+        return self._start(data, rank, sending=True) if segment is None else segment.send(data, self._seats[rank])
 
     def recv(self, data: Tensor, rank: int) -> Transfer:
-        return self._start(data, rank, sending=False)
+        segment = self._segments.get(rank)
+        return self._start(data, rank, sending=False) if segment is None else segment.recv(data, self._seats[rank])
 
     def _start(self, data: Tensor, rank: int, *, sending: bool) -> Transfer:
         seat, backend = self._seats[rank], self._backend
@@ -152,12 +193,20 @@ class _BackendGroup:
         return _WorkTransfer(work, seat, self._activity)
 
     def interrupt(self) -> None:
+        self._close_segments()
         self._interrupt()
 
     def close(self) -> None:
-        if self._backend is not None:
-            self._backend.abort()
-            self._backend = None
+        with self._closing:
+            backend, self._backend = self._backend, None
+        if backend is not None:
+            self._close_segments()
+            backend.abort()
+            self._store.close()
+
+    def _close_segments(self) -> None:
+        for segment in self._segments.values():
+            segment.close()
 
 
 @dataclass(frozen=True, slots=True)

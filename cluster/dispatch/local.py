@@ -38,6 +38,10 @@ class LocalEnd:
     def idle(self, layer: int) -> None:
         """See WorkerEnd."""
 
+    def carried_all(self) -> bool:
+        """See WorkerEnd."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class _LocalPending:

@@ -53,11 +53,12 @@ class Peers:
     """Rank by the index of each attention seat."""
     shards: Mapping[int, int]
     """Rank by the index of each share of the experts."""
-    join: Callable[[], PeerGroup]
-    """Meets all ranks in a process group, which the epoch's end closes. All ranks of an epoch call it, or none."""
+    join: Callable[[int], PeerGroup]
+    """Meets all ranks in a process group, which the epoch's end closes, given the bytes of the longest message. All
+    ranks of an epoch call it, with the same number, or none."""
 
     @classmethod
-    def of(cls, membership: Membership, rank: int, join: Callable[[], PeerGroup]) -> Self:
+    def of(cls, membership: Membership, rank: int, join: Callable[[int], PeerGroup]) -> Self:
         """As a rank of an epoch sees them."""
         return cls(membership.seats[rank].index, membership.workers, membership.shards, join)
 
@@ -71,6 +72,13 @@ class WorkerEnd(Dispatcher, Protocol):
 
     def idle(self, layer: int) -> None:
         """Take part in a layer of a pass to which this worker brings no rows. Raises StepAborted."""
+        ...
+
+    def carried_all(self) -> bool:
+        """After a step's passes: whether the experts got all of this worker's rows.
+
+        If not, the step must not be committed; it has room for them when it is run again, next.
+        """
         ...
 
 

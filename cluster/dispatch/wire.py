@@ -1,8 +1,9 @@
 """What a layer's rows look like on the wire, both ways, and what bounds them.
 
-To a shard, in one message: ``[ids int32 TK | gates fp32 TK | x TD in the wire dtype]``; back: ``y TSD`` in fp32.
-Neither way rounds: x travels in what the experts take, and sums as they are. Shapes: T rows, D model width, K experts
-per row, S subtrees that a shard sums (one where shards are a power of two), B bytes.
+To a shard, in one message: ``[ids int32 TK | gates fp32 TK | x TD in the wire dtype]``, for all-to-all behind the
+number of rows; back: ``y TSD`` in fp32. Neither way rounds: x travels in what the experts take, and sums as they are.
+Shapes: T rows, D model width, K experts per row, S subtrees that a shard sums (one where shards are a power of two), B
+bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass
+from divisi.model.placement import subtrees
+
+_COUNT = 8  # bytes in front of a message that says how many rows it holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,23 @@ class WireFormat:
     def request_bytes(self, rows: int) -> int:
         """Size of a message to a shard."""
         return rows * (8 * self.experts_per_token + self.hidden_size * self.dtype.itemsize)
+
+    def counted_bytes(self, rows: int) -> int:
+        """Size of a message that says itself how many rows it holds."""
+        return _COUNT + self.request_bytes(rows)
+
+    def counted(self, buffer_B: Tensor, rows: int) -> ShardRequest:
+        """A message that says how many rows it holds, at the beginning of a buffer."""
+        buffer_B[:4].view(torch.int32).fill_(rows)
+        rest = self.request(buffer_B[_COUNT:], rows)
+        return ShardRequest(buffer_B[: self.counted_bytes(rows)], rest.x_TD, rest.ids_TK, rest.gates_TK)
+
+    def arrived(self, buffer_B: Tensor) -> ShardRequest:
+        """The message that came with its count, at the beginning of a buffer. Raises StepAborted."""
+        rows = int(buffer_B[:4].view(torch.int32).item())
+        if rows < 0 or self.counted_bytes(rows) > len(buffer_B):
+            raise StepAborted(f"a message claims {rows} rows, more than there is room for")
+        return self.request(buffer_B[_COUNT:], rows)
 
     def reply_bytes(self, rows: int, sums: int) -> int:
         """Size of the reply of a shard that serves so many subtrees."""
@@ -70,6 +91,12 @@ class ShardRequest:
         self.gates_TK.copy_(gates_TK)
         self.x_TD.copy_(x_TD)
 
+    def gather(self, rows_N: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> None:
+        """Fill it with some of a worker's rows."""
+        torch.index_select(expert_ids_TK, 0, rows_N, out=self.ids_TK)
+        torch.index_select(gates_TK, 0, rows_N, out=self.gates_TK)
+        self.x_TD.copy_(x_TD[rows_N])
+
 
 @dataclass(frozen=True, slots=True)
 class Transport:
@@ -83,6 +110,11 @@ class Transport:
     device: torch.device
     compute_dtype: torch.dtype
     """What the experts take their input in."""
+
+    def largest(self, shards: int) -> int:
+        """Bytes of the longest message in a gang of so many shards."""
+        most = max(len(trees) for trees in subtrees(self.wire.leaves, shards))
+        return max(self.wire.counted_bytes(self.max_pass_rows), self.wire.reply_bytes(self.max_pass_rows, most))
 
     def check(self, step_pass: Pass) -> None:
         """Raise StepAborted for a pass that the buffers are not made for: its leader has other limits."""

@@ -7,11 +7,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from divisi.cluster.dispatch.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
+from divisi.cluster.door import Credentials
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.beats import Beats
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
@@ -44,32 +47,38 @@ def worker_links(
     inbox: EpochInbox,
     listener: socket.socket,
     device: torch.device,
+    credentials: Credentials,
+    spin_s: float = 0.0,
     mark: Callable[[], bytes] = bytes,
 ) -> Iterator[WorkerLinks]:
     """Meet the other ranks; on the way out all connections are dropped, so that they notice. Raises StepAborted.
 
-    `mark` gives a leader what the next header carries for observers.
+    `spin_s` is for how long who waits for a rank of this host keeps its core. `mark` gives a leader what the next
+    header carries for observers.
     """
     deadline = time.monotonic() + _MEET_S
     with contextlib.ExitStack() as stack:
         mesh: LeaderMesh | FollowerMesh
         if assignment.rank == 0:
-            mesh = LeaderMesh(listener, assignment.membership, inbox, deadline, mark)
+            mesh = LeaderMesh(listener, assignment.membership, inbox, deadline, credentials.secret, mark)
         else:
-            mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline)
+            mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline, credentials.secret)
         stack.callback(mesh.close)
         stack.enter_context(_fenced(assignment, inbox, mesh.beats))
-        yield WorkerLinks(mesh, _peers(assignment, inbox, device, stack))
+        yield WorkerLinks(mesh, _peers(assignment, inbox, device, credentials, spin_s, stack))
 
 
 @contextlib.contextmanager
-def shard_links(assignment: Assignment, inbox: EpochInbox, device: torch.device) -> Iterator[ShardLinks]:
+def shard_links(
+    assignment: Assignment, inbox: EpochInbox, device: torch.device, credentials: Credentials, spin_s: float = 0.0
+) -> Iterator[ShardLinks]:
     """As `worker_links`, for a shard."""
     with contextlib.ExitStack() as stack:
-        mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, time.monotonic() + _MEET_S)
+        deadline = time.monotonic() + _MEET_S
+        mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline, credentials.secret)
         stack.callback(mesh.close)
         stack.enter_context(_fenced(assignment, inbox, mesh.beats))
-        yield ShardLinks(mesh, _peers(assignment, inbox, device, stack))
+        yield ShardLinks(mesh, _peers(assignment, inbox, device, credentials, spin_s, stack))
 
 
 @contextlib.contextmanager
@@ -100,14 +109,21 @@ def _fenced(assignment: Assignment, inbox: EpochInbox, beats: Mapping[Seat, Peer
         inbox.activity.waiting()
 
 
-def _peers(assignment: Assignment, inbox: EpochInbox, device: torch.device, stack: contextlib.ExitStack) -> Peers:
+def _peers(
+    assignment: Assignment,
+    inbox: EpochInbox,
+    device: torch.device,
+    credentials: Credentials,
+    spin_s: float,
+    stack: contextlib.ExitStack,
+) -> Peers:
     """The epoch's ranks by seat; a group that is joined is closed with the stack."""
 
-    def join() -> PeerGroup:
+    def join(largest: int) -> PeerGroup:
         membership = assignment.membership
-        group = join_group(
-            membership, assignment.rank, device, _MEET_S, lambda: inbox.check(membership.epoch), inbox.activity
-        )
+        memory = HostMemory(largest, spin_s) if device.type == "cpu" else None
+        check = partial(inbox.check, membership.epoch)
+        group = join_group(membership, assignment.rank, device, _MEET_S, credentials, check, inbox.activity, memory)
         stack.callback(group.close)
         inbox.on_interrupt(membership.epoch, group.interrupt)
         return group

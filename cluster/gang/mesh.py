@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from divisi.cluster.door import MAX_STRANGERS, Handshake, HandshakeFailed, Refusals, Secret
 from divisi.cluster.errors import EpochEnded, StepAborted
 from divisi.cluster.gang.agreement import StepAgreement
 from divisi.cluster.gang.header import Announcement, Beat, End, Header, Hello, Message
@@ -31,15 +32,20 @@ class LeaderMesh:
         membership: Membership,
         inbox: EpochInbox,
         deadline: float,
+        secret: Secret,
         mark: Callable[[], bytes] = bytes,
     ) -> None:
         """Wait until every other rank has said hello. `mark` gives what a header carries for observers.
+
+        Who does not know the secret is sent away, with a line in the log.
 
         Raises StepAborted.
         """
         self._membership = membership
         self._inbox = inbox
         self._mark = mark
+        self._secret = secret
+        self._refusals = Refusals(f"of the control mesh of epoch {membership.epoch}")
         self._step = 0
         self._agreement = StepAgreement(membership.workers)
         self._deadline: float | None = None
@@ -133,21 +139,33 @@ class LeaderMesh:
                 missing = ", ".join(map(str, absent))
                 for ready in wait_for(sources, self._inbox, self._membership.epoch, deadline, missing):
                     if isinstance(ready, Peer):
-                        unknown.remove(ready)
-                        self._greet(ready)
+                        if self._greet(ready):
+                            unknown.remove(ready)
                         continue
                     with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it hung up meanwhile
-                        unknown.append(Peer(listener.accept()[0], unheard_s))
+                        unknown.append(Peer(listener.accept()[0], unheard_s, Handshake(self._secret, "server")))
+                    if len(unknown) > MAX_STRANGERS + 2 * len(others):
+                        unknown.pop(0).close()
+                        self._refusals.note("crowded", "too many others wait")
         finally:
             for peer in unknown:
+                if not peer.is_inside:
+                    self._refusals.note("slow", "it did not prove in time to know the secret")
                 peer.close()
 
-    def _greet(self, peer: Peer) -> None:
+    def _greet(self, peer: Peer) -> bool:
+        """Whether it is decided what the connection is for."""
         try:
             messages = peer.receive()
+        except HandshakeFailed as error:
+            self._refusals.note(error.kind, f"its other side {error}")
+            peer.close()
+            return True
         except StepAborted:  # a rank that gave up an older epoch while it waited in the backlog, or a port scanner
             peer.close()
-            return
+            return True
+        if not messages:
+            return False
         others = self._membership.seats[1:]
         match messages:
             case [Hello(epoch, seat), *early] if (
@@ -163,12 +181,13 @@ class LeaderMesh:
                 self.beats[seat] = peer
             case _:
                 peer.close()
+        return True
 
 
 class FollowerMesh:
     """The end of every rank but the leader: announces rows (workers), receives headers."""
 
-    def __init__(self, membership: Membership, rank: int, inbox: EpochInbox, deadline: float) -> None:
+    def __init__(self, membership: Membership, rank: int, inbox: EpochInbox, deadline: float, secret: Secret) -> None:
         """Connect to the leader, and once more for the beats. Raises StepAborted."""
         self._epoch = membership.epoch
         self._seat = membership.seats[rank]
@@ -177,13 +196,13 @@ class FollowerMesh:
         self._announced: tuple[int, ...] | None = None
         self._deadline: float | None = None
         self._arrived: list[Header | End] = []
-        self._leader = _connect(membership, deadline)
+        self._leader = _connect(membership, inbox, deadline, secret)
         self._activity = inbox.activity
         self.beats: dict[Seat, Peer] = {}
         """A second connection to the leader, for the beats; to be closed by who takes it."""
         try:
             self._leader.send(Hello(self._epoch, self._seat).encode())
-            beats = self.beats[membership.seats[0]] = _connect(membership, deadline)
+            beats = self.beats[membership.seats[0]] = _connect(membership, inbox, deadline, secret)
             beats.send(Beat(self._epoch, self._seat, 0, False).encode())
         except StepAborted:
             self.close()
@@ -249,10 +268,22 @@ class FollowerMesh:
         self._leader.close()
 
 
-def _connect(membership: Membership, deadline: float) -> Peer:
+def _connect(membership: Membership, inbox: EpochInbox, deadline: float, secret: Secret) -> Peer:
+    """Inside once the leader has let it in, which may be after it has left its last epoch."""
     leader, seat, left_s = membership.leader, membership.seats[0], max(deadline - time.monotonic(), 0.01)
     try:
         connection = socket.create_connection((leader.host, leader.port), timeout=left_s)
-        return Peer(connection, membership.patience.suspect_after_s, seat)
     except OSError as error:
         raise StepAborted(f"cannot reach the leader at {leader.host}:{leader.port}: {error}", str(seat)) from error
+    peer = Peer(connection, membership.patience.suspect_after_s, Handshake(secret, "client"), seat)
+    try:
+        while not peer.is_inside:
+            if wait_for([peer], inbox, membership.epoch, deadline, peer.who):
+                peer.receive()
+    except HandshakeFailed as error:
+        peer.close()
+        raise StepAborted(f"the leader at {leader.host}:{leader.port} {error}", str(seat)) from error
+    except StepAborted:
+        peer.close()
+        raise
+    return peer

@@ -1,6 +1,7 @@
 """Connections of the control mesh, tuned for small messages, and how a loop waits for them. Imports no torch.
 
-A closed connection, a deadline that passes and an interrupted epoch raise StepAborted.
+Both sides prove to know the gang's secret before anything else is read, and each message is authenticated. A closed
+connection, a deadline that passes and an interrupted epoch raise StepAborted.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import time
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from divisi.cluster.door import DoorError, Framer, Handshake
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.header import Message, MessageReader
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.seats import Seat
 
 _CHUNK = 65536
+_STRANGER_BYTES = 1024
 
 
 def listen(host: str) -> socket.socket:
@@ -37,15 +40,25 @@ class HasFd(Protocol):
 class Peer:
     """One connection."""
 
-    def __init__(self, connection: socket.socket, unheard_s: float, seat: Seat | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, unheard_s: float, handshake: Handshake, seat: Seat | None = None
+    ) -> None:
         """Of a seat that is not known before it says hello. It fails once the other host has confirmed nothing of what
-        was sent for `unheard_s`."""
+        was sent for `unheard_s`. Raises StepAborted."""
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unheard_s * 1000))
         self._socket = connection
+        self._handshake = handshake
+        self._framer: Framer | None = None
         self._reader = MessageReader()
         self.seat = seat
+        self._put(handshake.begin())
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the other side has proved to know the secret."""
+        return self._framer is not None
 
     @property
     def who(self) -> str:
@@ -61,26 +74,35 @@ class Peer:
 
         Raises StepAborted.
         """
+        assert self._framer is not None, "it says nothing to who has proved nothing"
+        self._put(self._framer.seal(data))
+
+    def _put(self, data: bytes) -> None:
         try:
-            sent = self._socket.send(data)
+            sent = self._socket.send(data) if data else 0
         except OSError as error:
             raise StepAborted(f"control connection failed: {error}", self.who) from error
         if sent != len(data):
             raise StepAborted("control connection is stuck", self.who)
 
     def receive(self) -> list[Message]:
-        """What has arrived, without waiting. Raises StepAborted."""
+        """What has arrived, without waiting. Raises StepAborted, and HandshakeFailed for a stranger."""
         try:
-            data = self._socket.recv(_CHUNK)
+            data = self._socket.recv(_CHUNK if self.is_inside else _STRANGER_BYTES)
         except BlockingIOError:
             return []
         except OSError as error:
             raise StepAborted(f"control connection failed: {error}", self.who) from error
         if not data:
             raise StepAborted("control connection was closed", self.who)
+        if self._framer is None:
+            self._put(self._handshake.feed(data))
+            if not self._handshake.done:
+                return []
+            self._framer, data = self._handshake.finish()
         try:
-            return self._reader.feed(data)
-        except ValueError as error:
+            return self._reader.feed(b"".join(self._framer.feed(data)))
+        except (ValueError, DoorError) as error:
             raise StepAborted(f"control connection carries something else: {error}", self.who) from error
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from divisi.cluster.dispatch.protocol import Experts, ShardedMode, ShardEnd
+from divisi.cluster.door import Credentials
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.header import Header
 from divisi.cluster.gang.inbox import Assignment, EpochInbox
@@ -40,6 +41,7 @@ class ShardLoop:
     layers: PassLayers
     device: torch.device
     cores: CoreShare
+    credentials: Credentials
     inbox: EpochInbox
     reports: EpochReports
     observer: ShardObserver | None = None
@@ -65,8 +67,8 @@ class ShardLoop:
         """One epoch; ends by StepAborted."""
         epoch = assignment.membership.epoch
         self.inbox.check(epoch)
-        self.cores.take(assignment)
-        with shard_links(assignment, self.inbox, self.device) as links:
+        spin_s = self.cores.take(assignment)
+        with shard_links(assignment, self.inbox, self.device, self.credentials, spin_s) as links:
             end = self.mode.shard_end(links.peers, self.experts)
             self.reports.serving(epoch)
             serve_steps(_observed(links.mesh.headers(), self.observer), end, self.layers)

@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from divisi.cluster.dispatch.protocol import DispatchMode, WorkerEnd
+from divisi.cluster.door import Credentials
 from divisi.cluster.errors import GangNotReady, RequestRejected, StepAborted
 from divisi.cluster.gang.agreement import NOTHING, own_index
 from divisi.cluster.gang.header import Header
@@ -106,6 +107,8 @@ class WorkerNetwork:
     cores: CoreShare
     step_share: Callable[[int], int]
     """Rows that a worker may bring to a step, by the number of workers in the epoch."""
+    credentials: Credentials
+    """For the meeting of an epoch's ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +218,12 @@ class WorkerLoop(Generic[PlanT]):
         """One epoch; ends by StepAborted."""
         self._at = None
         self._inbox.check(assignment.membership.epoch)
-        self._network.cores.take(assignment)
+        spin_s = self._network.cores.take(assignment)
         if self._engine.resize(self._network.step_share(len(assignment.membership.workers))):
             self._plan = None
         network, mark = self._network, self._observer.mark
-        with worker_links(assignment, self._inbox, network.listener, network.device, mark) as links:
+        listener, device, credentials = network.listener, network.device, network.credentials
+        with worker_links(assignment, self._inbox, listener, device, credentials, spin_s, mark) as links:
             end = self._mode.worker_end(links.peers)
             self._reports.serving(assignment.membership.epoch)
             while True:
@@ -249,7 +253,7 @@ class WorkerLoop(Generic[PlanT]):
             if plan is not None and self._engine.strike():
                 self._plan = None
             raise
-        if plan is None:
+        if plan is None or not end.carried_all():  # what was not carried is planned still, and runs again
             self._observer.ended(None)
             return
         events = self._engine.commit(plan)

@@ -12,12 +12,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RaySystemError
 
+from divisi.cluster.door import Credentials
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
 from divisi.cluster.gang.roster import Directive
 from divisi.cluster.gang.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice
 from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, end_actors, end_own_actor
 from divisi.cluster.ray.nodes import actor_options
+from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.seats import Address, Membership, Role, ScrapeTarget, Seat
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.context import below, parse
@@ -37,10 +39,10 @@ class CoordinatorActor(Coordinator):
     """Adds the store for process groups, and telemetry. Runs with one thread per blocked poll."""
 
     def __init__(self, spec: GangSpec) -> None:
-        from divisi.cluster.dispatch.groups import StoreServer
+        from divisi.cluster.dispatch.rendezvous import StoreServer
 
         host = ray.util.get_node_ip_address()
-        self._server = StoreServer(host)
+        self._server = StoreServer(host, Credentials(gang_secret(spec), spec.tls))
         again = ray.get_runtime_context().was_current_actor_reconstructed
         # Seconds as the first epoch: above every epoch of a coordinator that this one replaces.
         super().__init__(

@@ -15,6 +15,7 @@ from functools import partial
 
 from divisi.cluster.activity import StuckCheck
 from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop
+from divisi.cluster.door import Credentials
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
@@ -22,6 +23,7 @@ from divisi.cluster.gang.watchdog import Watchdog
 from divisi.cluster.ray.actors import ORPHANED_S, end_own_actor
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 from divisi.cluster.ray.loading import load_in_thread, own_host, reported
+from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.process import Telemetry
@@ -51,7 +53,8 @@ class ExpertShardActor:
         self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, inbox, self._stats)
         meter = metered(spec, config, experts, index)
         observer = show_shard(telemetry, meter, f"expert:{index}", self._weights)
-        loop = shard_loop(spec, config, meter, inbox, self._watch, observer)
+        credentials = Credentials(gang_secret(spec), spec.tls)
+        loop = shard_loop(spec, config, meter, credentials, inbox, self._watch, observer)
         self._told = False
         threading.Thread(target=_run_or_exit, args=(loop,), name="shard-loop", daemon=True).start()
         self._watch.start()

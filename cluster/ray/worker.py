@@ -21,6 +21,7 @@ from divisi.cluster.assembly import (
     served_config,
     worker_network,
 )
+from divisi.cluster.door import Credentials
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.errors import GangNotReady
@@ -93,7 +94,8 @@ class AttentionRank:
                 self._engine, experts = load_in_thread(spec, build)
             self._open = stack.pop_all()
         meter = None if experts is None else metered(spec, config, experts, index)
-        mode, network = dispatch_mode(spec, config, meter), worker_network(spec, config, listener)
+        credentials = Credentials(gang_secret(spec), spec.tls)
+        mode, network = dispatch_mode(spec, config, meter), worker_network(spec, config, listener, credentials)
         observer = show_worker(telemetry, meter, self)
         self._loop = WorkerLoop[StepPlan](
             self._engine, mode, self._inbox, self._watch, network, self._deliver, observer

@@ -18,6 +18,7 @@ _FIELDS = {
     "topology": ("gang", "topology"),
     "attention_workers": ("gang", "attention_workers"),
     "expert_shards": ("gang", "expert_shards"),
+    "dispatch": ("gang", "dispatch"),
     "device": ("gang", "device"),
     "threads_per_process": ("gang", "threads_per_process"),
     "pin_cores": ("gang", "pin_cores"),
@@ -83,6 +84,10 @@ def _add_gang_flags(gang: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     gang.add_argument("--attention-workers", metavar="N", help="each holds its own sequences (default: 1)")
     gang.add_argument("--expert-shards", metavar="N", help="the routed experts are shared out among them (default: 1)")
+    gang.add_argument(
+        "--dispatch", choices=("auto", "broadcast", "all_to_all"),
+        help="how rows reach expert shards: all to each, or each to those that it visits (default: auto, by cost)",
+    )  # fmt: skip
     gang.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
     gang.add_argument(
         "--threads-per-process",

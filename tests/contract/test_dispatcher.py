@@ -12,17 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from divisi.cluster.dispatch.all_to_all import AllToAll
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated, ColocatedEnd
-from divisi.cluster.dispatch.groups import PeerGroup
+from divisi.cluster.dispatch.groups import PeerGroup, Transfer
+from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.protocol import DispatchMode, Peers, ShardedMode, WorkerEnd
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape
-from divisi.model.placement import deal
-from tests.support.gangs import CPU, DenseExperts, full_pass, gang_groups, membership_of, serving_shards
+from divisi.model.placement import VIRTUAL_SHARDS, deal
+from tests.support.gangs import CPU, SHARED, DenseExperts, full_pass, gang_groups, membership_of, serving_shards
 from tests.support.plain_mode import Plain
 
 LAYERS, EXPERTS, WIDTH, CHOSEN = 3, 7, 24, 3
@@ -35,6 +37,8 @@ class Topology:
 
     mode: str
     shape: GangShape
+    spare: float = 100.0
+    """Of all-to-all: how much room there is beyond the mean."""
 
     def __str__(self) -> str:
         return f"{self.mode}-{self.shape.attention_workers}x{self.shape.expert_shards}"
@@ -49,22 +53,36 @@ class Topology:
     def sharded_mode(self, transport: Transport) -> ShardedMode:
         if self.mode == "plain":
             return Plain(transport.wire.hidden_size, transport.wire.experts_per_token, transport.deadline_s, EXPERTS)
+        if self.mode == "all_to_all":
+            return AllToAll(transport, self.spare)
         return Broadcast(transport)
 
 
 LOCAL = Topology("local", GangShape(1, 0))
 SPLIT = [Topology("split", GangShape(workers, shards)) for workers in range(1, 5) for shards in range(1, 5)]
 COLOCATED = [Topology("colocated", GangShape(ranks, ranks, colocated=True)) for ranks in range(1, 5)]
+EXACT = [Topology("all_to_all", GangShape(a, e)) for a, e in ((1, 1), (1, 2), (1, 4), (1, 7), (2, 2), (2, 3), (2, 7))]
 PLAIN = [Topology("plain", GangShape(workers, shards)) for workers, shards in ((1, 1), (2, 3))]
-ALL = [LOCAL, *SPLIT, *COLOCATED, *PLAIN]
+ALL = [LOCAL, *SPLIT, *EXACT, *COLOCATED, *PLAIN]
 
 every_topology = pytest.mark.parametrize("topology", ALL, ids=str)
-QUICK = [LOCAL, *(Topology("split", GangShape(a, e)) for a, e in ((1, 1), (1, 3), (2, 2), (4, 4))), *COLOCATED, *PLAIN]
+QUICK = [
+    LOCAL,
+    *(Topology("split", GangShape(a, e)) for a, e in ((1, 1), (1, 3), (2, 2), (4, 4))),
+    *EXACT[2:],
+    *COLOCATED,
+    *PLAIN,
+]
 mostly_verify = pytest.mark.parametrize(
     "topology", [pytest.param(t, marks=() if t in QUICK else pytest.mark.verify) for t in ALL], ids=str
 )
 # of each way to carry rows, the smallest with peers
-EACH_MODE = [Topology("split", GangShape(2, 2)), Topology("colocated", GangShape(3, 3, colocated=True)), PLAIN[1]]
+EACH_MODE = [
+    Topology("split", GangShape(2, 2)),
+    Topology("colocated", GangShape(3, 3, colocated=True)),
+    Topology("all_to_all", GangShape(2, 2)),
+    PLAIN[1],
+]
 each_mode = pytest.mark.parametrize("topology", EACH_MODE, ids=str)
 
 
@@ -94,7 +112,7 @@ def make_transport(dtype: torch.dtype = torch.float32, deadline_s: float = 10.0)
 def peers_of(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
     """By rank."""
     membership = membership_of(shape, Address("127.0.0.1"))
-    return [Peers.of(membership, rank, lambda group=group: group) for rank, group in enumerate(groups)]  # type: ignore[misc]
+    return [Peers.of(membership, rank, lambda _, group=group: group) for rank, group in enumerate(groups)]  # type: ignore[misc]
 
 
 def expert_ranks(shape: GangShape) -> range:
@@ -122,11 +140,12 @@ def run_all(
     per_worker: Sequence[Sequence[Batch | None]],
     epoch: int = 1,
     seats: Callable[[GangShape, Sequence[PeerGroup]], list[Peers]] = peers_of,
+    memory: HostMemory | None = SHARED,
 ) -> list[list[Tensor]]:
     """The sums of each worker. `per_worker[w][s]` is what worker w brings to step s, None for no rows."""
     passes = [full_pass(*(0 if b is None else len(b[0]) for b in step)) for step in zip(*per_worker, strict=True)]
     transport, shape = make_transport(dtype), topology.shape
-    with gang_groups(shape, epoch) as groups:
+    with gang_groups(shape, epoch, memory) as groups:
         peers = seats(shape, groups)
         workers = peers[: shape.attention_workers]
         with serving(topology, peers, transport, passes), ThreadPoolExecutor(len(workers)) as pool:
@@ -167,9 +186,14 @@ def test_sums_are_those_of_one_process_bit_for_bit(topology: Topology) -> None:
     check_sums(topology, torch.float32)
 
 
+@mostly_verify
+def test_sums_over_gloo(topology: Topology) -> None:
+    check_sums(topology, torch.float32, memory=None)
+
+
 @pytest.mark.parametrize(
     "topology",
-    [pytest.param(t, marks=() if t in QUICK else pytest.mark.verify) for t in (*SPLIT, *COLOCATED)],
+    [pytest.param(t, marks=() if t in QUICK else pytest.mark.verify) for t in (*SPLIT, *EXACT, *COLOCATED)],
     ids=str,
 )
 def test_sums_over_a_bf16_wire(topology: Topology) -> None:
@@ -177,9 +201,9 @@ def test_sums_over_a_bf16_wire(topology: Topology) -> None:
     check_sums(topology, torch.bfloat16)
 
 
-def check_sums(topology: Topology, dtype: torch.dtype) -> None:
+def check_sums(topology: Topology, dtype: torch.dtype, memory: HostMemory | None = SHARED) -> None:
     per_worker = make_steps(topology.shape, SIZES)
-    for got, batches in zip(run_all(topology, dtype, per_worker), per_worker, strict=True):
+    for got, batches in zip(run_all(topology, dtype, per_worker, memory=memory), per_worker, strict=True):
         want = expected(batches, dtype)
         assert len(got) == len(want)
         for y_TD, reference_TD in zip(got, want, strict=True):
@@ -224,7 +248,7 @@ def renumbered(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
     # Some other order than that of the seats, on which nothing may depend either.
     workers, shards = dict(reversed(workers.items())), dict(reversed(shards.items()))
     return [
-        Peers(shape.seat(i).index, workers, shards, lambda i=i: groups[rank[i]])  # type: ignore[misc]
+        Peers(shape.seat(i).index, workers, shards, lambda _, i=i: groups[rank[i]])  # type: ignore[misc]
         for i in range(shape.size)
     ]
 
@@ -281,10 +305,11 @@ def first_end(topology: Topology, groups: Sequence[PeerGroup], deadline_s: float
 
 
 @each_mode
+@pytest.mark.parametrize("memory", [SHARED, None], ids=["memory", "gloo"])
 @pytest.mark.parametrize("fault", ["silent", "gone before dispatch", "gone before combine"])
-def test_a_peer_that_does_not_answer_aborts_the_step(topology: Topology, fault: str) -> None:
+def test_a_peer_that_does_not_answer_aborts_the_step(topology: Topology, fault: str, memory: HostMemory | None) -> None:
     shape = topology.shape
-    with gang_groups(shape) as groups:
+    with gang_groups(shape, memory=memory) as groups:
         end = first_end(topology, groups, deadline_s=0.3 if fault == "silent" else 30.0)
         lost = next(rank for rank in expert_ranks(shape) if rank)
         step_pass = full_pass(4, *[2] * (shape.attention_workers - 1))
@@ -363,15 +388,18 @@ def test_a_slow_rank_is_waited_for_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16])
+@pytest.mark.parametrize("memory", [SHARED, None], ids=["memory", "gloo"])
 @pytest.mark.parametrize("colocated", [False, True], ids=["split", "colocated"])
-def test_round_trip_time(num_tokens: int, colocated: bool, record_result: Callable[[str, object], None]) -> None:
+def test_round_trip_time(
+    num_tokens: int, colocated: bool, memory: HostMemory | None, record_result: Callable[[str, object], None]
+) -> None:
     """Measured, with a bound only against stalls. Experts that do nothing; D = 512, bf16; two ranks."""
     transport = Transport(WireFormat(512, 8, torch.bfloat16, 32), 64, 10.0, CPU, torch.float32)
     layers = range(200)
 
     class Nothing(DenseExperts):
         def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-            return x_TD
+            return x_TD.float()
 
     nothing = Nothing(make_weights(), deal(EXPERTS, 1)[0])
     shape = GangShape(2, 2, colocated=True) if colocated else GangShape(1, 1)
@@ -390,7 +418,7 @@ def test_round_trip_time(num_tokens: int, colocated: bool, record_result: Callab
             times.append(time.perf_counter() - begin)
         return times
 
-    with gang_groups(shape) as groups:
+    with gang_groups(shape, memory=memory) as groups:
         peers = peers_of(shape, groups)
         workers, shards = peers[: shape.attention_workers], peers[shape.attention_workers :]
         with (
@@ -408,3 +436,143 @@ def test_more_rows_than_there_is_room_for_end_the_epoch_and_not_the_rank() -> No
     transport.check(Pass(PassKind.FULL, {0: 4, 1: 4}))
     with pytest.raises(StepAborted, match="5 rows of one worker, and room is for 4"):
         transport.check(Pass(PassKind.FULL, {0: 4, 1: 5}))
+
+
+@pytest.mark.parametrize("shape", [GangShape(1, 2), GangShape(2, 7)], ids=str)
+def test_rows_beyond_the_room_make_a_step_that_does_not_count_and_the_next_one_has_room(shape: GangShape) -> None:
+    """All-to-all with all rows to one expert: they are more than its shard is expected to get."""
+    topology = Topology("all_to_all", shape, spare=0.0)
+    rows, transport = 32, make_transport()
+    batches = [make_batch(rows, seed=w, only_expert=3) for w in range(shape.attention_workers)]
+    step_pass = full_pass(*[rows] * shape.attention_workers)
+    with gang_groups(shape) as groups:
+        peers = peers_of(shape, groups)
+        workers = peers[: shape.attention_workers]
+
+        def run(each: Peers) -> list[Tensor]:
+            end = topology.worker_mode(each.seat, transport).worker_end(each)
+            run_worker(end, [batches[each.seat]], [step_pass])
+            assert not end.carried_all()
+            sums = run_worker(end, [batches[each.seat]], [step_pass])
+            assert end.carried_all()
+            run_worker(end, [batches[each.seat]], [step_pass])
+            assert not end.carried_all(), "only the step that is run again has room for all"
+            return sums
+
+        with serving(topology, peers, transport, [step_pass] * 3), ThreadPoolExecutor(len(workers)) as pool:
+            for got, batch in zip(pool.map(run, workers), batches, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(got, expected([batch]), strict=True))
+
+
+class Counting:
+    """A group that counts bytes."""
+
+    def __init__(self, group: PeerGroup) -> None:
+        self._group, self.bytes = group, 0
+
+    def send(self, data: Tensor, rank: int) -> Transfer:
+        self.bytes += data.numel()
+        return self._group.send(data, rank)
+
+    def recv(self, data: Tensor, rank: int) -> Transfer:
+        return self._group.recv(data, rank)
+
+    def close(self) -> None:
+        self._group.close()
+
+
+@pytest.mark.parametrize("mode", ["split", "all_to_all"])
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_bytes_on_the_wire(mode: str, shards: int, record_result: Callable[[str, object], None]) -> None:
+    """Against a row out and one back for each shard that a row visits, in their dtypes; rows of the 80 B model."""
+    width, chosen, experts, rows = 2048, 10, 512, 64
+    transport = Transport(WireFormat(width, chosen, torch.bfloat16, 32), rows, 10.0, CPU, torch.float32)
+    shape, rng = GangShape(1, shards), torch.Generator().manual_seed(4)
+    x_TD, gates_TK = torch.randn(rows, width, generator=rng), torch.rand(rows, chosen, generator=rng)
+    ids_TK = torch.rand(rows, experts, generator=rng).argsort(dim=1)[:, :chosen].int().contiguous()
+
+    class Nothing(DenseExperts):
+        def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+            return x_TD
+
+    step_pass, topology = full_pass(rows), Topology(mode, shape)
+    with gang_groups(shape, memory=HostMemory(transport.largest(shards), 0.0)) as plain:
+        groups = [Counting(group) for group in plain]
+        peers = peers_of(shape, groups)
+        shares = deal(experts, shards)
+        with serving_shards(
+            peers[1:], topology.sharded_mode(transport), lambda s: Nothing(x_TD, shares[s]), [[step_pass]], range(1)
+        ):
+            end = topology.worker_mode(0, transport).worker_end(peers[0])
+            end.begin(step_pass)
+            end.dispatch(0, x_TD, ids_TK, gates_TK).combine()
+    visits = sum(len({e % 32 * shards // 32 for e in ids}) for ids in ids_TK.tolist())
+    moved = sum(group.bytes for group in groups)
+    record_result(f"{mode}, {shards} shards: bytes : a row out and one back", round(moved / (visits * 6 * width), 3))
+    record_result(f"{mode}, {shards} shards: bytes : bf16 both ways", round(moved / (visits * 4 * width), 3))
+    if mode == "all_to_all":
+        assert moved / (visits * 6 * width) <= 1.05
+
+
+WIDE = [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8), (2, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["split", "all_to_all"])
+@pytest.mark.parametrize(
+    ("workers", "shards"), [pytest.param(*s, marks=() if s == (2, 8) else pytest.mark.verify) for s in WIDE]
+)
+@pytest.mark.parametrize("leaves", ["default", "4E"])
+def test_any_number_of_virtual_shards(workers: int, shards: int, mode: str, leaves: str, dtype: torch.dtype) -> None:
+    """Empty, uneven and overflowing counts: the sums of `local` with as many, bit for bit."""
+    experts, virtual = 40, VIRTUAL_SHARDS if leaves == "default" else 4 * shards
+    shape, topology = GangShape(workers, shards), Topology(mode, GangShape(workers, shards), spare=1.0)
+    weights = torch.randn(1, experts, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3)) / WIDTH**0.5
+    transport = Transport(WireFormat(WIDTH, CHOSEN, dtype, virtual), 64, 10.0, CPU, torch.float32)
+    whole = DenseExperts(weights, deal(experts, 1, virtual)[0])
+    counts = [(3, 1), (20, 0), (1, 33), (20, 20)][: None if workers == 2 else 3]
+    rng = torch.Generator().manual_seed(9)
+
+    def batch(rows: int, *, crowded: bool) -> Batch:
+        ids_TK = torch.rand(rows, experts, generator=rng).argsort(dim=1)[:, :CHOSEN].int().contiguous()
+        x_TD, gates_TK = torch.randn(rows, WIDTH, generator=rng), torch.rand(rows, CHOSEN, generator=rng)
+        return x_TD, torch.zeros_like(ids_TK) if crowded else ids_TK, gates_TK
+
+    batches = [
+        [batch(row[w], crowded=i == 3) if row[w] else None for w in range(workers)] for i, row in enumerate(counts)
+    ]
+    passes = [full_pass(*row[:workers]) for row in counts]
+    with gang_groups(shape) as groups:
+        peers = peers_of(shape, groups)
+        shares = deal(experts, shards, virtual)
+        steps = [[step_pass] for step_pass in passes for _ in range(2)]
+        with (
+            serving_shards(
+                peers[workers:],
+                topology.sharded_mode(transport),
+                lambda shard: DenseExperts(weights, shares[shard]),
+                steps,
+                range(1),
+            ),
+            ThreadPoolExecutor(workers) as pool,
+        ):
+
+            def run(each: Peers) -> None:
+                end = topology.worker_mode(0, transport).worker_end(each)
+                for step_pass, of_workers in zip(passes, batches, strict=True):
+                    own = of_workers[each.seat]
+                    carried = []
+                    for _ in range(2):  # who has not carried all does so the second time
+                        end.begin(step_pass)
+                        if own is None:
+                            end.idle(0)
+                            continue
+                        y_TD = end.dispatch(0, *own).combine().clone()
+                        if end.carried_all():
+                            carried.append(y_TD)
+                    if own is not None:
+                        want_TD = whole.partial_sum(0, own[0].to(dtype), *own[1:])
+                        assert carried
+                        assert all(torch.equal(y_TD, want_TD) for y_TD in carried)
+
+            list(pool.map(run, peers[:workers]))

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
+from tests.support.credentials import CREDENTIALS
 from tests.support.gang_processes import coordinator_server, rank_processes
 from tests.support.thread_gang import HOST, Shard, Worker, new_coordinator, small_spec, thread_gang
 
@@ -60,7 +61,7 @@ def aborted(worker: Worker) -> int:
 
 
 def test_steps_go_on_without_a_coordinator_and_under_the_next(small_model: Path, alone: dict[str, list[int]]) -> None:
-    spec, former_store = two_and_one(small_model), StoreServer(HOST)
+    spec, former_store = two_and_one(small_model), StoreServer(HOST, CREDENTIALS)
     former = new_coordinator(spec, former_store)
     relay: Any = Replaceable(former)
     with contextlib.ExitStack() as stack:
@@ -75,7 +76,7 @@ def test_steps_go_on_without_a_coordinator_and_under_the_next(small_model: Path,
         del former_store  # the ranks have met, and need no store any more
         seen = len(first.tokens("r0"))
         first.wait_for_tokens("r0", seen + 20)
-        next_store = StoreServer(HOST)
+        next_store = StoreServer(HOST, CREDENTIALS)
         relay.current = latter = Coordinator(
             spec.shape, next_store.address, first_epoch=10_000, min_attention_workers=1, spec=spec.fingerprint,
             gather_s=60.0,

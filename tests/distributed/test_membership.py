@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import StoreServer, join_group
+from divisi.cluster.dispatch.groups import join_group
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
+from tests.support.credentials import CREDENTIALS
 from tests.support.gang_processes import coordinator_server, rank_processes
 from tests.support.gangs import CPU, membership_of
 from tests.support.thread_gang import HOST, Shard, Worker, new_coordinator, small_spec, thread_gang
@@ -71,7 +73,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) 
 def test_a_worker_comes_and_goes_between_two_steps(small_model: Path, alone: dict[str, list[int]]) -> None:
     """The plan that is under way when the second comes is larger than the first's new share, and is given up."""
     spec = elastic(small_model)
-    store = StoreServer(HOST)
+    store = StoreServer(HOST, CREDENTIALS)
     coordinator = new_coordinator(spec, store)
     with contextlib.ExitStack() as stack:
         shard = HeldShard(spec, 0, coordinator)
@@ -162,16 +164,16 @@ def test_a_killed_worker_is_left_out_at_once(
 
 
 def test_who_meets_a_group_waits_for_nobody_who_has_gone() -> None:
-    store = StoreServer(HOST)
+    store = StoreServer(HOST, CREDENTIALS)
     membership = membership_of(GangShape(1, 1), store.address)
 
     def gone() -> None:
         raise StepAborted("epoch 1 is over")
 
     with pytest.raises(StepAborted, match="epoch 1 is over"):
-        join_group(membership, 0, CPU, 20.0, gone)
+        join_group(membership, 0, CPU, 20.0, CREDENTIALS, gone)
     with pytest.raises(StepAborted, match="expert:0: did not come"):
-        join_group(membership, 0, CPU, 0.05)
+        join_group(membership, 0, CPU, 0.05, CREDENTIALS)
 
 
 def test_a_rank_of_another_spec_gets_no_seat(small_model: Path) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
-from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.protocol import DispatchMode, Experts, Peers, ShardEnd, WorkerEnd
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.coordinator import Coordinator
@@ -30,6 +30,7 @@ from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, GangShape, Seat
 from divisi.model.dispatcher import Dispatcher, Pending
 from divisi.model.placement import deal
+from tests.support.credentials import CREDENTIALS
 from tests.support.gangs import CPU, DenseExperts
 
 HOST, WIDTH, CHOSEN, EXPERTS = "127.0.0.1", 16, 2, 5
@@ -92,6 +93,9 @@ class WatchedEnd:
     def idle(self, layer: int) -> None:
         self._enter(layer)
         self._end.idle(layer)  # type: ignore[union-attr]
+
+    def carried_all(self) -> bool:
+        return self._end.carried_all()  # type: ignore[union-attr]
 
     def serve(self, layer: int) -> None:
         self._enter(layer)
@@ -214,7 +218,7 @@ class Gang:
 @contextlib.contextmanager
 def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
     """Two workers whose engines have the plans of COUNTS, and their shards."""
-    store = StoreServer(HOST)  # serves for as long as it is referred to
+    store = StoreServer(HOST, CREDENTIALS)  # serves for as long as it is referred to
     coordinator = Coordinator(shape, store.address)
     shares = deal(EXPERTS, max(shape.expert_shards, 1))
     gang = Gang([], [], [], threading.Semaphore(0))
@@ -227,7 +231,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
                 CountedEngine([CountedPlan(counts)]),
             )
             mode = Watched(worker_mode(shape, index), rank.log, fault)
-            network = WorkerNetwork(listener, CPU, 10.0, LAYERS, CoreShare(1), lambda workers: 8)
+            network = WorkerNetwork(listener, CPU, 10.0, LAYERS, CoreShare(1), lambda workers: 8, CREDENTIALS)
             loop = WorkerLoop(engine, mode, rank.inbox, rank.watch, network, lambda events: gang.committed.release())
             rank.start(loop.run)
             stack.callback(rank.close)
@@ -236,7 +240,7 @@ def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
         for index in range(len(shape.shard_ranks)):
             rank = Rank(coordinator, Candidate("expert", Address(HOST), index))
             mode, experts = Watched(Broadcast(TRANSPORT), rank.log, fault), DenseExperts(WEIGHTS, shares[index])
-            rank.start(ShardLoop(experts, mode, LAYERS, CPU, CoreShare(1), rank.inbox, rank.watch).run)
+            rank.start(ShardLoop(experts, mode, LAYERS, CPU, CoreShare(1), CREDENTIALS, rank.inbox, rank.watch).run)
             stack.callback(rank.close)
             gang.shards.append(rank)
         yield gang

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.engine.plan import Run, StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.model.dispatcher import Dispatcher
+from tests.support.credentials import CREDENTIALS
 from tests.support.thread_gang import HOST, Shard, Worker, new_coordinator, small_spec, thread_gang
 
 TOKENS = 60
@@ -49,7 +50,7 @@ class Mortal(Shard):
 @contextlib.contextmanager
 def mortal_gang(spec: GangSpec, kills: Callable[[Run], bool]) -> Iterator[tuple[list[Worker], Mortal]]:
     """A gang with one shard, which dies in every step with a run of which `kills` says so."""
-    store = StoreServer(HOST)  # lives as long as it is referred to
+    store = StoreServer(HOST, CREDENTIALS)  # lives as long as it is referred to
     coordinator = new_coordinator(spec, store)
     with contextlib.ExitStack() as stack:
         shard = Mortal(spec, 0, coordinator)

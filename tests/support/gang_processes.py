@@ -10,10 +10,11 @@ from multiprocessing.managers import BaseManager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from divisi.cluster.dispatch.groups import StoreServer
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.request import Request
 from divisi.cluster.spec import GangSpec
+from tests.support.credentials import CREDENTIALS
 from tests.support.thread_gang import HOST, Shard, Worker, new_coordinator
 
 
@@ -24,7 +25,7 @@ class _Manager(BaseManager):
 @contextmanager
 def coordinator_server(spec: GangSpec) -> Iterator[tuple[Coordinator, int]]:
     """The coordinator, and the port at which ranks in other processes find it."""
-    store = StoreServer(HOST)
+    store = StoreServer(HOST, CREDENTIALS)
     coordinator = new_coordinator(spec, store, lease_s=6.0, grace_s=2.0)
     _Manager.register("coordinator", callable=lambda: coordinator)
     server = _Manager((HOST, 0), authkey=b"test").get_server()

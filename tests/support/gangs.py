@@ -11,16 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import PeerGroup, StoreServer, join_group
+from divisi.cluster.dispatch.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers, ShardedMode
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.kernels.experts.reference import sum_in_tree
+from divisi.kernels.native.loader import load_library
 from divisi.model.placement import ExpertShare
+from tests.support.credentials import CREDENTIALS
 
 CPU = torch.device("cpu")
+SHARED = HostMemory(2**16, 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,17 @@ def membership_of(shape: GangShape, store: Address, epoch: int = 1) -> Membershi
 
 
 @contextmanager
-def gang_groups(shape: GangShape, epoch: int = 1) -> Iterator[list[PeerGroup]]:
-    """The gloo groups of all ranks, in rank order."""
-    store = StoreServer("127.0.0.1")
+def gang_groups(shape: GangShape, epoch: int = 1, memory: HostMemory | None = SHARED) -> Iterator[list[PeerGroup]]:
+    """The groups of all ranks, in rank order: shared memory, or gloo where there is none."""
+    load_library()  # compiles where nothing is compiled yet, for longer than ranks wait for each other
+    store = StoreServer("127.0.0.1", CREDENTIALS)
     membership = membership_of(shape, store.address, epoch)
+
+    def join(rank: int) -> PeerGroup:
+        return join_group(membership, rank, CPU, 20.0, CREDENTIALS, memory=memory)
+
     with ThreadPoolExecutor(shape.size) as pool:
-        groups = list(pool.map(lambda rank: join_group(membership, rank, CPU, 20.0), range(shape.size)))
+        groups = list(pool.map(join, range(shape.size)))
     try:
         yield groups
     finally:

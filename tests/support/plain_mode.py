@@ -28,10 +28,10 @@ class Plain:
     leaves: int
 
     def worker_end(self, peers: Peers) -> WorkerEnd:
-        return _WorkerEnd(self, peers, peers.join())
+        return _WorkerEnd(self, peers, peers.join(2**20))
 
     def shard_end(self, peers: Peers, experts: Experts) -> ShardEnd:
-        return _ShardEnd(self, peers, peers.join(), experts)
+        return _ShardEnd(self, peers, peers.join(2**20), experts)
 
 
 class _WorkerEnd:
@@ -52,6 +52,9 @@ class _WorkerEnd:
 
     def idle(self, layer: int) -> None:
         pass
+
+    def carried_all(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

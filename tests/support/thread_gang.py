@@ -20,8 +20,8 @@ from divisi.cluster.assembly import (
     transport,
     worker_network,
 )
-from divisi.cluster.dispatch.groups import StoreServer
 from divisi.cluster.dispatch.protocol import ShardedMode
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.plan import StepPlan
@@ -36,6 +36,7 @@ from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
+from tests.support.credentials import CREDENTIALS
 
 HOST = "127.0.0.1"
 NewMode = Callable[[Transport], ShardedMode]
@@ -82,7 +83,7 @@ class Worker:
             index = self.watch.wait_for_seat().index
         self.engine: Engine
         self.engine, self.experts = build_engine(spec, config, index, wake=self._inbox.wake.set)
-        network = worker_network(spec, config, self._listener)
+        network = worker_network(spec, config, self._listener, CREDENTIALS)
         mode = new_mode(transport(spec, config)) if new_mode else dispatch_mode(spec, config, self.experts)
         self.loop = WorkerLoop[StepPlan](self.engine, mode, self._inbox, self.watch, network, self._collect)
         self._thread = threading.Thread(target=self.loop.run)
@@ -154,7 +155,7 @@ class Shard:
         self._inbox = EpochInbox()
         candidate = Candidate("expert", Address(HOST), index, spec=spec.fingerprint)
         self._watch = SeatWatch(lambda: coordinator, candidate, self._inbox, lambda: None)
-        self.loop: ShardLoop = shard_loop(spec, config, self.experts, self._inbox, self._watch)
+        self.loop: ShardLoop = shard_loop(spec, config, self.experts, CREDENTIALS, self._inbox, self._watch)
         if new_mode:
             self.loop = replace(self.loop, mode=new_mode(transport(spec, config)))
         self._thread = threading.Thread(target=self.loop.run)
@@ -183,7 +184,7 @@ def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, g
 @contextlib.contextmanager
 def thread_gang(spec: GangSpec, new_mode: NewMode | None = None) -> Iterator[list[Worker]]:
     """The workers of a running gang; `new_mode` makes another way to carry rows than its shape has."""
-    store = StoreServer(HOST)
+    store = StoreServer(HOST, CREDENTIALS)
     coordinator = new_coordinator(spec, store)
     with contextlib.ExitStack() as stack:
         shards = [Shard(spec, index, coordinator, new_mode) for index in range(len(spec.shape.shard_ranks))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,10 +11,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from divisi.cluster.activity import Activity, Standstill
+from divisi.cluster.door import Framer, Handshake
 from divisi.cluster.gang.beats import Beats
 from divisi.cluster.gang.header import Beat, MessageReader
 from divisi.cluster.gang.peer import Peer
 from divisi.cluster.seats import Patience, Seat
+from tests.support.credentials import CREDENTIALS
 
 LEADER, OTHER = Seat("attention", 0), Seat("expert", 0)
 PATIENCE = Patience(suspect_after_s=0.5, stuck_after_s=1.0)
@@ -22,14 +25,15 @@ PATIENCE = Patience(suspect_after_s=0.5, stuck_after_s=1.0)
 class Far:
     """The other end of a connection: beats as told."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, framer: Framer) -> None:
         self._end = end
+        self._framer = framer
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.activity = Activity()
 
     def beat(self) -> None:
-        self._end.send(Beat(7, OTHER, self.activity.waits, self.activity.busy).encode())
+        self._end.send(self._framer.seal(Beat(7, OTHER, self.activity.waits, self.activity.busy).encode()))
 
     def beat_on(self) -> None:
         """From now on."""
@@ -48,11 +52,24 @@ class Far:
 
     def heard(self) -> list[Beat]:
         self._end.settimeout(10)
-        return [message for message in MessageReader().feed(self._end.recv(4096)) if isinstance(message, Beat)]
+        data = b"".join(self._framer.feed(self._end.recv(4096)))
+        return [message for message in MessageReader().feed(data) if isinstance(message, Beat)]
 
     def close(self) -> None:
         self.stop()
         self._end.close()
+
+
+def go_inside(end: socket.socket, peer: Peer) -> Framer:
+    """The handshake of the far end, while the near one is looked after here."""
+    handshake = Handshake(CREDENTIALS.secret, "client")
+    end.settimeout(10)
+    end.sendall(handshake.begin())
+    while not peer.is_inside:
+        select.select([peer], [], [], 10)
+        peer.receive()
+        end.sendall(handshake.feed(end.recv(4096)))
+    return handshake.finish()[0]
 
 
 @pytest.fixture
@@ -61,10 +78,11 @@ def connect() -> Iterator[Callable[[], tuple[Far, queue.Queue[tuple[Seat, str]]]
 
     def connect() -> tuple[Far, queue.Queue[tuple[Seat, str]]]:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            far = Far(socket.create_connection(listener.getsockname()))
+            end = socket.create_connection(listener.getsockname())
             near = listener.accept()[0]
+        peer = Peer(near, PATIENCE.suspect_after_s, Handshake(CREDENTIALS.secret, "server"), OTHER)
+        far = Far(end, go_inside(end, peer))
         suspects: queue.Queue[tuple[Seat, str]] = queue.Queue()
-        peer = Peer(near, PATIENCE.suspect_after_s, OTHER)
         beats = Beats(7, LEADER, {OTHER: peer}, Activity(), PATIENCE, lambda *suspect: suspects.put(suspect))
         beats.start()
         made.append((beats, far))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import struct
@@ -12,14 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from divisi.cluster.door import Handshake
 from divisi.cluster.errors import EpochEnded, StepAborted
 from divisi.cluster.gang.agreement import NOTHING, StepAgreement, merge
 from divisi.cluster.gang.header import Announcement, End, Header, Hello, Message, MessageReader
 from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.mesh import FollowerMesh, LeaderMesh
-from divisi.cluster.gang.peer import listen
+from divisi.cluster.gang.peer import Peer, listen
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership, Seat
+from tests.support import strangers
+from tests.support.credentials import CREDENTIALS
 
 
 def full(counts: dict[int, int]) -> tuple[Pass, ...]:
@@ -179,9 +183,11 @@ class Gang:
         self.inboxes = [EpochInbox() for _ in range(size)]
         deadline = time.monotonic() + 10
         with ThreadPoolExecutor() as pool:
-            leader = pool.submit(LeaderMesh, self.listener, self.membership, self.inboxes[0], deadline)
+            secret = CREDENTIALS.secret
+            leader = pool.submit(LeaderMesh, self.listener, self.membership, self.inboxes[0], deadline, secret)
             self.followers = {
-                rank: FollowerMesh(self.membership, rank, self.inboxes[rank], deadline) for rank in range(1, size)
+                rank: FollowerMesh(self.membership, rank, self.inboxes[rank], deadline, secret)
+                for rank in range(1, size)
             }
             self.leader = leader.result()
 
@@ -373,31 +379,61 @@ def test_leftovers_of_older_epochs_are_not_let_in() -> None:
     shape = GangShape(1, 1)
     old, new = (Membership(epoch, shape, ("a", "b"), (address,) * 2, address) for epoch in (1, 2))
     inbox, deadline = EpochInbox(), time.monotonic() + 10
-    stale = FollowerMesh(old, 1, inbox, deadline)
-    fresh = FollowerMesh(new, 1, inbox, deadline)
-    leader = LeaderMesh(listener, new, inbox, deadline)
-    leader.announce((1,))
-    header = begin(leader)
-    assert fresh.next_step(5.0) == header
-    with pytest.raises(StepAborted):
-        stale.next_step(5.0)
-    for mesh in (leader, fresh, stale):
+    secret = CREDENTIALS.secret
+    with ThreadPoolExecutor(3) as pool:
+        stale = pool.submit(FollowerMesh, old, 1, EpochInbox(), deadline, secret)
+        time.sleep(0.1)  # it is to be the first in the backlog; the other way around, the test shows less
+        fresh = pool.submit(FollowerMesh, new, 1, EpochInbox(), deadline, secret)
+        leader = LeaderMesh(listener, new, inbox, deadline, secret)
+        leader.announce((1,))
+        header = begin(leader)
+        assert fresh.result().next_step(5.0) == header
+        with pytest.raises(StepAborted):
+            stale.result().next_step(5.0)
+    for mesh in (leader, fresh.result()):
         mesh.close()
     listener.close()
 
 
-def test_strangers_on_the_listener_are_sent_away() -> None:
+def test_strangers_on_the_listener_are_sent_away_and_no_step_is_aborted(caplog: pytest.LogCaptureFixture) -> None:
     listener = listen("127.0.0.1")
     address = Address("127.0.0.1", listener.getsockname()[1])
     membership = Membership(1, GangShape(1, 1), ("a", "b"), (address,) * 2, address)
     inbox, deadline = EpochInbox(), time.monotonic() + 10
-    strangers = [socket.create_connection((address.host, address.port)) for _ in range(3)]
-    strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n")
-    strangers[1].sendall(Hello(1, Seat("expert", 9)).encode())  # no such seat
-    strangers[2].close()
-    follower = FollowerMesh(membership, 1, inbox, deadline)
-    leader = LeaderMesh(listener, membership, inbox, deadline)
-    leader.announce((1,))
-    assert begin(leader) == follower.next_step(5.0)
-    for end in (leader, follower, listener, *strangers, inbox.wake):
+    recorded = _recorded_hello(listener, address)
+    hung_up = strangers.silent(address)
+    hung_up.close()
+    scanner = strangers.silent(address)
+    scanner.sendall(b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n")
+    with ThreadPoolExecutor(4) as pool:
+        noise = pool.submit(strangers.with_noise, address)
+        other = pool.submit(strangers.with_another_secret, address)
+        replayed = pool.submit(strangers.with_a_recorded_hello, address, recorded)
+        follower = pool.submit(FollowerMesh, membership, 1, EpochInbox(), deadline, CREDENTIALS.secret)
+        time.sleep(0.2)  # all of them are to be in the backlog; some come later otherwise, and the test shows less
+        leader = LeaderMesh(listener, membership, inbox, deadline, CREDENTIALS.secret)
+        callers = [scanner, noise.result(), other.result(), replayed.result()]
+        late = [strangers.silent(address), strangers.with_noise(address, 1000)]
+        for _ in range(3):
+            leader.announce((1,))
+            assert begin(leader) == follower.result().next_step(5.0)
+    assert all(strangers.is_closed(caller) for caller in callers)
+    lines = [record.getMessage() for record in caplog.records if "refused a connection" in record.getMessage()]
+    assert any("does not know this gang's secret" in line for line in lines), lines
+    assert any("is no process of Divisi" in line for line in lines), lines
+    for end in (leader, follower.result(), listener, *callers, *late, inbox.wake):
         end.close()
+
+
+def _recorded_hello(listener: socket.socket, address: Address) -> bytes:
+    """What a peer of an earlier epoch has sent to this listener."""
+    with ThreadPoolExecutor(1) as pool:
+        recording = pool.submit(strangers.recorded_by, address, CREDENTIALS.secret)
+        listener.setblocking(True)
+        peer = Peer(listener.accept()[0], 5.0, Handshake(CREDENTIALS.secret, "server"))
+        listener.setblocking(False)
+        while not recording.done():
+            with contextlib.suppress(StepAborted):
+                peer.receive()
+        peer.close()
+        return recording.result()

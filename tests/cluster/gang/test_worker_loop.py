@@ -20,9 +20,10 @@ from divisi.cluster.passes import PassLayers
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.model.dispatcher import Dispatcher
+from tests.support.credentials import CREDENTIALS
 
 CPU = torch.device("cpu")
-MODE = Broadcast(Transport(WireFormat(4, 1, torch.float32), 8, 5.0, CPU, torch.float32))
+MODE = Broadcast(Transport(WireFormat(4, 1, torch.float32, 1), 8, 5.0, CPU, torch.float32))
 LAYERS = PassLayers(full=(0,))
 
 
@@ -87,7 +88,7 @@ class Running:
     def __init__(self) -> None:
         self.engine, self.inbox, self.reports = IdleEngine(), EpochInbox(), Reports()
         self.listener = listen("127.0.0.1")
-        network = WorkerNetwork(self.listener, CPU, 5.0, LAYERS, 1, lambda workers: 8)
+        network = WorkerNetwork(self.listener, CPU, 5.0, LAYERS, 1, lambda workers: 8, CREDENTIALS)
         self.loop = WorkerLoop[StepPlan](self.engine, MODE, self.inbox, self.reports, network, lambda events: None)
         self.ended_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
@@ -175,7 +176,7 @@ def test_a_shard_reports_to_have_left_an_epoch_that_was_over_before_it_began() -
             raise AssertionError
 
     inbox, reports = EpochInbox(), Reports()
-    loop = ShardLoop(NoExperts(), MODE, LAYERS, CPU, 1, inbox, reports)
+    loop = ShardLoop(NoExperts(), MODE, LAYERS, CPU, 1, CREDENTIALS, inbox, reports)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:

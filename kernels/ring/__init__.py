@@ -1,0 +1,1 @@
+"""Messages between processes through memory that they share."""

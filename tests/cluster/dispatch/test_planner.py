@@ -1,0 +1,53 @@
+"""Which mode the planner takes, and its model."""
+
+from __future__ import annotations
+
+import pytest
+
+from divisi.cluster.dispatch.all_to_all import capacity
+from divisi.cluster.dispatch.planner import (
+    ETHERNET_100G,
+    GLOO,
+    MEMORY,
+    NVLINK,
+    Link,
+    Load,
+    hit_rate,
+    layer_s,
+    plan_mode,
+)
+
+
+def load_of(workers: int, shards: int, rows: int = 64) -> Load:
+    """Of the 80 B model."""
+    return Load(workers, shards, rows, 4096 + 80, 8192, hit_rate(10, 32, shards))
+
+
+@pytest.mark.parametrize(("shards", "hit"), [(1, 1.0), (2, 0.999), (4, 0.944), (8, 0.737), (16, 0.475), (32, 0.272)])
+def test_hit_rate(shards: int, hit: float) -> None:
+    assert hit_rate(10, 32, shards) == pytest.approx(hit, abs=1e-3)
+
+
+@pytest.mark.parametrize("link", [MEMORY, GLOO, ETHERNET_100G, NVLINK], ids=str)
+def test_few_shards_get_all_rows(link: Link) -> None:
+    for shards in (1, 2):
+        assert plan_mode(load_of(1, shards), link) == "broadcast"
+
+
+@pytest.mark.parametrize(("workers", "shards"), [(4, 8), (8, 16), (8, 32)])
+def test_over_a_network_many_shards_get_the_rows_that_visit_them(workers: int, shards: int) -> None:
+    assert plan_mode(load_of(workers, shards), ETHERNET_100G) == "all_to_all"
+
+
+def test_more_rows_cost_more_and_small_batches_are_not_worth_picking() -> None:
+    for mode in ("broadcast", "all_to_all"):
+        times = [layer_s(mode, load_of(2, 8, rows), GLOO) for rows in (1, 16, 256)]  # type: ignore[arg-type]
+        assert times == sorted(times)
+    assert plan_mode(load_of(2, 8, 1), MEMORY) == "broadcast"
+
+
+def test_capacity_is_that_of_a_bucket_and_never_more_than_the_rows() -> None:
+    assert capacity(64, 1.0, 5.0) == 64
+    assert capacity(1, 0.27, 5.0) == 1
+    assert capacity(1000, 0.25, 5.0) == capacity(1024, 0.25, 5.0) == 326
+    assert capacity(300, 0.25, 5.0) == capacity(512, 0.25, 5.0) < 300
