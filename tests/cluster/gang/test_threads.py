@@ -19,6 +19,8 @@ from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from tests.support.thread_gang import small_spec, thread_gang
 
+pytestmark = pytest.mark.timeout(360)  # the first to need the C++ kernels compiles them, beside other work
+
 
 @pytest.fixture(autouse=True)
 def threads_as_before() -> Iterator[None]:
