@@ -28,7 +28,6 @@ class Link:
 
 
 MEMORY = Link(message_s=12e-6, bytes_per_s=4e9, pick_s=25e-6)
-GLOO = Link(message_s=60e-6, bytes_per_s=1.5e9, pick_s=25e-6)
 ETHERNET_100G = Link(message_s=7e-6, bytes_per_s=12.5e9, pick_s=4e-6)
 NVLINK = Link(message_s=6e-6, bytes_per_s=150e9, pick_s=4e-6)
 

@@ -7,7 +7,6 @@ import pytest
 from divisi.cluster.dispatch.all_to_all import capacity
 from divisi.cluster.dispatch.planner import (
     ETHERNET_100G,
-    GLOO,
     MEMORY,
     NVLINK,
     Link,
@@ -28,7 +27,7 @@ def test_hit_rate(shards: int, hit: float) -> None:
     assert hit_rate(10, 32, shards) == pytest.approx(hit, abs=1e-3)
 
 
-@pytest.mark.parametrize("link", [MEMORY, GLOO, ETHERNET_100G, NVLINK], ids=str)
+@pytest.mark.parametrize("link", [MEMORY, ETHERNET_100G, NVLINK], ids=str)
 def test_few_shards_get_all_rows(link: Link) -> None:
     for shards in (1, 2):
         assert plan_mode(load_of(1, shards), link) == "broadcast"
@@ -41,7 +40,7 @@ def test_over_a_network_many_shards_get_the_rows_that_visit_them(workers: int, s
 
 def test_more_rows_cost_more_and_small_batches_are_not_worth_picking() -> None:
     for mode in ("broadcast", "all_to_all"):
-        times = [layer_s(mode, load_of(2, 8, rows), GLOO) for rows in (1, 16, 256)]  # type: ignore[arg-type]
+        times = [layer_s(mode, load_of(2, 8, rows), ETHERNET_100G) for rows in (1, 16, 256)]  # type: ignore[arg-type]
         assert times == sorted(times)
     assert plan_mode(load_of(2, 8, 1), MEMORY) == "broadcast"
 
