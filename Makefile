@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL ?=
 PART ?=
+SEED ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
-.PHONY: help install demo serve test verify check schema bench kernels gpu-test gpu-bench monitoring lock clean
+.PHONY: help install demo serve test verify chaos check schema bench kernels gpu-test gpu-bench monitoring lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,9 @@ test: $(STAMP) ## the quick, seeded tier
 
 verify: $(STAMP) ## everything, or PART=faults, step, ... (tests/parts.py), with results in tests/results/
 	$(BIN)/pytest --verify $(if $(PART),--part $(PART))
+
+chaos: $(STAMP) ## 50 random blows on a running server, every answer judged (SEED=N for a known plan), 8 minutes
+	$(BIN)/python -m tests.e2e.chaos $(if $(SEED),--seed $(SEED)) --out tests/results
 
 check: $(STAMP) build/typecheck ## ruff and mypy
 	$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,dev]'

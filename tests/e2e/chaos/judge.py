@@ -119,12 +119,22 @@ def _judge_gap(
     if seconds <= LONGEST_GAP_S:
         return
     text = f"{answer.ask} in slot {answer.slot}: no token from {gap[0]:.1f} to {gap[1]:.1f} s ({seconds:.1f} s)"
-    if any(hit.blow.kind in FRONTS and _overlap((hit.begin, hit.end + _FRONT_BACK_S), gap) for hit in struck):
+    fronts = [(hit.begin, hit.end + _FRONT_BACK_S) for hit in struck if hit.blow.kind in FRONTS]
+    if seconds - _covered(gap, fronts) <= LONGEST_GAP_S:
         verdict.long_gaps.append(f"{text}; its ingress or front was struck")
-    elif seconds <= LONGEST_GAP_WITHOUT_WORKERS_S and any(_overlap(span, gap) for span in no_workers):
+    elif any(_overlap(span, gap) for span in no_workers) and seconds <= LONGEST_GAP_WITHOUT_WORKERS_S:
         verdict.long_gaps.append(f"{text}; no worker lived")
     else:
         verdict.faults.append(text)
+
+
+def _covered(gap: Span, spans: Sequence[Span]) -> float:
+    """Seconds of a gap that lie in any of the spans."""
+    covered, at = 0.0, gap[0]
+    for begin, end in sorted(spans):
+        covered += max(min(end, gap[1]) - max(begin, at), 0.0)
+        at = max(at, end)
+    return covered
 
 
 def difference(reference: Answer, answer: Answer) -> Difference | None:
