@@ -43,6 +43,7 @@ def test_death_at_every_point_of_a_life(full_tier: bool, record_result: Callable
         assert counts[point] > traces / 20, f"{point}: {counts[point]} in {traces} traces, too few to mean anything"
     assert counts["whole"] > 2 * traces
     assert counts["holes"] > traces / 100
+    assert counts["taken apart"] > traces / 10
 
 
 class WithoutAnIndexCheck(Journal):

@@ -7,6 +7,7 @@ part of it is lost. Every answer has to be, event for event, the one that it get
 from __future__ import annotations
 
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from threading import Event
@@ -146,11 +147,17 @@ class World:
             self.counts["between draft and commit"] += bool(plan.drafting)
             self._die(worker)
             return
-        while self.random.random() < 0.1:
-            try:
+        aborts = 0
+        while self.random.random() < 0.2 and aborts < (1 if plan.alone else 2):  # a request ends that fails alone twice
+            aborts += 1
+            with suppress(StepAborted):
                 engine.run(plan, FailsAtLast(self.random.randrange(len(plan.counts) + 1)))
-            except StepAborted:
-                continue
+                raise AssertionError("it is to fail")
+            if engine.strike():
+                self.counts["taken apart"] += 1
+                worker.unread += engine.take_events()
+                plan, aborts = engine.plan(), 0
+                assert plan is not None, "who was planned goes on, one after another"
         worker.unread += engine.run(plan, PlainDispatcher())
         if self._happens(self._death_rate):
             self._die(worker)
