@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from divisi.cluster.cores import keep_to
@@ -29,9 +31,10 @@ from divisi.deploy.api.settings import ApiSettings
 from divisi.deploy.core_use import JOINED
 from divisi.deploy.fit import fit, used_model
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
+from divisi.deploy.live_settings import refusal, told, with_live
 from divisi.deploy.logs import configure_logs
+from divisi.deploy.redeployed import keep_told, told_before
 from divisi.deploy.serve_client import ServeEngineClient
-from divisi.deploy.setting_groups import LogSettings
 from divisi.deploy.settings import Settings, SettingsError
 from divisi.kernels.choice import kernels_here
 from divisi.model.config import ModelConfig
@@ -60,8 +63,9 @@ class Ingress:
     ) -> None:
         """`workers` and `gang` are only bound to belong to the application: the coordinator, whose name is known, names
         the workers' addresses."""
-        self._settings = settings
+        self._told = self._settings = settings
         self._spec = spec
+        self._client: ServeEngineClient | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         """Build the ASGI application."""
@@ -75,14 +79,22 @@ class Ingress:
         keys = None if file is None else KeyFile(file)
         host = ray.util.get_node_ip_address()
         self._telemetry = Telemetry(spec.telemetry, "ingress", host)
-        client = ServeEngineClient(
+        client = self._client = ServeEngineClient(
             spec, gate, ingress_id, settings.http.ingress_replicas, self._telemetry,
-            lambda workers: gate_limits(settings, workers),
+            lambda workers: gate_limits(self._settings, workers),
         )  # fmt: skip
         presence = Presence(spec.name, ingress_id, host, self._telemetry.port)
         presence.start()
         text, api = TextCodec.load(spec.model_dir), api_settings(settings, spec)
         return build_app(client, text, api, gate, keys, self._telemetry, presence)
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """For Serve: take new limits and another log level."""
+        if (settings := _reconfigured(self._told, user_config)) is not None:
+            self._settings = settings
+            configure_logs(settings.log, "ingress")
+            if self._client is not None:
+                self._client.take_limits()
 
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):
@@ -92,14 +104,22 @@ class Ingress:
 class AttentionWorker:
     """One attention worker; its constructor returns when the weights are loaded. Serve sees none of its requests."""
 
-    def __init__(self, spec: GangSpec, log: LogSettings, grace_s: float) -> None:
-        """When the replica is told to end, its open answers have `grace_s` seconds."""
-        from divisi.cluster.ray.worker import AttentionRank
+    def __init__(self, settings: Settings, spec: GangSpec) -> None:
+        """When the replica is told to end, its open answers have the settings' grace."""
+        from divisi.cluster.attention_rank import AttentionRank
+        from divisi.cluster.ray.post import ray_post
 
-        configure_logs(log, "attention")
-        self._rank = AttentionRank(_named_here(spec))
+        spec = _named_here(spec)
+        self._settings = settings
+        configure_logs(settings.log, "attention")
+        self._rank = AttentionRank(spec, ray_post(spec))
         self._watchdog = Watchdog(self._rank.stuck)
-        self._grace_s = grace_s
+        self._grace_s = settings.limits.shutdown_grace_s
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """For Serve: take another log level."""
+        if (settings := _reconfigured(self._settings, user_config)) is not None:
+            configure_logs(settings.log, "attention")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For the policies of Serve's autoscaler."""
@@ -119,14 +139,21 @@ class AttentionWorker:
 class Gang:
     """Owns the coordinator and the shards; one replica. They outlive it until the next one has adopted them."""
 
-    def __init__(self, spec: GangSpec, grace_s: float) -> None:
-        """What runs when the replica is told to end has `grace_s` seconds, as it needs the gang's actors."""
+    def __init__(self, settings: Settings, spec: GangSpec) -> None:
+        """What runs when the replica is told to end has the settings' grace, as it needs the gang's actors."""
         from divisi.cluster.ray.gang import GangOwner
 
         spec = _named_here(spec)
         self._name = spec.name
+        self._settings = settings
         self._owner = GangOwner(spec)
-        self._grace_s = grace_s
+        keep_told(serve.get_replica_context().app_name, spec.name, told(settings))
+        self._grace_s = settings.limits.shutdown_grace_s
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """For Serve: take another least number of attention workers."""
+        if (settings := _reconfigured(self._settings, user_config)) is not None:
+            self._owner.bound(settings.gang.least_workers)
 
     def check_health(self) -> None:
         """For Serve: a gang with a shard that cannot load is built anew."""
@@ -148,6 +175,18 @@ class Gang:
 def _named_here(spec: GangSpec) -> GangSpec:
     """As the replicas of this application know their gang."""
     return named(spec, serve.get_replica_context().app_name)
+
+
+def _reconfigured(settings: Settings, user_config: Mapping[str, Any]) -> Settings | None:
+    """The settings with a new `user_config`; None, and a line in the log, where that is wrong.
+
+    Serve would replace a replica that raises, with all that it has open.
+    """
+    try:
+        return with_live(settings, user_config)
+    except SettingsError as error:
+        log.error("user_config is left alone: %s", error)
+        return None
 
 
 def api_settings(settings: Settings, spec: GangSpec) -> ApiSettings:
@@ -289,7 +328,7 @@ def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=1,
     )
-    workers, owner = worker.bind(spec, settings.log, grace), gang.bind(spec, grace)
+    workers, owner = worker.bind(settings, spec), gang.bind(settings, spec)
     application: serve.Application = ingress.bind(settings, spec, workers, owner)
     return application
 
@@ -301,7 +340,10 @@ def _deployment(of: type[Any]) -> Any:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Application builder for a Serve config file; `args` has the shape of `Settings`. Raises SettingsError."""
+    """Application builder for a Serve config file; `args` has the shape of `Settings`. Raises SettingsError.
+
+    Raises RayServeException, whose text Serve shows, where the args change those of a gang that serves.
+    """
     settings = Settings.from_args(args)
     if settings.gang.pin_cores:
         raise SettingsError(JOINED)
@@ -313,4 +355,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     spec = gang_spec(settings, ray.cluster_resources().get("GPU", 0))
     for reason in empty_groups(spec.placement, len(spec.shape.shard_ranks), living_nodes()):
         log.warning("%s; what belongs there waits for one", reason)
+    if reason := refusal(told_before(args), settings):
+        raise RayServeException(reason)
     return build_from(settings, spec)

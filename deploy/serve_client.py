@@ -76,6 +76,8 @@ class ServeEngineClient:
         """Whether the gang has served, and is about to serve again."""
         self._checked_at = -math.inf
         self._checking = asyncio.Lock()
+        self._workers = 0
+        """Of the last epoch that was heard of."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """See EngineClient."""
@@ -122,8 +124,8 @@ class ServeEngineClient:
                 return self._status
             self._recovering = found.recovering
             self._connections.name(found.streams)
-            if self._limits_of is not None and found.workers:
-                self._gate.limits = self._limits_of(found.workers)
+            self._workers = found.workers or self._workers
+            self.take_limits()
             failures = [f"{who} could not load: {text}" for who, text in sorted(found.failures.items())]
             ready, reasons = found.ready, [found.reason, *failures]
             if ready and not await self._connections.wait_until_able(_CONNECT_S):
@@ -137,6 +139,11 @@ class ServeEngineClient:
         """While it is replaced the gang goes on: as it was, where a worker says that it takes requests."""
         was = self._status
         return GangStatus(was.ready and bool(self._connections.able()), reason, was.stats, was.targets)
+
+    def take_limits(self) -> None:
+        """Have the gate go by the limits as they are now."""
+        if self._limits_of is not None and self._workers:
+            self._gate.limits = self._limits_of(self._workers)
 
     async def _wait_for_a_worker(self, give_up_at: float) -> None:
         """For an answer that has begun: whether the gang as a whole serves is not asked, as it will again."""

@@ -28,7 +28,7 @@ CLI_MAY_IMPORT = (
     "divisi.model.checkpoint", "divisi.model.packing", "divisi.model.placement", "divisi.model.random_checkpoint",
 )  # fmt: skip
 MAY_IMPORT_RAY = re.compile(
-    r"cluster/ray/|deploy/(leave_node|serve_app|serve_client|local_run|ray_instance|shared_cluster)\.py"
+    r"cluster/ray/|deploy/(leave_node|redeployed|serve_app|serve_client|local_run|ray_instance|shared_cluster)\.py"
 )
 ROOMS = tuple(f"cluster/{room}" for room in ("door", "engine", "dispatch", "gang", "ray", "streams", "telemetry"))
 API_ROOMS = tuple(f"deploy/api/{room}" for room in ("schema", "body", "compile", "middleware", "reply"))
@@ -58,7 +58,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "starlette": "fastapi", "opentelemetry": "ope
 BENCH_ONLY = {"transformers", "openai"}
 TEST_ONLY = {"deploy/monitoring/__main__.py": "grafana_foundation_sdk"}  # writes files of the repository
 CALLED_FROM_OUTSIDE = {
-    "record_autoscaling_stats": "Serve", "check_health": "Serve",
+    "record_autoscaling_stats": "Serve", "check_health": "Serve", "reconfigure": "Serve",
     "get_buffer": "asyncio", "buffer_updated": "asyncio", "connection_made": "asyncio", "connection_lost": "asyncio",
     "pause_writing": "asyncio", "resume_writing": "asyncio", "num_used": "the simulation's check for leaks",
 }  # fmt: skip

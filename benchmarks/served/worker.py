@@ -25,7 +25,7 @@ class MeasuredAttentionWorker(AttentionWorker):
             engine, experts = build_engine(*arguments)
             return EngineClock().watch(engine), experts
 
-        patch("divisi.cluster.ray.worker.build_engine", build_watched).start()
+        patch("divisi.cluster.attention_rank.build_engine", build_watched).start()
         super().__init__(*arguments)
 
 
@@ -40,5 +40,5 @@ class IdleAttentionWorker(AttentionWorker):
             experts = object()  # nobody asks them anything
             return EngineClock().watch(IdleEngine(plain_tokens(Path(spec.model_dir)))), experts
 
-        patch("divisi.cluster.ray.worker.build_engine", build_idle).start()
+        patch("divisi.cluster.attention_rank.build_engine", build_idle).start()
         super().__init__(*arguments)

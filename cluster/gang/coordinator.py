@@ -246,6 +246,12 @@ class Coordinator:
         with self._changed:
             self._stats[holder_id] = stats
 
+    def bound(self, least_workers: int) -> None:
+        """Have epochs form with so many attention workers from now on; the one that runs goes on."""
+        with self._changed:
+            self._roster.min_attention_workers = least_workers
+            self._changed.notify_all()
+
     def report_progress(self, who: str, text: str) -> None:
         """Note what a rank that holds no seat yet is doing."""
         with self._changed:

@@ -43,6 +43,7 @@ class GangOwner:
         """Returns at once: a shard for which there is no room yet waits for it, as long as that takes."""
         self._spec = spec
         self._id = uuid.uuid4().hex
+        self._least_workers = spec.min_attention_workers
         self._closed = threading.Event()
         self._coordinator = self._adopt_or_start()
         self._seats = [spec.shape.seat(rank) for rank in spec.shape.shard_ranks]
@@ -70,6 +71,13 @@ class GangOwner:
         if not status.ready and not self.displaced:
             self._start_shards()
             self._tell_unplaced()
+        if self._least_workers is not None and self._least_workers != self._spec.min_attention_workers:
+            self._coordinator.bound.remote(self._least_workers)  # a coordinator that was started anew knows the spec's
+
+    def bound(self, least_workers: int) -> None:
+        """Have epochs form with so many attention workers from now on."""
+        self._least_workers = least_workers
+        self._coordinator.bound.remote(least_workers)
 
     def close(self) -> None:
         """End all actors now, unless they are another owner's."""

@@ -1,23 +1,17 @@
-"""Loading a rank's weights with progress that people can follow, and failures that they get to read."""
+"""How a rank's loading is told: progress that people can follow, and failures that they get to read."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import ray
-import torch
 
-from divisi.cluster.cores import usable_cores
 from divisi.cluster.gang.coordinator import CoordinatorLost
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
-from divisi.cluster.spec import GangSpec
 
-_Made = TypeVar("_Made")
 _EVERY_S = 0.5
 _FIND_S = 120.0
 
@@ -49,23 +43,6 @@ def reported(name: str, who: str) -> Iterator[LoadReport]:
         report.client.report_failure(who, f"{type(error).__name__}: {error}")
         raise
     report.client.report_progress(who, "loaded")
-
-
-def load_in_thread(spec: GangSpec, load: Callable[[], _Made]) -> _Made:
-    """What `load` returns, done in a thread that then ends, and with it the OpenMP threads that computed for it.
-
-    They would wait for more as long as that thread lives. Where a process has more threads than cores, counted over
-    all of these, OpenMP's wait by sleeping: those of the step loop would wake each other a hundred times in a step.
-
-    Which ranks run beside this one is not known yet: it takes what it could have if all did; see `CoreShare`.
-    """
-
-    def work() -> _Made:
-        torch.set_num_threads(spec.threads or max(usable_cores() // spec.shape.size, 1))  # it starts them
-        return load()
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(work).result()
 
 
 def own_host() -> str:

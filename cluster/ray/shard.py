@@ -20,9 +20,10 @@ from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.watchdog import Watchdog
+from divisi.cluster.loading import load_in_thread
 from divisi.cluster.ray.actors import ORPHANED_S, end_own_actor
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
-from divisi.cluster.ray.loading import load_in_thread, own_host, reported
+from divisi.cluster.ray.loading import own_host, reported
 from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.seats import Address
 from divisi.cluster.spec import GangSpec

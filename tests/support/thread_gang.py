@@ -11,31 +11,23 @@ from pathlib import Path
 
 import torch
 
-from divisi.cluster.assembly import (
-    build_engine,
-    dispatch_mode,
-    load_shard,
-    served_config,
-    shard_loop,
-    transport,
-    worker_network,
-)
-from divisi.cluster.dispatch.protocol import ShardedMode
+from divisi.cluster.assembly import dispatch_mode, load_shard, served_config, shard_loop, transport
+from divisi.cluster.attention_rank import AttentionRank
+from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport
-from divisi.cluster.engine.engine import Engine
-from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.coordinator import Coordinator
 from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.peer import listen
 from divisi.cluster.gang.shard_loop import ShardLoop
 from divisi.cluster.gang.watch import Candidate, SeatWatch
-from divisi.cluster.gang.worker_loop import WorkerLoop
+from divisi.cluster.post import Post
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.spec import GangSpec
+from divisi.cluster.telemetry.spec import TelemetrySpec
 from divisi.model.checkpoint import Checkpoint
+from divisi.model.config import ModelConfig
 from tests.support.credentials import CREDENTIALS
 
 HOST = "127.0.0.1"
@@ -58,42 +50,30 @@ def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
         "max_seqs": 8,
         "max_step_tokens": 64 * shape.attention_workers,
         "step_deadline_s": 10.0,
+        "telemetry": TelemetrySpec(scraped=False),
     }
     return GangSpec(**(fields | changes))  # type: ignore[arg-type]
 
 
+def post_of(coordinator: Coordinator) -> Post:
+    """Of a rank in this process."""
+    return Post(HOST, CREDENTIALS.secret, lambda: coordinator, lambda who: contextlib.nullcontext())
+
+
 class Worker:
-    """One attention worker in a thread; collects the events of its requests."""
+    """One attention worker, as its actor holds it; collects the events of its requests."""
 
     def __init__(self, spec: GangSpec, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
-        config = served_config(spec)
+        def mode(spec: GangSpec, config: ModelConfig, experts: Experts | None) -> DispatchMode:
+            return new_mode(transport(spec, config)) if new_mode else dispatch_mode(spec, config, experts)
+
         self.coordinator = coordinator
-        self._listener = listen(HOST)
-        self._inbox = EpochInbox()
-        candidate = Candidate(
-            "attention",
-            Address(HOST, self._listener.getsockname()[1]),
-            loads_for_seat=spec.shape.colocated,
-            spec=spec.fingerprint,
-        )
-        self.watch = SeatWatch(lambda: coordinator, candidate, self._inbox, lambda: None)
-        index = 0
-        if spec.shape.colocated:
-            self.watch.start()
-            index = self.watch.wait_for_seat().index
-        self.engine: Engine
-        self.engine, self.experts = build_engine(spec, config, index, wake=self._inbox.wake.set)
-        network = worker_network(spec, config, self._listener, CREDENTIALS)
-        mode = new_mode(transport(spec, config)) if new_mode else dispatch_mode(spec, config, self.experts)
-        self.loop = WorkerLoop[StepPlan](self.engine, mode, self._inbox, self.watch, network, self._collect)
-        self._thread = threading.Thread(target=self.loop.run)
+        self.rank = rank = AttentionRank(spec, post_of(coordinator), mode)
+        self.engine, self.experts, self.loop = rank._engine, rank._experts, rank._loop
+        self.watch, self._inbox, self._thread = rank._watch, rank._inbox, rank._thread
         self._changed = threading.Condition()
         self.events: dict[str, list[TokenEvent]] = defaultdict(list)
-        self._thread.start()
-        if spec.shape.colocated:
-            self.watch.loaded()
-        else:
-            self.watch.start()
+        self.loop._deliver = self._collect  # nothing is submitted yet
 
     def _collect(self, events: Sequence[TokenEvent]) -> None:
         with self._changed:
@@ -140,10 +120,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        self._inbox.stop()
-        self._thread.join(20)
-        self.watch.stop("the test is over")
-        self._listener.close()
+        self.rank.close(retire_s=0.0)
 
 
 class Shard:

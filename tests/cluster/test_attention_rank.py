@@ -1,4 +1,4 @@
-"""Attention workers as their replicas hold them, with a coordinator of this process in place of Ray's."""
+"""Attention workers as their replicas hold them, with a coordinator of this process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from divisi.cluster.door import Secret
+from divisi.cluster import attention_rank as rank_module
+from divisi.cluster.attention_rank import AttentionRank, WorkerFailed
 from divisi.cluster.errors import GangNotReady, WorkerLost
 from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.coordinator import Coordinator
-from divisi.cluster.ray import worker as worker_module
-from divisi.cluster.ray.worker import AttentionRank, WorkerFailed
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.spec import GangSpec
@@ -25,9 +24,8 @@ from divisi.cluster.streams.client import WorkerConnection
 from divisi.cluster.streams.workers import WorkerConnections
 from divisi.model.errors import CheckpointError
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
-from tests.support.thread_gang import HOST, small_spec
-
-SECRET = Secret(b"s" * 32)
+from tests.support.credentials import CREDENTIALS
+from tests.support.thread_gang import HOST, post_of, small_spec
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +36,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def coordinator(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> Coordinator:
+def coordinator(model_dir: Path) -> Coordinator:
     """The one that every worker made here finds. Gangs of one worker and no shard need no store."""
     spec = small_spec(model_dir, GangShape(1, 0)).fingerprint
-    made = Coordinator(GangShape(1, 0), Address(HOST, 1), lease_s=2.0, grace_s=1.0, spec=spec)
-    monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: made)
-    monkeypatch.setattr(worker_module, "own_host", lambda: HOST)
-    monkeypatch.setattr(worker_module, "gang_secret", lambda spec: SECRET)
-    monkeypatch.setattr(worker_module, "reported", lambda name, who: contextlib.nullcontext())
-    return made
+    return Coordinator(GangShape(1, 0), Address(HOST, 1), lease_s=2.0, grace_s=1.0, spec=spec)
 
 
 @pytest.fixture
@@ -54,7 +47,7 @@ def start(coordinator: Coordinator, model_dir: Path) -> Iterator[Callable[[], At
     ranks: list[AttentionRank] = []
 
     def start() -> AttentionRank:
-        ranks.append(AttentionRank(small_spec(model_dir, GangShape(1, 0))))
+        ranks.append(AttentionRank(small_spec(model_dir, GangShape(1, 0)), post_of(coordinator)))
         return ranks[-1]
 
     yield start
@@ -71,8 +64,8 @@ def listeners(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
         opened.append(listen_for_real(host))
         return opened[-1]
 
-    listen_for_real = worker_module.listen
-    monkeypatch.setattr(worker_module, "listen", listen)
+    listen_for_real = rank_module.listen
+    monkeypatch.setattr(rank_module, "listen", listen)
     return opened
 
 
@@ -87,7 +80,7 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
 @contextlib.asynccontextmanager
 async def connected(rank: AttentionRank) -> AsyncIterator[WorkerConnection]:
     """An ingress's connection to a worker."""
-    connections = WorkerConnections(HOST, SECRET)
+    connections = WorkerConnections(HOST, CREDENTIALS.secret)
     address = rank._watch._candidate.address.streams
     assert address is not None
     connections.name([address])
@@ -236,18 +229,17 @@ def test_a_worker_that_ends_listens_no_more(
 
 
 def test_a_colocated_worker_that_cannot_load_gives_its_seat_up(
-    monkeypatch: pytest.MonkeyPatch, model_dir: Path, coordinator: Coordinator, listeners: list[socket.socket]
+    monkeypatch: pytest.MonkeyPatch, model_dir: Path, listeners: list[socket.socket]
 ) -> None:
     """Its process may live on for a while, and its successor wants the seat."""
     spec: GangSpec = small_spec(model_dir, GangShape(1, 1, colocated=True))
     colocated = Coordinator(spec.shape, Address(HOST, 1), lease_s=60.0, spec=spec.fingerprint)
-    monkeypatch.setattr(worker_module, "RayCoordinatorClient", lambda name: colocated)
 
     def damaged(*_: Any) -> None:
         raise CheckpointError("damaged")
 
-    monkeypatch.setattr(worker_module, "build_engine", damaged)
+    monkeypatch.setattr(rank_module, "build_engine", damaged)
     with pytest.raises(CheckpointError):
-        AttentionRank(spec)
+        AttentionRank(spec, post_of(colocated))
     assert [listener.fileno() for listener in listeners] == [-1]
     assert colocated.join("successor", "attention", Address(HOST, 1), spec=spec.fingerprint) is not None

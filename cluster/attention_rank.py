@@ -1,4 +1,4 @@
-"""An attention worker in a Ray process: loads its weights, takes a seat, and runs the engine in a thread."""
+"""An attention worker: loads its weights, takes a seat, and runs the engine in a thread. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from divisi.cluster.assembly import (
     served_config,
     worker_network,
 )
+from divisi.cluster.dispatch.protocol import DispatchMode, Experts
 from divisi.cluster.door import Credentials
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
@@ -30,9 +31,8 @@ from divisi.cluster.gang.inbox import EpochInbox
 from divisi.cluster.gang.peer import listen
 from divisi.cluster.gang.watch import Candidate, SeatWatch
 from divisi.cluster.gang.worker_loop import WorkerLoop
-from divisi.cluster.ray.coordinator import RayCoordinatorClient
-from divisi.cluster.ray.loading import load_in_thread, own_host, reported
-from divisi.cluster.ray.secret import gang_secret
+from divisi.cluster.loading import load_in_thread
+from divisi.cluster.post import Post
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, Seat
 from divisi.cluster.spec import GangSpec
@@ -41,12 +41,15 @@ from divisi.cluster.streams.server import StreamServer
 from divisi.cluster.streams.wire import Report
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.ranks import WorkerStats, show_worker
+from divisi.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
 _STATS_EVERY_S = 0.25
 _ASK_S = 0.5
 _RETIRE_S = 2.0
+NewMode = Callable[[GangSpec, ModelConfig, Experts | None], DispatchMode]
+"""By the experts that the worker holds itself."""
 
 
 class WorkerFailed(RuntimeError):
@@ -56,14 +59,14 @@ class WorkerFailed(RuntimeError):
 class AttentionRank:
     """One attention worker. Implements `streams.server.Worker`; what takes time belongs to the step loop's thread."""
 
-    def __init__(self, spec: GangSpec) -> None:
-        """Load the weights; blocks until it is done.
+    def __init__(self, spec: GangSpec, post: Post, new_mode: NewMode = dispatch_mode) -> None:
+        """Load the weights; blocks until it is done. `new_mode` makes the way that rows reach experts.
 
         The seat is taken afterwards, in the background; but in a colocated gang first, since it says which experts
         to load.
         """
         self._spec = spec
-        host = own_host()
+        host = post.host
         config = served_config(spec)
         self._inbox = EpochInbox()
         self._loading = True
@@ -74,14 +77,12 @@ class AttentionRank:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(contextlib.closing(listen(host)))
             self._streams = stack.enter_context(contextlib.closing(StreamServer(self)))
-            places = self._streams.start(stream_places(host), gang_secret(spec), spec.tls)
+            places = self._streams.start(stream_places(host), post.secret, spec.tls)
             telemetry = Telemetry(spec.telemetry, "attention", host)
             stack.callback(telemetry.close)
             address = Address(host, listener.getsockname()[1], stream_address(host, places), telemetry.port)
             candidate = Candidate("attention", address, loads_for_seat=spec.shape.colocated, spec=spec.fingerprint)
-            self._watch = SeatWatch(
-                lambda: RayCoordinatorClient(spec.name), candidate, self._inbox, self._changed_stats
-            )
+            self._watch = SeatWatch(post.connect, candidate, self._inbox, self._changed_stats)
             who, index = f"attention worker {os.getpid()}", 0
             if spec.shape.colocated:
                 self._watch.start()
@@ -89,13 +90,13 @@ class AttentionRank:
                 stack.callback(self._watch.stop, "it could not load")
                 seat = self._watch.wait_for_seat()
                 who, index = str(seat), seat.index
-            with reported(spec.name, who) as report:
+            with post.reported(who) as report:
                 build = partial(build_engine, spec, config, index, report, self._inbox.wake.set)
-                self._engine, experts = load_in_thread(spec, build)
+                self._engine, self._experts = load_in_thread(spec, build)
             self._open = stack.pop_all()
-        meter = None if experts is None else metered(spec, config, experts, index)
-        credentials = Credentials(gang_secret(spec), spec.tls)
-        mode, network = dispatch_mode(spec, config, meter), worker_network(spec, config, listener, credentials)
+        meter = None if self._experts is None else metered(spec, config, self._experts, index)
+        credentials = Credentials(post.secret, spec.tls)
+        mode, network = new_mode(spec, config, meter), worker_network(spec, config, listener, credentials)
         observer = show_worker(telemetry, meter, self)
         self._loop = WorkerLoop[StepPlan](
             self._engine, mode, self._inbox, self._watch, network, self._deliver, observer
@@ -140,11 +141,12 @@ class AttentionRank:
         if self._watch.displaced:
             raise WorkerFailed("another process holds the seat that was this one's")
 
-    def close(self, grace_s: float = 0.0) -> None:
-        """Take nothing new, let open answers go on for `grace_s` at most, and leave the gang."""
+    def close(self, grace_s: float = 0.0, retire_s: float = _RETIRE_S) -> None:
+        """Take nothing new, let open answers go on for `grace_s` at most, and leave the gang: between two steps, where
+        that takes no longer than `retire_s`."""
         self._streams.leave(grace_s)
         self._streams.close()
-        self._watch.retire(_RETIRE_S)
+        self._watch.retire(retire_s)
         self._inbox.stop()
         self._thread.join(timeout=self._spec.step_deadline_s)
         self._watch.stop("its replica is shutting down")

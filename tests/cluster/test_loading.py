@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from divisi.cluster.ray.loading import load_in_thread
+from divisi.cluster.loading import load_in_thread
 from divisi.cluster.seats import GangShape
 from tests.support.thread_gang import small_spec
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, time
 from pathlib import Path
 import torch
-from divisi.cluster.ray.loading import load_in_thread
+from divisi.cluster.loading import load_in_thread
 from divisi.cluster.seats import GangShape
 from tests.support.thread_gang import small_spec
 

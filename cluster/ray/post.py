@@ -1,0 +1,16 @@
+"""The post of a rank that is a Ray actor."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from divisi.cluster.post import Post
+from divisi.cluster.ray.coordinator import RayCoordinatorClient
+from divisi.cluster.ray.loading import own_host, reported
+from divisi.cluster.ray.secret import gang_secret
+from divisi.cluster.spec import GangSpec
+
+
+def ray_post(spec: GangSpec) -> Post:
+    """Of this process, in the gang of that spec."""
+    return Post(own_host(), gang_secret(spec), partial(RayCoordinatorClient, spec.name), partial(reported, spec.name))
