@@ -37,7 +37,7 @@ class Blow:
         return f"{self.at_s:6.1f} s: {how} to {'both' if self.count > 1 else 'a'} {self.kind}"
 
 
-def plan(seed: int, count: int, kinds: Sequence[str] = KINDS) -> list[Blow]:
+def plan(seed: int, count: int, kinds: Sequence[str] = KINDS, apart_s: tuple[float, float] = APART_S) -> list[Blow]:
     """So many blows, in order of time: each kind as often as the others, `KILLED` of them deadly, both as exactly as
     whole numbers allow."""
     rng = random.Random(seed)
@@ -47,7 +47,7 @@ def plan(seed: int, count: int, kinds: Sequence[str] = KINDS) -> list[Blow]:
     rng.shuffle(deadly)
     blows, at_s = [], 0.0
     for kind, kills in zip(struck, deadly, strict=True):
-        at_s += rng.uniform(*APART_S)
+        at_s += rng.uniform(*apart_s)
         stopped_s = None if kills else rng.uniform(*STOPPED_S)
         both = kind in SEVERAL and rng.random() < BOTH
         blows.append(Blow(at_s, kind, stopped_s, 2 if both else 1, rng.random()))
