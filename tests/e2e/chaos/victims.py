@@ -41,7 +41,7 @@ class Victims:
 
     def _all(self) -> dict[str, list[psutil.Process]]:
         found: dict[str, list[psutil.Process]] = {kind: [] for kind in (*_TITLES, "proxy")}
-        for process in self._cluster.processes():
+        for process in psutil.Process(self._cluster.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 title = " ".join(process.cmdline())
                 if process.name() == "haproxy" or "HAProxyManager" in title:
