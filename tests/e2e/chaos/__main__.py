@@ -16,7 +16,6 @@ from tests.e2e.chaos.harness import Chaos
 from tests.e2e.chaos.report import gaps, plot, summary, table
 from tests.e2e.chaos.run import served, verdict_of
 
-RESULTS = Path(__file__).parents[2] / "results"
 _LEAST_FOUND = 0.7
 
 
@@ -32,11 +31,17 @@ def main() -> int:
     begin = time.monotonic()
     print(f"seed {options.seed}", flush=True)
     blows = plan(options.seed, options.blows, options.kinds.split(","))
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder) / "log.txt") as cluster:
-        print(f"ready after {cluster.ready_after_s:.1f} s", flush=True)
-        asked = asks(options.openings)
-        record = asyncio.run(Chaos(cluster, blows, lambda line: print(line, flush=True)).run(asked))
+    asked, record, left = asks(options.openings), None, ""
+    try:
+        with tempfile.TemporaryDirectory() as folder, served(Path(folder) / "log.txt") as cluster:
+            print(f"ready after {cluster.ready_after_s:.1f} s", flush=True)
+            record = asyncio.run(Chaos(cluster, blows, lambda line: print(line, flush=True)).run(asked))
+    except AssertionError as error:  # it has not ended in good order, or left something
+        if record is None:
+            raise
+        left = str(error)
     verdict, found = verdict_of(record, asked), gaps(record)
+    verdict.faults += [f"at its end: {left}"] if left else []
     if (hits := sum(hit.streams > 0 for hit, _ in found)) < _LEAST_FOUND * options.blows:
         verdict.faults.append(f"only {hits} of {options.blows} blows found a stream of theirs open")
     lines = [*summary(record, verdict), "", *table(found), "", f"{time.monotonic() - begin:.0f} s in all"]
