@@ -73,6 +73,7 @@ def judge(
     struck: Sequence[Struck],
     no_workers: Sequence[Span] = (),
     undecided: Undecided = lambda *_: False,
+    longest_gap_s: float = LONGEST_GAP_S,
 ) -> Verdict:
     """Every answer, every error and every gap. `no_workers` are the times in which no worker lived."""
     verdict = Verdict()
@@ -81,7 +82,8 @@ def judge(
         if not answer.done:
             _judge_error(answer, struck, verdict)
         for gap in answer.gaps():
-            _judge_gap(answer, gap, struck, no_workers, verdict)
+            if gap[1] - gap[0] > longest_gap_s:
+                _judge_gap(answer, gap, struck, no_workers, verdict)
     if len(verdict.undecided) > MOST_UNDECIDED:
         verdict.faults.append(f"{len(verdict.undecided)} answers parted at ties, more than {MOST_UNDECIDED}")
     return verdict
@@ -116,8 +118,6 @@ def _judge_gap(
     answer: Answer, gap: Span, struck: Sequence[Struck], no_workers: Sequence[Span], verdict: Verdict
 ) -> None:
     seconds = gap[1] - gap[0]
-    if seconds <= LONGEST_GAP_S:
-        return
     text = f"{answer.ask} in slot {answer.slot}: no token from {gap[0]:.1f} to {gap[1]:.1f} s ({seconds:.1f} s)"
     fronts = [(hit.begin, hit.end + _FRONT_BACK_S) for hit in struck if hit.blow.kind in FRONTS]
     if seconds - _covered(gap, fronts) <= LONGEST_GAP_S:

@@ -9,7 +9,7 @@ from pathlib import Path
 from divisi.model.demo import checkpoint_dir
 from tests.e2e.chaos.asks import Ask
 from tests.e2e.chaos.harness import Record
-from tests.e2e.chaos.judge import Verdict, judge
+from tests.e2e.chaos.judge import LONGEST_GAP_S, Verdict, judge
 from tests.e2e.conftest import Cluster, running_cluster
 
 _SHAPE = ("--attention-workers", "2", "--expert-shards", "2", "--ingress-replicas", "2")
@@ -27,9 +27,9 @@ def served(log: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def verdict_of(record: Record, asked: Sequence[Ask]) -> Verdict:
+def verdict_of(record: Record, asked: Sequence[Ask], longest_gap_s: float = LONGEST_GAP_S) -> Verdict:
     """By the references, with the margin rule for greedy answers."""
     from tests.e2e.chaos.ties import Ties  # late: it loads transformers
 
     ties = Ties(checkpoint_dir(), {ask.name for ask in asked if ask.greedy})
-    return judge(record.references, record.answers, record.struck, record.no_workers, ties)
+    return judge(record.references, record.answers, record.struck, record.no_workers, ties, longest_gap_s)

@@ -15,6 +15,8 @@ from tests.e2e.chaos.report import gaps, summary
 from tests.e2e.chaos.run import served, verdict_of
 
 SEED = 8
+_LONGEST_GAP_S = 60.0
+"""Other tests run beside this one; gaps are judged by `make chaos`, which has the machine for itself."""
 
 
 @pytest.mark.timeout(300)
@@ -23,7 +25,7 @@ def test_three_blows_change_no_answer(tmp_path: Path, record_result: Callable[[s
     asked, blows = asks(1, tokens=150), plan(SEED, 3, ("worker", "shard", "coordinator"), apart_s=(1.0, 2.0))
     with served(tmp_path / "log.txt") as cluster:
         record = asyncio.run(Chaos(cluster, blows, print).run(asked))
-    verdict = verdict_of(record, asked)
+    verdict = verdict_of(record, asked, _LONGEST_GAP_S)
     print("\n".join(summary(record, verdict)))
     record_result("seconds of the longest gap, by blow", {str(hit.blow): round(gap, 2) for hit, gap in gaps(record)})
     assert verdict.whole >= 8
