@@ -87,11 +87,8 @@ class Deployment:
 def deployment() -> Iterator[Deployment]:
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a short path, for the sockets
     port, dashboard = free_port(), free_port()
-    environment = os.environ | {
-        "TMPDIR": str(folder),
-        "XDG_STATE_HOME": str(folder),
-        "RAY_ADDRESS": f"127.0.0.1:{port}",
-    }
+    environment = os.environ | {"TMPDIR": str(folder), "XDG_STATE_HOME": str(folder)}
+    environment |= {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "disabled"}
     head = [BIN / "ray", "start", "--head", "--block", "--port", str(port), "--num-cpus", "8", "--disable-usage-stats",
             "--include-dashboard", "true", "--dashboard-port", str(dashboard)]  # fmt: skip
     with (folder / "head.log").open("wb") as log:
