@@ -21,7 +21,7 @@ from divisi.cluster.assembly import (
     served_config,
     worker_network,
 )
-from divisi.cluster.dispatch.protocol import DispatchMode, Experts
+from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode
 from divisi.cluster.door import Credentials
 from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 _STATS_EVERY_S = 0.25
 _ASK_S = 0.5
 _RETIRE_S = 2.0
-NewMode = Callable[[GangSpec, ModelConfig, Experts | None], DispatchMode]
+NewMode = Callable[[GangSpec, ModelConfig, AllExperts | None], DispatchMode]
 """By the experts that the worker holds itself."""
 
 

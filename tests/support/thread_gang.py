@@ -13,7 +13,7 @@ import torch
 
 from divisi.cluster.assembly import dispatch_mode, load_shard, served_config, shard_loop, transport
 from divisi.cluster.attention_rank import AttentionRank
-from divisi.cluster.dispatch.protocol import DispatchMode, Experts, ShardedMode
+from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.errors import StepAborted
@@ -64,7 +64,7 @@ class Worker:
     """One attention worker, as its actor holds it; collects the events of its requests."""
 
     def __init__(self, spec: GangSpec, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
-        def mode(spec: GangSpec, config: ModelConfig, experts: Experts | None) -> DispatchMode:
+        def mode(spec: GangSpec, config: ModelConfig, experts: AllExperts | None) -> DispatchMode:
             return new_mode(transport(spec, config)) if new_mode else dispatch_mode(spec, config, experts)
 
         self.coordinator = coordinator
