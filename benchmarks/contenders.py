@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -65,10 +65,11 @@ class DivisiEngine:
         self.generate(prompts(1, tokens, self._vocabulary), 1)
         return time.perf_counter() - start
 
-    def decode(self, batch: int, steps: int) -> float:
-        """See Contender."""
+    def decode(self, batch: int, steps: int, begun: Callable[[], None] = lambda: None) -> float:
+        """See Contender. `begun` is called once the batch is full, before the steps that are timed."""
         self._submit(prompts(batch, CONTEXT, self._vocabulary), steps + 1)
         self._step()
+        begun()
         start = time.perf_counter()
         for _ in range(steps):
             self._step()

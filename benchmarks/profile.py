@@ -110,7 +110,7 @@ def _round(engine: DivisiEngine, clock: _Clock, kind: str, size: int) -> tuple[f
     if kind == "prefill":
         seconds, steps = engine.prefill(size), 1
     else:
-        seconds, steps = engine.decode(size, _STEPS) / _STEPS, _STEPS + 1  # and one that fills the batch
+        seconds, steps = engine.decode(size, _STEPS, clock.spent_ns.clear) / _STEPS, _STEPS
     return seconds, {name: spent / steps / 1e9 for name, spent in clock.spent_ns.most_common()}
 
 
