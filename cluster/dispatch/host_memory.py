@@ -102,7 +102,7 @@ class HostMemory:
         return listener
 
     def _call(self, path: str, rank: int, library: Library | None) -> socket.socket | None:
-        if not path or library is None:
+        if not path or library is None or Path(path).parent != self.folder:
             return None
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(_HANDSHAKE_S)
