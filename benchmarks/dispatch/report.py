@@ -15,7 +15,7 @@ from divisi.benchmarks import machine
 from divisi.benchmarks.dispatch import replies, split_step
 from divisi.benchmarks.dispatch.layers import MODES, Work, load_of, measure
 from divisi.benchmarks.model import bench_model
-from divisi.cluster.dispatch.planner import ETHERNET_100G, MEMORY, NVLINK, Load, hit_rate, layer_s, plan_mode
+from divisi.cluster.dispatch.planner import CROWDED, ETHERNET_100G, MEMORY, NVLINK, Load, hit_rate, layer_s, plan_mode
 from divisi.cluster.seats import GangShape
 
 _PARTS = ("step", "layers", "crowded", "replies", "model")
@@ -28,9 +28,7 @@ _SHAPES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See Command."""
-    parser.add_argument(
-        "--parts", nargs="+", choices=_PARTS, default=["step", "layers", "replies", "model"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=["step", "layers", "replies", "model"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path)
 
@@ -55,13 +53,12 @@ def main(options: argparse.Namespace) -> int:
 def _layers(shapes: list[GangShape], rounds: int) -> str:
     lines = ["| us per layer | rows | broadcast | all-to-all | ratio | the model's ratio | off by |", "|---" * 7 + "|"]
     for shape in shapes:
-        spin_s = 0.002 if shape.size <= 2 else 0.0
+        spin_s, link = (0.002, MEMORY) if shape.size <= 2 else (0.0, CROWDED)  # for two cores
         times = measure(Work(shape, _ROWS, rounds), spin_s)
         for rows in _ROWS:
             broadcast, exact = (times[mode, rows] for mode in MODES)
-            told = layer_s("all_to_all", load_of(shape, rows), MEMORY) / layer_s(
-                "broadcast", load_of(shape, rows), MEMORY
-            )
+            load = load_of(shape, rows)
+            told = layer_s("all_to_all", load, link) / layer_s("broadcast", load, link)
             off = told / (exact / broadcast) - 1
             name = f"{shape.attention_workers}x{shape.expert_shards}"
             lines.append(

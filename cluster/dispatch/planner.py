@@ -2,7 +2,7 @@
 
 A layer takes as long as its busiest end: the worker, which handles one message out and one back for each shard, or the
 shard, with one of each for each worker. A message costs `message_s`, and a row its bytes both ways. All-to-all sends a
-row to the shards that it visits only, and picks rows out and puts them back, `pick_s` for each message and pass.
+row to the shards that it visits only, and picks rows out and puts them back: `pick_s` for each shard, and their bytes.
 
 Measured beside the model: `benchmarks/results/dispatch.md`.
 """
@@ -24,12 +24,17 @@ class Link:
     message_s: float
     bytes_per_s: float
     pick_s: float
-    """To pick out the rows of a message and to put its reply in place."""
+    """To find the rows that visit a shard, and to put its reply in place."""
+    picked_bytes_per_s: float
+    """How fast these rows are copied out and back."""
 
 
-MEMORY = Link(message_s=12e-6, bytes_per_s=4e9, pick_s=25e-6)
-ETHERNET_100G = Link(message_s=7e-6, bytes_per_s=12.5e9, pick_s=4e-6)
-NVLINK = Link(message_s=6e-6, bytes_per_s=150e9, pick_s=4e-6)
+# measured on two Zen cores: ranks with cores of their own, and ranks that share them and sleep while they wait
+MEMORY = Link(message_s=64e-6, bytes_per_s=2.1e9, pick_s=300e-6, picked_bytes_per_s=1.9e9)
+CROWDED = Link(message_s=120e-6, bytes_per_s=2.1e9, pick_s=300e-6, picked_bytes_per_s=1.9e9)
+# from data sheets
+ETHERNET_100G = Link(message_s=7e-6, bytes_per_s=12.5e9, pick_s=4e-6, picked_bytes_per_s=1e12)
+NVLINK = Link(message_s=6e-6, bytes_per_s=150e9, pick_s=4e-6, picked_bytes_per_s=1e12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,11 @@ def layer_s(mode: Mode, load: Load, link: Link) -> float:
     """Seconds that a layer's messages take, the experts left out."""
     sent = load.hit if mode == "all_to_all" else 1.0
     messages = max(load.workers, load.shards)
-    bytes_moved = messages * load.rows * sent * (load.request_bytes + load.reply_bytes)
-    picking = load.shards * link.pick_s if mode == "all_to_all" else 0.0
+    row_bytes = sent * (load.request_bytes + load.reply_bytes)
+    bytes_moved = messages * load.rows * row_bytes
+    picking = 0.0
+    if mode == "all_to_all":
+        picking = load.shards * (link.pick_s + load.rows * row_bytes / link.picked_bytes_per_s)
     return messages * link.message_s + bytes_moved / link.bytes_per_s + picking
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from divisi.cluster.dispatch.all_to_all import capacity
 from divisi.cluster.dispatch.planner import (
+    CROWDED,
     ETHERNET_100G,
     MEMORY,
     NVLINK,
@@ -27,7 +28,7 @@ def test_hit_rate(shards: int, hit: float) -> None:
     assert hit_rate(10, 32, shards) == pytest.approx(hit, abs=1e-3)
 
 
-@pytest.mark.parametrize("link", [MEMORY, ETHERNET_100G, NVLINK], ids=str)
+@pytest.mark.parametrize("link", [MEMORY, CROWDED, ETHERNET_100G, NVLINK], ids=str)
 def test_few_shards_get_all_rows(link: Link) -> None:
     for shards in (1, 2):
         assert plan_mode(load_of(1, shards), link) == "broadcast"
