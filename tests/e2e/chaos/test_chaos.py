@@ -19,6 +19,7 @@ _LONGEST_GAP_S = 60.0
 """Other tests run beside this one; gaps are judged by `make chaos`, which has the machine for itself."""
 
 
+@pytest.mark.verify  # on two cores beside other tests it has taken minutes
 @pytest.mark.timeout(300)
 def test_three_blows_change_no_answer(tmp_path: Path, record_result: Callable[[str, object], None]) -> None:
     """Answers of every kind, on a server of the demo model, which must leave nothing."""
