@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from divisi.cluster.dispatch.groups import PeerGroup, StoreServer, join_group
+from divisi.cluster.dispatch.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import GangShape
+from tests.support.credentials import CREDENTIALS
 from tests.support.gangs import CPU, membership_of
 from tests.support.thread_gang import HOST
 
@@ -20,12 +22,12 @@ def pair(store: StoreServer, epoch: int) -> list[PeerGroup]:
     """Two ranks of this process."""
     membership = membership_of(GangShape(1, 1), store.address, epoch)
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda rank: join_group(membership, rank, CPU, 20.0), range(2)))
+        return list(pool.map(lambda rank: join_group(membership, rank, CPU, 20.0, CREDENTIALS), range(2)))
 
 
 @pytest.mark.parametrize("waiting", [0, 1])
 def test_a_wait_ends_when_another_thread_interrupts_the_group(waiting: int) -> None:
-    store = StoreServer(HOST)
+    store = StoreServer(HOST, CREDENTIALS)
     groups, others = pair(store, 1), pair(store, 2)
     failed: list[float] = []
 
