@@ -58,6 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.nice(5)  # servers under test, which the first worker starts, come first
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have the C++ kernels compiled before there are processes that would wait for each other's, or be timed."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and not session.config.option.collectonly:
+        from divisi.kernels.native.loader import load_library
+
+        load_library()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Which of two processes runs what."""
