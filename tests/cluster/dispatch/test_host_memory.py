@@ -74,7 +74,7 @@ def test_waits_end_at_their_deadline(spin_s: float) -> None:
         begin = time.monotonic()
         with pytest.raises(StepAborted, match="expert:0"):
             groups[0].recv(message(5, 0), 1).wait(begin + 0.1)
-        assert 0.1 <= time.monotonic() - begin < 1.0
+        assert 0.1 <= time.monotonic() - begin < 5.0
         puts = [groups[0].send(message(8, i), 1) for i in range(6)]
         with pytest.raises(StepAborted, match="deadline"):
             puts[-1].wait(time.monotonic() + 0.1)
