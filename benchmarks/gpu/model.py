@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -123,5 +123,5 @@ def _pages(device: torch.device) -> Tensor:
     return order[: 3 * 40].view(3, 40).to(device)
 
 
-def _ints(values: object, device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32, device=device)  # type: ignore[call-overload]
+def _ints(values: Iterable[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32, device=device)

@@ -56,7 +56,7 @@ def read_answer(asked_at: float, pieces: Sequence[tuple[float, bytes]]) -> Answe
 
 def _text(choice: dict[str, object]) -> str:
     delta = choice.get("delta")
-    found = choice.get("text") if delta is None else dict(delta).get("content")  # type: ignore[call-overload]
+    found = choice.get("text") if delta is None else dict(delta).get("content")  # type: ignore[call-overload]  # JSON: a delta is an object
     return str(found or "")
 
 

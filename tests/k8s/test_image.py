@@ -125,7 +125,7 @@ class TestImage:
         with lab(tmp_path) as made:
             pairs = [Timed(made.machine(kind), image, kind, compiled) for kind in ("ahead", "native")]
             ahead, native = pairs
-            assert ahead.library != native.library
+            assert ahead.build != native.build
             ratios = []
             for number in range(ROUNDS + 1):
                 first, second = (pairs, pairs[::-1])[number % 2]
@@ -133,7 +133,7 @@ class TestImage:
                 if number:  # the first warms up
                     ratios.append(seconds["native"] / seconds["ahead"])
             record_result("image", image.name)
-            record_result("kernels", [ahead.library, native.library])
+            record_result("kernels", [ahead.build, native.build])
             record_result("speed, times of native's: median, least, most", [median(ratios), min(ratios), max(ratios)])
             assert median(ratios) >= 0.95, ratios
 
@@ -154,7 +154,7 @@ class Timed:
             ["ip", "netns", "exec", machine.name, *own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
-        self.library = Path(self._line()).name
+        self.build = Path(self._line()).name
 
     def seconds(self) -> float:
         assert self._process.stdin is not None
