@@ -20,18 +20,18 @@ from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, Experts, 
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials
 from divisi.cluster.drafting import FixedDepth, MostTokensPerSecond
-from divisi.cluster.engine import times_file
-from divisi.cluster.engine.calibration import Agreeing, Calibration, Remembered
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars
-from divisi.cluster.engine.memory_budget import MemoryBudget
+from divisi.cluster.engine.memory.budget import MemoryBudget
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
-from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.observer import ShardObserver
-from divisi.cluster.gang.reports import EpochReports
-from divisi.cluster.gang.shard_loop import ShardLoop
-from divisi.cluster.gang.threads import CoreShare
-from divisi.cluster.gang.worker_loop import WorkerNetwork
+from divisi.cluster.engine.times import times_file
+from divisi.cluster.engine.times.calibration import Agreeing, Calibration, Remembered
+from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.loops.observer import ShardObserver
+from divisi.cluster.gang.loops.reports import EpochReports
+from divisi.cluster.gang.loops.shard_loop import ShardLoop
+from divisi.cluster.gang.loops.threads import CoreShare
+from divisi.cluster.gang.loops.worker_loop import WorkerNetwork
 from divisi.cluster.passes import PassLayers
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.step_times import StepTimes
@@ -44,7 +44,7 @@ from divisi.model.runner import ModelRunner
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
-from divisi.model.text.grammar_tokens import GrammarVocabulary
+from divisi.model.text.grammar.tokens import GrammarVocabulary
 from divisi.model.weights import Progress, load_weights
 
 

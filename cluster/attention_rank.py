@@ -23,14 +23,14 @@ from divisi.cluster.assembly import (
 )
 from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode
 from divisi.cluster.door import Credentials
-from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.stats import EngineStats
+from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.errors import GangNotReady
-from divisi.cluster.gang.coordinator import Stats
-from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.peer import listen
-from divisi.cluster.gang.watch import Candidate, SeatWatch
-from divisi.cluster.gang.worker_loop import WorkerLoop
+from divisi.cluster.gang.control.peer import listen
+from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.loops.worker_loop import WorkerLoop
+from divisi.cluster.gang.membership.coordinator import Stats
+from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
 from divisi.cluster.loading import load_in_thread
 from divisi.cluster.post import Post
 from divisi.cluster.request import Request, TokenEvent

@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from divisi.cluster.cores import CorePlan, usable_cores
-from divisi.cluster.gang.coordinator import CoordinatorLost, CoordinatorStatus
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost, CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.draining import drain_gang
 from divisi.cluster.ray.identity import named
@@ -29,11 +29,11 @@ from divisi.deploy.core_use import JOINED, core_lines, core_plan, waiting_policy
 from divisi.deploy.haproxy.environment import LOOPBACK
 from divisi.deploy.interruptible import Interruptible, Stopped
 from divisi.deploy.logs import LogFileError, with_default_file
-from divisi.deploy.ray_address import find_cluster
-from divisi.deploy.ray_instance import RayInstance, Told, Wish, ray_instance
+from divisi.deploy.ray.address import find_cluster
+from divisi.deploy.ray.instance import RayInstance, Told, Wish, ray_instance
+from divisi.deploy.ray.shared_cluster import Claim, ClusterOccupied
 from divisi.deploy.serve_app import build_from, gang_spec
 from divisi.deploy.settings import Settings, SettingsError, Surroundings
-from divisi.deploy.shared_cluster import Claim, ClusterOccupied
 from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
 from divisi.deploy.supervision import Orders, say
 from divisi.kernels.choice import kernels_here

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.context import _get_global_client
 
-from divisi.cluster.gang.coordinator import CoordinatorLost
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost
 from divisi.cluster.ray.coordinator import find_coordinator
 
 _NAMESPACE = b"divisi"

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
-from divisi.cluster.gang.watchdog import Watchdog
+from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice, empty_groups
 from divisi.cluster.ray.identity import named
 from divisi.cluster.ray.nodes import actor_options, has_autoscaler, living_nodes
@@ -39,7 +39,7 @@ from divisi.deploy.settings import Settings, SettingsError
 from divisi.kernels.choice import kernels_here
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
-from divisi.model.text.grammar import GrammarLimits
+from divisi.model.text.grammar.compiler import GrammarLimits
 
 log = logging.getLogger(__name__)
 

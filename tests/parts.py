@@ -25,7 +25,7 @@ TABLE = {
     "benchmarks": "step",
     "clients": "clients",
     "cluster": "step",
-    "cluster/engine/test_calibration.py": "mtp",
+    "cluster/engine/times/test_calibration.py": "mtp",
     "cluster/engine/test_drafting.py": "mtp",
     "cluster/test_drafting.py": "mtp",
     "cluster/test_step_times.py": "mtp",

@@ -14,7 +14,7 @@ SERVERS = (
     "deploy/supervision",
     "deploy/test_demo.py",
     "deploy/test_local_run.py",
-    "deploy/test_port_lock.py",
+    "deploy/ray/test_port_lock.py",
     "benchmarks/served",
     "cluster/ray",
     "test_wheel.py",

@@ -24,7 +24,7 @@ from divisi.cluster.dispatch.protocol import Peers, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials, Secret
-from divisi.cluster.gang.shard_loop import serve_steps
+from divisi.cluster.gang.loops.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership
 

@@ -22,7 +22,7 @@ from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers, WorkerEnd
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials, Secret
-from divisi.cluster.gang.shard_loop import serve_steps
+from divisi.cluster.gang.loops.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.cluster.spec import GangSpec

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from divisi.cluster.engine.plan import Run
 from divisi.cluster.engine.stats import EngineStats
+from divisi.cluster.engine.step.plan import Run
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher

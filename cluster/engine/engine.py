@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from divisi.cluster.engine.grammar import Grammars, Guide
-from divisi.cluster.engine.plan import NO_OPS, Outcome, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.stats import EngineStats
-from divisi.cluster.engine.step_batch import BatchBuilder
-from divisi.cluster.engine.step_drafts import Drafts, Row
-from divisi.cluster.engine.step_sampling import Choice, StepSampler, rows_of, tell_prompt
+from divisi.cluster.engine.step.batch import BatchBuilder
+from divisi.cluster.engine.step.drafts import Drafts, Row
+from divisi.cluster.engine.step.plan import NO_OPS, Outcome, StepPlan
+from divisi.cluster.engine.step.sampling import Choice, StepSampler, rows_of, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.cluster.step_times import StepTimes

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from divisi.cluster.request import EndReason
 from divisi.model.text.errors import TextError
-from divisi.model.text.grammar_tokens import GrammarVocabulary
+from divisi.model.text.grammar.tokens import GrammarVocabulary
 
 log = logging.getLogger(__name__)
 

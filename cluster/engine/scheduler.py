@@ -30,10 +30,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from divisi.cluster.drafting import Company, DraftPolicy, FixedDepth
 from divisi.cluster.engine.draft_counts import DraftCounts
 from divisi.cluster.engine.grammar import Guide
-from divisi.cluster.engine.memory import SLOTS_TO_PREFILL, Memory, pages_for
-from divisi.cluster.engine.plan import NO_OPS, Outcome, PlanLayout, Run, RunKind, StepPlan
+from divisi.cluster.engine.memory.sequence_memory import SLOTS_TO_PREFILL, Memory, pages_for
 from divisi.cluster.engine.request_check import check_request
 from divisi.cluster.engine.sequence import Sequence, Status
+from divisi.cluster.engine.step.plan import NO_OPS, Outcome, PlanLayout, Run, RunKind, StepPlan
 from divisi.cluster.engine.suspects import Suspects
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import EndReason, Request

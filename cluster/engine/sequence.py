@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from divisi.cluster.drafting import Drafter
 from divisi.cluster.engine.grammar import Guide
-from divisi.cluster.engine.memory import Holding
+from divisi.cluster.engine.memory.sequence_memory import Holding
 from divisi.cluster.request import Request, TokenLogprob
 from divisi.cluster.triggers import Triggers
 

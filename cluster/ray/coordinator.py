@@ -13,9 +13,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RaySystemError
 
 from divisi.cluster.door import Credentials
-from divisi.cluster.gang.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
-from divisi.cluster.gang.roster import Directive
-from divisi.cluster.gang.watchdog import Watchdog
+from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
+from divisi.cluster.gang.membership.roster import Directive
+from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice
 from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, end_actors, end_own_actor
 from divisi.cluster.ray.nodes import actor_options

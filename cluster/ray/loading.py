@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import ray
 
-from divisi.cluster.gang.coordinator import CoordinatorLost
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost
 from divisi.cluster.ray.coordinator import RayCoordinatorClient
 
 _EVERY_S = 0.5

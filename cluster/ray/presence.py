@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from divisi.cluster.gang.coordinator import CoordinatorLost
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost
 from divisi.cluster.ray.coordinator import find_coordinator
 
 _EVERY_S = 5.0

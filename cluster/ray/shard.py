@@ -16,10 +16,10 @@ from functools import partial
 from divisi.cluster.activity import StuckCheck
 from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop
 from divisi.cluster.door import Credentials
-from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.shard_loop import ShardLoop
-from divisi.cluster.gang.watch import Candidate, SeatWatch
-from divisi.cluster.gang.watchdog import Watchdog
+from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.loops.shard_loop import ShardLoop
+from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
+from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.loading import load_in_thread
 from divisi.cluster.ray.actors import ORPHANED_S, end_own_actor
 from divisi.cluster.ray.coordinator import RayCoordinatorClient

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
-from divisi.cluster.gang.header import Header
+from divisi.cluster.gang.control.header import Header
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.telemetry.batches import BatchHistogram
@@ -52,7 +52,7 @@ class _Run(Protocol):
 
 
 class RunPlan(Protocol):
-    """A plan as far as it is told of; see `divisi.cluster.engine.plan.StepPlan`."""
+    """A plan as far as it is told of; see `divisi.cluster.engine.step.plan.StepPlan`."""
 
     @property
     def rings(self) -> Sequence[_Run]:

@@ -50,9 +50,9 @@ from divisi.deploy.api.schema.openapi import (
 from divisi.deploy.api.settings import ApiSettings
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.model.text import TextCodec, TextError
-from divisi.model.text.grammar import GrammarCompiler
-from divisi.model.text.grammar_process import GrammarProcess
-from divisi.model.text.grammar_reader import GrammarReader
+from divisi.model.text.grammar.compiler import GrammarCompiler
+from divisi.model.text.grammar.process import GrammarProcess
+from divisi.model.text.grammar.reader import GrammarReader
 
 VERSION = version("divisi")
 _OF_ROLE = {"ingress": "ingress", "attention": "worker", "expert": "shard"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork
 
-from divisi.model.text.grammar import GrammarLimits
+from divisi.model.text.grammar.compiler import GrammarLimits
 
 
 class ApiSettings(BaseModel):

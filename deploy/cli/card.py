@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from divisi.deploy.settings import SettingsError
 
 if TYPE_CHECKING:
-    from divisi.cluster.engine.memory_budget import MemoryBudget
+    from divisi.cluster.engine.memory.budget import MemoryBudget
     from divisi.deploy.fit import Fit
     from divisi.deploy.settings import Settings
     from divisi.model.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ def memory_budget(settings: Settings, fitted: Fit, config: ModelConfig) -> Memor
     """How an attention worker's memory divides."""
     import torch
 
-    from divisi.cluster.engine.memory_budget import MemoryBudget
+    from divisi.cluster.engine.memory.budget import MemoryBudget
 
     cache = settings.cache
     return MemoryBudget.of(

@@ -25,7 +25,7 @@ class NoPortsLeft(RuntimeError):
 def hold_ports() -> Iterator[range]:
     """Ports that no other server on this machine takes, until the context or the process ends. Raises NoPortsLeft.
 
-    By a lock like that of `divisi.deploy.port_lock`. Another program may have some of them; Ray passes over those.
+    By a lock like that of `divisi.deploy.ray.port_lock`. Another program may have some of them; Ray passes over those.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as lock:
         yield _first_free(lock)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from divisi.cluster.engine.memory_budget import MemoryBudget
+from divisi.cluster.engine.memory.budget import MemoryBudget
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, Sampling

@@ -28,7 +28,7 @@ OWN_RAY = """
 import subprocess, sys, threading
 import ray
 from divisi.deploy.interruptible import Interruptible
-from divisi.deploy.ray_instance import Told, Wish, ray_instance
+from divisi.deploy.ray.instance import Told, Wish, ray_instance
 from divisi.deploy.setting_groups import HttpSettings
 from divisi.deploy.settings import Surroundings
 wish = Wish("divisi", HttpSettings(port=0), ranks=1)

@@ -15,7 +15,7 @@ import pytest
 from ray.exceptions import RayError
 
 from divisi.cluster.errors import AnswerLost, GangNotReady, Overloaded, RequestRejected
-from divisi.cluster.gang.coordinator import CoordinatorStatus
+from divisi.cluster.gang.membership.coordinator import CoordinatorStatus
 from divisi.cluster.request import EndReason, Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape, StreamAddress
 from divisi.cluster.streams.wire import Report

@@ -18,13 +18,13 @@ from divisi.cluster.dispatch.protocol import DispatchMode, Experts, Peers, Shard
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.coordinator import Coordinator
-from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.peer import listen
-from divisi.cluster.gang.shard_loop import ShardLoop
-from divisi.cluster.gang.threads import CoreShare
-from divisi.cluster.gang.watch import Candidate, SeatWatch
-from divisi.cluster.gang.worker_loop import WorkerLoop, WorkerNetwork
+from divisi.cluster.gang.control.peer import listen
+from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.loops.shard_loop import ShardLoop
+from divisi.cluster.gang.loops.threads import CoreShare
+from divisi.cluster.gang.loops.worker_loop import WorkerLoop, WorkerNetwork
+from divisi.cluster.gang.membership.coordinator import Coordinator
+from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
 from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, GangShape, Seat

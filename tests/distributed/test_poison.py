@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from divisi.cluster.dispatch.rendezvous import StoreServer
-from divisi.cluster.engine.plan import Run, StepPlan
+from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from divisi.cluster.engine.memory import PageGrowth
-from divisi.cluster.engine.plan import Run, RunKind, StepPlan
+from divisi.cluster.engine.memory.sequence_memory import PageGrowth
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence
+from divisi.cluster.engine.step.plan import Run, RunKind, StepPlan
 from divisi.cluster.request import EndReason, Request
 from divisi.cluster.triggers import Triggers
 

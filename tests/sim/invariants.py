@@ -6,11 +6,11 @@ from collections.abc import Collection
 from enum import Enum
 from itertools import chain
 
-from divisi.cluster.engine.memory import NOTHING
-from divisi.cluster.engine.plan import StepPlan
-from divisi.cluster.engine.pool import Pool
+from divisi.cluster.engine.memory.pool import Pool
+from divisi.cluster.engine.memory.sequence_memory import NOTHING
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence, Status
+from divisi.cluster.engine.step.plan import StepPlan
 
 
 class Fault(Enum):

@@ -34,9 +34,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from divisi.cluster.engine.plan import Outcome
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence, Status
+from divisi.cluster.engine.step.plan import Outcome
 from divisi.cluster.request import EndReason, Request, TokenLogprob
 from tests.sim.hash_model import expected_answer
 from tests.sim.invariants import Fault, Violation

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-from divisi.cluster.engine.memory import SLOTS_TO_PREFILL
-from divisi.cluster.engine.plan import Leave, Outcome, PlanLayout, Run, StepPlan
+from divisi.cluster.engine.memory.sequence_memory import SLOTS_TO_PREFILL
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence, Status
+from divisi.cluster.engine.step.plan import Leave, Outcome, PlanLayout, Run, StepPlan
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import EndReason, Request
 from tests.sim.invariants import Fault

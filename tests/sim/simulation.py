@@ -6,8 +6,8 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from divisi.cluster.engine.plan import Outcome, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
+from divisi.cluster.engine.step.plan import Outcome, StepPlan
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, TokenLogprob
 from tests.sim.clock import VirtualClock

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 import pytest
 from llguidance import LLMatcher
 
-from divisi.cluster.engine import step_sampling
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Guide
-from divisi.cluster.engine.plan import Run, StepPlan
 from divisi.cluster.engine.scheduler import Scheduler
-from divisi.cluster.engine.step_drafts import Drafts, Row
+from divisi.cluster.engine.step import sampling as step_sampling
+from divisi.cluster.engine.step.drafts import Drafts, Row
+from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.model.dispatcher import Dispatcher
 from tests.sim.test_engine_sim import Trace, run_traces
 from tests.support import tiny_grammar

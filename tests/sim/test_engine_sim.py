@@ -14,11 +14,11 @@ import torch
 
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars
-from divisi.cluster.engine.memory import NOTHING
-from divisi.cluster.engine.plan import Leave, Run, StepPlan
-from divisi.cluster.engine.pool import Pool
+from divisi.cluster.engine.memory.pool import Pool
+from divisi.cluster.engine.memory.sequence_memory import NOTHING
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence, Status
+from divisi.cluster.engine.step.plan import Leave, Run, StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.model.sampling.sampler import Sampler

@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from divisi.cluster.dispatch.rendezvous import StoreServer
-from divisi.cluster.gang.coordinator import Coordinator
+from divisi.cluster.gang.membership.coordinator import Coordinator
 from divisi.cluster.request import Request
 from divisi.cluster.spec import GangSpec
 from tests.support.credentials import CREDENTIALS

@@ -16,7 +16,7 @@ from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.shard_loop import serve_steps
+from divisi.cluster.gang.loops.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.kernels.experts.reference import sum_in_tree

@@ -8,7 +8,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from divisi.cluster.engine.stats import EngineStats
-from divisi.cluster.gang.coordinator import Coordinator
+from divisi.cluster.gang.membership.coordinator import Coordinator
 from divisi.cluster.seats import Address, GangShape
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.ranks import WorkerStats, show_coordinator, show_shard, show_worker

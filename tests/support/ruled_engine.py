@@ -12,8 +12,8 @@ import torch
 
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars
-from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.model.sampling.sampler import Sampler

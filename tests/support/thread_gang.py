@@ -17,10 +17,10 @@ from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, ShardedMo
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.coordinator import Coordinator
-from divisi.cluster.gang.inbox import EpochInbox
-from divisi.cluster.gang.shard_loop import ShardLoop
-from divisi.cluster.gang.watch import Candidate, SeatWatch
+from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.loops.shard_loop import ShardLoop
+from divisi.cluster.gang.membership.coordinator import Coordinator
+from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
 from divisi.cluster.post import Post
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import Address, GangShape

@@ -9,7 +9,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from divisi.cluster.engine.grammar import Grammars
-from divisi.model.text.grammar_tokens import GrammarVocabulary
+from divisi.model.text.grammar.tokens import GrammarVocabulary
 from tests.support.fake_runner import VOCAB
 
 EOS = 0

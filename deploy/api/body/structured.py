@@ -8,8 +8,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from divisi.deploy.api.body.base import Body
 from divisi.deploy.api.errors import ApiError
-from divisi.model.text.grammar import GrammarCompiler
-from divisi.model.text.grammar_reader import GrammarError
+from divisi.model.text.grammar.compiler import GrammarCompiler
+from divisi.model.text.grammar.reader import GrammarError
 
 MAX_CHOICES = 2**16
 """Bound of the schema; the grammar limits are the ones that people meet."""

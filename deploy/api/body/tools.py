@@ -12,9 +12,9 @@ from divisi.deploy.api.body.base import Body, one_of
 from divisi.deploy.api.body.replayed import Place, Replayed
 from divisi.deploy.api.body.surrogates import mend_surrogates
 from divisi.deploy.api.errors import ApiError
-from divisi.model.text.answer_grammar import CallRule, OfferedTool
-from divisi.model.text.grammar import GrammarCompiler
-from divisi.model.text.grammar_reader import GrammarError
+from divisi.model.text.grammar.answer import CallRule, OfferedTool
+from divisi.model.text.grammar.compiler import GrammarCompiler
+from divisi.model.text.grammar.reader import GrammarError
 from divisi.model.text.json_scan import MAX_DEPTH
 
 MAX_TOOLS = 128

@@ -15,8 +15,8 @@ from divisi.deploy.api.body.tools import NamedChoice, Tool, call_rule, is_forced
 from divisi.deploy.api.compile.parsing import ParseRule
 from divisi.deploy.api.errors import ApiError
 from divisi.model.text import TextCodec
-from divisi.model.text.answer_grammar import CallRule, OfferedTool, ThinkingRule, answer_grammar
-from divisi.model.text.grammar import GrammarCompiler
+from divisi.model.text.grammar.answer import CallRule, OfferedTool, ThinkingRule, answer_grammar
+from divisi.model.text.grammar.compiler import GrammarCompiler
 from divisi.model.text.tags import CALL, CALL_END, THINK, THINK_END, last_tag, tag_ids
 
 

@@ -26,7 +26,7 @@ from divisi.deploy.api.errors import ApiError
 from divisi.deploy.api.settings import ApiSettings
 from divisi.model.text import TextCodec
 from divisi.model.text.conversation import ConversationEncoder
-from divisi.model.text.grammar import GrammarCompiler
+from divisi.model.text.grammar.compiler import GrammarCompiler
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions. A chat answer may use all of the context that its prompt leaves."""

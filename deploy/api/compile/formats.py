@@ -9,8 +9,8 @@ from typing import Any
 from divisi.deploy.api.body.protocol import ChatBody, GenerationBody
 from divisi.deploy.api.body.structured import JsonSchema
 from divisi.deploy.api.body.tools import is_forced
-from divisi.model.text.grammar import GrammarCompiler
-from divisi.model.text.grammar_reader import GrammarError
+from divisi.model.text.grammar.compiler import GrammarCompiler
+from divisi.model.text.grammar.reader import GrammarError
 
 UNENFORCED = "X-Unenforced-Formats"
 

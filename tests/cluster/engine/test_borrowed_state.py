@@ -13,7 +13,7 @@ import torch
 
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.engine import Engine
-from divisi.cluster.engine.memory import Prefix
+from divisi.cluster.engine.memory.sequence_memory import Prefix
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.errors import StepAborted

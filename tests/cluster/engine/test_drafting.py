@@ -15,8 +15,8 @@ from torch import Tensor
 
 from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
-from divisi.cluster.engine.plan import Run
 from divisi.cluster.engine.scheduler import Scheduler
+from divisi.cluster.engine.step.plan import Run
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape
 from divisi.cluster.telemetry.rows import stat_rows

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from divisi.cluster.engine.grammar import Grammars, Guide, Guided
 from divisi.model.random_tokenizer import write_random_tokenizer
 from divisi.model.text.errors import TextError
-from divisi.model.text.grammar_tokens import GrammarVocabulary
+from divisi.model.text.grammar.tokens import GrammarVocabulary
 from tests.support.fake_runner import VOCAB
 from tests.support.tiny_grammar import EOS, TOKENS, grammars, regex, vocabulary
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from divisi.cluster.engine.memory import NOTHING
-from divisi.cluster.engine.plan import Outcome, StepPlan
+from divisi.cluster.engine.memory.sequence_memory import NOTHING
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Status
+from divisi.cluster.engine.step.plan import Outcome, StepPlan
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.triggers import Span

@@ -7,8 +7,8 @@ from collections.abc import Sequence as Seq
 
 import pytest
 
-from divisi.cluster.engine.plan import StepPlan
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.request import Request, Sampling
 from tests.sim.invariants import check_memory, check_plan
 

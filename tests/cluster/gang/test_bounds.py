@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from divisi.cluster.gang.coordinator import Coordinator
+from divisi.cluster.gang.membership.coordinator import Coordinator
 from divisi.cluster.seats import Address, GangShape
 
 

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Tracer
 
-from divisi.cluster.gang.header import Header
+from divisi.cluster.gang.control.header import Header
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.request import EndReason, Request, Sampling, TokenEvent
 from divisi.cluster.telemetry.requests import RequestTimes

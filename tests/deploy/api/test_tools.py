@@ -14,7 +14,7 @@ from llguidance import LLMatcher
 
 from divisi.model.random_tokenizer import write_random_tokenizer
 from divisi.model.text import ChatTemplate, TextCodec
-from divisi.model.text.grammar_tokens import GrammarVocabulary
+from divisi.model.text.grammar.tokens import GrammarVocabulary
 from tests.deploy.api.conftest import MODEL, SETTINGS
 from tests.deploy.api.fake_engine import FakeEngine, serve
 

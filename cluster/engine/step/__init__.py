@@ -1,0 +1,1 @@
+"""One step: its plan, its tensors, its drafts and the choice of its tokens."""

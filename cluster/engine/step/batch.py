@@ -1,0 +1,251 @@
+"""Turns a step's plan into the tensors of a forward pass.
+
+Shapes: T rows, S sequences, N pages, R rows of logits, M page tables, L states that are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from divisi.cluster.engine.memory.sequence_memory import PageGrowth
+from divisi.cluster.engine.scheduler import SchedulerConfig
+from divisi.cluster.engine.step.drafts import Drafts
+from divisi.cluster.engine.step.plan import Run, StepPlan
+from divisi.kernels.gated_delta.layout import Leaves
+from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
+
+_ALIGNED = 4
+"""Integers; 16 bytes, at which GPU kernels like their arrays to begin."""
+
+
+class BatchBuilder:
+    """Builds batches in preallocated buffers: a batch is valid until the next one is built.
+
+    The page tables live on the device, one per admitted sequence, and only their new entries are written. What decoding
+    rows need lies at the same addresses for as many rows and sequences, and on a GPU their page tables are as wide as
+    the next power of two: two steps then differ in numbers only.
+    """
+
+    def __init__(self, config: SchedulerConfig, device: torch.device) -> None:
+        self._page_size = config.page_size
+        self._device = device
+        size = config.max_step_tokens
+        self._token_ids_T = _Mirrored(size, torch.int64, device)
+        self._token_ids = self._token_ids_T.host.numpy()
+        # Of a full pass nine integers a row at most, two of its own, five of a run, two of a state that is left; of all
+        # draft passes two a run and two for each of its drafts; and rounding.
+        rounding = 64 * (1 + config.max_draft_tokens)
+        self._ints = _IntBuffer(max(12, 4 + 2 * config.max_draft_tokens) * size + rounding, device)
+        self._offsets_T = np.arange(size, dtype=np.int32)
+        self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
+        self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
+        self._drafting = (self._starts_S1[:0],) * 4
+        shape = (config.max_seqs, config.max_pages_per_sequence)
+        self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._tables = {kind: torch.empty(0, dtype=torch.int32, device=device) for kind in ("decode", "draft")}
+        """Of the passes under way, on a GPU."""
+
+    def grow(self, growths: tuple[PageGrowth, ...]) -> None:
+        """Write the pages that sequences got since the last call."""
+        if not growths:
+            return
+        width = self._page_tables_MN.shape[1]
+        entries: list[int] = []
+        for table, start, pages in growths:
+            entries += range(table * width + start, table * width + start + len(pages))
+        values = [page for growth in growths for page in growth.pages]
+        changed = torch.tensor([entries, values]).to(self._device)
+        self._page_tables_MN.view(-1).index_copy_(0, changed[0], changed[1].int())
+
+    def build(self, plan: StepPlan, drafts: Drafts) -> StepBatch:
+        """Lay out tokens, positions and memory of the rows of a plan's full pass."""
+        ints, num_rows = self._ints, plan.num_rows
+        ints.clear()
+        positions, kv_rows = ints.reserve(num_rows), ints.reserve(num_rows)
+        self._fill_rings(plan.rings, drafts, ints[positions], ints[kv_rows])
+        for run in plan.scans:
+            self._fill_scan(run, ints[positions], ints[kv_rows])
+        decode, prefill = self._decode_slices(plan.rings), self._prefill_slices(plan.scans)
+        on_device = ints.on_device()
+        return StepBatch(
+            token_ids_T=self._token_ids_T.on_device(num_rows),
+            positions_T=on_device[positions],
+            kv_rows_T=on_device[kv_rows],
+            decode=self._decode_rows(plan.rings, [on_device[part] for part in decode]) if plan.rings else None,
+            prefill=self._prefill_rows(plan.scans, [on_device[part] for part in prefill]) if plan.scans else None,
+            decode_rows=plan.scans[0].row if plan.scans else num_rows,
+            logit_rows_R=self._logit_rows(plan),
+        )
+
+    def build_draft(self, plan: StepPlan, index: int, drafts: Drafts) -> StepBatch:
+        """Lay out a draft pass: a row for each run that drafts so far, of its last token or its last draft.
+
+        The first pass of a step comes first: what stays is laid out by it, and those that draft on are its first rows.
+        """
+        runs = plan.drafting[: plan.counts[index]]
+        count = len(runs)
+        if index == 0:
+            self._drafting = self._lay_out_drafting(plan)
+        slots_S, pages_SN = (part[:count] for part in self._drafting[:2])
+        positions_T, kv_rows_T = (part[index, :count] for part in self._drafting[2:])
+        self._token_ids[:count] = [max(self._last_token(run, drafts), 0) for run in runs]
+        return StepBatch(
+            token_ids_T=self._token_ids_T.on_device(count),
+            positions_T=positions_T,
+            kv_rows_T=kv_rows_T,
+            decode=DecodeRows(self._starts_S1[: count + 1], positions_T, slots_S, pages_SN),
+            prefill=None,
+            decode_rows=count,
+            logit_rows_R=self._logit_rows_T[:count],
+        )
+
+    def _lay_out_drafting(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Slots [S] and page tables [S, N] of a step's draft passes; positions and KV rows [K, S] of each."""
+        runs, ints, size = plan.drafting, self._ints, self._page_size
+        ints.clear()
+        width = -(-len(runs) // _ALIGNED) * _ALIGNED
+        positions: list[int] = []
+        kv_rows: list[int] = []
+        for index, count in enumerate(plan.counts[:-1]):
+            padding = [0] * (width - count)
+            positions += [run.start + index for run in runs[:count]] + padding
+            kv_rows += [_kv_row(run, run.start + index, size) for run in runs[:count]] + padding
+        slots, tables = ints.put([run.source for run in runs]), ints.put([run.sequence.holding.table for run in runs])
+        parts = ints.put(positions), ints.put(kv_rows)
+        on_device = ints.on_device()
+        positions_KS, kv_rows_KS = (on_device[part].view(-1, width) for part in parts)
+        return on_device[slots], self._static_pages("draft", runs, on_device[tables]), positions_KS, kv_rows_KS
+
+    @staticmethod
+    def _last_token(run: Run, drafts: Drafts) -> int:
+        own = drafts.of(run)
+        return own[-1] if own else run.sequence.tokens[run.start]
+
+    def _fill_rings(
+        self, runs: Sequence[Run], drafts: Drafts, positions: NDArray[np.int32], kv_rows: NDArray[np.int32]
+    ) -> None:
+        size, count = self._page_size, _end(runs)
+        rows = [(run, position) for run in runs for position in range(run.start, run.end)]
+        tokens = [token for run in runs for token in (run.sequence.tokens[run.start], *drafts.of(run))]
+        self._token_ids[:count] = [max(token, 0) for token in tokens]
+        positions[:count] = [position for _, position in rows]
+        kv_rows[:count] = [_kv_row(run, position, size) for run, position in rows]
+
+    def _fill_scan(self, run: Run, positions_T: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
+        page_size, rows = self._page_size, slice(run.row, run.row + run.num_rows)
+        positions = self._offsets_T[: run.num_rows] + np.int32(run.start)
+        first_page = run.start // page_size
+        pages = np.array(run.sequence.holding.pages[first_page : -(-run.end // page_size)], dtype=np.int32)
+        self._token_ids[rows] = run.sequence.tokens[run.start : run.end]
+        positions_T[rows] = positions
+        kv_rows[rows] = pages[positions // page_size - first_page] * page_size + positions % page_size
+
+    def _decode_slices(self, runs: Sequence[Run]) -> list[slice]:
+        put = self._ints.put
+        return [
+            put([run.row for run in runs], _end(runs)),
+            put([run.start for run in runs]),
+            put([run.source for run in runs]),
+            put([run.sequence.holding.table for run in runs]),
+        ]
+
+    def _decode_rows(self, runs: Sequence[Run], parts: Sequence[Tensor]) -> DecodeRows:
+        starts_S1, lengths_S, slots_S, tables_S = parts
+        return DecodeRows(starts_S1, lengths_S, slots_S, self._static_pages("decode", runs, tables_S))
+
+    def _prefill_slices(self, runs: Sequence[Run]) -> list[slice]:
+        put = self._ints.put
+        first = runs[0].row if runs else 0
+        ends = np.cumsum([len(run.leaves) for run in runs]).tolist()
+        return [
+            put([run.row - first for run in runs], _end(runs) - first),
+            put([run.start for run in runs]),
+            put([run.source for run in runs]),
+            put([run.sequence.holding.table for run in runs]),
+            put([0, *ends]),
+            put([leave.position for run in runs for leave in run.leaves]),
+            put([leave.slot for run in runs for leave in run.leaves]),
+        ]
+
+    def _prefill_rows(self, runs: Sequence[Run], parts: Sequence[Tensor]) -> PrefillRows:
+        starts_S1, lengths_S, sources_S, tables_S, *leaves = parts
+        return PrefillRows(starts_S1, lengths_S, sources_S, Leaves(*leaves), self._pages(runs, tables_S))
+
+    def _pages(self, runs: Sequence[Run], tables_S: Tensor) -> Tensor:
+        """The page tables [S, N] as far as the runs need them."""
+        num_pages = -(-max([run.end for run in runs]) // self._page_size)
+        return self._page_tables_MN[:, :num_pages].index_select(0, tables_S)
+
+    def _static_pages(self, kind: str, runs: Sequence[Run], tables_S: Tensor) -> Tensor:
+        """The same at an address that stays, wider than needed."""
+        if self._device.type == "cpu":
+            return self._pages(runs, tables_S)
+        num_pages, most = -(-max([run.end for run in runs]) // self._page_size), self._page_tables_MN.shape[1]
+        width = min(1 << (num_pages - 1).bit_length(), most)
+        if not self._tables[kind].numel():
+            self._tables[kind] = torch.empty_like(self._page_tables_MN).flatten()
+        pages_SN = self._tables[kind][: len(runs) * width].view(len(runs), width)
+        return torch.index_select(self._page_tables_MN[:, :width], 0, tables_S, out=pages_SN)
+
+    def _logit_rows(self, plan: StepPlan) -> Tensor:
+        if not plan.scans:
+            return self._logit_rows_T[: plan.num_rows]
+        rows = [self._offsets_T[: plan.scans[0].row]]
+        rows += [np.array(run.logit_positions, dtype=np.int32) + (run.row - run.start) for run in plan.scans]
+        return torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(self._device)
+
+
+class _Mirrored:
+    """Integers on the host, and their copy on the device."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out.
+        self.host = torch.zeros(size, dtype=dtype)
+        self._copy = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
+
+    def on_device(self, count: int) -> Tensor:
+        """The first so many, at the same address each time."""
+        return self.host[:count] if self._copy is self.host else self._copy[:count].copy_(self.host[:count])
+
+
+class _IntBuffer:
+    """Arrays of int32 side by side, so that they reach the device in one copy."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._mirrored = _Mirrored(size, torch.int32, device)
+        self._values = self._mirrored.host.numpy()
+        self._used = 0
+
+    def clear(self) -> None:
+        self._used = 0
+
+    def reserve(self, count: int) -> slice:
+        start = self._used
+        self._used = start + -(-count // _ALIGNED) * _ALIGNED
+        return slice(start, start + count)
+
+    def put(self, values: list[int], *more: int) -> slice:
+        values = [*values, *more]
+        part = self.reserve(len(values))
+        self._values[part] = values
+        return part
+
+    def __getitem__(self, part: slice) -> NDArray[np.int32]:
+        return self._values[part]
+
+    def on_device(self) -> Tensor:
+        return self._mirrored.on_device(self._used)
+
+
+def _kv_row(run: Run, position: int, page_size: int) -> int:
+    return run.sequence.holding.pages[position // page_size] * page_size + position % page_size
+
+
+def _end(runs: Sequence[Run]) -> int:
+    """One past the last row."""
+    return runs[-1].row + runs[-1].num_rows if runs else 0

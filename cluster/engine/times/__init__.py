@@ -1,0 +1,1 @@
+"""What steps take: measured at the first start, kept for the next."""

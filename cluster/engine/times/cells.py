@@ -1,0 +1,109 @@
+"""Which kinds of step are measured, and the table that their times make."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from divisi.cluster.engine.memory.sequence_memory import pages_for
+from divisi.cluster.engine.scheduler import SchedulerConfig
+from divisi.cluster.step_times import Measured, Reading
+
+_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_DRAFTS = (0, 1, 2, 3, 5, 8)
+STEPS = 5
+"""Of each kind; the median counts."""
+_SPARE_STEPS = 3
+"""In which sequences may be admitted one after the other."""
+_LONG = 1024
+"""Tokens of the prompts that show what reading them costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One kind of step."""
+
+    sequences: int
+    drafts: int
+    prompt: int = 1
+    """Tokens of each prompt."""
+
+    @property
+    def rows(self) -> int:
+        """Of the full pass."""
+        return self.sequences * (1 + self.drafts)
+
+    @property
+    def answer(self) -> int:
+        """Tokens that each sequence may generate."""
+        return 1 + (STEPS + _SPARE_STEPS) * (1 + self.drafts)
+
+    def fits(self, config: SchedulerConfig) -> bool:
+        """Whether all its sequences have room at once."""
+        pages = pages_for(self.prompt + self.answer, config.page_size)
+        return (
+            self.rows <= config.max_step_tokens
+            and self.prompt + self.answer < config.max_model_len
+            and self.sequences * (pages + 1) <= config.num_pages
+            and self.sequences < config.num_slots
+        )
+
+
+def cells(config: SchedulerConfig) -> Iterator[Cell]:
+    """The kinds of step that are measured: two with a long prompt, after all others that have as many sequences."""
+    numbers = sorted({*(count for count in _SEQUENCES if count < config.max_seqs), config.max_seqs})
+    depths = sorted({*(count for count in _DRAFTS if count < config.max_draft_tokens), config.max_draft_tokens})
+    for sequences in numbers:
+        yield from (cell for drafts in depths if (cell := Cell(sequences, drafts)).fits(config))
+        if sequences == 1:
+            long = min(_LONG, config.max_model_len // 2)
+            yield from (cell for drafts in (0, depths[-1]) if (cell := Cell(1, drafts, long)).fits(config))
+
+
+class Samples:
+    """Times of steps by their cell."""
+
+    def __init__(self) -> None:
+        self._full: dict[Cell, list[float]] = defaultdict(list)
+        self._draft: dict[Cell, list[float]] = defaultdict(list)
+
+    def add(self, cell: Cell, full: float, draft: Sequence[float]) -> None:
+        """Seconds of one step: all but its drafts, and each draft pass."""
+        self._full[cell].append(full)
+        self._draft[cell] += draft
+
+    def enough(self, cell: Cell) -> bool:
+        """Whether no more steps of a kind are needed."""
+        return len(self._full[cell]) >= STEPS
+
+    def measured(self) -> Measured:
+        """The table."""
+        full: dict[int, dict[int, float]] = defaultdict(dict)
+        draft: dict[int, list[float]] = defaultdict(list)
+        for cell, seconds in self._full.items():
+            if cell.prompt == 1 and seconds:
+                full[cell.sequences][1 + cell.drafts] = median(seconds)
+                draft[cell.sequences] += self._draft[cell]
+        by_rows = {rows: median(seconds) for rows, seconds in draft.items() if seconds}
+        return Measured(dict(full), by_rows, self._reading())
+
+    def _reading(self) -> Reading:
+        """By what the same steps take longer after a long prompt, for each of its tokens."""
+        longer = {cell.drafts: cell for cell in self._full if cell.prompt > 1}
+        if len(longer) < 2:
+            return Reading()
+        without, deepest = longer[min(longer)], longer[max(longer)]
+        first = self._slower(self._full, without)
+        both, drafts = self._slower(self._full, deepest), deepest.drafts
+        # A row that shares the reading of another takes no longer than if it were alone; noise may say so.
+        more = min(max(both - first, 0.0) / drafts, both / (1 + drafts))
+        return Reading(both - drafts * more, more, self._slower(self._draft, deepest))
+
+    @staticmethod
+    def _slower(times: Mapping[Cell, Sequence[float]], cell: Cell) -> float:
+        short = Cell(cell.sequences, cell.drafts)
+        if not times.get(cell) or not times.get(short):
+            return 0.0
+        return max(median(times[cell]) - median(times[short]), 0.0) / (cell.prompt - short.prompt)

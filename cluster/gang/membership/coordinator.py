@@ -1,0 +1,381 @@
+"""The coordinator: the roster behind a lock, with blocking polls. One per gang; serves many threads.
+
+Imports no torch: the store through which process groups meet is handed in.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from divisi.cluster.gang.drain import Drain
+from divisi.cluster.gang.membership.lease import OwnerLease
+from divisi.cluster.gang.membership.ordinals import Ordinals
+from divisi.cluster.gang.membership.roster import Directive, Roster
+from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, ScrapeTarget, Seat, StreamAddress
+
+Stats = Mapping[str, float | Mapping[str, float]]
+"""Of one rank, by name; some are by one or two more keys, written `chat 1`."""
+
+
+class CoordinatorClient(Protocol):
+    """The coordinator as a holder sees it. Every call may raise CoordinatorLost."""
+
+    def join(
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        index: int | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> Seat | None:
+        """Take a seat; None when all of the role are held, or when the gang has another spec than that fingerprint's.
+
+        `loading`: to load the weights of that seat first.
+        """
+        ...
+
+    def resume(
+        self,
+        holder_id: str,
+        seat: Seat,
+        address: Address,
+        membership: Membership | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> bool:
+        """Go on in a seat that this coordinator has given, or a former one; False when it is another's by now.
+
+        `membership`: of the epoch that the holder is in.
+        """
+        ...
+
+    def loaded(self, holder_id: str) -> None:
+        """Report to have the seat's weights."""
+        ...
+
+    def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
+        """Renew the lease and wait up to `wait_s` for something to do. New `stats` replace the holder's former ones."""
+        ...
+
+    def serving(self, holder_id: str, epoch: int) -> None:
+        """Report that all peers of an epoch were reached."""
+        ...
+
+    def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
+        """Report to be out of an epoch, why, and for whose sake (seats)."""
+        ...
+
+    def retire(self, holder_id: str) -> bool:
+        """Ask to be left out of the next epoch, and for that to begin between two steps; whether one has it yet."""
+        ...
+
+    def leave(self, holder_id: str, reason: str) -> None:
+        """Give the seat up."""
+        ...
+
+    def push_stats(self, holder_id: str, stats: Stats) -> None:
+        """Replace the holder's statistics without waiting for an answer."""
+        ...
+
+
+class CoordinatorLost(ConnectionError):
+    """The coordinator's process is gone or cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorStatus:
+    """What the gang looks like now. `stats` and `progress` are keyed by seat."""
+
+    ready: bool
+    reason: str
+    epoch: int
+    stats: Mapping[str, Stats] = field(default_factory=dict)
+    progress: Mapping[str, str] = field(default_factory=dict)
+    """Last word of each rank while it loads, for instance `expert:1` -> `120 MB read`."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Ranks that could not load, and why."""
+    streams: tuple[StreamAddress, ...] = ()
+    """Where the ingresses reach the attention workers."""
+    gang: Stats = field(default_factory=dict)
+    """Seats and epochs in numbers."""
+    targets: tuple[ScrapeTarget, ...] = ()
+    """Whose metrics can be scraped."""
+    workers: int = 0
+    """Attention workers of the epoch; 0 between epochs."""
+    recovering: bool = False
+    """The gang has had an epoch, and is to have another soon."""
+    gathering: bool = False
+    """The coordinator was started anew and does not know yet whether the gang serves."""
+
+
+class Coordinator:
+    """Seats, epochs, health and statistics of one gang."""
+
+    def __init__(
+        self,
+        shape: GangShape,
+        store: Address,
+        lease_s: float = 10.0,
+        grace_s: float = 4.0,
+        clock: Callable[[], float] = time.monotonic,
+        first_epoch: int = 1,
+        min_attention_workers: int | None = None,
+        spec: str = "",
+        gather_s: float | None = None,
+        owner_lease_s: float = 30.0,
+        patience: Patience | None = None,
+    ) -> None:
+        """`first_epoch` must be above every epoch of a former coordinator of the gang.
+
+        `gather_s`: how long to look for the gang of a former one, before it is formed anew; None: there was none.
+        `owner_lease_s`: how long the gang lasts without an owner. `patience`: of each epoch's ranks with each other.
+        `min_attention_workers` and `spec`: see Roster.
+        """
+        gather_until = None if gather_s is None else clock() + gather_s
+        self._roster = Roster(
+            shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience
+        )
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._drain = Drain(clock)
+        self._owner = OwnerLease(owner_lease_s, clock)
+        self._stats: dict[str, Stats] = {}
+        self._progress: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
+        self._ingresses = Ordinals()
+        self._joins: Counter[str] = Counter()
+        self._epochs, self._last_epoch = 0, 0
+        self.own_target: ScrapeTarget | None = None
+        """Where this process is scraped."""
+        self._unplaced = ""
+
+    def join(
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        index: int | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> Seat | None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.expire(self._clock())
+            known = {holder.holder_id for holder in self._roster.holders()}
+            seat = self._roster.join(holder_id, role, address, self._clock(), index, loading, spec)
+            if seat is not None and holder_id not in known:
+                self._joins[str(seat)] += 1
+            self._count_epochs()
+            self._changed.notify_all()
+        return seat
+
+    def resume(
+        self,
+        holder_id: str,
+        seat: Seat,
+        address: Address,
+        membership: Membership | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> bool:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.expire(self._clock())
+            resumed = self._roster.resume(holder_id, seat, address, self._clock(), membership, loading, spec)
+            self._count_epochs()
+            self._changed.notify_all()
+        return resumed
+
+    def loaded(self, holder_id: str) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.loaded(holder_id)
+            self._count_epochs()
+            self._changed.notify_all()
+
+    def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
+        """See CoordinatorClient."""
+        until = self._clock() + wait_s
+        with self._changed:
+            self._roster.beat(holder_id, self._clock())
+            if stats is not None:
+                self._stats[holder_id] = stats
+            while True:
+                if self._expired():
+                    self._changed.notify_all()
+                directive = self._roster.directive(holder_id)
+                left_s = until - self._clock()
+                if directive.action != "stay" or left_s <= 0:
+                    return directive
+                self._changed.wait(min(left_s, 1.0))
+
+    def serving(self, holder_id: str, epoch: int) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.serving(holder_id, epoch)
+
+    def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.left(holder_id, epoch, reason, self._clock(), suspect)
+            self._count_epochs()
+            self._changed.notify_all()
+
+    def retire(self, holder_id: str) -> bool:
+        """See CoordinatorClient."""
+        with self._changed:
+            taking_part = self._roster.retire(holder_id)
+            self._changed.notify_all()
+        return taking_part
+
+    def leave(self, holder_id: str, reason: str) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.leave(holder_id, reason, self._clock())
+            self._count_epochs()
+            self._changed.notify_all()
+
+    def push_stats(self, holder_id: str, stats: Stats) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._stats[holder_id] = stats
+
+    def bound(self, least_workers: int) -> None:
+        """Have epochs form with so many attention workers from now on; the one that runs goes on."""
+        with self._changed:
+            self._roster.min_attention_workers = least_workers
+            self._changed.notify_all()
+
+    def report_progress(self, who: str, text: str) -> None:
+        """Note what a rank that holds no seat yet is doing."""
+        with self._changed:
+            self._progress[who] = text
+            self._failures.pop(who, None)
+
+    def report_failure(self, who: str, text: str) -> None:
+        """Note that a rank could not load."""
+        with self._changed:
+            self._failures[who] = text
+
+    def report_unplaced(self, text: str) -> None:
+        """Note which processes have no node to run on, for people; empty where all have."""
+        with self._changed:
+            self._unplaced = text
+
+    def own(self, owner_id: str, spec: str) -> bool:
+        """Become the gang's owner in the place of a former one; False where it is a gang of another spec."""
+        with self._changed:
+            if spec == self._roster.spec:
+                self._owner.take(owner_id)
+                self._drain = Drain(self._clock)  # a former owner's, which did not come to its end
+                self._changed.notify_all()
+            return spec == self._roster.spec
+
+    def keep(self, owner_id: str, wait_s: float) -> bool:
+        """Stay the owner; returns after `wait_s`, or with False once another is."""
+        until = self._clock() + wait_s
+        with self._changed:
+            while self._owner.keep(owner_id) and (left_s := until - self._clock()) > 0:
+                self._changed.wait(left_s)
+            return self._owner.keep(owner_id)
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the gang has lost its owner for good."""
+        with self._changed:
+            return self._owner.lapsed
+
+    def drain(self, grace_s: float) -> None:
+        """Be ready no more; what runs may go on for so long. The ingress replicas hear of it by their reports."""
+        with self._changed:
+            self._drain.begin(grace_s)
+
+    def report_open(self, ingress_id: str, answers: int) -> float | None:
+        """An ingress replica has so many open answers; returns the seconds they may go on, None for any time."""
+        with self._changed:
+            return self._drain.report(ingress_id, answers)
+
+    def register_ingress(self, ingress_id: str, host: str, port: int, former: int | None = None) -> int:
+        """An ingress replica is there, scraped on that port; returns its number. To be called every few seconds."""
+        with self._changed:
+            return self._ingresses.renew(ingress_id, host, port, self._clock(), former)
+
+    def open_answers(self) -> int:
+        """Answers that the ingress replicas have open, by their last reports."""
+        with self._changed:
+            return self._drain.open_answers()
+
+    def status(self, traceparent: str = "") -> CoordinatorStatus:
+        """Readiness, the reason for it, and the last statistics of each seat.
+
+        `traceparent` names the span of a request that asks, if it is traced.
+        """
+        with self._changed:
+            if self._expired():
+                self._changed.notify_all()
+            seats = {holder.holder_id: str(holder.seat) for holder in self._roster.holders()}
+            self._stats = {holder_id: stats for holder_id, stats in self._stats.items() if holder_id in seats}
+            membership = self._roster.membership
+            return CoordinatorStatus(
+                ready=self._roster.ready() and not self._drain.begun,
+                reason=self._explain(),
+                epoch=membership.epoch if membership is not None else 0,
+                stats={seats[holder_id]: stats for holder_id, stats in self._stats.items()},
+                progress=dict(self._progress),
+                failures=dict(self._failures),
+                workers=0 if membership is None else len(membership.workers),
+                recovering=self._epochs > 0 and not self._drain.begun,
+                gathering=self._roster.gathering,
+                streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
+                gang=self._numbers(),
+                targets=self._targets(),
+            )
+
+    def numbers(self) -> Stats:
+        """Seats, epochs and readiness in numbers."""
+        with self._changed:
+            ready = self._roster.ready() and not self._drain.begun
+            return {"ready": float(ready), **self._numbers()}
+
+    def _numbers(self) -> Stats:
+        membership = self._roster.membership
+        return {
+            "seats": self._roster.shape.size,
+            "seats_filled": sum(1 for _ in self._roster.holders()),
+            "epoch": 0 if membership is None else membership.epoch,
+            "epochs": self._epochs,
+            "seat_joins": dict(self._joins),
+        }
+
+    def _targets(self) -> tuple[ScrapeTarget, ...]:
+        targets = [] if self.own_target is None else [self.own_target]
+        targets += [ScrapeTarget("ingress", *known) for known in self._ingresses.all(self._clock()) if known[2]]
+        for holder in sorted(self._roster.holders(), key=lambda holder: holder.seat):
+            if holder.address.metrics:
+                seat, address = holder.seat, holder.address
+                targets.append(ScrapeTarget(seat.role, seat.index, address.host, address.metrics))
+        return tuple(targets)
+
+    def _count_epochs(self) -> None:
+        membership = self._roster.membership
+        if membership is not None and membership.epoch != self._last_epoch:
+            self._last_epoch = membership.epoch
+            self._epochs += 1
+
+    def _explain(self) -> str:
+        if self._drain.begun:
+            return "the server is shutting down"
+        unplaced = self._unplaced if not self._roster.ready() else ""
+        return "; ".join(filter(None, (self._roster.explain(), unplaced)))
+
+    def _expired(self) -> bool:
+        before = self._roster.membership
+        self._roster.expire(self._clock())
+        self._count_epochs()
+        return self._roster.membership is not before

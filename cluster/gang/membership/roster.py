@@ -1,0 +1,378 @@
+"""Who holds which seat, and when a new epoch begins: the coordinator's logic as plain data.
+
+No clock, threads or sockets: every method takes `now` in seconds. An epoch forms of those who are there and have their
+weights, once they are enough (every expert, and the least number of attention workers; a colocated gang waits for all)
+and everybody has left the previous epoch. Who is to have died or hung, by a peer's word, is not waited for: the new
+epoch fences it, and one that turns out to live comes back with the next. An epoch ends between two steps, by its
+leader, when somebody comes or wants to go; and at once when a holder reports that a step could not finish, leaves its
+seat or stops renewing its lease. Late and repeated reports are ignored. Who was told another spec than the coordinator
+gets no seat. A roster that follows on another's gathers first who holds what. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from divisi.cluster.gang.membership.gathering import Gathering
+from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
+
+_SUSPECTS_LEASE_S = 1.5
+"""Who is suspected and lives says something within a poll."""
+_LONGEST_OUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Directive:
+    """What a holder shall do next. `membership` comes with `enter`, `epoch` with `leave` and `change`.
+
+    `change` is for the leader: end the epoch between two steps.
+    """
+
+    action: Literal["stay", "enter", "leave", "change", "rejoin"]
+    membership: Membership | None = None
+    epoch: int = 0
+
+
+@dataclass(slots=True)
+class Holder:
+    """A process in a seat."""
+
+    holder_id: str
+    seat: Seat
+    address: Address
+    lease_until: float
+    loading: bool = False
+    """It took the seat to learn which weights to load."""
+    epoch: int = 0
+    """The epoch that it was sent into and hasn't reported to have left; 0 for none."""
+    told_to_leave: bool = False
+    serving: bool = False
+    """It has reached every peer of its epoch."""
+    suspected: bool = False
+    """A peer could not go on for its sake; until it says itself that it has left."""
+    retiring: bool = False
+    """It wants to go, between two steps."""
+    misses: int = 0
+    """Epochs in a row whose peers it did not reach, though other workers did."""
+    out_until: float = 0.0
+    """No epoch waits for it before, if it can be without."""
+
+
+class Roster:
+    """Seats, their holders, and the current epoch."""
+
+    def __init__(
+        self,
+        shape: GangShape,
+        store: Address,
+        lease_s: float,
+        grace_s: float,
+        first_epoch: int = 1,
+        min_attention_workers: int | None = None,
+        spec: str = "",
+        gather_until: float | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's.
+
+        `gather_until`: when to begin anew, unless an epoch of a former roster's is whole before; None: there was none.
+        """
+        self.shape = shape
+        self.spec = spec
+        self.min_attention_workers = min_attention_workers or shape.attention_workers
+        self.membership: Membership | None = None
+        """The current epoch's; None between epochs."""
+        self.last_break = ""
+        self._store = store
+        self._patience = patience or Patience()
+        self._lease_s = lease_s
+        self._grace_s = grace_s
+        self._holders: dict[str, Holder] = {}
+        self._epoch = first_epoch - 1
+        self._told_to_change = 0
+        """The epoch whose leader was told."""
+        self._in_order = False
+        """The last epoch has ended in good order, and the next one is about to serve."""
+        self._strangers: set[Role] = set()
+        """Who was told another spec, and asked for a seat."""
+        self._gathering = None if gather_until is None else Gathering(gather_until)
+        self._now = 0.0
+        """The last time that this was told."""
+
+    def join(
+        self,
+        holder_id: str,
+        role: Role,
+        address: Address,
+        now: float,
+        index: int | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> Seat | None:
+        """Take a seat: the one with `index`, or the lowest free one of the role. Joining twice gives the same seat.
+
+        Returns None when it is held. A shard takes it nevertheless, since it is its former process started anew.
+        Returns None, too, for one of another `spec`, which shares no epoch with the others; and for a worker that wants
+        any seat, while those who have one may still come back.
+        No epoch begins while a holder that joined as `loading` has not `loaded`.
+        """
+        if (known := self._holders.get(holder_id)) is not None:
+            known.lease_until = now + self._lease_s
+            return known.seat
+        if spec != self.spec:
+            self._strangers.add(role)
+            return None
+        taken = {holder.seat: holder for holder in self._holders.values()}
+        if index is not None:
+            seat = Seat(role, index)
+            if seat not in self.shape.seats:
+                raise ValueError(f"no seat {seat} in a gang of {self.shape}")
+            if seat in taken and role == "attention":
+                return None
+            if seat in taken:
+                self._remove(taken[seat], f"{seat} was taken over by a new process", now)
+        elif self._gathering is not None:
+            return None
+        else:
+            free = [seat for seat in self.shape.seats if seat.role == role and seat not in taken]
+            if not free:
+                return None
+            seat = free[0]
+        self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s, loading)
+        self._form()
+        return seat
+
+    def resume(
+        self,
+        holder_id: str,
+        seat: Seat,
+        address: Address,
+        now: float,
+        membership: Membership | None = None,
+        loading: bool = False,
+        spec: str = "",
+    ) -> bool:
+        """Go on in a seat that this roster has given, or a former one.
+
+        `membership` is that of the epoch which the holder is in: what it has reported in vain meanwhile is made up for.
+        False when the seat is another's, or for another spec.
+        """
+        inside = 0 if membership is None else membership.epoch
+        self._epoch = max(self._epoch, inside)
+        if (known := self._holders.get(holder_id)) is not None:
+            known.lease_until = now + self._lease_s
+            if known.epoch not in (0, inside):
+                self.left(holder_id, known.epoch, "its report was lost", now)
+            known.epoch, known.told_to_leave, known.loading = inside, False, loading
+            self._form()
+            return True
+        if spec != self.spec or seat not in self.shape.seats or any(seat == h.seat for h in self._holders.values()):
+            return False
+        self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s, loading, inside)
+        if membership is not None and self._gathering is not None:
+            self._gathering.claim(membership)
+        self._form()
+        return True
+
+    @property
+    def gathering(self) -> bool:
+        """Whether a former roster's epoch may still be found whole."""
+        return self._gathering is not None
+
+    def loaded(self, holder_id: str) -> None:
+        """A holder has the weights of its seat."""
+        if (holder := self._holders.get(holder_id)) is not None:
+            holder.loading = False
+            self._form()
+
+    def leave(self, holder_id: str, reason: str, now: float) -> None:
+        """Give the seat up for good."""
+        if (holder := self._holders.get(holder_id)) is not None:
+            self._remove(holder, f"{holder.seat} left: {reason}", now)
+            self._form()
+
+    def retire(self, holder_id: str) -> bool:
+        """A holder wants to go, once the step under way has ended; no epoch has it then. Whether one has it yet."""
+        if (holder := self._holders.get(holder_id)) is None:
+            return False
+        holder.retiring = True
+        return bool(holder.epoch) or (self.membership is not None and holder_id in self.membership.holders)
+
+    def beat(self, holder_id: str, now: float) -> None:
+        """Renew a lease; an unknown holder is told to rejoin by its next directive."""
+        if (holder := self._holders.get(holder_id)) is not None:
+            holder.lease_until = now + self._lease_s
+
+    def expire(self, now: float) -> None:
+        """Take the seats of holders whose lease has lapsed; a former roster's are waited for as long as agreed."""
+        self._now = now
+        if self._gathering is not None and now >= self._gathering.until:
+            self._gathering = None
+        for holder in [h for h in self._holders.values() if h.lease_until <= now]:
+            self._remove(holder, f"{holder.seat} was not heard of for too long", now)
+        self._form()
+
+    def directive(self, holder_id: str) -> Directive:
+        """What a holder shall do now; `enter` and `leave` are given once."""
+        holder = self._holders.get(holder_id)
+        if holder is None:
+            return Directive("rejoin")
+        if self._gathering is not None:
+            return Directive("stay")
+        current = self.membership
+        if holder.epoch and (current is None or holder.epoch != current.epoch):
+            if holder.told_to_leave:
+                return Directive("stay")
+            holder.told_to_leave = True
+            return Directive("leave", epoch=holder.epoch)
+        if current is not None and not holder.epoch and holder_id in current.holders:
+            holder.epoch, holder.told_to_leave, holder.serving = current.epoch, False, False
+            return Directive("enter", membership=current, epoch=current.epoch)
+        if current is not None and holder_id == current.holders[0] and self._is_to_change(current):
+            self._told_to_change = current.epoch
+            return Directive("change", epoch=current.epoch)
+        return Directive("stay")
+
+    def serving(self, holder_id: str, epoch: int) -> None:
+        """A holder has reached all its peers of an epoch."""
+        holder = self._holders.get(holder_id)
+        if holder is not None and holder.epoch == epoch:
+            holder.serving = True
+            self._in_order = self._in_order and not self._serves()
+
+    def left(self, holder_id: str, epoch: int, reason: str, now: float, suspect: str | None = None) -> None:
+        """A holder is out of an epoch and touches nothing of it any more. Ends the epoch if it still ran.
+
+        `suspect` names the seats for whose sake it could not go on.
+        """
+        self._now = now
+        holder = self._holders.get(holder_id)
+        if holder is None or holder.epoch != epoch:
+            return
+        if self.membership is not None and self.membership.epoch == epoch and self._told_to_change != epoch:
+            self._note_misses(now)
+        holder.epoch, holder.told_to_leave, holder.serving, holder.suspected = 0, False, False, False
+        if self.membership is not None and self.membership.epoch == epoch:
+            self._break(f"{holder.seat}: {reason}", now)
+            self._in_order = suspect is None and self._told_to_change == epoch
+        suspects = () if suspect is None else suspect.split(", ")
+        for other in self._holders.values():
+            if str(other.seat) in suspects and other.epoch == epoch:
+                other.suspected = True
+                other.lease_until = min(other.lease_until, now + _SUSPECTS_LEASE_S)
+        self._form()
+
+    def ready(self) -> bool:
+        """Whether every rank of the current epoch has reached its peers, or will have in a moment."""
+        return self._in_order or self._serves()
+
+    def _serves(self) -> bool:
+        current = self.membership
+        return current is not None and all(self._holders[holder_id].serving for holder_id in current.holders)
+
+    def explain(self) -> str:
+        """Why the gang isn't ready, for people; names the seats that are missing."""
+        if self._in_order:
+            return f"epoch {self._epoch} makes room for others"
+        if self._serves():
+            absent = ", ".join(sorted(map(str, self.membership.absent))) if self.membership else ""
+            return f"epoch {self._epoch} serves" + (f", without {absent}" if absent else "")
+        if self._gathering is not None:
+            return "the coordinator was started anew and looks who is there"
+        held = {holder.seat for holder in self._holders.values()}
+        missing = [seat for seat in self.shape.seats if seat not in held]
+        workers = sum(seat.role == "attention" for seat in held)
+        too_few = workers < self.min_attention_workers or any(seat.role == "expert" for seat in missing)
+        after = f" (epoch {self._epoch} ended: {self.last_break})" if self.last_break else ""
+        if self._strangers:
+            after += f"; refused for another spec: {', '.join(sorted(self._strangers))}"
+        if too_few:
+            return f"{len(held)} of {self.shape.size} seats filled, missing {', '.join(map(str, missing))}{after}"
+        if loading := sorted(str(holder.seat) for holder in self._holders.values() if holder.loading):
+            return f"waiting for {', '.join(loading)} to load{after}"
+        if self.membership is None:
+            staying = sorted(str(holder.seat) for holder in self._holders.values() if holder.epoch)
+            return f"waiting for {', '.join(staying)} to leave epoch {self._epoch}{after}"
+        members = [self._holders[holder_id] for holder_id in self.membership.holders]
+        slow = sorted(str(holder.seat) for holder in members if not holder.serving)
+        return f"epoch {self._epoch} is forming, waiting for {', '.join(slow)}{after}"
+
+    def holders(self) -> Iterator[Holder]:
+        """All holders, in no particular order."""
+        return iter(self._holders.values())
+
+    def _remove(self, holder: Holder, reason: str, now: float) -> None:
+        del self._holders[holder.holder_id]
+        if self.membership is not None and holder.holder_id in self.membership.holders:
+            self._break(reason, now)
+
+    def _break(self, reason: str, now: float) -> None:
+        """End the epoch. Its holders must show up soon, so that a dead one doesn't hold up the next for a lease."""
+        self.membership = None
+        self.last_break = reason
+        self._in_order = False
+        for holder in self._holders.values():
+            holder.serving = False
+            holder.lease_until = min(holder.lease_until, now + self._grace_s)
+
+    def _adopt(self, gathering: Gathering) -> None:
+        """Go on with an epoch whose members are all back; look no more once there can be none."""
+        inside = {holder.holder_id: holder.epoch for holder in self._holders.values()}
+        self.membership = gathering.whole(inside)
+        held = {holder.seat: holder.holder_id for holder in self._holders.values()}
+        if self.membership is not None or gathering.hopeless(inside, held) or len(held) == self.shape.size:
+            self._gathering = None
+
+    def _note_misses(self, now: float) -> None:
+        """A worker that cannot reach a peer which others reach stays out for a while, twice as long each time.
+
+        Else it would hold up every epoch for as long as ranks wait for each other at its beginning.
+        """
+        workers = [holder for holder in self._holders.values() if holder.epoch and holder.seat.role == "attention"]
+        if any(holder.serving for holder in workers):
+            for holder in workers:
+                holder.misses = 0 if holder.serving else holder.misses + 1
+                holder.out_until = now + min(2.0 ** (holder.misses - 1), _LONGEST_OUT_S) if holder.misses else 0.0
+
+    def _form(self) -> None:
+        if self._gathering is not None:
+            self._adopt(self._gathering)
+        if self.membership is not None or self._gathering is not None:
+            return
+        if any(holder.epoch and not holder.suspected for holder in self._holders.values()):
+            return
+        able = {holder.seat: holder for holder in self._holders.values() if self._is_able(holder)}
+        welcome = {seat: holder for seat, holder in able.items() if holder.out_until <= self._now}
+        if sum(seat.role == "attention" for seat in welcome) >= self.min_attention_workers:
+            able = welcome
+        absent = frozenset(seat for seat in self.shape.seats if seat not in able)
+        workers = sum(seat.role == "attention" for seat in able)
+        if workers < self.min_attention_workers or any(seat.role == "expert" for seat in absent):
+            self._in_order = False
+            return
+        self._epoch += 1
+        ordered = [able[seat] for seat in self.shape.seats if seat in able]
+        self.membership = Membership(
+            self._epoch,
+            self.shape,
+            holders=tuple(holder.holder_id for holder in ordered),
+            addresses=tuple(holder.address for holder in ordered),
+            store=self._store,
+            absent=absent,
+            patience=self._patience,
+        )
+
+    def _is_able(self, holder: Holder) -> bool:
+        """Whether a holder can be in the next epoch."""
+        return not (holder.epoch or holder.loading or holder.retiring)
+
+    def _is_to_change(self, current: Membership) -> bool:
+        """Whether somebody comes or goes, and the leader does not know."""
+        if self._told_to_change == current.epoch:
+            return False
+        members = [holder for holder in self._holders.values() if holder.holder_id in current.holders]
+        others = [holder for holder in self._holders.values() if holder not in members]
+        comes = any(self._is_able(holder) and holder.out_until <= self._now for holder in others)
+        return comes or any(holder.retiring for holder in members)
