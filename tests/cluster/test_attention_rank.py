@@ -15,7 +15,7 @@ import pytest
 from divisi.cluster import attention_rank as rank_module
 from divisi.cluster.attention_rank import AttentionRank, WorkerFailed
 from divisi.cluster.errors import GangNotReady, WorkerLost
-from divisi.cluster.gang import watch as watch_module
+from divisi.cluster.gang.membership import watch as watch_module
 from divisi.cluster.gang.membership.coordinator import Coordinator
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import Address, GangShape

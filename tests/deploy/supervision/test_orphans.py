@@ -39,19 +39,19 @@ assert spared.poll() is None
 spared.kill()
 spared.wait()
 """
-# Each process starts its successor as soon as it can.
+# Each process starts its successor as soon as it can, until a moment after which none is left.
 BREEDER = """
-import subprocess, sys
-code = sys.argv[1]
-while True:
-    subprocess.Popen([sys.executable, "-S", "-c", code, code], start_new_session=True).wait(0.3)
+import subprocess, sys, time
+code, last = sys.argv[1:]
+while time.monotonic() < float(last):
+    subprocess.Popen([sys.executable, "-S", "-c", code, code, last], start_new_session=True).wait(0.3)
 """
 BREEDERS = f"""
 import subprocess, sys, time
 from divisi.deploy.supervision.orphans import adopt_orphans, descendants, end_descendants
 adopt_orphans()
-code = {BREEDER!r}
-subprocess.Popen([sys.executable, "-S", "-c", code, code])
+code, last = {BREEDER!r}, str(time.monotonic() + 30)
+subprocess.Popen([sys.executable, "-S", "-c", code, code, last])
 while len(descendants()) < 4:
     time.sleep(0.02)
 assert end_descendants(10.0) == []

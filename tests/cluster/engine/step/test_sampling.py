@@ -15,7 +15,7 @@ from divisi.cluster.request import SAMPLING_LIMITS, Request, Sampling
 from divisi.deploy.api.body.sampling_fields import SamplingFields
 
 NUMBERS = [field.name for field in dataclasses.fields(Sampling) if field.type in ("float", "int")]
-README = Path(__file__).parents[3] / "deploy" / "api" / "README.md"
+README = Path(__file__).parents[4] / "deploy" / "api" / "README.md"
 
 
 def request(**sampling: float) -> Request:

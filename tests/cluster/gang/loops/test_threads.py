@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from divisi.cluster.cores import CorePlan
-from divisi.cluster.gang import threads as threads_module
+from divisi.cluster.gang.loops import threads as threads_module
 from divisi.cluster.gang.loops.inbox import Assignment
 from divisi.cluster.gang.loops.threads import CoreShare
 from divisi.cluster.request import Request, Sampling

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang import watch as watch_module
 from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.membership import watch as watch_module
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost, Stats
 from divisi.cluster.gang.membership.roster import Directive
 from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
