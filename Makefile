@@ -10,7 +10,7 @@ SEED ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
-.PHONY: help install demo serve test verify chaos check schema bench kernels gpu-test gpu-bench monitoring lock clean
+.PHONY: help install demo serve test verify chaos check schema bench kernels gpu-test gpu-bench gpu-engine monitoring lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,9 @@ kernels: $(STAMP) ## what the compiler makes of the Triton kernels for each chip
 
 gpu-test: $(STAMP) ## on a GPU: every kernel against its reference, twice; the model; memcheck and racecheck
 	$(BIN)/python -m divisi.benchmarks.gpu test
+
+gpu-engine: $(STAMP) ## on a GPU: the engine in one process, tokens beside the references', then the time of decode steps
+	$(BIN)/python -m divisi.benchmarks.gpu.engine
 
 gpu-bench: $(STAMP) ## on a GPU: gpu-test, then times and shares of the card's peak, to benchmarks/results/
 	$(BIN)/python -m divisi.benchmarks.gpu bench --out benchmarks/results

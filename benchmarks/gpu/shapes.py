@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from divisi.benchmarks.gpu import cases, mixture_cases, sampling_cases
 from divisi.benchmarks.gpu.cases import Case, DeltaShape, Draw, Heads
 
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "torch_dtype": "bfloat16",
+    "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936, "max_position_embeddings": 262144,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000, "rope_scaling": None, "rms_norm_eps": 1e-06, "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "intermediate_size": 5120, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
+    "bos_token_id": 151643, "eos_token_id": 151645, "use_sliding_window": False,
+}  # fmt: skip
+"""Qwen3-Next-80B-A3B: the fields of its config.json."""
 Make = Callable[[Draw, str], Case]
 SMALL_DELTA, ODD_DELTA = DeltaShape(1, 2, 16, 16, 4), DeltaShape(2, 4, 12, 20, 3)
 SMALL_HEADS, ODD_HEADS = Heads(4, 2, 16, 8, 4), Heads(3, 1, 24, 6, 3)

@@ -8,17 +8,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-CONFIG = {
-    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "torch_dtype": "bfloat16",
-    "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936, "max_position_embeddings": 262144,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25,
-    "rope_theta": 10000000, "rope_scaling": None, "rms_norm_eps": 1e-06, "full_attention_interval": 4,
-    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128, "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "intermediate_size": 5120, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
-    "bos_token_id": 151643, "eos_token_id": 151645, "use_sliding_window": False,
-}  # fmt: skip
+from divisi.benchmarks.gpu.shapes import PUBLISHED as CONFIG
+
 _FILE_BYTES = 4 * 10**9
 _ATTENTION = {
     "q_proj.weight": [8192, 2048], "k_proj.weight": [512, 2048], "v_proj.weight": [512, 2048],
