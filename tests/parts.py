@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 PARTS = {
-    "chart": "the Helm chart, the image, the fetching of models, load balancers and several nodes",
+    "chart": "the Helm chart, the wheel, the image, the fetching of models, load balancers and several nodes",
     "clients": "independent clients in each topology",
     "deaths": "gaps of open streams when a process, a node or a network dies, and that nothing is lost or left",
     "dispatch": "rows to the experts and back: every mode and transport, the door of the mesh and of the meeting place",
@@ -66,7 +66,7 @@ TABLE = {
     "test_architecture.py": "step",
     "test_parts.py": "step",
     "test_side_by_side.py": "step",
-    "test_wheel.py": "faults",
+    "test_wheel.py": "chart",
 }
 
 
