@@ -17,6 +17,9 @@ from tests.k8s.test_release import INCREMENTAL, PREFETCH, REDIS
 
 CRD = "DIVISI_RAYSERVICE_CRD"
 """Names a file with KubeRay's definition of a RayService; it is not ours to ship."""
+CRD_URL = (
+    "https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases/ray.io_rayservices.yaml"
+)
 EVERYTHING: Values = yaml.safe_load((Path(__file__).parent / "everything.yaml").read_text(encoding="utf-8"))
 CASES = {
     **{name: preset(name) for name in PRESETS},
@@ -56,7 +59,7 @@ def test_the_pods_are_kubernetes_pods(name: str) -> None:
 def definition() -> dict[str, Any]:
     file = Path(os.environ.get(CRD, ""))
     if not file.is_file():
-        pytest.skip(f"no definition of a RayService: name its file in {CRD}")
+        pytest.skip(f"no definition of a RayService: curl -LO {CRD_URL} and name the file in {CRD}")
     versions = yaml.load(file.read_text(encoding="utf-8"), yaml.CSafeLoader)["spec"]["versions"]
     schema: dict[str, Any] = next(item for item in versions if item["name"] == "v1")["schema"]["openAPIV3Schema"]
     return closed(schema)

@@ -55,7 +55,7 @@ def serving(files: Files) -> Iterator[Files]:
     """On a port of this machine."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(files))
     files.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)  # how often it looks for its end
     thread.start()
     try:
         yield files

@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from divisi.deploy.prefetch import folder
 from divisi.deploy.prefetch.__main__ import main
 from divisi.deploy.prefetch.folder import read_mark
 from tests.deploy.prefetch.file_server import REVISION, Files, serving
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for what others do more often than once a second."""
+    monkeypatch.setattr(folder, "_LOOK_EVERY_S", 0.05)
 
 
 @pytest.fixture
