@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from divisi.kernels.gpu.ahead import is_built
 from divisi.kernels.native.build import can_build
 from divisi.kernels.native.variants import VARIANTS, find_variant
 
@@ -36,8 +37,10 @@ def kernels_here(choice: str, device: str) -> str:
 
 
 def _here(name: str, device: str) -> str:
-    if name == "reference" or device != "cpu":
-        return "the references" if name == "reference" else "Triton"
+    if name == "reference":
+        return "the references"
+    if device != "cpu":
+        return "Triton, compiled ahead (no GPU has run it so)" if is_built() else "Triton"
     variant = find_variant(name if name in VARIANTS else None)
     if not can_build(variant):
         return "the references, since there is no g++"

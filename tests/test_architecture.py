@@ -61,6 +61,10 @@ CALLED_FROM_OUTSIDE = {
     "record_autoscaling_stats": "Serve", "check_health": "Serve", "reconfigure": "Serve",
     "get_buffer": "asyncio", "buffer_updated": "asyncio", "connection_made": "asyncio", "connection_lost": "asyncio",
     "pause_writing": "asyncio", "resume_writing": "asyncio", "num_used": "the simulation's check for leaks",
+    **dict.fromkeys(
+        ("load_binary", "is_active", "map_python_to_cpp_type", "get_current_target", "get_active_torch_device",
+         "get_benchmarker", "get_current_device", "set_current_device", "get_current_stream", "launcher_cls"), "Triton",
+    ),
 }  # fmt: skip
 UNDECORATED = {"property", "classmethod", "staticmethod"}
 """Any other decorator may have handed the function to somebody who calls it."""

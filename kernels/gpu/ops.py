@@ -14,6 +14,7 @@ from divisi.kernels.attention.triton_inputs import attention_inputs
 from divisi.kernels.experts.triton import routed_experts
 from divisi.kernels.gated_delta.triton_decode import gated_delta_decode, gated_delta_flush
 from divisi.kernels.gated_delta.triton_prefill import gated_delta_prefill
+from divisi.kernels.gpu.cache import use_built
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.linear.triton import embed, linear
 from divisi.kernels.mixture.triton import FusedMixture
@@ -25,6 +26,7 @@ from divisi.kernels.sampling.triton import choose_tokens
 
 def triton_operations(chip: Chip) -> Mapping[str, Any]:
     """By name, with the memory that they share. Matrix products are torch's, which are the vendor's own."""
+    use_built()
     memory = Buffers()
     alike = (linear, embed, silu_mul, attention_inputs, add_rms_norm, rms_norm, route, choose_tokens)
     configured = (attention_decode, routed_experts, gated_delta_decode)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from divisi.benchmarks.gpu.stub_driver import SHARED_MEMORY
 from divisi.kernels.gpu.chip import Chip
 from tests.support.kernel_report import resident_blocks
-from tests.support.stub_driver import SHARED_MEMORY
 
 ROOT = Path(__file__).parent.parent.parent
 MAY_SPILL = {

@@ -20,6 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from divisi.benchmarks.gpu import stub_driver
+from divisi.benchmarks.gpu.ahead import EmptyCheckpoint
+from divisi.benchmarks.gpu.shapes import PUBLISHED
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.ops import triton_operations
@@ -33,8 +36,6 @@ from divisi.model.runner import ModelRunner
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Part, Stopwatch
 from divisi.model.weights import load_weights
-from tests.support import stub_driver
-from tests.support.sparse_checkpoint import CONFIG
 
 CUDA = torch.device("cuda", 0)
 PAGE, PAGES, SLOTS, MOST_ROWS = 16, 4096, 80, 4
@@ -144,23 +145,10 @@ class Marks(Stopwatch):
         self._mark(part)
 
 
-class FakeCheckpoint:
-    """Tensors of any shape, without bytes."""
+class FakeCheckpoint(EmptyCheckpoint):
+    """On the device."""
 
-    bytes_read = 0
     device = CUDA
-
-    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def read_experts(
-        self, layer: int, ids: Sequence[int], config: ModelConfig, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        width, inner = config.hidden_size, config.moe_intermediate_size
-        return (
-            torch.empty((len(ids), 2 * inner, width), dtype=dtype, device=self.device),
-            torch.empty((len(ids), width, inner), dtype=dtype, device=self.device),
-        )
 
 
 class Inputs:
@@ -185,7 +173,7 @@ class Inputs:
 def main() -> None:
     arch = int(sys.argv[1])
     stub = stub_driver.install(arch)
-    config = ModelConfig.from_hf(CONFIG | {"num_hidden_layers": 4})
+    config = ModelConfig.from_hf(PUBLISHED | {"num_hidden_layers": 4})
     kernels = assembled({"triton": triton_operations(Chip(arch))}, "triton")
     with FakeTensorMode(), torch.inference_mode(), WithoutCuda():
         record = Record(stub)

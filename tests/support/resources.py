@@ -1,0 +1,63 @@
+"""What ptxas made of a kernel that Triton compiled: registers, spills, matrix instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+_INSTRUCTIONS = {
+    "mma": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "tma": r"cp\.async\.bulk\.tensor",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas made of a kernel."""
+
+    registers: int
+    stack: int
+    spill_bytes: int
+    shared: int
+    instructions: dict[str, int]
+    warps: int
+    contracted_exchanges: int
+    """Products contracted into the addition of what another lane sent: each lane then gets another sum."""
+
+
+def resources(kernel: Any, arch: int) -> Resources:
+    """Registers and stack from the machine code; spills as ptxas counts them."""
+    suffix = "a" if arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
+        cubin.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        usage = _output([_BIN / "cuobjdump", "--dump-resource-usage", cubin])
+        ptxas = _BIN / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+        verbose = _output([ptxas, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", "/dev/null"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", verbose)]
+    counts = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in _INSTRUCTIONS.items()}
+    return Resources(
+        int(found[1]), int(found[2]), sum(spills), kernel.metadata.shared,
+        {name: count for name, count in counts.items() if count}, kernel.metadata.num_warps,
+        _contracted_exchanges(kernel.asm["ptx"]),
+    )  # fmt: skip
+
+
+def _contracted_exchanges(ptx: str) -> int:
+    received = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    products = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx)
+    return sum(addend in received for addend in products)
+
+
+def _output(command: list[Any]) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
