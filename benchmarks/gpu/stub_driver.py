@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 """Bytes a block may have, by capability."""
 
 
