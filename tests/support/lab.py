@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -125,6 +126,8 @@ class Lab:
 @contextlib.contextmanager
 def lab(folder: Path) -> Iterator[Lab]:
     """A network of machines. Skips the test where none can be made."""
+    if hidden := [path for path in (sys.executable, __file__) if path.startswith(("/tmp/", "/run/"))]:
+        pytest.fail(f"{hidden[0]} is not there on a machine, whose /tmp and /run are its own: use a checkout elsewhere")
     number = next(_number)
     net, bridge = f"{_NET}.{os.getpid() % 200 + number}", f"dv{os.getpid() % 10000}{number}"
     try:
