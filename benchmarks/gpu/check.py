@@ -96,6 +96,6 @@ def expect_replay_in_bits(kernels: Kernels, draw: Draw, shape: DeltaShape) -> No
 def bit_equal(operation: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
     """Raises WrongResult where two runs differ in a bit, which is a race."""
     for name, one in first.items():
-        same = one.view(torch.uint8) == second[name].view(torch.uint8)
+        same = one.contiguous().view(torch.uint8) == second[name].contiguous().view(torch.uint8)
         if not same.all():
             raise WrongResult(f"{operation}: two runs differ in {int((~same).sum())} bytes of {name}")

@@ -25,16 +25,16 @@ def mixture_add_norm(
     draw: Draw, name: str, tokens: int, chosen: int, width: int, inner: int, experts: int, *, summed: bool = False
 ) -> Case:
     """After the experts of this process, or of others (``summed``)."""
-    routed = routed_experts(draw, name, tokens, chosen, experts, width, inner, elsewhere=1).arguments
-    if summed:
-        routed = (draw.normal(tokens, width, dtype=torch.float32),)
+    own = routed_experts(draw, name, tokens, chosen, experts, width, inner, elsewhere=1)
+    routed = (draw.normal(tokens, width, dtype=torch.float32),) if summed else own.arguments
     residual, shared, logits = draw.normal(tokens, width), draw.normal(tokens, width), draw.normal(tokens, 3)
     scale = draw.normal(width, dtype=torch.float32)
-    moved = (4 + (2 if summed else chosen)) * residual.nbytes
+    moved, made = 4 * residual.nbytes, 2 * residual.nbytes if summed else own.bytes - 4 * tokens * width
     return Case(
-        "mixture_add_norm", name, (residual, shared, logits[:, 1], scale, 1e-6, *routed), written=(0,), bytes=moved,
+        "mixture_add_norm", name, (residual, shared, logits[:, 1], scale, 1e-6, *routed), written=(0,),
+        bytes=moved + made, flops=0.0 if summed else own.flops, between=0.0 if summed else own.between,
         several=_mixture_add_norm,
-    )
+    )  # fmt: skip
 
 
 def _mixture_inputs(

@@ -54,7 +54,7 @@ def log_probabilities(path: Path, kernels: str, dtype: torch.dtype, device: torc
     )
     bank = ExpertBank.load(checkpoint, config, whole_share(config), chosen, dtype, device)
     runner = ModelRunner(config, load_weights(checkpoint, config, chosen, dtype, device), store, chosen)
-    told = [runner.forward(batch, _Local(bank)) for batch in _steps(config.vocab_size, device)]
+    told = [runner.forward(batch, _Local(bank)).clone() for batch in _steps(config.vocab_size, device)]
     return torch.log_softmax(torch.cat(told).float().cpu(), -1)
 
 

@@ -113,6 +113,9 @@ TIMED: Sequence[tuple[str, Make]] = (
     ("T=64 of a sum", partial(
         mixture_cases.mixture_add_norm, tokens=64, chosen=10, width=2048, inner=512, experts=512, summed=True
     )),
+    ("T=64, its experts too", partial(
+        mixture_cases.mixture_add_norm, tokens=64, chosen=10, width=2048, inner=512, experts=512, summed=False
+    )),
     ("T=64", partial(cases.attention_inputs, tokens=64, heads=HEADS, pages=600)),
     ("T=8192", partial(cases.attention_inputs, tokens=8192, heads=HEADS, pages=600)),
     ("T=64", partial(sampling_cases.choose_tokens, rows=64, vocab=151_936)),

@@ -28,6 +28,7 @@ from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.engine.step.batch import BatchBuilder
+from divisi.cluster.engine.step.clock import PassClock
 from divisi.cluster.engine.step.drafts import Drafts, Row
 from divisi.cluster.engine.step.plan import NO_OPS, Outcome, StepPlan
 from divisi.cluster.engine.step.sampling import Choice, StepSampler, rows_of, tell_prompt
@@ -110,8 +111,12 @@ class Engine:
         self._stopwatch = stopwatch
         self._times = times
         self._rehearsal = rehearsal
-        self._begun = self._drafting_s = 0.0
-        """When the step under way was planned, and what its draft passes took."""
+        self._begun = 0.0
+        """When the step under way was planned."""
+        self._clock = PassClock(device)
+        """Of its draft passes."""
+        self.draft_seconds: list[float] = []
+        """What those of the last committed step took, one by one."""
         self._builder = BatchBuilder(scheduler.config, device)
         self._events: list[TokenEvent] = []
         self._drafts = Drafts()
@@ -185,7 +190,8 @@ class Engine:
             return
         self._stopwatch.start()
         if index == 0:
-            self._drafts, self._logits_RV, self._drafting_s = Drafts(), None, 0.0
+            self._drafts, self._logits_RV = Drafts(), None
+            self._clock.start()
             self._sampler.start(plan)
             if plan.ops != NO_OPS:
                 self._runner.prepare(*plan.ops)
@@ -201,19 +207,15 @@ class Engine:
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """One more draft of each sequence that drafts so far."""
-        start = perf_counter()
         drafts, rows = self._drafts, [Row(run, index) for run in plan.drafting[: plan.counts[index]]]
         batch = self._builder.build_draft(plan, index, drafts)
         self._sampler.ask(rows, drafts)
         self._stopwatch.lap("scheduler")
         hidden_SD = None if drafts.hidden_SD is None else drafts.hidden_SD[: len(rows)]
         logits_SV, drafts.hidden_SD = self._runner.draft(batch, dispatcher, hidden_SD)
-        drafts.add((row.run for row in rows), self._sampler.draft(rows, logits_SV, drafts))
+        drafts.add([row.run for row in rows], self._sampler.draft(rows, logits_SV, drafts))
         self._stopwatch.lap("sampling")
-        seconds = perf_counter() - start
-        self._drafting_s += seconds
-        if self._times is not None:
-            self._times.note_draft(len(rows), sum([row.run.start for row in rows]), seconds)
+        self._clock.mark()
 
     def _run_full(self, plan: StepPlan, dispatcher: Dispatcher) -> None:
         batch = self._builder.build(plan, self._drafts)
@@ -236,12 +238,19 @@ class Engine:
         events = self._commit(plan, choice, prompt_told)
         self._sampler.commit()
         self._stopwatch.lap("scheduler")
-        if self._times is not None and not plan.scans:
+        self.draft_seconds = self._clock.seconds()
+        if self._times is not None:
+            self._note_times(self._times, plan)
+        return events
+
+    def _note_times(self, times: StepTimes, plan: StepPlan) -> None:
+        for count, seconds in zip(plan.counts, self.draft_seconds, strict=False):  # the full pass has no mark
+            times.note_draft(count, sum([run.start for run in plan.drafting[:count]]), seconds)
+        if not plan.scans:
             first = sum([run.start for run in plan.rings])
             more = sum([run.start * run.num_drafts for run in plan.drafting])
-            seconds = perf_counter() - self._begun - self._drafting_s
-            self._times.note_full(len(plan.rings), plan.num_rows, first, more, seconds)
-        return events
+            seconds = perf_counter() - self._begun - sum(self.draft_seconds)
+            times.note_full(len(plan.rings), plan.num_rows, first, more, seconds)
 
     def beside(self, sequences: int) -> None:
         """So many sequences of other workers decode without drafts in the step that begins; rows of prefills may be
@@ -324,9 +333,7 @@ class Engine:
         self._generated_tokens += sum([len(outcome.token_ids) for outcome in outcomes])
         return events
 
-    def _event(
-        self, outcome: Outcome, told: Iterable[TokenLogprob] = (), error: str | None = None
-    ) -> TokenEvent:
+    def _event(self, outcome: Outcome, told: Iterable[TokenLogprob] = (), error: str | None = None) -> TokenEvent:
         sequence, token_ids, reason, stop_id = outcome
         request = sequence.request
         logprobs = prompt_logprobs = None

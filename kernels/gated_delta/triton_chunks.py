@@ -98,39 +98,42 @@ def gated_delta_chunk_fwd_kernel(
         held = i_first + i_t < tl.load(p_starts + i_s + 1) - first
         i_row = (first + i_first).to(tl.int64)
         i_own = (tl.program_id(1).to(tl.int64) * H + i_h) * BLOCK_T
-        i_k = tl.arange(0, BLOCK_K)
         p_gate = p_rows + i_row * row_stride + C + H * V + i_h + i_t.to(tl.int64) * row_stride
         b_beta = tl.where(held, tl.sigmoid(tl.load(p_gate, mask=held, other=0.0).to(tl.float32)), 0.0)
         b_a = tl.load(p_gate + H, mask=held, other=0.0)
         b_log = tl.where(held, log_decay(b_a, tl.load(p_dt_bias + i_h), tl.load(p_rate + i_h)), 0.0)
         b_log = tl.cumsum(b_log, 0)
         tl.store(p_log + i_own + i_t, b_log)
-        mask_k = held[:, None] & (i_k < K)[None, :]
-        p_key = p_qk + (i_row * 2 * G + G + i_h // (H // G)) * K + (i_t[:, None] * 2 * G * K + i_k[None, :])
-        b_k = tl.load(p_key, mask=mask_k, other=0.0)
-        if i_h % (H // G) == 0:  # a tf32 operand must be contiguous along the summed axis
-            i_group = tl.program_id(1).to(tl.int64) * G + i_h // (H // G)
-            tl.store(p_turned + i_group * BLOCK_K * BLOCK_T + (i_k[None, :] * BLOCK_T + i_t[:, None]), b_k)
+        # by some columns: more of them at once would take registers that a third program on the multiprocessor can use
+        PART_K: tl.constexpr = BLOCK_K if BLOCK_K < 64 else 64
+        PART_V: tl.constexpr = BLOCK_V if BLOCK_V < 64 else 64
+        p_keys = p_qk + (i_row * 2 * G + G + i_h // (H // G)) * K
+        i_group = tl.program_id(1).to(tl.int64) * G + i_h // (H // G)
+        b_lower = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+        for part in tl.static_range(BLOCK_K // PART_K):
+            i_k = part * PART_K + tl.arange(0, PART_K)
+            p_key = p_keys + (i_t[:, None] * 2 * G * K + i_k[None, :])
+            b_k = tl.load(p_key, mask=held[:, None] & (i_k < K)[None, :], other=0.0)
+            if i_h % (H // G) == 0:  # a tf32 operand must be contiguous along the summed axis
+                tl.store(p_turned + i_group * BLOCK_K * BLOCK_T + (i_k[None, :] * BLOCK_T + i_t[:, None]), b_k)
+            b_lower = tl.dot(b_k, tl.trans(b_k), b_lower, input_precision=PRECISION)
         # masked before the exponential: above the diagonal it would overflow
         strict = i_t[:, None] > i_t[None, :]
         b_ratio = tl.exp(tl.where(strict, b_log[:, None] - b_log[None, :], 0.0))
-        b_lower = b_beta[:, None] * b_ratio * tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+        b_lower = b_beta[:, None] * b_ratio * b_lower
         b_inverse = unit_lower_inverse(tl.where(strict, b_lower, 0.0), i_t, BLOCK_T, INVERSE)
         b_inverse = operand(b_inverse, PRECISION)
         # turned: a first operand may come from registers, while a second one that is not contiguous along the summed
         # axis would go to shared memory element by element, 16 to a bank
         b_turned = tl.trans(b_inverse)
-        # by 64 columns: more of them at once would take registers that a third program on the multiprocessor can use
-        PART_K: tl.constexpr = BLOCK_K if BLOCK_K < 64 else 64
-        PART_V: tl.constexpr = BLOCK_V if BLOCK_V < 64 else 64
-        for part in tl.static_range(BLOCK_K // PART_K):
+        for part in tl.range(0, BLOCK_K // PART_K, num_stages=1):
             i_k = part * PART_K + tl.arange(0, PART_K)
-            p_key = p_qk + (i_row * 2 * G + G + i_h // (H // G)) * K + (i_t[:, None] * 2 * G * K + i_k[None, :])
+            p_key = p_keys + (i_t[:, None] * 2 * G * K + i_k[None, :])
             b_k = tl.load(p_key, mask=held[:, None] & (i_k < K)[None, :], other=0.0)
             b_k = operand(b_k * (b_beta * tl.exp(b_log))[:, None], PRECISION)
             b_w = operand(tl.dot(tl.trans(b_k), b_turned, input_precision=PRECISION), PRECISION)
             tl.store(p_w + i_own * BLOCK_K + (i_t[None, :] * BLOCK_K + i_k[:, None]), b_w)
-        for part in tl.static_range(BLOCK_V // PART_V):
+        for part in tl.range(0, BLOCK_V // PART_V, num_stages=1):
             i_v = part * PART_V + tl.arange(0, PART_V)
             p_value = p_v + (i_row * H + i_h) * V + (i_t[:, None] * H * V + i_v[None, :])
             b_v = tl.load(p_value, mask=held[:, None] & (i_v < V)[None, :], other=0.0)
@@ -180,28 +183,33 @@ def gated_delta_scan_fwd_kernel(
 def gated_delta_output_fwd_kernel(
     p_rows, p_norm, p_qk, p_delta, p_log, p_before, p_starts, p_out, num_runs, row_stride, eps,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PART_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one chunk and head from the state before it and its deltas, normalised and gated."""
     i_h, i_block = tl.program_id(0), tl.program_id(1)
     i_s, i_first = block_of_run(p_starts, num_runs, i_block, BLOCK_T)
     if i_s >= 0:
         first = tl.load(p_starts + i_s)
-        i_t, i_k, i_v = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+        i_t, i_v = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
         held = i_first + i_t < tl.load(p_starts + i_s + 1) - first
         i_row = (first + i_first).to(tl.int64)
         i_own = (i_block.to(tl.int64) * H + i_h) * BLOCK_T
         mask_v = held[:, None] & (i_v < V)[None, :]
-        p_query = p_qk + (i_row * 2 * G + i_h // (H // G)) * K + (i_t[:, None] * 2 * G * K + i_k[None, :])
-        b_q = tl.load(p_query, mask=held[:, None] & (i_k < K)[None, :], other=0.0)
-        p_kept = p_before + (i_block.to(tl.int64) * H + i_h) * BLOCK_K * BLOCK_V
-        b_kept = tl.load(p_kept + (i_v[:, None] * BLOCK_K + i_k[None, :]))
+        p_query = p_qk + (i_row * 2 * G + i_h // (H // G)) * K + i_t[:, None] * 2 * G * K
+        p_kept = p_before + (i_block.to(tl.int64) * H + i_h) * BLOCK_K * BLOCK_V + i_v[:, None] * BLOCK_K
         b_log = tl.load(p_log + i_own + i_t)
-        b_o = tl.exp(b_log)[None, :] * tl.dot(b_kept, tl.trans(b_q), input_precision=PRECISION)
-        b_k = tl.load(p_query + G * K, mask=held[:, None] & (i_k < K)[None, :], other=0.0)
+        b_o = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
+        b_within = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+        for part in tl.static_range(BLOCK_K // PART_K):
+            i_k = part * PART_K + tl.arange(0, PART_K)[None, :]
+            mask_k = held[:, None] & (i_k < K)
+            b_q = tl.load(p_query + i_k, mask=mask_k, other=0.0)
+            b_o = tl.dot(tl.load(p_kept + i_k), tl.trans(b_q), b_o, input_precision=PRECISION)
+            b_k = tl.load(p_query + G * K + i_k, mask=mask_k, other=0.0)
+            b_within = tl.dot(b_q, tl.trans(b_k), b_within, input_precision=PRECISION)
+        b_o = tl.exp(b_log)[None, :] * b_o
         lower = i_t[:, None] >= i_t[None, :]  # masked before the exponential: above the diagonal it would overflow
-        b_ratio = tl.where(lower, tl.exp(tl.where(lower, b_log[:, None] - b_log[None, :], 0.0)), 0.0)
-        b_within = b_ratio * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_within = tl.where(lower, tl.exp(tl.where(lower, b_log[:, None] - b_log[None, :], 0.0)), 0.0) * b_within
         p_own_delta = p_delta + i_own * BLOCK_V + (i_t[:, None] * BLOCK_V + i_v[None, :])
         b_d = tl.load(p_own_delta, mask=held[:, None], other=0.0)
         # turned, as in the chunk kernel

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from divisi.kernels.experts.layout import Tree
 from divisi.kernels.experts.triton import expert_parts
-from divisi.kernels.experts.triton_sum import parts_of_row
+from divisi.kernels.experts.triton_sum import MOST_COLUMNS, parts_of_row
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.linear.layout import Matrix
 from divisi.kernels.linear.triton import linear
@@ -30,7 +30,6 @@ from divisi.kernels.pass_memory import Memory
 from divisi.kernels.router.triton import route_row, warps_of_choice
 
 _ALIGNED = 16  # rows: 32 bytes of bf16
-_SUMS = 16_384  # of a tree: 64 a thread of 8 warps
 _BLOCK_I = 512  # inner values of a program of one warp: 16 a thread
 
 
@@ -56,11 +55,11 @@ def mixture_inputs_fwd_kernel(
 @triton.jit
 def mixture_norm_fwd_kernel(
     p_x, p_routed, p_ids, p_expert_gates, p_leaves, p_shared, p_gate, p_scale, p_out, gate_stride, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CHOICES: tl.constexpr, LEAVES: tl.constexpr, LEVELS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHOICES: tl.constexpr, BLOCK_K: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """A row's residual with all that the mixture adds, and its norm. CHOICES is 0 where the experts are summed.
 
-    Some columns at a time, since the tree takes registers for all its leaves; what is kept is what is normalised.
+    Some columns at a time, since sums that wait take registers; what is kept is what is normalised.
     """
     i_t = tl.program_id(0).to(tl.int64)
     gate = tl.sigmoid(tl.load(p_gate + i_t * gate_stride).to(tl.float32))
@@ -72,7 +71,7 @@ def mixture_norm_fwd_kernel(
             b_routed = tl.load(p_routed + i_t * D + i_d, mask=mask, other=0.0)
         else:
             b_routed = parts_of_row(
-                p_routed, p_ids, p_expert_gates, p_leaves, i_t, i_d, D, CHOICES, LEAVES, LEVELS, BLOCK_D
+                p_routed, p_ids, p_expert_gates, p_leaves, i_t, i_d, D, CHOICES, BLOCK_K, LEVELS, BLOCK_D
             )
         b_shared = tl.load(p_shared + i_t * D + i_d, mask=mask, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + i_t * D + i_d, mask=mask, other=0.0).to(tl.float32)
@@ -147,11 +146,11 @@ class FusedMixture:
         else:
             sources, choices, leaves = (routed, None, None, None), 0, 1
         out_TD = self._memory.empty(residual_TD.shape, residual_TD.dtype, residual_TD.device)
-        block = min(triton.next_power_of_2(width), max(_SUMS // leaves, 16))
+        block = min(triton.next_power_of_2(width), MOST_COLUMNS)
         mixture_norm_fwd_kernel[(tokens,)](
             residual_TD, *sources, update.shared_TD, update.gate_T, scale_D, out_TD, update.gate_T.stride(0), eps,
-            D=width, BLOCK_D=block, CHOICES=choices, LEAVES=leaves, LEVELS=leaves.bit_length() - 1,
-            num_warps=warps_of_row(min(block * leaves, 2048)),
+            D=width, BLOCK_D=block, CHOICES=choices, BLOCK_K=triton.next_power_of_2(max(choices, 1)),
+            LEVELS=leaves.bit_length() - 1, num_warps=warps_of_row(block),
         )  # fmt: skip
         return out_TD
 

@@ -7,6 +7,8 @@ in reference.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -110,13 +112,18 @@ def choose_tokens(logits_RV: Tensor, draws: Draws, positions_R: NDArray[np.int64
     best_logit_fwd_kernel[(blocks, rows)](logits_RV, best_RB, blocks, V=vocab, BLOCK=_BLOCK)
     temperature_R = None
     if draws.plain is not None:
-        keys_R2 = torch.from_numpy(row_keys(draws.seeds_R, positions_R)).to(device)
-        temperature_R = torch.from_numpy(draws.temperature_R).to(device)
+        keys_R2 = _sent(row_keys(draws.seeds_R, positions_R), device)
+        temperature_R = _sent(draws.temperature_R, device)
         best_score_fwd_kernel[(blocks, rows)](
-            logits_RV, best_RB, temperature_R, torch.from_numpy(draws.log_min_p_R).to(device), keys_R2, score_RB,
-            blocks, V=vocab, BLOCK=_BLOCK, **shape,
+            logits_RV, best_RB, temperature_R, _sent(draws.log_min_p_R, device), keys_R2, score_RB, blocks,
+            V=vocab, BLOCK=_BLOCK, **shape,
         )  # fmt: skip
     choose_fwd_kernel[(rows,)](
         best_RB, score_RB, temperature_R, ids_R, blocks, NOISY=temperature_R is not None, num_warps=1, **shape
     )
     return ids_R
+
+
+def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    """On the device, without waiting for it: the driver has taken what is not pinned when the call returns."""
+    return torch.from_numpy(values).to(device, non_blocking=True)

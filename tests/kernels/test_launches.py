@@ -16,25 +16,32 @@ from tests.kernels.test_triton import run
 
 Step = dict[str, Any]
 MOST = {"delta": 12, "attention": 14}
+ARCHS = [pytest.param(80, marks=pytest.mark.verify), 90, pytest.param(100, marks=pytest.mark.verify)]
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def arch(request: pytest.FixtureRequest) -> int:
+    """A chip, by its capability."""
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def steps() -> dict[str, list[Step]]:
+def steps(arch: int) -> dict[str, list[Step]]:
     """Of each kind of step two, with other lengths, after one that made room."""
-    found: dict[str, list[Step]] = json.loads(run(sys.executable, "-m", "tests.support.decode_launches", "90"))
+    found: dict[str, list[Step]] = json.loads(run(sys.executable, "-m", "tests.support.decode_launches", str(arch)))
     return found
 
 
 def test_a_layer_takes_few_launches(
-    steps: dict[str, list[Step]], record_result: Callable[[str, object], None]
+    arch: int, steps: dict[str, list[Step]], record_result: Callable[[str, object], None]
 ) -> None:
     for name, (step, _) in steps.items():
         layers = by_layer(step)
         for index, launches in enumerate(layers):
             kind = "attention" if index % 4 == 3 else "delta"
             listed = ", ".join(launches)
-            print(f"{name}, {kind}: {len(launches)}: {listed}")
-            record_result(f"{name}, layer {index}, {kind}", f"{len(launches)}: {listed}")
+            print(f"sm_{arch}, {name}, {kind}: {len(launches)}: {listed}")
+            record_result(f"sm_{arch}, {name}, layer {index}, {kind}", f"{len(launches)}: {listed}")
             assert len(launches) <= MOST[kind], f"{name}: {launches}"
 
 
@@ -52,9 +59,9 @@ def test_nothing_waits_copies_or_takes_memory_within_the_layers(steps: dict[str,
             assert step["faults"] == [], name
 
 
-def test_kernels_specialise_into_few_variants_and_into_none_after_the_first_steps() -> None:
+def test_kernels_specialise_into_few_variants_and_into_none_after_the_first_steps(arch: int) -> None:
     """By the ends of a bucket: one sequence and many, short ones and long ones, without drafts and with."""
-    found = json.loads(run(sys.executable, "-m", "tests.support.decode_variants", "90"))
+    found = json.loads(run(sys.executable, "-m", "tests.support.decode_variants", str(arch)))
     assert len(found["variants"]) >= 12
     assert {name: count for name, count in found["variants"].items() if count > 2} == {}
     assert found["later"] == []

@@ -24,6 +24,7 @@ class Resources:
     registers: int
     stack: int
     spill_bytes: int
+    """Of a thread, kept in memory: its stack or what it stores there, whichever is more."""
     shared: int
     instructions: dict[str, int]
     warps: int
@@ -43,10 +44,10 @@ def resources(kernel: Any, arch: int) -> Resources:
         verbose = _output([ptxas, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", "/dev/null"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", verbose)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores)", verbose)]
     counts = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in _INSTRUCTIONS.items()}
     return Resources(
-        int(found[1]), int(found[2]), sum(spills), kernel.metadata.shared,
+        int(found[1]), int(found[2]), max(spills), kernel.metadata.shared,
         {name: count for name, count in counts.items() if count}, kernel.metadata.num_warps,
         _contracted_exchanges(kernel.asm["ptx"]),
     )  # fmt: skip

@@ -37,8 +37,8 @@ class BatchBuilder:
         size = config.max_step_tokens
         self._token_ids_T = _Mirrored(size, torch.int64, device)
         self._token_ids = self._token_ids_T.host.numpy()
-        # Of a full pass nine integers a row at most, two of its own, five of a run, two of a state that is left; of all
-        # draft passes two a run and two for each of its drafts; and rounding.
+        # Of a full pass ten integers a row at most, three of its own, five of a run, two of a state that is left; of
+        # all draft passes two a run and two for each of its drafts; and rounding.
         rounding = 64 * (1 + config.max_draft_tokens)
         self._ints = _IntBuffer(max(12, 4 + 2 * config.max_draft_tokens) * size + rounding, device)
         self._offsets_T = np.arange(size, dtype=np.int32)
@@ -67,13 +67,16 @@ class BatchBuilder:
         ints, num_rows = self._ints, plan.num_rows
         ints.clear()
         positions, kv_rows = ints.reserve(num_rows), ints.reserve(num_rows)
-        self._fill_rings(plan.rings, drafts, ints[positions], ints[kv_rows])
+        self._fill_rings(plan.rings, ints[positions], ints[kv_rows])
         for run in plan.scans:
             self._fill_scan(run, ints[positions], ints[kv_rows])
         decode, prefill = self._decode_slices(plan.rings), self._prefill_slices(plan.scans)
-        on_device = ints.on_device()
+        drafted, drafts_by_pass = ints.put(_drafted_rows(plan)), drafts.by_pass
+        on_device, token_ids_T = ints.on_device(), self._token_ids_T.on_device(num_rows)
+        if drafts_by_pass:
+            token_ids_T.index_copy_(0, on_device[drafted].long(), torch.cat(drafts_by_pass).clamp_(min=0))
         return StepBatch(
-            token_ids_T=self._token_ids_T.on_device(num_rows),
+            token_ids_T=token_ids_T,
             positions_T=on_device[positions],
             kv_rows_T=on_device[kv_rows],
             decode=self._decode_rows(plan.rings, [on_device[part] for part in decode]) if plan.rings else None,
@@ -87,15 +90,17 @@ class BatchBuilder:
 
         The first pass of a step comes first: what stays is laid out by it, and those that draft on are its first rows.
         """
-        runs = plan.drafting[: plan.counts[index]]
-        count = len(runs)
+        count = plan.counts[index]
         if index == 0:
             self._drafting = self._lay_out_drafting(plan)
+            self._token_ids[:count] = [run.sequence.tokens[run.start] for run in plan.drafting[:count]]
+            token_ids_T = self._token_ids_T.on_device(count)
+        else:
+            token_ids_T = torch.clamp(drafts.by_pass[-1][:count], min=0, out=self._token_ids_T.there(count))
         slots_S, pages_SN = (part[:count] for part in self._drafting[:2])
         positions_T, kv_rows_T = (part[index, :count] for part in self._drafting[2:])
-        self._token_ids[:count] = [max(self._last_token(run, drafts), 0) for run in runs]
         return StepBatch(
-            token_ids_T=self._token_ids_T.on_device(count),
+            token_ids_T=token_ids_T,
             positions_T=positions_T,
             kv_rows_T=kv_rows_T,
             decode=DecodeRows(self._starts_S1[: count + 1], positions_T, slots_S, pages_SN),
@@ -121,18 +126,12 @@ class BatchBuilder:
         positions_KS, kv_rows_KS = (on_device[part].view(-1, width) for part in parts)
         return on_device[slots], self._static_pages("draft", runs, on_device[tables]), positions_KS, kv_rows_KS
 
-    @staticmethod
-    def _last_token(run: Run, drafts: Drafts) -> int:
-        own = drafts.of(run)
-        return own[-1] if own else run.sequence.tokens[run.start]
-
-    def _fill_rings(
-        self, runs: Sequence[Run], drafts: Drafts, positions: NDArray[np.int32], kv_rows: NDArray[np.int32]
-    ) -> None:
+    def _fill_rings(self, runs: Sequence[Run], positions: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
+        """All but the drafts, which are on the device."""
         size, count = self._page_size, _end(runs)
         rows = [(run, position) for run in runs for position in range(run.start, run.end)]
-        tokens = [token for run in runs for token in (run.sequence.tokens[run.start], *drafts.of(run))]
-        self._token_ids[:count] = [max(token, 0) for token in tokens]
+        self._token_ids[:count] = 0
+        self._token_ids[[run.row for run in runs]] = [run.sequence.tokens[run.start] for run in runs]
         positions[:count] = [position for _, position in rows]
         kv_rows[:count] = [_kv_row(run, position, size) for run, position in rows]
 
@@ -204,13 +203,20 @@ class _Mirrored:
     """Integers on the host, and their copy on the device."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out.
+        # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out. What is
+        # copied from here is in the driver's own memory when the call returns, which waits for no work of the device.
         self.host = torch.zeros(size, dtype=dtype)
         self._copy = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
 
     def on_device(self, count: int) -> Tensor:
         """The first so many, at the same address each time."""
-        return self.host[:count] if self._copy is self.host else self._copy[:count].copy_(self.host[:count])
+        if self._copy is self.host:
+            return self.host[:count]
+        return self._copy[:count].copy_(self.host[:count], non_blocking=True)
+
+    def there(self, count: int) -> Tensor:
+        """The memory of the first so many on the device, to be written there."""
+        return self._copy[:count]
 
 
 class _IntBuffer:
@@ -240,6 +246,11 @@ class _IntBuffer:
 
     def on_device(self) -> Tensor:
         return self._mirrored.on_device(self._used)
+
+
+def _drafted_rows(plan: StepPlan) -> list[int]:
+    """The rows of drafts, pass by pass."""
+    return [run.row + 1 + index for index, count in enumerate(plan.counts[:-1]) for run in plan.drafting[:count]]
 
 
 def _kv_row(run: Run, position: int, page_size: int) -> int:

@@ -33,21 +33,32 @@ class Row(NamedTuple):
 
 
 class Drafts:
-    """The drafts of one attempt at a step."""
+    """The drafts of one attempt at a step. They stay on the device until somebody asks what they are."""
 
     def __init__(self) -> None:
         self.hidden_SD: Tensor | None = None
         """What the next pass goes on from."""
+        self._passes: list[tuple[list[Run], Tensor]] = []
+        self._read = 0
+        """Passes whose drafts are among the tokens."""
         self._tokens: dict[int, list[int]] = {}
 
-    def of(self, run: Run) -> list[int]:
-        """A run's drafts; NO_TOKEN where its rules left none."""
-        return self._tokens.get(run.row, [])
+    @property
+    def by_pass(self) -> list[Tensor]:
+        """The drafts of each pass so far, int64 [S] on the device; NO_TOKEN where a run's rules left none."""
+        return [token_ids_S for _, token_ids_S in self._passes]
 
-    def add(self, runs: Iterable[Run], token_ids: Iterable[int]) -> None:
+    def add(self, runs: list[Run], token_ids_S: Tensor) -> None:
         """One more draft of each run."""
-        for run, token in zip(runs, token_ids, strict=True):
-            self._tokens.setdefault(run.row, []).append(token)
+        self._passes.append((runs, token_ids_S))
+
+    def of(self, run: Run) -> list[int]:
+        """A run's drafts; NO_TOKEN where its rules left none. Waits for the device."""
+        for runs, token_ids_S in self._passes[self._read :]:
+            for each, token in zip(runs, token_ids_S.tolist(), strict=True):
+                self._tokens.setdefault(each.row, []).append(token)
+        self._read = len(self._passes)
+        return self._tokens.get(run.row, [])
 
     def ahead(self, rows: list[Row]) -> Tensor | None:
         """The drafts before each row, int64 [R, A], padded with NO_TOKEN; None where no row has any."""

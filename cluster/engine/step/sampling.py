@@ -79,10 +79,10 @@ class StepSampler:
         """Begin what can be done while the rows are computed: masks by the requests' grammars."""
         self._masks.ask(rows, drafts)
 
-    def draft(self, rows: list[Row], logits_SV: Tensor, drafts: Drafts) -> list[int]:
-        """Choose one more draft for each of the rows' runs; NO_TOKEN where its rules leave none."""
+    def draft(self, rows: list[Row], logits_SV: Tensor, drafts: Drafts) -> Tensor:
+        """Choose one more draft for each of the rows' runs, int64 [S]; NO_TOKEN where its rules leave none."""
         batch = self._draft_batch(rows)
-        return self._sample(rows, batch, logits_SV, drafts).token_ids_R.tolist()
+        return self._sample(rows, batch, logits_SV, drafts).token_ids_R
 
     def choose(self, plan: StepPlan, logits_RV: Tensor, drafts: Drafts) -> Choice:
         """Sample the next tokens of each run that chooses any. The step may still be given up after this."""

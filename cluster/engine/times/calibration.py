@@ -46,7 +46,8 @@ class Agreeing(Sampler):
         sampled = super().sample(logits_RV, batch, positions_R, masks, ahead_RA)
         mixed_R = (positions_R.astype(np.uint64) * 7919 + batch.free.seeds_R * 104729) % logits_RV.shape[-1]
         # Behind the sampler's own work on its device, so that whoever reads the tokens waits for that, too.
-        return Sampled(torch.from_numpy(mixed_R.astype(np.int64)).to(logits_RV.device), sampled.logprobs)
+        token_ids_R = torch.from_numpy(mixed_R.astype(np.int64)).to(logits_RV.device, non_blocking=True)
+        return Sampled(token_ids_R, sampled.logprobs)
 
 
 class Calibration:
@@ -62,7 +63,6 @@ class Calibration:
         self._cells, self._samples = cells(config), Samples()
         self._cell: Cell | None = None
         self._begun = self._spent_s = 0.0
-        self._drafted_s: list[float] = []
 
     def plan(self) -> StepPlan | None:
         """See Rehearsal."""
@@ -80,12 +80,7 @@ class Calibration:
 
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """See Rehearsal. Raises StepAborted."""
-        if index == 0:
-            self._drafted_s = []
-        start = perf_counter()
         self._engine.run_pass(plan, index, dispatcher)
-        if index < len(plan.counts) - 1:
-            self._drafted_s.append(perf_counter() - start)
 
     def commit(self, plan: StepPlan) -> None:
         """See Rehearsal."""
@@ -94,7 +89,8 @@ class Calibration:
         self._spent_s += seconds
         if cell is None or plan.scans or plan.num_rows != cell.rows:
             return
-        self._samples.add(cell, seconds - sum(self._drafted_s), self._drafted_s)
+        drafted_s = self._engine.draft_seconds
+        self._samples.add(cell, seconds - sum(drafted_s), drafted_s)
 
     def _begin(self, cell: Cell | None) -> bool:
         """Queue the sequences of the next cell; False without one."""

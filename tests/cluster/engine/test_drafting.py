@@ -16,6 +16,7 @@ from torch import Tensor
 from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.scheduler import Scheduler
+from divisi.cluster.engine.step.drafts import Drafts
 from divisi.cluster.engine.step.plan import Run
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape
@@ -140,6 +141,30 @@ def prompts(count: int, max_tokens: int, **more: Any) -> list[Request]:
 def every_kind(quick: set[tuple[str, bool, int]]) -> list[Any]:
     kinds = [(dtype, det, k) for dtype in ("float32", "bfloat16") for det in (False, True) for k in (1, 2, 3, 5)]
     return [pytest.param(*kind, marks=() if kind in quick else pytest.mark.verify) for kind in kinds]
+
+
+def test_nobody_asks_what_the_drafts_are_before_all_passes_have_run(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that would wait for it between passes."""
+    worker, committing, asked = Worker(checkpoint, 3), [True], []
+    told = Drafts.of
+
+    def of(drafts: Drafts, run: Run) -> list[int]:
+        asked.append(committing[0])
+        return told(drafts, run)
+
+    monkeypatch.setattr(Drafts, "of", of)
+    for request in prompts(3, 12):
+        worker.engine.submit(request)
+    while (plan := worker.engine.plan()) is not None:
+        committing[0] = False
+        for index in range(len(plan.counts)):
+            worker.engine.run_pass(plan, index, worker.end)
+        committing[0] = True
+        worker.engine.commit(plan)
+    assert asked
+    assert all(asked)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,14 @@ from divisi.benchmarks.gpu import cases
 from divisi.benchmarks.gpu.cases import DeltaShape, Draw
 from divisi.benchmarks.gpu.check import WrongResult, expect_close, expect_replay_in_bits
 from divisi.benchmarks.gpu.shapes import CHECKED, ODD_DELTA, SMALL_DELTA
+from divisi.kernels.experts.layout import Tree
+from divisi.kernels.experts.reference import sum_in_tree
+from divisi.kernels.experts.triton_sum import sum_parts
 from divisi.kernels.gated_delta import triton_decode
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.ops import triton_operations
+from divisi.kernels.mixture.layout import ExpertParts
+from divisi.kernels.pass_memory import TorchMemory
 from divisi.kernels.select import assembled, select_kernels
 from tests.support.honest_interpreter import grid_order, planted
 
@@ -39,6 +44,21 @@ def test_equals_the_reference(name: str, dtype: torch.dtype, order: str) -> None
     with grid_order(order):
         actual = case.run(TRITON)
     expect_close(case.operation, dtype, actual, reference)
+
+
+@pytest.mark.parametrize(("leaves", "tokens", "chosen"), [(1, 2, 3), (2, 3, 3), (8, 6, 5), (32, 12, 10), (512, 3, 10)])
+def test_experts_are_summed_in_the_trees_order(leaves: int, tokens: int, chosen: int) -> None:
+    """Bit for bit; of choices held elsewhere the parts are poison."""
+    draw, experts = Draw(leaves, torch.bfloat16, CPU), max(leaves, 16)
+    tree = Tree.of(range(experts), leaves)
+    ids = torch.stack([draw.order(experts + 9)[:chosen] for _ in range(tokens)])
+    ids[0] = experts
+    ids = torch.where(ids < experts, ids, -1).int()
+    parts, gates = draw.normal(tokens, chosen, 40), draw.uniform(tokens, chosen)
+    parts[ids < 0] = torch.nan
+    found = sum_parts(ExpertParts(parts.flatten(0, 1), ids, gates, tree), TorchMemory())
+    terms = torch.where((ids < 0)[..., None], 0.0, parts.float() * gates[..., None])
+    assert torch.equal(found, sum_in_tree(terms, tree.leaves_E[ids.clamp(min=0)], tree.size))
 
 
 @pytest.mark.parametrize("shape", [SMALL_DELTA, pytest.param(ODD_DELTA, marks=pytest.mark.verify)])
