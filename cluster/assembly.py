@@ -14,7 +14,7 @@ from divisi.cluster.dispatch import planner
 from divisi.cluster.dispatch.all_to_all import AllToAll
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
-from divisi.cluster.dispatch.local import Local
+from divisi.cluster.dispatch.local import Local, LocalEnd
 from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
@@ -35,6 +35,7 @@ from divisi.cluster.gang.loops.worker_loop import WorkerNetwork
 from divisi.cluster.passes import PassLayers
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.step_times import StepTimes
+from divisi.kernels.choice import KernelChoice
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
@@ -45,6 +46,7 @@ from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.text.grammar.tokens import GrammarVocabulary
+from divisi.model.warm_up import Nowhere, StepSizes, warm_up, warm_up_experts
 from divisi.model.weights import Progress, load_weights
 
 
@@ -150,7 +152,12 @@ def load_shard(
     device = torch.device(spec.device)
     share = shard_experts(config, spec.shape.expert_shards, spec.virtual_shards)[index]
     kernels = select_kernels(device, spec.kernels, deterministic=spec.deterministic)
-    return ExpertBank.load(checkpoint, config, share, kernels, torch_dtype(spec), device, progress)
+    bank = ExpertBank.load(checkpoint, config, share, kernels, torch_dtype(spec), device, progress)
+    if _compiles(spec):
+        rows, chosen = spec.max_worker_step_tokens, config.num_experts_per_tok
+        for layer in (*config.moe_layers, *config.draft_moe_layers)[:1]:  # layers are alike
+            warm_up_experts(bank, layer, config.hidden_size, chosen, rows, compute_dtype(spec))
+    return bank
 
 
 def shard_loop(
@@ -209,6 +216,9 @@ def build_engine(
             share = whole_share(config, spec.virtual_shards)
             experts = ExpertBank.load(checkpoint, config, share, kernels, dtype, device, progress)
         runner = load_runner(checkpoint, config, limits, kernels, dtype, device, progress)
+    if _compiles(spec):
+        end = Nowhere() if experts is None or spec.shape.expert_shards else LocalEnd(experts)
+        warm_up(runner, end, _step_sizes(limits), device)
     if not limits.max_draft_tokens or not spec.adaptive_drafts:
         return assemble_engine(limits, runner, grammars, device, wake), experts
     times = StepTimes()
@@ -225,6 +235,16 @@ def build_engine(
         wake=wake,
     )
     return engine, experts
+
+
+def _compiles(spec: GangSpec) -> bool:
+    """Whether kernels are compiled at their first launch."""
+    return spec.device == "cuda" and KernelChoice.parse(spec.kernels).general != "reference"
+
+
+def _step_sizes(limits: SchedulerConfig) -> StepSizes:
+    rows, pages = 1 + limits.max_draft_tokens, limits.max_pages_per_sequence
+    return StepSizes(limits.max_seqs, rows, pages, limits.max_step_tokens)
 
 
 def _times_file(spec: GangSpec, rows: int) -> times_file.TimesFile:

@@ -37,7 +37,8 @@ class ExpertBank:
     ) -> None:
         self._kernels = kernels
         self._layers = dict(layers)
-        device = next(iter(self._layers.values()))[0].device if self._layers else torch.device("cpu")
+        self.device = device = next(iter(self._layers.values()))[0].device if self._layers else torch.device("cpu")
+        """Where the experts are."""
         self._tree = Tree.of(share.expert_ids, share.leaves, device)
         self._local_E = _places(share.expert_ids, share.expert_ids, num_experts, device)
         self._holds_all = list(share.expert_ids) == list(range(num_experts))

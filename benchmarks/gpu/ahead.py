@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import cast
@@ -24,18 +23,18 @@ from divisi.benchmarks.gpu import cases, mixture_cases, sampling_cases, stub_dri
 from divisi.benchmarks.gpu.cases import Case, Draw
 from divisi.benchmarks.gpu.shapes import DELTA, HEADS, PUBLISHED
 from divisi.cluster.dispatch.local import LocalEnd
-from divisi.kernels.gated_delta.layout import Leaves
 from divisi.kernels.gpu.ahead import BUILT_AHEAD
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.ops import triton_operations
 from divisi.kernels.select import Kernels, assembled
-from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
+from divisi.model.batch import StepBatch
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
 from divisi.model.placement import deal, whole_share
 from divisi.model.runner import ModelRunner
 from divisi.model.state import StateStore
+from divisi.model.warm_up import decode_batch, prefill_batch
 from divisi.model.weights import load_weights
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -45,6 +44,7 @@ DECODED = [([1], 4), ([1] * 2, 40), ([4], 4), ([4] * 16, 64), ([1] * 64, 3000)]
 """Rows of the sequences, and pages of the longest one: steps after which no other decode step compiles anything."""
 SCANNED = [[1], [16], [70, 10], [5, 700], [1500], [2048] * 2]
 """Likewise of prefill steps; by the size of the step, kernels take other tiles."""
+SLOTS = 64
 SHARDED = (2, 3, 4, 8)
 """Numbers of shards."""
 
@@ -115,10 +115,10 @@ class Published:
     def __init__(self, kernels: Kernels) -> None:
         config = ModelConfig.from_hf(PUBLISHED | {"num_hidden_layers": 4}, 1)
         checkpoint = cast(Checkpoint, EmptyCheckpoint())
-        store = StateStore(config, num_pages=2, page_size=16, num_slots=2, max_rows=4, dtype=BF16, device=CPU)
+        store = StateStore(config, num_pages=2, page_size=16, num_slots=SLOTS, max_rows=4, dtype=BF16, device=CPU)
         bank = ExpertBank.load(checkpoint, config, whole_share(config), kernels, BF16, CPU)
         self._kernels, self._config, self._checkpoint = kernels, config, checkpoint
-        self._end = LocalEnd(bank)
+        self.end = LocalEnd(bank)
         self.runner = ModelRunner(config, load_weights(checkpoint, config, kernels, BF16, CPU), store, kernels)
         assert self.runner._mtp is not None, "the configuration has an MTP layer"
         self.runner._activation_dtype = self.runner._mtp._dtype = BF16  # as on a GPU
@@ -126,12 +126,12 @@ class Published:
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], pages: int) -> None:
         """A step of decoding sequences."""
-        self._forward(decode_batch(rows, pages))
+        self._forward(decode_batch(rows, pages, CPU))
 
     @torch.inference_mode()
     def scan(self, rows: Sequence[int]) -> None:
         """A step of prefilling ones."""
-        self._forward(prefill_batch(rows))
+        self._forward(prefill_batch(rows, 16, CPU))
 
     @torch.inference_mode()
     def share(self, shards: int, tokens: int) -> None:
@@ -143,37 +143,12 @@ class Published:
         bank.partial_sum(0, torch.empty((tokens, self._config.hidden_size), dtype=BF16), ids_TK, torch.ones(chosen))
 
     def _forward(self, batch: StepBatch) -> None:
-        with mock.patch.object(torch, "mm", _no_product):
-            self.runner.forward(batch, self._end)
+        with mock.patch.object(torch, "mm", no_product):
+            self.runner.forward(batch, self.end)
 
 
-def decode_batch(rows: Sequence[int], pages: int) -> StepBatch:
-    """As the engine lays it out: arrays of int32 begin at 16 bytes."""
-    total, runs = sum(rows), len(rows)
-    zeros = torch.zeros(total + runs, dtype=torch.int32)
-    decode = DecodeRows(_starts(rows), zeros[:runs], zeros[:runs], torch.zeros((runs, pages), dtype=torch.int32))
-    return StepBatch(
-        torch.zeros(total, dtype=torch.int64), zeros[:total], zeros[:total], decode, None, total, torch.arange(total)
-    )
-
-
-def prefill_batch(rows: Sequence[int]) -> StepBatch:
-    """Runs that begin at 0, each of which leaves one state."""
-    total, runs = sum(rows), len(rows)
-    zeros = torch.zeros(total + runs, dtype=torch.int32)
-    leaves = Leaves(_starts([1] * runs), torch.tensor(rows, dtype=torch.int32), zeros[:runs])
-    pages = torch.zeros((runs, -(-max(rows) // 16)), dtype=torch.int32)
-    prefill = PrefillRows(_starts(rows), zeros[:runs], zeros[:runs] - 1, leaves, pages)
-    return StepBatch(
-        torch.zeros(total, dtype=torch.int64), zeros[:total], zeros[:total], None, prefill, 0, torch.arange(runs)
-    )
-
-
-def _starts(counts: Sequence[int]) -> Tensor:
-    return torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
-
-
-def _no_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+def no_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """In place of torch.mm, where nothing is computed."""
     return out
 
 

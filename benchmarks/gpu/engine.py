@@ -11,12 +11,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
+import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,6 +36,7 @@ from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
 from divisi.model.placement import whole_share
 from divisi.model.random_checkpoint import write_random_checkpoint
+from divisi.model.warm_up import StepSizes, warm_up
 
 _LAYERS = 8
 """Six of Gated DeltaNet and two of attention; and that of MTP."""
@@ -123,28 +125,53 @@ def time_steps(device: torch.device) -> str:
     )  # fmt: skip
     experts = ExpertBank.load(checkpoint, config, whole_share(config), kernels, dtype, device)
     runner = load_runner(checkpoint, config, limits, kernels, dtype, device)
+    start, compiled = time.perf_counter(), _compiled()
+    pages, tokens = limits.max_pages_per_sequence, limits.max_step_tokens
+    warm_up(runner, LocalEnd(experts), StepSizes(limits.max_seqs, 1 + max(_DRAFTS), pages, tokens), device)
+    torch.cuda.synchronize()
+    print(f"warm-up: {time.perf_counter() - start:.1f} s, {len(compiled)} kernels", flush=True)
+    compiled.clear()
+    runs = [(sequences, drafts) for sequences in _BATCHES for drafts in _DRAFTS]
+
+    def started(sequences: int, drafts: int) -> Callable[[], float]:
+        engine = Engine(
+            runner, Agreeing(kernels.choose_tokens), Scheduler(limits), device=device, stopwatch=runner.stopwatch
+        )
+        return _decoding(engine, LocalEnd(experts), config.vocab_size, sequences, drafts)
+
+    took = {}
+    for run in runs:
+        step = started(*run)
+        took[run] = statistics.median(step() for _ in range(_TIMED))
+    print(f"kernels compiled since: {compiled}", flush=True)
     lines = [
         f"{_LAYERS} layers and that of MTP, bf16, all drafts stand; a step's time, how long the device computes in it, "
-        "its launches, and tokens per second of all sequences.",
+        "its launches, copies among them, and tokens per second of all sequences.",
         "",
         "| sequences | drafts | ms a step | of that on the device | launches | tokens/s |",
         "|---|---|---|---|---|---|",
     ]
-    for sequences in _BATCHES:
-        for drafts in _DRAFTS:
-            engine = Engine(
-                runner, Agreeing(kernels.choose_tokens), Scheduler(limits), device=device, stopwatch=runner.stopwatch
-            )
-            took, busy, launches = _time(engine, LocalEnd(experts), config.vocab_size, sequences, drafts)
-            rate = sequences * (1 + drafts) / took
-            row = f"{sequences} | {drafts} | {1e3 * took:.2f} | {1e3 * busy:.2f} | {launches} | {rate:,.0f}"
-            lines.append(f"| {row} |")
-            print(lines[-1], flush=True)
+    for sequences, drafts in runs:  # afterwards: once it has run, the profiler slows down each launch
+        busy, launches = _profiled(started(sequences, drafts))
+        seconds = took[sequences, drafts]
+        rate = sequences * (1 + drafts) / seconds
+        lines.append(f"| {sequences} | {drafts} | {1e3 * seconds:.2f} | {1e3 * busy:.2f} | {launches} | {rate:,.0f} |")
     return "\n".join(lines)
 
 
-def _time(engine: Engine, end: LocalEnd, vocab: int, sequences: int, drafts: int) -> tuple[float, float, int]:
-    """Seconds a step: the median, and the device's; and launches, copies among them."""
+def _compiled() -> list[str]:
+    """The names of kernels that are compiled, or read from a cache, from now on."""
+    names: list[str] = []
+
+    def note(*, repr: str, **_: object) -> None:
+        names.append(repr.split("[")[0])
+
+    triton.knobs.runtime.jit_post_compile_hook = note
+    return names
+
+
+def _decoding(engine: Engine, end: LocalEnd, vocab: int, sequences: int, drafts: int) -> Callable[[], float]:
+    """A step of sequences that decode, in seconds."""
     for number in range(sequences):
         prompt = tuple((number + 7 * i) % vocab for i in range(_PROMPT))
         sampling = Sampling(temperature=0.0, seed=number)
@@ -159,14 +186,18 @@ def _time(engine: Engine, end: LocalEnd, vocab: int, sequences: int, drafts: int
 
     for _ in range(_WARM):
         step()
-    took = statistics.median(step() for _ in range(_TIMED))
+    return step
+
+
+def _profiled(step: Callable[[], float]) -> tuple[float, int]:
+    """Seconds of the device in a step, and launches."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(_PROFILED):
             step()
         torch.cuda.synchronize()
     kernels = [event for event in seen.events() or () if event.device_type.name != "CPU"]
     busy = 1e-6 * sum(event.time_range.elapsed_us() for event in kernels) / _PROFILED
-    return took, busy, round(len(kernels) / _PROFILED)
+    return busy, round(len(kernels) / _PROFILED)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from divisi.kernels.experts.triton_many import experts_down_many_fwd_kernel, exp
 from divisi.kernels.experts.triton_place import SortedPairs, sort_pairs
 from divisi.kernels.experts.triton_sum import sum_parts
 from divisi.kernels.gpu.chip import Chip
+from divisi.kernels.linear.layout import Matrix, plain_rows
 from divisi.kernels.mixture.layout import ExpertParts
 from divisi.kernels.pass_memory import Memory
 
@@ -118,7 +119,7 @@ def experts_down_fwd_kernel(
 
 
 def routed_experts(
-    x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, tree: Tree, gate_up_EFD: Tensor, down_EDI: Tensor, *,
+    x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, tree: Tree, gate_up_EFD: Matrix, down_EDI: Matrix, *,
     chip: Chip, memory: Memory,
 ) -> Tensor:  # fmt: skip
     """See reference.py. As there, the inner values and an expert's output are rounded to the weights' dtype."""
@@ -127,19 +128,20 @@ def routed_experts(
 
 
 def expert_parts(
-    x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, tree: Tree, gate_up_EFD: Tensor, down_EDI: Tensor, *,
+    x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, tree: Tree, gate_up_EFD: Matrix, down_EDI: Matrix, *,
     chip: Chip, memory: Memory,
 ) -> ExpertParts:  # fmt: skip
     """What `routed_experts` sums up."""
-    assert all(t.is_contiguous() for t in (x_TD, local_ids_TK, gates_TK, gate_up_EFD, down_EDI))
-    (tokens, choices), (experts, width, inner) = local_ids_TK.shape, down_EDI.shape
-    dtype, device, pairs = down_EDI.dtype, x_TD.device, tokens * choices
-    tiles = _tiles(pairs, down_EDI, chip)
+    up_EFD, out_EDI = plain_rows(gate_up_EFD), plain_rows(down_EDI)
+    assert all(t.is_contiguous() for t in (x_TD, local_ids_TK, gates_TK, up_EFD, out_EDI))
+    (tokens, choices), (experts, width, inner) = local_ids_TK.shape, out_EDI.shape
+    dtype, device, pairs = out_EDI.dtype, x_TD.device, tokens * choices
+    tiles = _tiles(pairs, out_EDI, chip)
     sorted_pairs = sort_pairs(local_ids_TK, experts, tiles.pairs, memory)
     inner_PI = memory.empty((pairs, inner), dtype, device)
     parts_PD = memory.empty((pairs, width), dtype, device)
     multiply = _multiply_many if tiles is _PARTS.get(chip) else _multiply
-    multiply(x_TD, gate_up_EFD, down_EDI, inner_PI, parts_PD, sorted_pairs, choices, tiles)
+    multiply(x_TD, up_EFD, out_EDI, inner_PI, parts_PD, sorted_pairs, choices, tiles)
     return ExpertParts(parts_PD, local_ids_TK, gates_TK, tree)
 
 

@@ -16,6 +16,7 @@ from divisi.kernels.gated_delta.triton_decode import gated_delta_decode, gated_d
 from divisi.kernels.gated_delta.triton_prefill import gated_delta_prefill
 from divisi.kernels.gpu.cache import use_built
 from divisi.kernels.gpu.chip import Chip
+from divisi.kernels.linear.layout import Matrix, StoredMatrix
 from divisi.kernels.linear.triton import embed, linear
 from divisi.kernels.mixture.triton import FusedMixture
 from divisi.kernels.norm.triton import add_rms_norm, rms_norm
@@ -34,10 +35,15 @@ def triton_operations(chip: Chip) -> Mapping[str, Any]:
     table: dict[str, Any] = {op.__name__: partial(op, memory=memory) for op in alike}
     table |= {op.__name__: partial(op, chip=chip, memory=memory) for op in configured}
     table |= {op.__name__: partial(op, chip=chip) for op in unbuffered}
+    table |= {"pack_linear": StoredMatrix, "pack_experts": _stored, "pack_mlp": _stored}
     table |= {"mlp": partial(_mlp, memory=memory), "memory": memory, "mixture": FusedMixture(chip, memory)}
     return table
 
 
-def _mlp(x_TD: Tensor, gate_up_FD: Tensor, down_DI: Tensor, *, memory: Memory) -> Tensor:
+def _stored(*weights: Tensor) -> tuple[StoredMatrix, ...]:
+    return tuple(map(StoredMatrix, weights))
+
+
+def _mlp(x_TD: Tensor, gate_up_FD: Matrix, down_DI: Matrix, *, memory: Memory) -> Tensor:
     inner_TI = silu_mul(linear(x_TD, gate_up_FD, memory=memory), memory=memory)
     return linear(inner_TI, down_DI, memory=memory)

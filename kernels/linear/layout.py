@@ -1,4 +1,4 @@
-"""How a weight matrix lies in memory: row by row, or packed for the processor's bf16 dot products.
+"""How a weight matrix lies in memory: row by row, in a format, or packed for the processor's bf16 dot products.
 
 Shapes: E matrices of a stack, N outputs, K inputs.
 """
@@ -6,6 +6,7 @@ Shapes: E matrices of a stack, N outputs, K inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -40,8 +41,50 @@ class PackedMatrix:
         return self.data.nbytes
 
 
-Matrix = Tensor | PackedMatrix
+class Format(Enum):
+    """What the values of a stored matrix are."""
+
+    PLAIN = "plain"
+    """The weights themselves, bf16 or fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A matrix [N, K], or a stack [E, N, K], row by row, as GPUs hold it: what `pack_linear` makes of it there."""
+
+    values: Tensor
+    format: Format = Format.PLAIN
+    scales: Tensor | None = None
+    """What values are multiplied by, in formats that have this."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+Matrix = Tensor | StoredMatrix | PackedMatrix
 """A weight as an implementation of `linear` takes it."""
+
+
+def plain_rows(matrix: Matrix) -> Tensor:
+    """The weights of a matrix that lies row by row. Raises ValueError where its values are in another format."""
+    if isinstance(matrix, Tensor):
+        return matrix
+    if isinstance(matrix, PackedMatrix) or matrix.format is not Format.PLAIN:
+        told = "packed" if isinstance(matrix, PackedMatrix) else matrix.format.value
+        raise ValueError(f"a kernel that takes weights row by row got a matrix in format {told!r}")
+    return matrix.values
 
 
 def packed_values(outputs: int, inputs: int) -> int:

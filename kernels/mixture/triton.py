@@ -15,7 +15,7 @@ from divisi.kernels.experts.layout import Tree
 from divisi.kernels.experts.triton import expert_parts
 from divisi.kernels.experts.triton_sum import MOST_COLUMNS, parts_of_row
 from divisi.kernels.gpu.chip import Chip
-from divisi.kernels.linear.layout import Matrix
+from divisi.kernels.linear.layout import Matrix, StoredMatrix, plain_rows
 from divisi.kernels.linear.triton import linear
 from divisi.kernels.mixture.layout import (
     ExpertParts,
@@ -98,13 +98,13 @@ class FusedMixture:
         rows = [gate_up_FD, router_ED, gate_D[None]]
         count = sum(map(len, rows))
         zeros = gate_D.new_zeros((-count % _ALIGNED, len(gate_D)))
-        return MixtureMatrices(torch.cat([*rows, zeros]), None, down_DI, len(router_ED))
+        return MixtureMatrices(StoredMatrix(torch.cat([*rows, zeros])), None, StoredMatrix(down_DI), len(router_ED))
 
     def inputs(self, x_TD: Tensor, matrices: MixtureMatrices, num_chosen: int, normalise: bool) -> MixtureRows:
         """See MixtureKernels."""
-        rows_TN = linear(x_TD, _rows(matrices.inputs_ND), memory=self._memory)
+        rows_TN = linear(x_TD, matrices.inputs_ND, memory=self._memory)
         tokens, device, experts = x_TD.shape[0], x_TD.device, matrices.experts
-        inner = _rows(matrices.shared_down_DI).shape[1]
+        inner = plain_rows(matrices.shared_down_DI).shape[1]
         ids_TK = self._memory.empty((tokens, num_chosen), torch.int32, device)
         gates_TK = self._memory.empty((tokens, num_chosen), torch.float32, device)
         inner_TI = self._memory.empty((tokens, inner), rows_TN.dtype, device)
@@ -119,13 +119,13 @@ class FusedMixture:
     def shared(self, x_TD: Tensor, rows: MixtureRows, matrices: MixtureMatrices) -> Tensor:
         """See MixtureKernels."""
         assert rows.inner_TI is not None, "made here"
-        return linear(rows.inner_TI, _rows(matrices.shared_down_DI), memory=self._memory)
+        return linear(rows.inner_TI, matrices.shared_down_DI, memory=self._memory)
 
     def routed(
         self, x_TD: Tensor, local_ids_TK: Tensor, gates_TK: Tensor, tree: Tree, gate_up_EFD: Matrix, down_EDI: Matrix
     ) -> Routed:
         """See MixtureKernels."""
-        weights = _rows(gate_up_EFD), _rows(down_EDI)
+        weights = gate_up_EFD, down_EDI
         return expert_parts(x_TD, local_ids_TK, gates_TK, tree, *weights, chip=self._chip, memory=self._memory)
 
     def combined(self, routed: Routed, shared_TD: Tensor, gate_T: Tensor) -> MixtureUpdate:
@@ -153,8 +153,3 @@ class FusedMixture:
             LEVELS=leaves.bit_length() - 1, num_warps=warps_of_row(block),
         )  # fmt: skip
         return out_TD
-
-
-def _rows(matrix: Matrix) -> Tensor:
-    assert isinstance(matrix, Tensor), "laid out row by row"
-    return matrix

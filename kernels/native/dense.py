@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from divisi.kernels.linear.layout import Matrix, PackedMatrix, packed_values
+from divisi.kernels.linear.layout import Matrix, PackedMatrix, packed_values, plain_rows
 from divisi.kernels.native.loader import Library, pointer
 from divisi.kernels.native.memory import advise_huge_pages
 
@@ -44,14 +44,15 @@ class Dense:
                 torch.get_num_threads(),
             )  # fmt: skip
             return y_TN
+        rows_NK = plain_rows(weight_NK)
         if not self.is_few(tokens):
-            return self._gemm(x_TK, weight_NK)
-        outputs = weight_NK.shape[0]
+            return self._gemm(x_TK, rows_NK)
+        outputs = rows_NK.shape[0]
         y_TN = torch.empty((tokens, outputs))
-        is_bf16 = weight_NK.dtype is torch.bfloat16
+        is_bf16 = rows_NK.dtype is torch.bfloat16
         self._functions.divisi_linear(
             pointer(x_TK),
-            weight_NK.data_ptr(),
+            rows_NK.data_ptr(),
             is_bf16,
             y_TN.data_ptr(),
             tokens,
@@ -67,8 +68,8 @@ class Dense:
         return torch.nn.functional.linear(x_TK, weight_NK.float())
 
     def embed(self, weight_NK: Matrix, rows_T: Tensor) -> Tensor:
-        if isinstance(weight_NK, Tensor):
-            return weight_NK[rows_T]
+        if not isinstance(weight_NK, PackedMatrix):
+            return plain_rows(weight_NK)[rows_T]
         out_TK = torch.empty((rows_T.shape[0], weight_NK.inputs))
         self._functions.divisi_packed_rows(
             weight_NK.data.data_ptr(), pointer(rows_T), out_TK.data_ptr(), rows_T.shape[0],

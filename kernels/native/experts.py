@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.experts.layout import Tree
-from divisi.kernels.linear.layout import Matrix, PackedMatrix
+from divisi.kernels.linear.layout import Matrix, PackedMatrix, plain_rows
 from divisi.kernels.native.dense import Dense, pack
 from divisi.kernels.native.loader import Library, pointer
 
@@ -36,13 +36,13 @@ class Experts:
     def mlp(self, x_TD: Tensor, gate_up_FD: Matrix, down_DI: Matrix) -> Tensor:
         if isinstance(gate_up_FD, PackedMatrix):  # the only expert, of all rows
             return self._packed_experts(x_TD, None, None, self._alone, gate_up_FD, down_DI)
-        assert isinstance(down_DI, Tensor), "both are packed, or none"
-        tokens, (width, inner) = x_TD.shape[0], down_DI.shape
+        up_FD, out_DI = plain_rows(gate_up_FD), plain_rows(down_DI)
+        tokens, (width, inner) = x_TD.shape[0], out_DI.shape
         if not self._dense.is_few(tokens):
-            return self._dense.linear(self._dense.silu_mul(self._dense.linear(x_TD, gate_up_FD)), down_DI)
+            return self._dense.linear(self._dense.silu_mul(self._dense.linear(x_TD, up_FD)), out_DI)
         y_TD = torch.empty((tokens, width))
         self._functions.divisi_mlp(
-            pointer(x_TD), pointer(gate_up_FD), pointer(down_DI), gate_up_FD.dtype is torch.bfloat16, y_TD.data_ptr(),
+            pointer(x_TD), pointer(up_FD), pointer(out_DI), up_FD.dtype is torch.bfloat16, y_TD.data_ptr(),
             tokens, x_TD.shape[1], inner, torch.get_num_threads(),
         )  # fmt: skip
         return y_TD
@@ -58,14 +58,14 @@ class Experts:
     ) -> Tensor:
         if isinstance(gate_up_EFD, PackedMatrix):
             return self._packed_experts(x_TD, local_ids_TK, gates_TK, tree, gate_up_EFD, down_EDI)
-        assert isinstance(down_EDI, Tensor), "both are packed, or none"
-        (tokens, chosen), (experts, width, inner) = local_ids_TK.shape, down_EDI.shape
+        up_EFD, out_EDI = plain_rows(gate_up_EFD), plain_rows(down_EDI)
+        (tokens, chosen), (experts, width, inner) = local_ids_TK.shape, out_EDI.shape
         y_TD = torch.empty((tokens, width))
         inner_PI = torch.empty((tokens * chosen, inner))
         parts_PD = torch.empty((tokens * chosen, width))
         self._functions.divisi_experts(
             pointer(x_TD), pointer(local_ids_TK), pointer(gates_TK), tree.leaves_E.data_ptr(),
-            gate_up_EFD.data_ptr(), down_EDI.data_ptr(), gate_up_EFD.dtype is torch.bfloat16,
+            up_EFD.data_ptr(), out_EDI.data_ptr(), up_EFD.dtype is torch.bfloat16,
             inner_PI.data_ptr(), parts_PD.data_ptr(), y_TD.data_ptr(),
             tokens, chosen, width, inner, experts, torch.get_num_threads(),
         )  # fmt: skip

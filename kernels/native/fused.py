@@ -17,7 +17,7 @@ from torch import Tensor
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
 from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights
-from divisi.kernels.linear.layout import Matrix, PackedMatrix
+from divisi.kernels.linear.layout import Matrix, PackedMatrix, plain_rows
 from divisi.kernels.native.delta import LayerPointers
 from divisi.kernels.native.dense import GEMM_ROWS
 from divisi.kernels.native.loader import Library, pointer
@@ -71,7 +71,7 @@ class Fused:
         first: int,
     ) -> Attention:  # fmt: skip
         """A gated attention mixer with the norm before it; `half` of a head's rotary dims, `first` visible position."""
-        heads = out_DX.inputs if isinstance(out_DX, PackedMatrix) else out_DX.shape[1]
+        _, heads = _size(out_DX)
         struct = _AttentionLayer(
             _projection(scale_D, eps, rows_PD), _qk_norm(norm), _pool(pool), _matrix(out_DX),
             heads=heads // pool.key_PJD.shape[2], half=half, first=first,
@@ -206,13 +206,14 @@ def _matrix(weight: Matrix) -> ctypes.Structure:
     outputs, inputs = _size(weight)
     if isinstance(weight, PackedMatrix):
         return _Matrix(weight.data.data_ptr(), outputs, inputs, 2)
-    return _Matrix(pointer(weight), outputs, inputs, int(weight.dtype is torch.bfloat16))
+    return _Matrix(pointer(plain_rows(weight)), outputs, inputs, int(weight.dtype is torch.bfloat16))
 
 
 def _size(weight: Matrix) -> tuple[int, int]:
     if isinstance(weight, PackedMatrix):
         return weight.outputs, weight.inputs
-    return weight.shape[0], weight.shape[1]
+    rows = plain_rows(weight)
+    return rows.shape[0], rows.shape[1]
 
 
 def _norm(scale_D: Tensor, eps: float) -> ctypes.Structure:

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from divisi.kernels.choice import OPERATIONS
+from divisi.kernels.gpu.chip import Chip
+from divisi.kernels.gpu.ops import triton_operations
+from divisi.kernels.linear.layout import Format, PackedMatrix, StoredMatrix, plain_rows
 from divisi.kernels.router.reference import route
 from divisi.kernels.select import select_kernels
 
@@ -44,3 +47,20 @@ def test_a_wrong_choice_says_what_is_right(choice: str, words: str) -> None:
 def test_deterministic_is_all_or_nothing(choice: str) -> None:
     with pytest.raises(ValueError, match="deterministic is on"):
         select_kernels(CPU, choice, deterministic=True)
+
+
+def test_a_gpus_weights_carry_their_format() -> None:
+    table = triton_operations(Chip.H100)
+    weight = torch.randn(5, 16)
+    (stored, _), alone = table["pack_experts"](weight[None], weight[None]), table["pack_linear"](weight)
+    assert (alone.format, alone.scales, alone.nbytes) == (Format.PLAIN, None, weight.nbytes)
+    assert torch.equal(plain_rows(stored), weight[None])
+    x = torch.randn(3, 16)
+    assert torch.equal(table["linear"](x, alone), x @ weight.T)
+    scaled = StoredMatrix(weight.to(torch.int8), Format.PLAIN, torch.ones(5))
+    assert scaled.nbytes == weight.numel() + 20
+
+
+def test_weights_in_a_format_that_a_kernel_does_not_know_are_refused() -> None:
+    with pytest.raises(ValueError, match="row by row got a matrix in format 'packed'"):
+        triton_operations(Chip.H100)["linear"](torch.zeros(1, 16), PackedMatrix(torch.zeros(16 * 16), 16, 16))

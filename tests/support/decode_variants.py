@@ -1,8 +1,8 @@
 """`python -m tests.support.decode_variants ARCH`: into how many variants decode steps specialise each kernel; JSON.
 
 Four published layers on CPU tensors, whose addresses are real, under the stub driver: Triton compiles as in production.
-The vendor's products are left out, and no kernel runs, so the numbers mean nothing. The first steps are those that
-start would have to run; what later ones compile is told too.
+The vendor's products are left out, and no kernel runs, so the numbers mean nothing. First come those of a worker's
+start; what later steps compile is told too.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 
 from divisi.benchmarks.gpu import stub_driver
-from divisi.benchmarks.gpu.ahead import CHIPS, DECODED, Published
+from divisi.benchmarks.gpu.ahead import CHIPS, CPU, SLOTS, Published, no_product
 from divisi.kernels.gpu.ops import triton_operations
 from divisi.kernels.select import assembled
+from divisi.model.warm_up import StepSizes, warm_up
 
 LATER = [
     ([1] * 3, 5), ([2] * 5, 7), ([1] * 16, 16), ([4] * 3, 33), ([1] * 31, 48), ([3, 1, 4], 9), ([4] * 4, 100),
     ([1] * 48, 2100), ([4, 0, 2, 1], 11),
 ]  # fmt: skip
+
+
+SCANNED = [[3], [96], [900], [30] * 16, [700, 1000]]
+SIZES = StepSizes(sequences=SLOTS, rows=4, pages=4096, tokens=2048)
 
 
 def main() -> None:
@@ -38,14 +45,15 @@ def main() -> None:
 
     triton.knobs.runtime.jit_post_compile_hook = note
     model = Published(assembled({"triton": triton_operations(CHIPS[arch])}, "triton"))
-    told = []
-    for steps in (DECODED, LATER):
-        for _ in range(2):  # the second time from the pass's own memory
-            for rows, pages in steps:
-                model.decode(rows, pages)
-        told.append(list(compiled))
-        compiled.clear()
-    json.dump({"variants": {name: len(keys) for name, keys in variants.items()}, "later": told[1]}, sys.stdout)
+    with mock.patch.object(torch, "mm", no_product):
+        warm_up(model.runner, model.end, SIZES, CPU)
+    compiled.clear()
+    for _ in range(2):  # the second time from the pass's own memory
+        for rows, pages in LATER:
+            model.decode(rows, pages)
+        for runs in SCANNED:
+            model.scan(runs)
+    json.dump({"variants": {name: len(keys) for name, keys in variants.items()}, "later": compiled}, sys.stdout)
 
 
 def _named(constants: Any, fn: Any) -> dict[str, str]:
