@@ -54,14 +54,17 @@ def orders(stub: stub_driver.StubDriver, kernels: Any) -> dict[str, int]:
 
 def found(ptx: str) -> dict[str, int]:
     """Updates of a thread's whole part that round s g first, and those that round k d first."""
-    products = {to: (a, b) for to, a, b in re.findall(r"mul(?:\.rn)?\.f32\s+(%\w+), (%\w+), (%\w+);", ptx)}
-    sums = re.findall(r"fma\.rn\.f32\s+%\w+, (%\w+), (%\w+), (%\w+);", ptx)
-    of_product = [(a, b, c) for a, b, c in sums if c in products]
-    rounded = Counter(factor for _, _, c in of_product for factor in products[c])
-    contracted = Counter(factor for a, b, _ in of_product for factor in (a, b))
-    whole = {name: sum(n >= PART for n in counts.values()) for name, counts in
-             (("state x decay", rounded), ("key x delta", contracted))}  # fmt: skip
-    return whole
+    told = {"state x decay": 0, "key x delta": 0}
+    for kind, elements in (("f32", 1), ("f32x2", 2)):  # Blackwell takes two elements at once
+        product, update = rf"mul(?:\.rn)?\.{kind}", rf"fma\.rn\.{kind}"
+        products = {to: (a, b) for to, a, b in re.findall(product + r"\s+(%\w+), (%\w+), (%\w+);", ptx)}
+        updates = re.findall(update + r"\s+%\w+, (%\w+), (%\w+), (%\w+);", ptx)
+        of_product = [(a, b, c) for a, b, c in updates if c in products]
+        rounded = Counter(factor for _, _, c in of_product for factor in products[c])
+        contracted = Counter(factor for a, b, _ in of_product for factor in (a, b))
+        for name, counts in zip(told, (rounded, contracted), strict=True):
+            told[name] += sum(n * elements >= PART for n in counts.values())
+    return told
 
 
 if __name__ == "__main__":
