@@ -101,8 +101,8 @@ def gated_delta_chunk_fwd_kernel(
         p_gate = p_rows + i_row * row_stride + C + H * V + i_h + i_t.to(tl.int64) * row_stride
         b_beta = tl.where(held, tl.sigmoid(tl.load(p_gate, mask=held, other=0.0).to(tl.float32)), 0.0)
         b_a = tl.load(p_gate + H, mask=held, other=0.0)
-        b_log = tl.where(held, log_decay(b_a, tl.load(p_dt_bias + i_h), tl.load(p_rate + i_h)), 0.0)
-        b_log = tl.cumsum(b_log, 0)
+        b_decay = log_decay(b_a, tl.load(p_dt_bias + i_h), tl.load(p_rate + i_h))
+        b_log = tl.cumsum(tl.where(held, b_decay, 0.0), 0)
         tl.store(p_log + i_own + i_t, b_log)
         # by some columns: more of them at once would take registers that a third program on the multiprocessor can use
         PART_K: tl.constexpr = BLOCK_K if BLOCK_K < 64 else 64
@@ -119,8 +119,7 @@ def gated_delta_chunk_fwd_kernel(
             b_lower = tl.dot(b_k, tl.trans(b_k), b_lower, input_precision=PRECISION)
         # masked before the exponential: above the diagonal it would overflow
         strict = i_t[:, None] > i_t[None, :]
-        b_ratio = tl.exp(tl.where(strict, b_log[:, None] - b_log[None, :], 0.0))
-        b_lower = b_beta[:, None] * b_ratio * b_lower
+        b_lower *= b_beta[:, None] * tl.exp(tl.where(strict, b_log[:, None] - b_log[None, :], 0.0))
         b_inverse = unit_lower_inverse(tl.where(strict, b_lower, 0.0), i_t, BLOCK_T, INVERSE)
         b_inverse = operand(b_inverse, PRECISION)
         # turned: a first operand may come from registers, while a second one that is not contiguous along the summed
@@ -136,8 +135,8 @@ def gated_delta_chunk_fwd_kernel(
         for part in tl.range(0, BLOCK_V // PART_V, num_stages=1):
             i_v = part * PART_V + tl.arange(0, PART_V)
             p_value = p_v + (i_row * H + i_h) * V + (i_t[:, None] * H * V + i_v[None, :])
-            b_v = tl.load(p_value, mask=held[:, None] & (i_v < V)[None, :], other=0.0)
-            b_v = operand(b_v * b_beta[:, None], PRECISION)
+            b_v = b_beta[:, None] * tl.load(p_value, mask=held[:, None] & (i_v < V)[None, :], other=0.0)
+            b_v = operand(b_v, PRECISION)
             b_u = tl.dot(tl.trans(b_v), b_turned, input_precision=PRECISION)
             tl.store(p_u + i_own * BLOCK_V + (i_t[None, :] * BLOCK_V + i_v[:, None]), b_u)
 
