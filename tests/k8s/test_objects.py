@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,31 @@ CASES = {
 }
 
 
+@cache
+def validator() -> Any:
+    """With Kubernetes' schemas read once, not for every object."""
+    module = fetched("kubernetes-validate==1.37.0", "kubernetes_validate")
+    module.utils.schema_contents = cache(module.utils.schema_contents)
+    return module
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_kubernetes_takes_its_kinds(name: str, tmp_path: Path) -> None:
     """By Kubernetes' own schemas, with unknown fields refused. RayService, HTTPRoute and PodMonitor are others'."""
-    validator = fetched("kubernetes-validate==1.37.0", "kubernetes_validate")
     own = [manifest for manifest in render(CASES[name]) if manifest["kind"] not in ("RayService", "HTTPRoute")]
     assert {"Service", "ServiceAccount", "PodDisruptionBudget", "Pod"} <= {manifest["kind"] for manifest in own}
     for manifest in own:
-        validator.validate(manifest, "1.35", strict=True)
+        validator().validate(manifest, "1.35", strict=True)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_pods_are_kubernetes_pods(name: str) -> None:
     """Those of the Ray cluster, which its own definition has in full; here by Kubernetes' schemas."""
-    validator = fetched("kubernetes-validate==1.37.0", "kubernetes_validate")
     cluster = service_of(render(CASES[name]))["rayClusterConfig"]
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         pod = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
         pod["metadata"] = {"name": "pod", **pod["metadata"]}
-        validator.validate(pod, "1.35", strict=True)
+        validator().validate(pod, "1.35", strict=True)
 
 
 @pytest.fixture(scope="module")
