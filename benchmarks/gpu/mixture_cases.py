@@ -12,8 +12,8 @@ from divisi.kernels.select import Kernels
 
 
 def mixture_inputs(draw: Draw, name: str, tokens: int, experts: int, chosen: int, width: int, inner: int) -> Case:
-    """Whole numbers, whose products and sums are exact, so that the choices are."""
-    sizes = ((tokens, width), 1.0), ((experts, width), 2.0), ((width,), 1.0)
+    """Whole numbers, whose products and sums (up to 256, in bf16) are exact, so that the choices are."""
+    sizes = ((tokens, width), 1.0), ((experts, width), 0.5), ((width,), 0.5)
     x, router, gate = (draw.normal(*size, scale=scale).round() for size, scale in sizes)
     gate_up, down = draw.normal(2 * inner, width, scale=width**-0.5), draw.normal(width, inner, scale=inner**-0.5)
     moved = sum(w.nbytes for w in (router, gate, gate_up, down, x, x))

@@ -72,6 +72,13 @@ def install() -> None:
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpreterBuilder.binary_op = _binary
+    interpreter.InterpretedFunction.__call__ = _call_within
+
+
+def _call_within(self: Any, *args: Any, **named: Any) -> Any:
+    """A function that a kernel calls. What is replaced in Triton's language for the kernel is for its functions, too:
+    to do it anew for each call takes most of an interpreter's time."""
+    return self.rewrite()(*args, **named)
 
 
 @contextmanager
