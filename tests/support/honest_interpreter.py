@@ -73,11 +73,27 @@ def install() -> None:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpreterBuilder.binary_op = _binary
     interpreter.InterpretedFunction.__call__ = _call_within
+    interpreter.GridExecutor.__call__ = _launched
+
+
+_patched: set[int] = set()
+"""Modules whose view of Triton's language has been replaced in the launch under way."""
+_launch = interpreter.GridExecutor.__call__
+
+
+def _launched(self: Any, *args: Any, **named: Any) -> Any:
+    _patched.clear()
+    return _launch(self, *args, **named)
 
 
 def _call_within(self: Any, *args: Any, **named: Any) -> Any:
-    """A function that a kernel calls. What is replaced in Triton's language for the kernel is for its functions, too:
-    to do it anew for each call takes most of an interpreter's time."""
+    """A function that a kernel calls. Triton replaces its language for each call, which takes most of the time; once
+    for each module and launch is enough.
+    """
+    module = id(self.fn.__globals__)
+    if module not in _patched:
+        interpreter._patch_lang(self.fn)
+        _patched.add(module)
     return self.rewrite()(*args, **named)
 
 
