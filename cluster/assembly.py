@@ -163,6 +163,7 @@ def load_shard(
 def shard_loop(
     spec: GangSpec,
     config: ModelConfig,
+    mode: ShardedMode,
     experts: Experts,
     credentials: Credentials,
     inbox: EpochInbox,
@@ -170,7 +171,7 @@ def shard_loop(
     observer: ShardObserver | None = None,
 ) -> ShardLoop:
     """The loop that serves a shard's experts."""
-    mode, device = sharded_mode(spec, config), torch.device(spec.device)
+    device = torch.device(spec.device)
     cores = CoreShare(spec.threads, spec.core_plan)
     return ShardLoop(experts, mode, pass_layers(config), device, cores, credentials, inbox, reports, observer)
 

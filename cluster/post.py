@@ -23,3 +23,5 @@ class Post:
     reported: Callable[[str], AbstractContextManager[Callable[[int], None] | None]]
     """Tells people how the loading of a rank goes, which is given by name, and how it ends; what it gives is told the
     bytes read so far."""
+    process: str = ""
+    """The name of an expert shard's process, which the one that is started in its place has too."""

@@ -73,6 +73,15 @@ class StreamAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalProcess:
+    """A process, for others of its machine."""
+
+    pid: int
+    born: int
+    """When it began, in clock ticks since the machine did: the number alone may be another's by now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Address:
     """Where a rank can be reached: `host` for its process group, `port` of its control listener (leader only)."""
 
@@ -82,6 +91,10 @@ class Address:
     """Of an attention worker."""
     metrics: int = 0
     """Port on which its metrics are scraped; 0: none."""
+    process: str = ""
+    """The name of an expert shard's process, which the one that is started in its place has too."""
+    local: LocalProcess | None = None
+    """That process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ class GangSpec:
     """With how many an epoch forms; None: all of the shape's."""
     suspect_after_s: float = 2.0
     """After how much silence a rank is suspected."""
+    spare_shards: bool = False
+    """Whether each node with expert shards has a process with everything loaded but weights, for one that dies."""
 
     @property
     def patience(self) -> Patience:

@@ -264,6 +264,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         max_step_tokens=cache.max_step_tokens,
         step_deadline_s=gang.step_deadline_s,
         suspect_after_s=gang.suspect_after_s or (2.0 if fitted.device == "cpu" else 0.5),
+        spare_shards=fitted.device == "cpu" if gang.spare_shards is None else gang.spare_shards,
         secret_file=None if gang.secret_file is None else str(gang.secret_file),
         tls=None if tls is None else TlsFiles(str(tls.certificate), str(tls.key), str(tls.ca)),
         placement=settings.placement.choices,

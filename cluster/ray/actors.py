@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Collection
 
 import ray
 from ray.exceptions import RayError
@@ -25,16 +24,26 @@ def coordinator_name(gang: str) -> str:
     return f"{gang}/coordinator"
 
 
+def shards_prefix(spec: GangSpec) -> str:
+    """With which the names of all shards and spares begin; those of another spec are others."""
+    return f"{spec.name}/{spec.fingerprint}/"
+
+
 def shard_name(spec: GangSpec, index: int) -> str:
-    """Of an actor; one of another spec is another actor."""
-    return f"{spec.name}/{spec.fingerprint}/expert:{index}"
+    """Of the actor that is created for a share of the experts."""
+    return f"{shards_prefix(spec)}expert:{index}"
 
 
-def end_actors(gang: str, but: Collection[str] = ()) -> None:
-    """End all actors of a gang for good, except those names; returns at once."""
+def spare_name(spec: GangSpec, node_id: str) -> str:
+    """Of the actor of a spare, one on a node."""
+    return f"{shards_prefix(spec)}spare:{node_id[:12]}"
+
+
+def end_actors(gang: str, but: tuple[str, ...] = ()) -> None:
+    """End all actors of a gang for good, except those whose names begin so; returns at once."""
     found: list[dict[str, str]] = list_named_actors(all_namespaces=True)
     for name in sorted(actor["name"] for actor in found if actor["namespace"] == NAMESPACE):
-        if name.startswith(f"{gang}/") and name not in but:
+        if name.startswith(f"{gang}/") and not name.startswith(but):
             with contextlib.suppress(ValueError, RayError):  # it has ended meanwhile
                 ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
 

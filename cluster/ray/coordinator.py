@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -15,12 +16,13 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayS
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
 from divisi.cluster.gang.membership.roster import Directive
+from divisi.cluster.gang.membership.vacancies import Applicant
 from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice
 from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, end_actors, end_own_actor
 from divisi.cluster.ray.nodes import actor_options
 from divisi.cluster.ray.secret import gang_secret
-from divisi.cluster.seats import Address, Membership, Role, ScrapeTarget, Seat
+from divisi.cluster.seats import Address, LocalProcess, Membership, Role, ScrapeTarget, Seat
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.context import below, parse
 from divisi.cluster.telemetry.conventions import GANG_STATUS
@@ -136,6 +138,20 @@ class RayCoordinatorClient:
     ) -> bool:
         """See CoordinatorClient."""
         return bool(self._get(self._actor.resume.remote(holder_id, seat, address, membership, loading, spec)))
+
+    def vacancy(self, applicant: Applicant, wait_s: float) -> int | None:
+        """See CoordinatorClient."""
+        index: int | None = self._get(self._actor.vacancy.remote(applicant, wait_s))
+        return index
+
+    def neighbours(self, host: str) -> Mapping[str, LocalProcess]:
+        """See CoordinatorClient."""
+        found: Mapping[str, LocalProcess] = self._get(self._actor.neighbours.remote(host))
+        return found
+
+    def ended(self, holder_id: str) -> None:
+        """See CoordinatorClient."""
+        self._get(self._actor.ended.remote(holder_id))
 
     def loaded(self, holder_id: str) -> None:
         """See CoordinatorClient."""

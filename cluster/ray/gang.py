@@ -6,7 +6,6 @@ own gang and spec, and ends the rest. Without an owner they end by themselves.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import threading
 import time
@@ -19,9 +18,10 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
 from divisi.cluster.gang.membership.coordinator import CoordinatorStatus
 from divisi.cluster.nodes import empty_groups
-from divisi.cluster.ray.actors import NAMESPACE, coordinator_name, end_actors, shard_name
+from divisi.cluster.ray.actors import coordinator_name, end_actors, shards_prefix
 from divisi.cluster.ray.coordinator import start_coordinator
-from divisi.cluster.ray.nodes import actor_options, living_nodes
+from divisi.cluster.ray.nodes import living_nodes
+from divisi.cluster.ray.shards import start_shard
 from divisi.cluster.spec import GangSpec
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,7 @@ class GangOwner:
         self._closed = threading.Event()
         self._coordinator = self._adopt_or_start()
         self._seats = [spec.shape.seat(rank) for rank in spec.shape.shard_ranks]
-        self._names = [shard_name(spec, seat.index) for seat in self._seats]
-        end_actors(spec.name, but=(coordinator_name(spec.name), *self._names))
+        end_actors(spec.name, but=(coordinator_name(spec.name), shards_prefix(spec)))
         self._start_shards()
         self._tell_unplaced()
         self.displaced = False
@@ -120,27 +119,9 @@ class GangOwner:
 
     def _start_shards(self) -> None:
         """Those that are not there."""
-        for seat, name in zip(self._seats, self._names, strict=True):
-            _start_shard(self._spec, seat.index, name)
+        for seat in self._seats:
+            start_shard(self._spec, seat.index)
 
     def _tell_unplaced(self) -> None:
         found = empty_groups(self._spec.placement, len(self._seats), living_nodes())
         self._coordinator.report_unplaced.remote("; ".join(found))
-
-
-def _start_shard(spec: GangSpec, index: int, name: str) -> None:
-    """Spread over the nodes: the fewer of them one node holds, the fewer go with it."""
-    # Late: the ingress imports this module too, and must not load torch, which comes with the shard.
-    actor = importlib.import_module("divisi.cluster.ray.shard").ExpertShardActor
-    options = {
-        "num_cpus": 1,
-        "num_gpus": 1 if spec.device == "cuda" else 0,
-        "max_restarts": -1,
-        "lifetime": "detached",
-        "name": name,
-        "namespace": NAMESPACE,
-        "get_if_exists": True,
-        "scheduling_strategy": "SPREAD",
-        **actor_options(spec.placement.experts),
-    }
-    ray.remote(actor).options(**options).remote(spec, index)

@@ -11,6 +11,7 @@ from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.spec import GangSpec
 
 
-def ray_post(spec: GangSpec) -> Post:
-    """Of this process, in the gang of that spec."""
-    return Post(own_host(), gang_secret(spec), partial(RayCoordinatorClient, spec.name), partial(reported, spec.name))
+def ray_post(spec: GangSpec, process: str = "") -> Post:
+    """Of this process, in the gang of that spec; `process` is the name of a shard's actor."""
+    connect, tell = partial(RayCoordinatorClient, spec.name), partial(reported, spec.name)
+    return Post(own_host(), gang_secret(spec), connect, tell, process)

@@ -1,4 +1,4 @@
-"""An expert shard as a Ray actor: loads its experts, takes its seat, and runs the shard loop in a thread.
+"""An expert shard as a Ray actor; also a spare, which becomes one where another dies on its node.
 
 It outlives who created it. It ends once no coordinator has been heard of for long, and where another process has taken
 its seat: then Ray took this one's node to be lost.
@@ -10,26 +10,14 @@ import contextlib
 import logging
 import os
 import threading
-import time
-from functools import partial
+from pathlib import Path
 
-from divisi.cluster.activity import StuckCheck
-from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop
-from divisi.cluster.door import Credentials
-from divisi.cluster.gang.loops.inbox import EpochInbox
-from divisi.cluster.gang.loops.shard_loop import ShardLoop
-from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
+from divisi.cluster.expert_rank import ExpertRank
 from divisi.cluster.gang.membership.watchdog import Watchdog
-from divisi.cluster.loading import load_in_thread
 from divisi.cluster.ray.actors import ORPHANED_S, end_own_actor
-from divisi.cluster.ray.coordinator import RayCoordinatorClient
-from divisi.cluster.ray.loading import own_host, reported
-from divisi.cluster.ray.secret import gang_secret
-from divisi.cluster.seats import Address
+from divisi.cluster.ray.post import ray_post
+from divisi.cluster.ray.shards import start_spare
 from divisi.cluster.spec import GangSpec
-from divisi.cluster.telemetry.process import Telemetry
-from divisi.cluster.telemetry.ranks import show_shard
-from divisi.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -37,49 +25,48 @@ _LOOK_EVERY_S = 1.0
 
 
 class ExpertShardActor:
-    """Holds one seat `expert:index` for as long as the process lives; Ray restarts it, and it rejoins."""
+    """Serves a share of the experts for as long as the process lives; Ray restarts it, and it asks for one again."""
 
-    def __init__(self, spec: GangSpec, index: int) -> None:
-        host = own_host()
-        config = served_config(spec)
-        telemetry = Telemetry(spec.telemetry, "expert", host)
-        with (
-            reported(spec.name, f"expert:{index}") as report,
-            contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint,
-        ):
-            experts = load_in_thread(spec, partial(load_shard, spec, config, checkpoint, index, report))
-        self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(experts.nbytes)}
-        inbox = EpochInbox()
-        candidate = Candidate("expert", Address(host, metrics=telemetry.port), index, spec=spec.fingerprint)
-        self._watch = SeatWatch(lambda: RayCoordinatorClient(spec.name), candidate, inbox, self._stats)
-        meter = metered(spec, config, experts, index)
-        observer = show_shard(telemetry, meter, f"expert:{index}", self._weights)
-        credentials = Credentials(gang_secret(spec), spec.tls)
-        loop = shard_loop(spec, config, meter, credentials, inbox, self._watch, observer)
-        self._told = False
-        threading.Thread(target=_run_or_exit, args=(loop,), name="shard-loop", daemon=True).start()
-        self._watch.start()
-        self._watchdog = Watchdog(StuckCheck(inbox.activity, spec.patience.stuck_after_s))
-        threading.Thread(target=self._end_when_not_wanted, name="owner", daemon=True).start()
+    def __init__(self, spec: GangSpec, name: str, own: int | None) -> None:
+        """`name` is the actor's; `own` its share at first, None for a spare."""
+        self._spec = spec
+        self._raylet = os.getppid()
+        self._rank = ExpertRank(spec, ray_post(spec, name), own)
+        self._watchdog = Watchdog(self._rank.stuck)
+        threading.Thread(target=self._run, name="shard-loop", daemon=True).start()
+        threading.Thread(target=self._look_after, name="owner", daemon=True).start()
 
-    def _end_when_not_wanted(self) -> None:
-        while not self._watch.superseded.wait(_LOOK_EVERY_S):
-            if time.monotonic() - self._watch.heard_at > ORPHANED_S:
+    def _run(self) -> None:
+        try:
+            self._rank.load()
+        except Exception:  # the coordinator was told; the owner of the gang is replaced, and all with it
+            log.exception("this shard could not load")
+            end_own_actor()
+        try:
+            self._rank.serve()
+        except BaseException:  # the actor would go on to look alive without its loop; Ray starts a new one instead
+            log.exception("the shard loop failed")
+            os._exit(1)
+
+    def _look_after(self) -> None:
+        """End this process when nobody wants it, and have a spare beside it once it serves."""
+        wait, has_spare = threading.Event(), not self._spec.spare_shards
+        while not self._rank.superseded:
+            wait.wait(_LOOK_EVERY_S)
+            _call_itself("spare" if self._rank.is_spare else f"expert:{self._rank.share}")
+            if self._rank.silent_s > ORPHANED_S:
                 log.warning("no coordinator has been heard of for %g s; this shard ends", ORPHANED_S)
                 end_own_actor()
+            if self._rank.is_spare and os.getppid() != self._raylet:
+                log.warning("the raylet is gone; this spare ends")
+                os._exit(1)
+            if self._rank.serves and not has_spare:
+                has_spare = start_spare(self._spec)
         log.warning("another process has this shard's seat; this one ends")
         os._exit(1)
 
-    def _stats(self) -> dict[str, float] | None:
-        if self._told:
-            return None
-        self._told = True
-        return self._weights
 
-
-def _run_or_exit(loop: ShardLoop) -> None:
-    try:
-        loop.run()
-    except BaseException:  # the actor would go on to look alive without its loop; Ray starts a new one instead
-        log.exception("the shard loop failed")
-        os._exit(1)
+def _call_itself(name: str) -> None:
+    """For `top` and `ps -o comm`: Ray's title of the process says nothing of what it serves, and replaces this once."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)

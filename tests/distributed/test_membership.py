@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor
 
 from divisi.cluster.dispatch.groups import join_group
+from divisi.cluster.dispatch.protocol import AllExperts
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
@@ -51,16 +52,18 @@ class HeldShard(Shard):
     """Its experts wait until they may go on."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
         self.go_on, self.asked = threading.Event(), threading.Event()
-        compute = self.experts.partial_sum
+        super().__init__(*args)
+
+    def loaded(self, experts: AllExperts) -> None:
+        compute = experts.partial_sum
 
         def partial_sum(*args: Any) -> Tensor:
             self.asked.set()
             assert self.go_on.wait(60)
             return compute(*args)
 
-        self.experts.partial_sum = partial_sum  # type: ignore[method-assign]
+        experts.partial_sum = partial_sum  # type: ignore[method-assign]
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
@@ -187,3 +190,26 @@ def test_a_rank_of_another_spec_gets_no_seat(small_model: Path) -> None:
             wait_for(lambda: stranger.watch._wanting_since is not None, "it has not asked")
             assert stranger.watch.seat is None
             assert coordinator.status().workers == 1
+
+
+def test_a_spare_takes_the_place_of_a_shard_that_ends(small_model: Path, alone: dict[str, list[int]]) -> None:
+    """It has no weights before; afterwards the former one is the spare. Tokens are those of an undisturbed run."""
+    spec = elastic(small_model)
+    store = StoreServer(HOST, CREDENTIALS)
+    coordinator = new_coordinator(spec, store)
+    with contextlib.ExitStack() as stack:
+        first, spare = Shard(spec, 0, coordinator), Shard(spec, None, coordinator)
+        stack.callback(spare.close)
+        worker = Worker(spec, coordinator)
+        stack.callback(worker.close)
+        wait_for(lambda: coordinator.status().ready, "not ready")
+        assert spare.rank.is_spare
+        assert spare.rank.experts is None, "it holds no memory yet"
+        worker.submit(LONG[0])
+        worker.wait_for_tokens(LONG[0].request_id, 3)
+        first.close()
+        wait_for(lambda: not spare.rank.is_spare, "it does not take the place")
+        again = Shard(spec, 0, coordinator)
+        stack.callback(again.close)
+        assert worker.finish(LONG[0].request_id) == alone[LONG[0].request_id]
+        assert again.rank.is_spare

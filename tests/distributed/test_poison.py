@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from divisi.cluster.dispatch.protocol import AllExperts
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.cluster.errors import StepAborted
@@ -33,9 +34,11 @@ class Mortal(Shard):
     """Dies in a layer when `dies` is set, as far as its peers can see, and is back at once."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
         self.dies, self.deaths = threading.Event(), 0
-        compute = self.experts.partial_sum
+        super().__init__(*args)
+
+    def loaded(self, experts: AllExperts) -> None:
+        compute = experts.partial_sum
 
         def partial_sum(*args: Any) -> Tensor:
             if self.dies.is_set():
@@ -44,7 +47,7 @@ class Mortal(Shard):
                 raise StepAborted("died in a layer")
             return compute(*args)
 
-        self.experts.partial_sum = partial_sum  # type: ignore[method-assign]
+        experts.partial_sum = partial_sum  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -55,6 +55,14 @@ class Cluster:
                 found.append(process)
         return found
 
+    def shards(self) -> list[psutil.Process]:
+        """Expert shards; not the spares, which have the same title."""
+        return [process for process in self.processes("ExpertShardActor") if is_shard(process)]
+
+    def spares(self) -> list[psutil.Process]:
+        """Shards' processes that serve nothing yet."""
+        return [process for process in self.processes("ExpertShardActor") if process.name() == "spare"]
+
     def wait_until_ready(self, timeout_s: float) -> float:
         """Poll the ready endpoint; returns the seconds it took."""
         begin = time.monotonic()
@@ -105,6 +113,11 @@ def running_cluster(
             if survivor.pid and psutil.pid_exists(survivor.pid):
                 survivor.kill()
         process.wait(20)
+
+
+def is_shard(process: psutil.Process) -> bool:
+    """Of a shard's actor: whether it serves experts."""
+    return process.name().startswith("expert:")
 
 
 def files_of_servers() -> set[Path]:

@@ -71,14 +71,20 @@ def settle(gang: Cluster) -> None:
     gang.wait_until_ready(60)
     wait_for(lambda: metric(gang, "seats_filled") == [4.0], 60, "somebody is missing")
     wait_for(lambda: len(gang.processes("ServeReplica:divisi:Ingress")) == 2, 60, "an ingress is missing")
+    wait_for(lambda: len(gang.spares()) == 1, 60, "there is no spare")
     time.sleep(1.0)
+
+
+def of(gang: Cluster, title: str) -> list[psutil.Process]:
+    """A kind's processes that serve."""
+    return gang.shards() if title == "ExpertShardActor" else gang.processes(title)
 
 
 def kill(gang: Cluster, title: str) -> Callable[[], None]:
     """The blow: SIGKILL for the first of a kind."""
 
     def blow() -> None:
-        os.kill(gang.processes(title)[0].pid, signal.SIGKILL)
+        os.kill(of(gang, title)[0].pid, signal.SIGKILL)
 
     return blow
 
@@ -102,7 +108,7 @@ def test_the_coordinator_is_killed(gang: Cluster, measure: Callable[[str, Callab
 
 
 def test_the_owner_of_the_gang_is_killed(gang: Cluster, measure: Callable[[str, Callable[[], None]], float]) -> None:
-    owned = [*gang.processes("ExpertShardActor"), *gang.processes("CoordinatorActor")]
+    owned = [*gang.shards(), *gang.processes("CoordinatorActor")]
     assert measure("owner of the gang killed", kill(gang, "ServeReplica:divisi:Gang")) <= 0.5
     assert all(process.is_running() for process in owned), "it has taken others with it"
 
@@ -136,8 +142,8 @@ def stop_for(process: psutil.Process, seconds: float) -> None:
 def test_who_stands_still_for_a_second_goes_on(
     gang: Cluster, measure: Callable[[str, Callable[[], None]], float], title: str
 ) -> None:
-    stopped = gang.processes(title)[0]
-    assert measure(f"{title} stopped for 1 s", lambda: stop_for(gang.processes(title)[0], 1.0)) <= 2.0
+    stopped = of(gang, title)[0]
+    assert measure(f"{title} stopped for 1 s", lambda: stop_for(of(gang, title)[0], 1.0)) <= 2.0
     assert stopped.is_running()
 
 
@@ -148,7 +154,7 @@ def test_who_hangs_for_good_is_killed(
     hung: list[psutil.Process] = []
 
     def blow() -> None:
-        hung.append(gang.processes(title)[0])
+        hung.append(of(gang, title)[0])
         hung[-1].suspend()
 
     assert measure(f"{title} stopped for good", blow) <= 10.0

@@ -18,6 +18,7 @@ from divisi.model.demo import checkpoint_dir
 from tests.support.lab import Lab, Machine, lab
 from tests.support.open_streams import OpenStreams, hurt_in_the_middle
 
+from .conftest import is_shard
 from .test_deaths_owners import DEPLOY
 from .test_serve_split import wait_for
 
@@ -62,7 +63,7 @@ def has_raylet(machine: Machine) -> bool:
 
 def shard_of(machine: Machine) -> psutil.Process:
     inside = machine.inside(machine.processes[0])
-    (found,) = [p for p in inside.children(recursive=True) if "ExpertShardActor" in " ".join(p.cmdline()[:1])]
+    (found,) = [process for process in inside.children(recursive=True) if is_shard(process)]
     return found
 
 

@@ -144,7 +144,7 @@ def test_a_shard_reads_and_holds_only_its_experts(cluster: Cluster, small_model:
 def test_an_idle_cluster_uses_little_processor_time(
     cluster: Cluster, record_result: Callable[[str, object], None]
 ) -> None:
-    ranks = cluster.processes("ExpertShardActor") + cluster.processes("AttentionWorker")
+    ranks = cluster.shards() + cluster.processes("AttentionWorker")
     assert len(ranks) == 3
 
     def used() -> float:
@@ -182,7 +182,7 @@ def test_an_answer_goes_on_when_a_shard_is_killed(
     cluster: Cluster, client: openai.OpenAI, record_result: Callable[[str, object], None]
 ) -> None:
     want = complete(client, 400)
-    got, pause_s = answer_while_killing(client, cluster.processes("ExpertShardActor")[0])
+    got, pause_s = answer_while_killing(client, cluster.shards()[0])
     record_result("seconds of pause when a shard process was killed", round(pause_s, 2))
     assert got == want
     assert sum(metric(cluster, "aborted_steps_total")) >= 1
@@ -225,7 +225,7 @@ def test_an_answer_goes_on_when_the_owner_of_the_gang_is_killed(
     """The next owner adopts the coordinator and the shards: nobody else notices."""
     want = complete(client, 400)
     epoch = metric(cluster, "epoch")
-    owned = {process.pid for name in ("ExpertShardActor", "CoordinatorActor") for process in cluster.processes(name)}
+    owned = {process.pid for process in (*cluster.shards(), *cluster.processes("CoordinatorActor"))}
     (owner,) = cluster.processes("ServeReplica:divisi:Gang")
     got, pause_s = answer_while_killing(client, owner)
     record_result("seconds of pause when the owner of the gang was killed", round(pause_s, 2))

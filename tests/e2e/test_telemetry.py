@@ -334,7 +334,7 @@ def test_a_stopped_shard_fires_the_alerts_that_it_should(
     reader = threading.Thread(target=stream)
     reader.start()
     wait_for(lambda: len(got) > 5, 20)
-    shard: psutil.Process = cluster.processes("ExpertShardActor")[0]
+    shard: psutil.Process = cluster.shards()[0]
     os.kill(shard.pid, signal.SIGSTOP)
     try:
         took = wait_for(lambda: "DivisiGangNotReady" in seen.firing(), 90)

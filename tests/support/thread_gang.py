@@ -6,27 +6,23 @@ import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from divisi.cluster.assembly import dispatch_mode, load_shard, served_config, shard_loop, transport
+from divisi.cluster.assembly import dispatch_mode, sharded_mode, transport
 from divisi.cluster.attention_rank import AttentionRank
 from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang.loops.inbox import EpochInbox
-from divisi.cluster.gang.loops.shard_loop import ShardLoop
+from divisi.cluster.expert_rank import ExpertRank
 from divisi.cluster.gang.membership.coordinator import Coordinator
-from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
 from divisi.cluster.post import Post
 from divisi.cluster.request import Request, TokenEvent
-from divisi.cluster.seats import Address, GangShape
+from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.spec import TelemetrySpec
-from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from tests.support.credentials import CREDENTIALS
 
@@ -55,9 +51,9 @@ def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
     return GangSpec(**(fields | changes))  # type: ignore[arg-type]
 
 
-def post_of(coordinator: Coordinator) -> Post:
+def post_of(coordinator: Coordinator, process: str = "") -> Post:
     """Of a rank in this process."""
-    return Post(HOST, CREDENTIALS.secret, lambda: coordinator, lambda who: contextlib.nullcontext())
+    return Post(HOST, CREDENTIALS.secret, lambda: coordinator, lambda who: contextlib.nullcontext(), process)
 
 
 class Worker:
@@ -124,25 +120,31 @@ class Worker:
 
 
 class Shard:
-    """One expert shard in a thread."""
+    """One expert shard in a thread, as its actor holds it; a spare where it is created for no share."""
 
-    def __init__(self, spec: GangSpec, index: int, coordinator: Coordinator, new_mode: NewMode | None = None) -> None:
-        config = served_config(spec)
-        self.experts = load_shard(spec, config, Checkpoint.open(spec.model_dir), index)
-        self._inbox = EpochInbox()
-        candidate = Candidate("expert", Address(HOST), index, spec=spec.fingerprint)
-        self._watch = SeatWatch(lambda: coordinator, candidate, self._inbox, lambda: None)
-        self.loop: ShardLoop = shard_loop(spec, config, self.experts, CREDENTIALS, self._inbox, self._watch)
-        if new_mode:
-            self.loop = replace(self.loop, mode=new_mode(transport(spec, config)))
-        self._thread = threading.Thread(target=self.loop.run)
+    def __init__(
+        self, spec: GangSpec, index: int | None, coordinator: Coordinator, new_mode: NewMode | None = None
+    ) -> None:
+        def mode(spec: GangSpec, config: ModelConfig) -> ShardedMode:
+            return new_mode(transport(spec, config)) if new_mode else sharded_mode(spec, config)
+
+        process = "spare" if index is None else f"expert:{index}"
+        self.rank = ExpertRank(spec, post_of(coordinator, process), index, mode)
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        self._watch.start()
+
+    def loaded(self, experts: AllExperts) -> None:
+        """For tests that change what it serves."""
+
+    def _run(self) -> None:
+        if self.rank.load():
+            assert self.rank.experts is not None
+            self.loaded(self.rank.experts)
+            self.rank.serve()
 
     def close(self) -> None:
-        self._inbox.stop()
+        self.rank.close()
         self._thread.join(20)
-        self._watch.stop("the test is over")
 
 
 def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, grace_s: float = 4.0) -> Coordinator:

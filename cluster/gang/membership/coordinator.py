@@ -16,7 +16,18 @@ from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.membership.lease import OwnerLease
 from divisi.cluster.gang.membership.ordinals import Ordinals
 from divisi.cluster.gang.membership.roster import Directive, Roster
-from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, ScrapeTarget, Seat, StreamAddress
+from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.seats import (
+    Address,
+    GangShape,
+    LocalProcess,
+    Membership,
+    Patience,
+    Role,
+    ScrapeTarget,
+    Seat,
+    StreamAddress,
+)
 
 Stats = Mapping[str, float | Mapping[str, float]]
 """Of one rank, by name; some are by one or two more keys, written `chat 1`."""
@@ -57,6 +68,18 @@ class CoordinatorClient(Protocol):
 
     def loaded(self, holder_id: str) -> None:
         """Report to have the seat's weights."""
+        ...
+
+    def vacancy(self, applicant: Applicant, wait_s: float) -> int | None:
+        """Wait up to `wait_s` for a share of the experts that the applicant is to load, and then to join for."""
+        ...
+
+    def neighbours(self, host: str) -> Mapping[str, LocalProcess]:
+        """The processes on a machine that hold experts' seats, by holder."""
+        ...
+
+    def ended(self, holder_id: str) -> None:
+        """Report that a neighbour's process has ended."""
         ...
 
     def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
@@ -139,7 +162,7 @@ class Coordinator:
         """
         gather_until = None if gather_s is None else clock() + gather_s
         self._roster = Roster(
-            shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience
+            shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience, clock()
         )
         self._clock = clock
         self._changed = threading.Condition()
@@ -196,6 +219,31 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.loaded(holder_id)
+            self._count_epochs()
+            self._changed.notify_all()
+
+    def vacancy(self, applicant: Applicant, wait_s: float) -> int | None:
+        """See CoordinatorClient."""
+        until = self._clock() + wait_s
+        with self._changed:
+            while True:
+                if self._expired():
+                    self._changed.notify_all()
+                index = self._roster.vacancy(applicant, self._clock())
+                left_s = until - self._clock()
+                if index is not None or left_s <= 0:
+                    return index
+                self._changed.wait(min(left_s, 1.0))
+
+    def neighbours(self, host: str) -> Mapping[str, LocalProcess]:
+        """See CoordinatorClient."""
+        with self._changed:
+            return self._roster.neighbours(host)
+
+    def ended(self, holder_id: str) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.ended(holder_id, self._clock())
             self._count_epochs()
             self._changed.notify_all()
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from divisi.cluster.gang.membership.gathering import Gathering
-from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
+from divisi.cluster.gang.membership.vacancies import Applicant, Vacancies
+from divisi.cluster.seats import Address, GangShape, LocalProcess, Membership, Patience, Role, Seat
 
 _SUSPECTS_LEASE_S = 1.5
 """Who is suspected and lives says something within a poll."""
@@ -74,6 +75,7 @@ class Roster:
         spec: str = "",
         gather_until: float | None = None,
         patience: Patience | None = None,
+        now: float = 0.0,
     ) -> None:
         """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's.
 
@@ -98,8 +100,9 @@ class Roster:
         self._strangers: set[Role] = set()
         """Who was told another spec, and asked for a seat."""
         self._gathering = None if gather_until is None else Gathering(gather_until)
-        self._now = 0.0
+        self._now = now
         """The last time that this was told."""
+        self._vacancies = Vacancies(range(len(shape.shard_ranks)), now)
 
     def join(
         self,
@@ -175,6 +178,26 @@ class Roster:
             self._gathering.claim(membership)
         self._form()
         return True
+
+    def vacancy(self, applicant: Applicant, now: float) -> int | None:
+        """The share of the experts that a process is to load, and then to join for; None where nobody is wanted."""
+        if self._gathering is not None:  # who is not there yet may come back
+            return None
+        holders = [holder for holder in self._holders.values() if holder.seat.role == "expert"]
+        held = {holder.seat.index: holder.address.process for holder in holders}
+        return self._vacancies.find(applicant, held, now)
+
+    def ended(self, holder_id: str, now: float) -> None:
+        """A holder's process has ended, as one of its machine has seen; no need to wait for its lease."""
+        self._now = now
+        if (holder := self._holders.get(holder_id)) is not None:
+            self._remove(holder, f"{holder.seat} has died", now)
+            self._form()
+
+    def neighbours(self, host: str) -> dict[str, LocalProcess]:
+        """The processes on a machine that hold experts' seats, by holder."""
+        holders = [(h.holder_id, h.address) for h in self._holders.values() if h.seat.role == "expert"]
+        return {holder_id: where.local for holder_id, where in holders if where.host == host and where.local}
 
     @property
     def gathering(self) -> bool:
@@ -305,6 +328,8 @@ class Roster:
 
     def _remove(self, holder: Holder, reason: str, now: float) -> None:
         del self._holders[holder.holder_id]
+        if holder.seat.role == "expert":
+            self._vacancies.freed(holder.seat.index, holder.address.host, now)
         if self.membership is not None and holder.holder_id in self.membership.holders:
             self._break(reason, now)
 

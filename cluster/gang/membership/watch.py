@@ -138,6 +138,11 @@ class SeatWatch:
         self._tell(lambda client: taking_part.append(client.retire(self._holder_id)))
         return any(taking_part)
 
+    @property
+    def has_served(self) -> bool:
+        """Whether the loop has reached its peers in some epoch."""
+        return self._served > 0
+
     def push_stats(self, stats: Stats) -> None:
         """For the loop: new statistics that should not wait for the next poll."""
         self._tell(lambda client: client.push_stats(self._holder_id, stats))

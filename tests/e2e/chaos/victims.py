@@ -11,7 +11,7 @@ import httpx
 import psutil
 
 from tests.e2e.chaos.blows import Blow
-from tests.e2e.conftest import Cluster
+from tests.e2e.conftest import Cluster, is_shard
 
 _TITLES = {
     "worker": "ServeReplica:divisi:AttentionWorker",
@@ -47,7 +47,7 @@ class Victims:
                 if process.name() == "haproxy" or "HAProxyManager" in title:
                     found["proxy"].append(process)
                 for kind, part in _TITLES.items():
-                    if title.startswith("ray::") and part in title:
+                    if title.startswith("ray::") and part in title and (kind != "shard" or is_shard(process)):
                         found[kind].append(process)
         return found
 

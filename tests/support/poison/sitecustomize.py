@@ -65,9 +65,9 @@ def _poison(engine):
 def _kill_a_shard():
     import psutil
 
-    for process in psutil.process_iter(["environ", "cmdline"]):
+    for process in psutil.process_iter(["environ", "cmdline", "name"]):
         own = (process.info["environ"] or {}).get(_MARK) == os.environ[_MARK]
-        if own and "ExpertShardActor" in " ".join(process.info["cmdline"] or ()):
+        if own and process.info["name"].startswith("expert:"):
             os.kill(process.pid, signal.SIGKILL)
             with open(os.environ["DIVISI_TEST_DEATHS"], "a", encoding="utf-8") as deaths:
                 deaths.write(f"{process.pid}\n")

@@ -1,0 +1,178 @@
+"""An expert shard: waits for a share of the experts that nobody serves, loads it, takes its seat. Knows no Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from divisi.cluster.activity import StuckCheck
+from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop, sharded_mode
+from divisi.cluster.dispatch.meter import MeteredExperts
+from divisi.cluster.dispatch.protocol import ShardedMode
+from divisi.cluster.door import Credentials
+from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost, Stats
+from divisi.cluster.gang.membership.neighbours import Neighbours, own_process
+from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
+from divisi.cluster.loading import load_in_thread
+from divisi.cluster.post import Post
+from divisi.cluster.seats import Address
+from divisi.cluster.spec import GangSpec
+from divisi.cluster.telemetry.process import Telemetry
+from divisi.cluster.telemetry.ranks import show_shard
+from divisi.kernels.select import select_kernels
+from divisi.model.checkpoint import Checkpoint
+from divisi.model.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+_WAIT_S = 1.0
+_RETRY_S = 0.1
+_RENEW_S = 3.0
+NewMode = Callable[[GangSpec, ModelConfig], ShardedMode]
+
+
+class ExpertRank:
+    """One expert shard, or a spare until somebody's share of the experts is to be served."""
+
+    def __init__(self, spec: GangSpec, post: Post, own: int | None = None, new_mode: NewMode = sharded_mode) -> None:
+        """Get everything ready but the weights. No memory of a device is taken before they are loaded.
+
+        `own`: the share that this process was created for; None: it is a spare. `new_mode` makes the way that rows
+        reach experts.
+        """
+        self._spec, self._post = spec, post
+        self._config = served_config(spec)
+        self._mode = new_mode(spec, self._config)
+        self._applicant = Applicant(post.process, post.host, own)
+        self._telemetry = Telemetry(spec.telemetry, "expert", post.host)
+        select_kernels(torch.device(spec.device), spec.kernels, deterministic=spec.deterministic)
+        self._inbox = EpochInbox()
+        self._closed = threading.Event()
+        self._asked_at = self._heard_at = time.monotonic()
+        self._waiting = True
+        self._watch: SeatWatch | None = None
+        self._index: int | None = None
+        self._weights: dict[str, float] = {}
+        self._told = False
+        self.experts: MeteredExperts | None = None
+        """What it serves; None before `load`."""
+
+    def load(self) -> bool:
+        """Wait until there is a share to serve, as long as that takes, and load it; False once it is closed.
+
+        Raises CheckpointError.
+        """
+        self._index = self._vacancy()
+        self._waiting = False
+        if self._index is None:
+            return False
+        who = f"expert:{self._index}"
+        with (
+            self._post.reported(who) as report,
+            contextlib.closing(Checkpoint.open(self._spec.model_dir)) as checkpoint,
+        ):
+            progress = partial(self._progress, report)
+            load = partial(load_shard, self._spec, self._config, checkpoint, self._index, progress)
+            experts = load_in_thread(self._spec, load)
+        self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(experts.nbytes)}
+        self.experts = metered(self._spec, self._config, experts, self._index)
+        return True
+
+    def serve(self) -> None:
+        """Take the seat of what was loaded, and serve in its epochs until it is closed."""
+        assert self.experts is not None, "load comes first"
+        address = Address(
+            self._post.host, metrics=self._telemetry.port, process=self._post.process, local=own_process()
+        )
+        candidate = Candidate("expert", address, self._index, spec=self._spec.fingerprint)
+        self._watch = SeatWatch(self._post.connect, candidate, self._inbox, self._stats)
+        observer = show_shard(self._telemetry, self.experts, f"expert:{self._index}", self._weights)
+        credentials = Credentials(self._post.secret, self._spec.tls)
+        loop = shard_loop(
+            self._spec, self._config, self._mode, self.experts, credentials, self._inbox, self._watch, observer
+        )
+        self._watch.start()
+        loop.run()
+
+    def close(self) -> None:
+        """End the loop, and give the seat up. From another thread than `serve`'s, which returns then."""
+        self._closed.set()
+        self._inbox.stop()
+        if self._watch is not None:
+            self._watch.stop("this shard is shutting down")
+        self._telemetry.close()
+
+    @property
+    def stuck(self) -> Callable[[], bool]:
+        """Whether the loop hangs, as seen from now on."""
+        return StuckCheck(self._inbox.activity, self._spec.patience.stuck_after_s)
+
+    @property
+    def share(self) -> int | None:
+        """Whose experts it serves; None for a spare."""
+        return self._index
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether it waits for something to serve."""
+        return self._waiting
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has reached its peers in some epoch."""
+        return self._watch is not None and self._watch.has_served
+
+    @property
+    def superseded(self) -> bool:
+        """Whether another process has taken its seat; this one is of no use any more."""
+        return self._watch is not None and self._watch.superseded.is_set()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since a coordinator was heard of; 0 while weights are loaded."""
+        if self._watch is not None:
+            return time.monotonic() - self._watch.heard_at
+        return time.monotonic() - self._heard_at if self._waiting else 0.0
+
+    def _vacancy(self) -> int | None:
+        with contextlib.closing(Neighbours(self._tell_end)) as neighbours:
+            while not self._closed.is_set():
+                try:
+                    client = self._post.connect()
+                    while not self._closed.is_set():
+                        index = client.vacancy(self._applicant, _WAIT_S)
+                        self._asked_at = self._heard_at = time.monotonic()
+                        if index is not None:
+                            return index
+                        neighbours.watch(client.neighbours(self._post.host))
+                except CoordinatorLost:
+                    self._closed.wait(_RETRY_S)
+        return None
+
+    def _tell_end(self, holder_id: str) -> None:
+        """The peers of who died are the first to know, but cannot be as sure."""
+        with contextlib.suppress(CoordinatorLost):
+            self._post.connect().ended(holder_id)
+
+    def _progress(self, report: Callable[[int], None] | None, bytes_read: int) -> None:
+        """Of loading; what is promised to who loads is soon another's unless it asks again."""
+        if report is not None:
+            report(bytes_read)
+        if time.monotonic() - self._asked_at > _RENEW_S:
+            self._asked_at = time.monotonic()
+            with contextlib.suppress(CoordinatorLost):
+                self._post.connect().vacancy(self._applicant, 0.0)
+
+    def _stats(self) -> Stats | None:
+        if self._told:
+            return None
+        self._told = True
+        return self._weights

@@ -1,0 +1,78 @@
+"""Which expert seat a process without one is to fill: its own, or that of one that died beside it.
+
+Any shard's process can serve any share of the experts, since it loads them only when it knows which. So one that waits
+with everything else loaded (a spare) takes the seat of one that dies, and that one, started anew, is the next spare.
+Plain data, no clock. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_ELSEWHERE_S = 5.0
+"""Longer than a process takes to start: a seat that is free for so long has lost its machine."""
+_PROMISE_S = 15.0
+"""Who loads asks again meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applicant:
+    """A process that could serve any share of the experts."""
+
+    process: str
+    """Its name, which the process that is started in its place has too."""
+    host: str
+    own: int | None = None
+    """The share that it was created for; None: it is a spare."""
+
+
+@dataclass(slots=True)
+class Vacancies:
+    """Seats that nobody fills, and to whom they are promised. All times are in seconds of one clock."""
+
+    seats: range
+    """Of the shards that are processes of their own."""
+    since: float
+    """When all of them were free."""
+    _freed: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """Where the last holder of a seat was, and until when."""
+    _promised: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """To which process, and until when: it is loading."""
+
+    def freed(self, index: int, host: str, now: float) -> None:
+        """The holder of a seat is gone; it was on that host."""
+        self._freed[index] = host, now
+        self._promised.pop(index, None)
+
+    def find(self, applicant: Applicant, held: Mapping[int, str], now: float) -> int | None:
+        """The seat that an applicant is to load for, or None. `held`: the process in each seat that has a holder.
+
+        It is promised for a while, and for longer to who asks again. A process is given its predecessor's seat, though
+        that one may still serve: it lost its raylet, and who comes in its place takes over once it has loaded. A seat
+        goes to no machine other than that of its last holder as long as that one may start a process in its place: two
+        ranks would share the cores of one from then on.
+        """
+        process = applicant.process
+        for index, holder in held.items():
+            if holder == process:
+                return index
+        free = [index for index in self.seats if index not in held and not self._is_promised(index, process, now)]
+        able = [index for index in free if self._may_take(applicant, index, now)]
+        if not able:
+            return None
+        found = min(able, key=lambda index: (not self._is_asked_for_again(index, process), index != applicant.own))
+        self._promised[found] = process, now + _PROMISE_S
+        return found
+
+    def _is_asked_for_again(self, index: int, process: str) -> bool:
+        return index in self._promised and self._promised[index][0] == process
+
+    def _is_promised(self, index: int, process: str, now: float) -> bool:
+        """To somebody else."""
+        other, until = self._promised.get(index, (process, 0.0))
+        return other != process and until > now
+
+    def _may_take(self, applicant: Applicant, index: int, now: float) -> bool:
+        host, since = self._freed.get(index, ("", self.since))
+        return applicant.own == index or host == applicant.host or now - since > _ELSEWHERE_S
