@@ -49,6 +49,7 @@ TABLE = {
     "e2e/test_deaths_owners.py": "deaths",
     "e2e/test_demo.py": "faults",
     "e2e/test_front.py": "faults",
+    "e2e/test_more_workers.py": "deaths",
     "e2e/test_mtp.py": "mtp",
     "e2e/test_poison.py": "deaths",
     "e2e/test_rolling.py": "deaths",

@@ -16,7 +16,11 @@ import pytest
 from divisi.cluster.gang.membership.neighbours import Neighbours, own_process
 from divisi.cluster.seats import LocalProcess
 
-_PRINT = "from divisi.cluster.gang.membership.neighbours import own_process as o; print(o().pid, o().born, flush=True); input()"
+_PRINT = """
+from divisi.cluster.gang.membership.neighbours import own_process
+print(own_process().pid, own_process().born, flush=True)
+input()
+"""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,62 @@
+"""An expert shard before it has a share of the experts, and while it loads one."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from divisi.cluster import expert_rank
+from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.expert_rank import ExpertRank
+from divisi.cluster.gang.membership.coordinator import Coordinator
+from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.seats import GangShape
+from tests.support.credentials import CREDENTIALS
+from tests.support.thread_gang import HOST, new_coordinator, post_of, small_spec
+
+SHAPE = GangShape(1, 2)
+
+
+@pytest.fixture
+def coordinator(small_model: Path) -> Coordinator:
+    return new_coordinator(small_spec(small_model, SHAPE), StoreServer(HOST, CREDENTIALS))
+
+
+def rank_of(small_model: Path, coordinator: Coordinator, own: int | None) -> ExpertRank:
+    return ExpertRank(small_spec(small_model, SHAPE), post_of(coordinator, f"x:{own}"), own)
+
+
+def test_a_spare_that_nobody_needs_ends_when_it_is_closed(small_model: Path, coordinator: Coordinator) -> None:
+    spare = rank_of(small_model, coordinator, None)
+    loaded: list[bool] = []
+    thread = threading.Thread(target=lambda: loaded.append(spare.load()))
+    thread.start()
+    assert spare.is_spare
+    spare.close()
+    thread.join(10)
+    assert loaded == [False]
+    assert spare.experts is None
+
+
+def test_who_loads_keeps_what_is_promised_to_it(
+    small_model: Path, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_rank, "_RENEW_S", 0.0)
+    asked: list[float] = []
+    vacancy = coordinator.vacancy
+
+    def count(applicant: Applicant, wait_s: float) -> int | None:
+        asked.append(wait_s)
+        return vacancy(applicant, wait_s)
+
+    monkeypatch.setattr(coordinator, "vacancy", count)
+    rank = rank_of(small_model, coordinator, 1)
+    assert rank.load()
+    assert rank.share == 1
+    assert asked[0] > 0
+    assert asked[1:]
+    assert set(asked[1:]) == {0.0}
+    assert rank.silent_s == 0.0, "who loads is silent for long"
+    rank.close()
