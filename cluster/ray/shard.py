@@ -43,6 +43,7 @@ class ExpertShardActor:
             log.exception("this shard could not load")
             end_own_actor()
         try:
+            self._name_process()
             self._rank.serve()
         except BaseException:  # the actor would go on to look alive without its loop; Ray starts a new one instead
             log.exception("the shard loop failed")
@@ -53,7 +54,7 @@ class ExpertShardActor:
         wait, has_spare = threading.Event(), not self._spec.spare_shards
         while not self._rank.superseded:
             wait.wait(_LOOK_EVERY_S)
-            _call_itself("spare" if self._rank.is_spare else f"expert:{self._rank.share}")
+            self._name_process()  # again: Ray gives it a title of its own once the constructor has returned
             if self._rank.silent_s > ORPHANED_S:
                 log.warning("no coordinator has been heard of for %g s; this shard ends", ORPHANED_S)
                 end_own_actor()
@@ -65,8 +66,7 @@ class ExpertShardActor:
         log.warning("another process has this shard's seat; this one ends")
         os._exit(1)
 
-
-def _call_itself(name: str) -> None:
-    """For `top` and `ps -o comm`: Ray's title of the process says nothing of what it serves, and replaces this once."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(name)
+    def _name_process(self) -> None:
+        """For `top` and `ps -o comm`: the title that Ray gives it says nothing of what it serves."""
+        with contextlib.suppress(OSError):
+            Path("/proc/self/comm").write_text("spare" if self._rank.is_spare else f"expert:{self._rank.share}")
