@@ -71,6 +71,7 @@ def settle(gang: Cluster) -> None:
     gang.wait_until_ready(60)
     wait_for(lambda: metric(gang, "seats_filled") == [4.0], 60, "somebody is missing")
     wait_for(lambda: len(gang.processes("ServeReplica:divisi:Ingress")) == 2, 60, "an ingress is missing")
+    wait_for(lambda: len(gang.processes("ServeReplica:divisi:Gang")) == 1, 60, "nobody owns the gang")
     wait_for(lambda: len(gang.spares()) == 1, 60, "there is no spare")
     time.sleep(1.0)
 
@@ -158,7 +159,7 @@ def test_who_hangs_for_good_is_killed(
         hung[-1].suspend()
 
     assert measure(f"{title} stopped for good", blow) <= 10.0
-    assert not any(process.is_running() for process in hung)
+    wait_for(lambda: not any(process.is_running() for process in hung), 10, "it hangs still")
 
 
 def test_the_front_comes_back(gang: Cluster, record_result: Record) -> None:

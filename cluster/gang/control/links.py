@@ -64,8 +64,8 @@ def worker_links(
         else:
             mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline, credentials.secret)
         stack.callback(mesh.close)
-        stack.enter_context(_fenced(assignment, inbox, mesh.beats))
-        yield WorkerLinks(mesh, _peers(assignment, inbox, device, credentials, spin_s, stack))
+        with stack.enter_context(_fenced(assignment, inbox, mesh.beats)):
+            yield WorkerLinks(mesh, _peers(assignment, inbox, device, credentials, spin_s, stack))
 
 
 @contextlib.contextmanager
@@ -77,15 +77,18 @@ def shard_links(
         deadline = time.monotonic() + _MEET_S
         mesh = FollowerMesh(assignment.membership, assignment.rank, inbox, deadline, credentials.secret)
         stack.callback(mesh.close)
-        stack.enter_context(_fenced(assignment, inbox, mesh.beats))
-        yield ShardLinks(mesh, _peers(assignment, inbox, device, credentials, spin_s, stack))
+        with stack.enter_context(_fenced(assignment, inbox, mesh.beats)):
+            yield ShardLinks(mesh, _peers(assignment, inbox, device, credentials, spin_s, stack))
 
 
 @contextlib.contextmanager
-def _fenced(assignment: Assignment, inbox: EpochInbox, beats: Mapping[Seat, Peer]) -> Iterator[None]:
-    """Beat, and have the epoch end here as soon as a peer is suspected: the error then names that one.
+def _fenced(
+    assignment: Assignment, inbox: EpochInbox, beats: Mapping[Seat, Peer]
+) -> Iterator[contextlib.AbstractContextManager[None]]:
+    """Beat, and have the epoch end here as soon as a peer is suspected.
 
-    An epoch that was interrupted is nobody's fault whose transfers this broke.
+    What may fail for a peer's sake belongs into the context that this gives: who is to blame is settled there, before
+    anything is closed.
     """
     membership, blamed = assignment.membership, dict[Seat, str]()
 
@@ -97,16 +100,24 @@ def _fenced(assignment: Assignment, inbox: EpochInbox, beats: Mapping[Seat, Peer
     thread = Beats(membership.epoch, own, beats, inbox.activity, membership.patience, suspect)
     thread.start()
     try:
+        yield _judged(membership.epoch, inbox, blamed)
+    finally:
+        thread.close()
+        inbox.activity.waiting()
+
+
+@contextlib.contextmanager
+def _judged(epoch: int, inbox: EpochInbox, blamed: Mapping[Seat, str]) -> Iterator[None]:
+    """An error names those who are suspected. In an epoch that was interrupted it is nobody's fault: this has broken
+    the transfers."""
+    try:
         yield
     except StepAborted as error:
         if blamed:
             raise StepAborted(", ".join(blamed.values()), ", ".join(map(str, blamed))) from None
-        if inbox.is_over(membership.epoch) and error.seat is not None:
-            raise StepAborted(f"epoch {membership.epoch} is over") from None
+        if inbox.is_over(epoch) and error.seat is not None:
+            raise StepAborted(f"epoch {epoch} is over") from None
         raise
-    finally:
-        thread.close()
-        inbox.activity.waiting()
 
 
 def _peers(
