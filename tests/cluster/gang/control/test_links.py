@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from divisi.cluster.errors import StepAborted
-from divisi.cluster.gang import links
-from divisi.cluster.gang.inbox import Assignment, EpochInbox
-from divisi.cluster.gang.links import shard_links
+from divisi.cluster.gang.control import links
+from divisi.cluster.gang.control.links import shard_links
+from divisi.cluster.gang.loops.inbox import Assignment, EpochInbox
 from divisi.cluster.seats import Address, GangShape, Membership
 from tests.support.credentials import CREDENTIALS
 
