@@ -49,8 +49,10 @@ class Neighbours:
 
     def _run(self) -> None:
         watched: dict[str, int | None] = {}
-        while not self._closed.is_set():
-            self._wake.clear()
+        while True:
+            self._wake.clear()  # first: what it has told is looked for below
+            if self._closed.is_set():
+                break
             self._follow(watched)
             poller = select.poll()
             by_fd = {fd: name for name, fd in watched.items() if fd is not None}
