@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from divisi.cluster.door import Secret
-from divisi.cluster.gang.membership.coordinator import CoordinatorClient
+from divisi.cluster.gang.membership.client import CoordinatorClient
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Literal
 
 from divisi.cluster.gang.membership.gathering import Gathering
 from divisi.cluster.gang.membership.vacancies import Applicant, Vacancies
-from divisi.cluster.seats import Address, GangShape, LocalProcess, Membership, Patience, Role, Seat
+from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
 
 _SUSPECTS_LEASE_S = 1.5
 """Who is suspected and lives says something within a poll."""
@@ -193,11 +193,6 @@ class Roster:
         if (holder := self._holders.get(holder_id)) is not None:
             self._remove(holder, f"{holder.seat} has died", now)
             self._form()
-
-    def neighbours(self, host: str) -> dict[str, LocalProcess]:
-        """The processes on a machine that hold experts' seats, by holder."""
-        holders = [(h.holder_id, h.address) for h in self._holders.values() if h.seat.role == "expert"]
-        return {holder_id: where.local for holder_id, where in holders if where.host == host and where.local}
 
     @property
     def gathering(self) -> bool:

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from divisi.cluster.gang.loops.inbox import Assignment, EpochInbox
-from divisi.cluster.gang.membership.coordinator import CoordinatorClient, CoordinatorLost, Stats
+from divisi.cluster.gang.membership.client import CoordinatorClient
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost, Stats
 from divisi.cluster.seats import Address, Membership, Role, Seat
 
 log = logging.getLogger(__name__)
