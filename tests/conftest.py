@@ -163,7 +163,10 @@ def _store(part: str, records: dict[str, dict[str, Any]]) -> None:
 
 def _amended(part: str, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The results as stored, with those of tests that ran again in place of theirs; the older say their commit."""
-    stored = json.loads((RESULTS / f"verify-{part}.json").read_text(encoding="utf-8"))
+    file = RESULTS / f"verify-{part}.json"
+    if not file.exists():
+        return records
+    stored = json.loads(file.read_text(encoding="utf-8"))
     kept = {test: {"commit": stored["commit"], **entry} for test, entry in stored["tests"].items()}
     return {test: records.get(test, entry) for test, entry in (kept | records).items()}
 
