@@ -155,6 +155,9 @@ class ExpertRank:
                         neighbours.watch(client.neighbours(self._post.host))
                 except CoordinatorLost:
                     self._closed.wait(_RETRY_S)
+                except Exception:  # whatever it was: without this thread the process would be a spare for good
+                    log.exception("asking for a share of the experts failed, and begins anew")
+                    self._closed.wait(_RETRY_S)
         return None
 
     def _tell_end(self, holder_id: str) -> None:
