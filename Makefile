@@ -37,7 +37,7 @@ test: $(STAMP) ## the quick, seeded tier
 	$(BIN)/pytest -m "not verify" -n 2 --dist loadscope --no-loadscope-reorder
 
 verify: $(STAMP) ## everything, or PART=faults, step, ... (tests/parts.py), with results in tests/results/
-	$(BIN)/pytest --verify $(if $(PART),--part $(PART))
+	$(BIN)/pytest --verify $(if $(PART),--part=$(PART))
 
 chaos: $(STAMP) ## 50 random blows on a running server, every answer judged (SEED=N for a known plan), 8 minutes
 	$(BIN)/python -m tests.e2e.chaos $(if $(SEED),--seed $(SEED)) --out tests/results

@@ -67,18 +67,23 @@ class DivisiEngine:
 
     def decode(self, batch: int, steps: int, begun: Callable[[], None] = lambda: None) -> float:
         """See Contender. `begun` is called once the batch is full, before the steps that are timed."""
-        self._submit(prompts(batch, CONTEXT, self._vocabulary), steps + 1)
-        self._step()
+        self._submit(prompts(batch, CONTEXT, self._vocabulary), steps + 1 + batch)
+        answering: set[str] = set()
+        while len(answering) < batch:  # a step may not take in all prompts, for want of slots
+            answering |= set(self._step())
         begun()
         start = time.perf_counter()
         for _ in range(steps):
-            self._step()
+            told = self._step()
         elapsed = time.perf_counter() - start
-        assert self._engine.plan() is None, "the timed steps were not all of the answer"
+        assert len(told) == batch, f"the last of the timed steps had {len(told)} sequences"
+        for request_id in answering:
+            self._engine.cancel(request_id)
+        self.generate([], 0)
         return elapsed
 
     def generate(self, sequences: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """Greedy answers, for the check before any timing."""
+        """Greedy answers, for the check before any timing; whatever else there is ends before."""
         self._submit(sequences, count)
         answers: list[list[int]] = [[] for _ in sequences]
         while (plan := self._engine.plan()) is not None:
@@ -90,10 +95,11 @@ class DivisiEngine:
         for index, prompt in enumerate(sequences):
             self._engine.submit(Request(str(index), tuple(prompt), count, Sampling(temperature=0.0)))
 
-    def _step(self) -> None:
+    def _step(self) -> list[str]:
+        """Whose tokens it was."""
         plan = self._engine.plan()
         assert plan is not None, "the engine ran out of work"
-        self._engine.run(plan, self._dispatcher)
+        return [event.request_id for event in self._engine.run(plan, self._dispatcher) if event.token_ids]
 
 
 def gang_spec(model_dir: Path, shape: GangShape, dtype: Literal["bfloat16", "float32"], threads: int) -> GangSpec:

@@ -1,18 +1,21 @@
 """`python -m divisi.benchmarks profile`: where a step's time goes, by operation, beside what the machine can do.
 
-The engine runs in this process with a clock around every kernel, which costs some microseconds a call. Ceilings are
-measured in the same run: bytes per second that all threads read, and FLOP/s of the widest product of the kernels.
+The engine runs in this process, by turns as it is, for the time of a step, and with a clock around every kernel, for
+the shares. Ceilings are measured before each turn: bytes per second that all threads read, and FLOP/s of a wide product
+of the kernels or of torch, the faster one. Fractions are medians of the turns, each of its own ceilings.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 from unittest import mock
 
 import torch
@@ -29,7 +32,7 @@ from divisi.model.packing import matrices_of_a_token
 
 _CELLS = (("decode", 1), ("decode", 4), ("decode", 16), ("decode", 32), ("prefill", 512), ("prefill", 4096))
 _STEPS = 32
-_ROUNDS = 3
+_ROUNDS = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,26 +51,73 @@ def main(options: argparse.Namespace) -> int:
             engine = DivisiEngine.local(path, "bfloat16")
         config = ModelConfig.load(path)
         for kind, size in _CELLS:
-            bandwidth, gemm = machine.read_bandwidth(options.threads), gemm_rate()
-            seconds, by_operation = min((_round(engine, clock, kind, size) for _ in range(_ROUNDS)), key=lambda r: r[0])
-            longest = list(by_operation.items())[:6]
-            shares = ", ".join(f"{name} {100 * spent / seconds:.0f} %" for name, spent in longest)
-            rest = 100 * (1 - sum(by_operation.values()) / seconds)
-            told = f"{kind} {size}: {seconds * 1e3:.2f} ms; {shares}, the rest {rest:.0f} %"
-            if (kind, size) == ("decode", 1):
-                moved = token_bytes(config) / seconds
-                told += f"; {moved / 1e9:.1f} GB/s, {100 * moved / bandwidth:.0f} % of {bandwidth / 1e9:.1f}"
-            if kind == "prefill":
-                rate = prefill_flops(config, size) / seconds
-                told += f"; {rate / 1e9:.0f} GFLOP/s, {100 * rate / gemm:.0f} % of {gemm / 1e9:.0f}"
-            print(told, flush=True)
+            turns = [_Turn.of(engine, clock, kind, size, options.threads) for _ in range(_ROUNDS)]
+            print(_told(kind, size, turns, config), flush=True)
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Ceilings, the time of a step or of a prefill, and a second one by operation."""
+
+    bandwidth: float
+    """Bytes per second."""
+    gemm: float
+    """FLOP/s."""
+    seconds: float
+    clocked: float
+    """Seconds under the clock."""
+    by_operation: dict[str, float]
+    """Seconds, the longest first."""
+
+    @classmethod
+    def of(cls, engine: DivisiEngine, clock: _Clock, kind: str, size: int, threads: int) -> Self:
+        ceilings = machine.read_bandwidth(threads), gemm_rate()
+        clock.runs = False
+        seconds = _seconds(engine, clock, kind, size)
+        clock.runs = True
+        clocked = _seconds(engine, clock, kind, size)
+        steps = 1 if kind == "prefill" else _STEPS
+        return cls(*ceilings, seconds, clocked, {name: t / steps / 1e9 for name, t in clock.spent_ns.most_common()})
+
+
+def _told(kind: str, size: int, turns: Sequence[_Turn], config: ModelConfig) -> str:
+    seconds = [turn.seconds for turn in turns]
+    shown = min(turns, key=lambda turn: turn.clocked)
+    longest = list(shown.by_operation.items())[:6]
+    shares = ", ".join(f"{name} {100 * spent / shown.clocked:.0f} %" for name, spent in longest)
+    rest = 100 * (1 - sum(shown.by_operation.values()) / shown.clocked)
+    told = f"{kind} {size}: {_range([value * 1e3 for value in seconds], '.2f')} ms; {shares}, the rest {rest:.0f} %"
+    if (kind, size) == ("decode", 1):
+        moved = token_bytes(config)
+        fractions = [100 * moved / turn.seconds / turn.bandwidth for turn in turns]
+        ceiling = _range([turn.bandwidth / 1e9 for turn in turns], ".1f")
+        told += f"; {moved / statistics.median(seconds) / 1e9:.1f} GB/s, {_range(fractions, '.0f')} % of {ceiling}"
+    if kind == "prefill":
+        flops = prefill_flops(config, size)
+        fractions = [100 * flops / turn.seconds / turn.gemm for turn in turns]
+        ceiling = _range([turn.gemm / 1e9 for turn in turns], ".0f")
+        told += f"; {flops / statistics.median(seconds) / 1e9:.0f} GFLOP/s, {_range(fractions, '.0f')} % of {ceiling}"
+    return told
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """Median, and the lowest and highest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _seconds(engine: DivisiEngine, clock: _Clock, kind: str, size: int) -> float:
+    clock.spent_ns.clear()
+    if kind == "prefill":
+        return engine.prefill(size)
+    return engine.decode(size, _STEPS, clock.spent_ns.clear) / _STEPS
+
+
 class _Clock:
-    """Time by operation."""
+    """Time by operation, while it runs."""
 
     def __init__(self) -> None:
+        self.runs = False
         self.spent_ns: Counter[str] = Counter()
 
     def select(self, *arguments: Any, **options: Any) -> Kernels:
@@ -80,6 +130,8 @@ class _Clock:
 
     def timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
+            if not self.runs:
+                return operation(*arguments)
             start = time.perf_counter_ns()
             result = operation(*arguments)
             self.spent_ns[name] += time.perf_counter_ns() - start
@@ -104,27 +156,21 @@ class _TimedFused:
         return made
 
 
-def _round(engine: DivisiEngine, clock: _Clock, kind: str, size: int) -> tuple[float, dict[str, float]]:
-    """Seconds of a step, or of a prefill, and of its operations, the longest first."""
-    clock.spent_ns.clear()
-    if kind == "prefill":
-        seconds, steps = engine.prefill(size), 1
-    else:
-        seconds, steps = engine.decode(size, _STEPS, clock.spent_ns.clear) / _STEPS, _STEPS
-    return seconds, {name: spent / steps / 1e9 for name, spent in clock.spent_ns.most_common()}
-
-
 def gemm_rate() -> float:
-    """FLOP/s of 512 rows of bf16 weights, the best of five."""
+    """FLOP/s of 512 rows of bf16 weights, the best of five of the kernels' product and of torch's."""
     rows, width = 512, 1024
     kernels = select_kernels(torch.device("cpu"))
-    x, weight = torch.randn(rows, width), kernels.pack_linear(torch.randn(width, width).bfloat16())
+    x, weight = torch.randn(rows, width), torch.randn(width, width).bfloat16()
+    packed, rounded = kernels.pack_linear(weight), x.bfloat16()
+    products = (lambda: kernels.linear(x, packed), lambda: torch.nn.functional.linear(rounded, weight))
     times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        kernels.linear(x, weight)
-        times.append(time.perf_counter() - start)
-    return 2 * rows * width * width / min(times[1:])
+    for product in products:
+        product()
+        for _ in range(5):
+            start = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - start)
+    return 2 * rows * width * width / min(times)
 
 
 def token_bytes(config: ModelConfig) -> int:

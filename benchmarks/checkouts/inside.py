@@ -248,16 +248,19 @@ def _logprob(entry: Any) -> list[Any]:
 
 
 class _Timer:
-    """Stops the time of an engine's steps, and pauses it before every `block` of them, after the first `skip`."""
+    """Stops the time of an engine's steps, and pauses it before every `block` of them, after the first `skip`.
 
-    def __init__(self, skip: int, block: int, pause: Callable[[float], None]) -> None:
-        self._skip, self._block, self._pause = skip, block, pause
+    The first `chunks` of those that are timed are blocks of their own.
+    """
+
+    def __init__(self, skip: int, block: int, chunks: int, pause: Callable[[float], None]) -> None:
+        self._skip, self._block, self._chunks, self._pause = skip, block, chunks, pause
         self._steps, self._started = 0, 0.0
 
     def before_plan(self, _engine: Any) -> None:
         """A pause, where one is due, tells the seconds since the last."""
         timed = self._steps - self._skip
-        if timed >= 0 and timed % self._block == 0:
+        if 0 <= timed < self._chunks or (timed >= 0 and (timed - self._chunks) % self._block == 0):
             self._pause(time.perf_counter() - self._started if timed else 0.0)
             self._started = time.perf_counter()
         self._steps += 1
@@ -275,7 +278,7 @@ def _load(message: Message) -> Any:
 
 def _timed_run(local: Any, message: Message, pause: Callable[[float], None]) -> Message:
     """Answer all prompts greedily; the tokens."""
-    timer = _Timer(message["skip"], message["block"], pause)
+    timer = _Timer(message["skip"], message["block"], message["chunks"], pause)
     with _before_plans(timer.before_plan):
         answers: Mapping[str, Any] = local.greedy(message["prompts"], message["count"])
     return {"tokens": answers}

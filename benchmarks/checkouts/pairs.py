@@ -9,69 +9,24 @@ process happens to have its memory can make it faster or slower for as long as i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from divisi.benchmarks import machine
+from divisi.benchmarks.checkouts.cells import CONTEXTS, MODELS, Cell, Part, parts_of
 from divisi.benchmarks.checkouts.checkout import Checkout, Inside, inside
 from divisi.benchmarks.checkouts.ratio import Ratios
 from divisi.model.config import ModelConfig
-from divisi.model.demo import checkpoint_dir
-from divisi.model.random_checkpoint import write_random_checkpoint
 
 _PAIRS_OF_A_PROCESS = 3
-_MODELS = ("bench-s", "divisi-demo")
-_BENCH_S = Path(__file__).parents[1] / "configs" / "bench-s.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One row of the table: `runs` times `prompts` prompts of `length` tokens, each with an answer of `count`."""
-
-    title: str
-    prompts: int
-    length: int
-    count: int = 1
-    skip: int = 0
-    """Steps before those that are timed."""
-    block: int = 1
-    """Timed steps of one checkout before it is the other's turn."""
-    runs: int = 1
-    target: float = 0.98
-    """What ratio is wanted."""
-
-
-def _decode(batch: int) -> Cell:
-    return Cell(f"decode {batch}", batch, 16, count=33, skip=1, block=4)
-
-
-DECODE_AND_PREFILL = (
-    *map(_decode, (1, 4, 16, 32)),
-    Cell("prefill 512", 1, 512, runs=4),
-    Cell("prefill 4096", 1, 4096),
-)
-# 1024 rows a step in every checkout: older ones have another limit besides, which is 1024 then
-_WIDE = {"num_pages": 1024, "page_size": 16, "max_seqs": 32, "max_step_tokens": 1024, "max_prefill_chunk": 1024}
-_NARROW = _WIDE | {"max_seqs": 16, "max_step_tokens": 1024}
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Cells that one engine runs."""
-
-    model: str
-    model_dir: Path
-    limits: dict[str, int]
-    cells: Sequence[Cell]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", type=Path, help="root of another, or of the same one")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of runs of each cell, at least 6 (default 9)")
     parser.add_argument("--most-pairs", type=int, default=27, help="where the interval is too wide (default 27)")
-    parser.add_argument("--models", nargs="+", choices=_MODELS, default=list(_MODELS), help="default both")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["bench-s", "divisi-demo"], help="default both")
+    parser.add_argument(
+        "--contexts", nargs="+", choices=CONTEXTS, default=["short"], help="long ones: prefill, then decode at batch 1"
+    )
+    parser.add_argument("--checkpoints", type=Path, help="folder that keeps the random checkpoints for the next time")
+    parser.add_argument("--targets", type=Path, help="JSON: ratios wanted by model and cell (default 0.98 for all)")
     parser.add_argument("--threads", type=int, default=2, help="threads of either checkout (default 2)")
-    parser.add_argument("--demo-target", type=float, default=0.98, help="ratio wanted of the demo model (default 0.98)")
     parser.add_argument(
         "--other-tokens", action="store_true", help="for commits that change arithmetic: bf16 tokens may differ"
     )
@@ -109,16 +68,7 @@ def main(options: argparse.Namespace) -> int:
         options.pairs, max(options.pairs, options.most_pairs), options.threads, same_tokens=not options.other_tokens
     )
     with tempfile.TemporaryDirectory() as scratch:
-        bench_s = Path(scratch) / "bench-s"
-        write_random_checkpoint(bench_s, json.loads(_BENCH_S.read_text()))
-        together = Cell("prefill 16 x 64", 16, 64, runs=2)
-        demo = [replace(cell, target=options.demo_target) for cell in (_decode(1), _decode(4), together)]
-        parts = [
-            Part("bench-s", bench_s, _WIDE, DECODE_AND_PREFILL),
-            Part("bench-s", bench_s, _NARROW, [together]),
-            Part("divisi-demo", checkpoint_dir(), _NARROW, demo),
-        ]
-        parts = [part for part in parts if part.model in options.models]
+        parts = parts_of(options.models, options.contexts, options.checkpoints or Path(scratch), options.targets)
         print("\n".join([*map(str, checkouts), machine.describe()]))
         print(f"{effort.dtype}, {effort.threads} threads, local; load average {_load_average()}")
         return report(checkouts, parts, effort)
@@ -129,23 +79,24 @@ def report(checkouts: Sequence[Checkout], parts: Sequence[Part], effort: Effort)
     print(f"\n{Ratios.HEADER}", flush=True)
     passed = True
     for part in parts:
-        for cell, ratios in zip(part.cells, _measure(checkouts, part, effort), strict=True):
-            print(f"| {part.model} {cell.title} | {ratios.row(cell.target)} |", flush=True)
-            passed = passed and ratios.verdict(cell.target).passed
+        for cell, measured in zip(part.cells, _measure(checkouts, part, effort), strict=True):
+            for (title, target), ratios in zip(cell.rows, measured, strict=True):
+                print(f"| {part.model} {title} | {ratios.row(target)} |", flush=True)
+                passed = passed and ratios.verdict(target).passed
     told = "the same tokens in all cells" if effort.same_tokens else "tokens were not compared"
     print(f"\n{told}; load average {_load_average()} at the end", flush=True)
     return 0 if passed else 1
 
 
-def _measure(checkouts: Sequence[Checkout], part: Part, effort: Effort) -> list[Ratios]:
+def _measure(checkouts: Sequence[Checkout], part: Part, effort: Effort) -> list[list[Ratios]]:
     """Pairs of every cell in turn, in new processes every few pairs; more of them where a verdict wants more."""
-    found = [Ratios() for _ in part.cells]
+    found = [[Ratios() for _ in cell.rows] for cell in part.cells]
     progress = tqdm(range(0, effort.most_pairs, _PAIRS_OF_A_PROCESS), part.model, leave=False, disable=None)
     for generation, first in enumerate(progress):
         wanted = [
-            (cell, ratios)
-            for cell, ratios in zip(part.cells, found, strict=True)
-            if first < effort.pairs or not ratios.verdict(cell.target).final
+            (cell, measured)
+            for cell, measured in zip(part.cells, found, strict=True)
+            if first < effort.pairs or not _is_final(cell, measured)
         ]
         if not wanted:
             break
@@ -153,9 +104,15 @@ def _measure(checkouts: Sequence[Checkout], part: Part, effort: Effort) -> list[
             for cell, _ in wanted:
                 _check_tokens(processes, part, cell, effort.same_tokens)
             for number in range(first, first + _PAIRS_OF_A_PROCESS):
-                for cell, ratios in wanted:
-                    ratios.add(*_pair(processes, part, cell, number)[0])
+                for cell, measured in wanted:
+                    before, after = _pair(processes, part, cell, number)[0]
+                    for ratios, *seconds in zip(measured, before, after, strict=True):
+                        ratios.add(*seconds)
     return found
+
+
+def _is_final(cell: Cell, measured: Sequence[Ratios]) -> bool:
+    return all(ratios.verdict(target).final for (_, target), ratios in zip(cell.rows, measured, strict=True))
 
 
 @contextmanager
@@ -172,36 +129,53 @@ def _loaded(checkouts: Sequence[Checkout], part: Part, effort: Effort, *, swappe
 
 def _check_tokens(processes: Sequence[Inside], part: Part, cell: Cell, same: bool) -> None:
     """A first pair, which warms both up. Raises SystemExit where the tokens differ."""
+    if cell.chunks and not same:
+        return  # a long prompt is long enough to do without
     _, answers = _pair(processes, part, cell, 0)
     if same and answers[0] != answers[1]:
         index = next(i for i, pair in enumerate(zip(*answers, strict=True)) if pair[0] != pair[1])
         raise SystemExit(f"{part.model} {cell.title}: prompt {index} has other tokens; no speed is reported")
 
 
-def _pair(processes: Sequence[Inside], part: Part, cell: Cell, number: int) -> tuple[list[float], list[Any]]:
-    """Seconds of each process for the same work, and its tokens."""
+def _pair(processes: Sequence[Inside], part: Part, cell: Cell, number: int) -> tuple[list[list[float]], list[Any]]:
+    """Seconds of each process for the same work, one number for each of the cell's rows, and its tokens."""
     vocabulary = ModelConfig.load(part.model_dir).vocab_size
-    seconds = [0.0, 0.0]
+    seconds = [[0.0] * len(cell.rows) for _ in range(2)]
     answers: list[list[Any]] = [[], []]
     for run in range(cell.runs):
         rng = random.Random(f"{cell.title} {run}")
         prompts = [[rng.randrange(10, vocabulary) for _ in range(cell.length)] for _ in range(cell.prompts)]
         times, tokens = _run(processes, {"prompts": prompts} | _counts(cell), order=number % 2)
         for index in range(2):
-            seconds[index] += times[index]
+            for row, spent in enumerate(by_row(cell, times[index], processes[index].name)):
+                seconds[index][row] += spent
             answers[index] += tokens[index]
     return seconds, answers
 
 
+def by_row(cell: Cell, blocks: Sequence[float], name: str) -> list[float]:
+    """Seconds of the rows. Raises SystemExit where a prompt was not taken in by as many steps as is reckoned with."""
+    if not cell.chunks:
+        return [sum(blocks)]
+    if len(blocks) != cell.blocks:
+        raise SystemExit(f"{cell.title}: {name} took {len(blocks)} blocks of steps, not {cell.blocks}: other chunks")
+    return [sum(blocks[: cell.chunks]), sum(blocks[cell.chunks :])]
+
+
 def _counts(cell: Cell) -> dict[str, int]:
-    return {"count": cell.count, "skip": cell.skip, "block": cell.block}
+    return {"count": cell.count, "skip": cell.skip, "block": cell.block, "chunks": cell.chunks}
 
 
-def _run(processes: Sequence[Inside], work: dict[str, Any], order: int) -> tuple[list[float], list[list[Any]]]:
-    """The same run in both, a block of one and a block of the other; one process at work at a time."""
+def _run(
+    processes: Sequence[Inside], work: dict[str, Any], order: int
+) -> tuple[list[list[float]], list[list[list[int]]]]:
+    """The same run in both, a block of one and a block of the other; one process at work at a time.
+
+    The seconds of each one's blocks, and its tokens.
+    """
     turns = (order, 1 - order)
-    seconds = [0.0, 0.0]
-    tokens: list[list[Any]] = [[], []]
+    seconds: list[list[float]] = [[], []]
+    tokens: list[list[list[int]]] = [[], []]
     running = set(turns)
     message: dict[str, Any] = {"do": "run"} | work
     while running:
@@ -212,9 +186,9 @@ def _run(processes: Sequence[Inside], work: dict[str, Any], order: int) -> tuple
                 tokens[index] = reply["tokens"]
                 running.discard(index)
             else:
-                seconds[index] += reply["seconds"]
+                seconds[index].append(reply["seconds"])
         message = {"do": "go on"}
-    return seconds, tokens
+    return [found[1:] for found in seconds], tokens  # the first pause ends no block
 
 
 def _load_average() -> str:

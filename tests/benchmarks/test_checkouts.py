@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from divisi.benchmarks.checkouts import pairs, same
+from divisi.benchmarks.checkouts import cells, pairs, same
 from divisi.benchmarks.checkouts.checkout import Checkout, Inside, inside
 from divisi.benchmarks.checkouts.compare import Comparison, MarginRule
 from divisi.benchmarks.checkouts.ratio import Ratios, median_interval
@@ -126,6 +126,28 @@ def test_verdicts(ratios: list[float], target: float, text: str, passed: bool) -
     assert verdict.final == ("UNDECIDED" not in text)
 
 
+def test_targets_are_of_cells_that_there_are(tmp_path: Path) -> None:
+    targets = cells.CONFIGS / "after-7724227.json"
+    part = cells.parts_of(["divisi-demo"], ["short", "32k"], tmp_path, targets)[0]
+    assert [(cell.title, cell.target) for cell in part.cells][:2] == [("decode 1", 1.5), ("decode 4", 1.5)]
+    wrong = tmp_path / "wrong.json"
+    for text, told in (
+        ('{"bench-l": {}}', "'bench-l'; there are"),
+        ('{"bench-s": {"decode 2": 1}}', "'decode 2' of be"),
+    ):
+        wrong.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=told):
+            cells.parts_of(["divisi-demo"], ["short"], tmp_path, wrong)
+
+
+def test_a_prompt_s_chunks_are_a_row_of_their_own() -> None:
+    cell = pairs.Cell("decode", 1, 64, count=9, block=4, chunks=2, prompt="prefill").wanting({"prefill": 3, "other": 9})
+    assert cell.rows == [("prefill", 3), ("decode", 0.98)]
+    assert pairs.by_row(cell, [1.0, 2.0, 0.25, 0.5], "BEFORE") == [3.0, 0.75]
+    with pytest.raises(SystemExit, match="decode: BEFORE took 5 blocks of steps, not 4"):
+        pairs.by_row(cell, [1.0, 2.0, 1.0, 0.25, 0.5], "BEFORE")
+
+
 # Against real checkouts
 
 
@@ -164,7 +186,7 @@ def processes(after: Path, threads: int = 1) -> Iterator[list[Inside]]:
         yield found
 
 
-def cases(model_dir: Path, shapes: Sequence[str], count: int) -> list[same.Case]:
+def served_cases(model_dir: Path, shapes: Sequence[str], count: int) -> list[same.Case]:
     requests = Workload(ModelConfig.load(model_dir).vocab_size, FIELDS, 0).requests(count)
     return [same.Case(shape, "float32", requests) for shape in shapes]
 
@@ -173,7 +195,7 @@ def cases(model_dir: Path, shapes: Sequence[str], count: int) -> list[same.Case]
 @pytest.mark.timeout(400)
 def test_a_checkout_is_the_same_as_itself(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with processes(ROOT) as found:
-        status = same.report(found, cases(model_dir, list(same.SHAPES), 80), model_dir, None)
+        status = same.report(found, served_cases(model_dir, list(same.SHAPES), 80), model_dir, None)
     told = capsys.readouterr().out
     assert status == 0, told
     assert told.count("| identical |") == len(same.SHAPES)
@@ -183,7 +205,7 @@ def test_a_checkout_is_the_same_as_itself(model_dir: Path, capsys: pytest.Captur
 def test_a_planted_difference_is_found(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     after = copy_of(tmp_path, "cluster/request.py", OTHER_TOKENS)
     with processes(after) as found:
-        status = same.report(found, cases(model_dir, ["local"], 80), model_dir, None)
+        status = same.report(found, served_cases(model_dir, ["local"], 80), model_dir, None)
     told = capsys.readouterr().out
     assert status == 1
     assert "DIFFERENT" in told
@@ -213,6 +235,18 @@ def test_a_planted_delay_is_found(model_dir: Path, tmp_path: Path, capsys: pytes
     status = pairs.report(both, [part], pairs.Effort(pairs=6, most_pairs=6, threads=1))
     assert status == 1
     assert "MISSED, wanted 0.98" in capsys.readouterr().out
+
+
+@pytest.mark.verify
+def test_a_prompt_and_what_follows_are_timed_apart(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = {"num_pages": 64, "max_seqs": 4, "max_step_tokens": 32}
+    cell = pairs.Cell("decode", 1, 64, count=9, block=4, chunks=2, target=0.0, prompt="prefill", prompt_target=0.0)
+    both = [Checkout("BEFORE", ROOT), Checkout("AFTER", ROOT)]
+    effort = pairs.Effort(pairs=6, most_pairs=6, threads=1)
+    assert pairs.report(both, [pairs.Part("small", model_dir, limits, [cell])], effort) == 0
+    told = capsys.readouterr().out
+    assert "| small prefill | 6 |" in told
+    assert "| small decode | 6 |" in told
 
 
 @pytest.mark.verify

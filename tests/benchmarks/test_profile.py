@@ -26,16 +26,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_line_for_each_cell(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(profile, "_CELLS", (("decode", 1), ("decode", 4), ("prefill", 64)))
     monkeypatch.setattr(profile, "_STEPS", 3)
+    monkeypatch.setattr(profile, "_ROUNDS", 2)
     assert profile.main(argparse.Namespace(model=small, threads=torch.get_num_threads())) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert "kernels: " in head
     assert [line.partition(":")[0] for line in lines] == ["decode 1", "decode 4", "prefill 64"]
     for line in lines:
         shares = [int(share) for share in re.findall(r" (-?\d+) %(?! of)", line)]
+        assert re.match(r"\S+ \d+: [\d.]+ \([\d.]+ to [\d.]+\) ms;", line), line
         assert len(shares) > 3, line
         assert all(0 <= share <= 100 for share in shares), line
-    assert re.search(r"GB/s, \d+ % of", lines[0])
-    assert re.search(r"GFLOP/s, \d+ % of", lines[2])
+    assert re.search(r"GB/s, \d+ \(\d+ to \d+\) % of [\d.]+ \(", lines[0])
+    assert re.search(r"GFLOP/s, \d+ \(\d+ to \d+\) % of [\d.]+ \(", lines[2])
 
 
 def test_bytes_and_operations_are_those_of_the_checkpoint_s_matrices(small: Path) -> None:
