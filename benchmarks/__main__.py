@@ -1,6 +1,6 @@
 """`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `drafts`: multi-token prediction;
 `same`, `pairs`: two checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress;
-`profile`: a step by operation; `dispatch`: experts elsewhere."""
+`profile`: a step by operation; `dispatch`: experts elsewhere; `delta`: two forms of the delta rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from divisi.benchmarks import machine, profile, speed
+from divisi.benchmarks import delta_forms, machine, profile, speed
 from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.dispatch import report as dispatch
 from divisi.benchmarks.dispatch import split_step
@@ -39,7 +39,7 @@ class Command(Protocol):
 
 _COMMANDS: dict[str, Command] = {
     "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports, "drafts": drafts,
-    "profile": profile, "dispatch": dispatch,
+    "profile": profile, "dispatch": dispatch, "delta": delta_forms,
 }  # fmt: skip
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""

@@ -36,6 +36,15 @@ def kernels_here(choice: str, device: str) -> str:
     return ", ".join([_here(told.general, device), *others])
 
 
+def packs_here(choice: str) -> bool:
+    """Whether bf16 weights are packed by what a choice comes to on the CPU of this machine."""
+    name = KernelChoice.parse(choice).general
+    if name == "reference":
+        return False
+    variant = find_variant(name if name in VARIANTS else None)
+    return variant.bf16 and can_build(variant)
+
+
 def _here(name: str, device: str) -> str:
     if name == "reference":
         return "the references"

@@ -61,6 +61,7 @@ TABLE = {
     "model": "step",
     "model/sampling/test_coupled.py": "mtp",
     "parity": "step",
+    "parity/test_bf16.py": "kernels",
     "parity/test_mtp.py": "mtp",
     "sim": "step",
     "sim/test_drafts_sim.py": "mtp",

@@ -26,6 +26,7 @@ DEPLOY_MAY_IMPORT = (
 )  # fmt: skip
 CLI_MAY_IMPORT = (
     "divisi.model.checkpoint", "divisi.model.packing", "divisi.model.placement", "divisi.model.random_checkpoint",
+    "divisi.model.scratch",
 )  # fmt: skip
 MAY_IMPORT_RAY = re.compile(
     r"cluster/ray/|deploy/(leave_node|redeployed|serve_app|serve_client|local_run|ray/instance|ray/shared_cluster)\.py"

@@ -30,15 +30,18 @@ def kv_memory_left(
 ) -> int:
     """Bytes for KV pages of the attention worker with the most weights, on a GPU of `gpu_memory` bytes.
 
-    Raises SettingsError where weights and state slots leave nothing.
+    Each page brings the rotations of its positions along, up to the model's last one. Raises SettingsError where
+    weights and state slots leave nothing.
     """
     from divisi.model.placement import Role
+    from divisi.model.scratch import rotation_bytes
 
     shape, cache = settings.gang.shape, settings.cache
     virtual = settings.gang.virtual_shards
     roles = Role.all_of(config, shape.attention_workers, shape.expert_shards, shape.colocated, virtual)
     weights = max(weight_bytes(role, fitted, config, checkpoint) for role in roles if role.attention)
-    states = memory_budget(settings, fitted, config).state_bytes
+    budget = memory_budget(settings, fitted, config)
+    states = budget.state_bytes
     usable = int(gpu_memory * cache.gpu_memory_fraction)
     left = usable - weights - states
     if left < 2**16:
@@ -47,7 +50,9 @@ def kv_memory_left(
             f"weights take {weights}, state slots {states} of them, so nothing is left for KV pages; share the experts "
             "out with gang.expert_shards, lower cache.max_seqs, or raise the fraction"
         )
-    return left
+    page, all_rotations = budget.bytes_per_page, rotation_bytes(config, config.max_position_embeddings)
+    by_page = left * page // (page + rotation_bytes(config, cache.page_size)) if page else 0
+    return max(left - all_rotations, by_page)
 
 
 def weight_bytes(role: Role, fitted: Fit, config: ModelConfig, checkpoint: Checkpoint) -> int:

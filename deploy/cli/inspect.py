@@ -109,7 +109,23 @@ def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, chec
     if role.attention:
         rank |= _sequence_memory(settings, fitted, config)
         rank["memory_bytes"] += rank["kv_bytes"] + rank["state_bytes"]
+    rank |= _work_memory(role, rank.get("tokens", 0), settings, fitted, config)
+    rank["memory_bytes"] += rank["rotation_bytes"] + rank["scratch_bytes"]
     return rank
+
+
+def _work_memory(role: Role, tokens: int, settings: Settings, fitted: Fit, config: ModelConfig) -> dict[str, int]:
+    """Rotations of the positions that the KV can hold; a step's values, for which a GPU has its fraction's rest."""
+    from divisi.kernels.choice import packs_here
+    from divisi.model.scratch import rotation_bytes, scratch_bytes
+
+    rotations, cache = rotation_bytes(config, min(config.max_position_embeddings, tokens)), settings.cache
+    if fitted.device != "cpu":
+        return {"rotation_bytes": rotations, "scratch_bytes": 0}
+    rows, logit_rows = cache.max_step_tokens, cache.max_seqs * (1 + fitted.max_draft_tokens)
+    packed = fitted.dtype == "bfloat16" and packs_here(settings.gang.kernels)
+    scratch = scratch_bytes(config, role, rows, min(rows, logit_rows), packed=packed)
+    return {"rotation_bytes": rotations, "scratch_bytes": scratch}
 
 
 def _sequence_memory(settings: Settings, fitted: Fit, config: ModelConfig) -> dict[str, int]:
@@ -152,11 +168,12 @@ def _lines(report: dict[str, Any]) -> list[str]:
 def _table(ranks: Sequence[dict[str, Any]]) -> list[str]:
     from divisi.model.placement import runs_of
 
-    rows = [("seat", "experts", "tensors", "reads", "weights", "KV", "state", "memory")]
+    rows = [("seat", "experts", "tensors", "reads", "weights", "KV", "state", "rotations", "scratch", "memory")]
     for rank in ranks:
         experts = runs_of(rank["experts"]) if rank["experts"] else "-"
-        sizes = ("bytes_on_disk", "weight_bytes", "kv_bytes", "state_bytes", "memory_bytes")
-        cells = [_size(rank[name]) if name in rank else "-" for name in sizes]
+        kinds = ("weight", "kv", "state", "rotation", "scratch", "memory")
+        sizes = [rank.get(name) for name in ("bytes_on_disk", *map("{}_bytes".format, kinds))]
+        cells = [_size(size) if size else "-" for size in sizes]
         rows.append((rank["seat"], experts, f"{rank['tensors']:,}", *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <vector>
 
-constexpr long KEYS = PANEL, SPAN = 512, QUERIES = 256;
+constexpr long KEYS = PANEL, SPAN = 512, QUERIES = 512;
 constexpr size_t MOST_PARTS = 1 << 20;  // floats of spans that are computed apart
 
 struct Pool {  // the keys and values of one run's pages; a row holds all heads
@@ -83,14 +83,14 @@ struct KeyTile {
   }
 };
 
-// 2 to the power of x, to 5e-5 of it, a fiftieth of what rounding to bf16 may cost; 0 for -inf.
+// 2 to the power of x, to 1e-4 of it, a twentieth of what rounding to bf16 may cost, and exact of 0; 0 for -inf, where it may come.
+template <bool MASKED>
 static inline __m512 powers(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
-  __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), p = _mm512_set1_ps(9.6180e-3f);
-  for (float c : {5.5503e-2f, 2.40226e-1f, 6.931472e-1f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  if (MASKED) x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
+  __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), p = _mm512_set1_ps(5.500893e-2f);
+  for (float c : {2.4221096e-1f, 6.9328293e-1f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
   return _mm512_scalef_ps(p, n);
 }
-static inline float power(float x) { return _mm512_cvtss_f32(powers(_mm512_set1_ps(x))); }
 
 // A softmax on its way, of several queries: the largest score (in powers of 2), the sum of weights, the weighted values.
 struct Partial {
@@ -105,7 +105,7 @@ struct Partial {
   void add(const Partial& part, long queries) {
     for (long m = 0; m < queries; m++) {
       if (part.top[m] == -INFINITY) continue;
-      float best = std::max(top[m], part.top[m]), other = power(part.top[m] - best), keep = power(top[m] - best);
+      float best = std::max(top[m], part.top[m]), other = exp2f(part.top[m] - best), keep = exp2f(top[m] - best);
       top[m] = best;
       total[m] = total[m] * keep + part.total[m] * other;
       for (long c = m * width; c < (m + 1) * width; c++) sums[c] = sums[c] * keep + part.sums[c] * other;
@@ -162,22 +162,24 @@ struct ValueTile {
 // What one thread works with. Queries are in the order of KV heads, then rows, then those of a row that share the head.
 struct Attend {
   long group, heads, d, width;
-  float scale;
+  vf scale;
   KeyTile tile;
   std::vector<bf16> q, weights;
   std::vector<float> scores, keep;
+  std::vector<vf> totals;  // of each query's weights, lane by lane
   Attend(long group, long heads, long d, long rows)
-      : group(group), heads(heads), d(d), width(padded(d)), scale(1.44269504f / sqrtf((float)d)), tile(d, heads),
-        q(rows * group * heads * 2 * pairs_of(d)), weights(rows * group * KEYS), scores(rows * group * KEYS), keep(rows * group) {}
+      : group(group), heads(heads), d(d), width(padded(d)), scale(vf{} + 1.44269504f / sqrtf((float)d)), tile(d, heads),
+        q(rows * group * heads * 2 * pairs_of(d)), weights(rows * group * KEYS), scores(rows * group * KEYS), keep(rows * group), totals(rows * group * heads) {}
 
   // The softmax over positions `from` to `to` (`first` is the first that has a key), into `out`.
   void span(const Rows& own, const Pool& pool, long first, long from, long to, Partial& out) {
     long queries = own.count * group, pairs = pairs_of(d);
     for (long m = 0; m < queries * heads; m++) {
       long head = m / queries * group + m % group, row = m % queries / group;
-      round_row(own.q + (row * heads * group + head) * d, &q[m * 2 * pairs], d);
+      round_query(own.q + (row * heads * group + head) * d, &q[m * 2 * pairs]);
     }
     out.clear(queries * heads);
+    std::fill_n(totals.begin(), queries * heads, vf{});
     to = std::min(to, own.visible + own.count - 1);
     for (long at = from; at < to; at += KEYS) {
       tile.load(pool, at, first, to);
@@ -185,7 +187,11 @@ struct Attend {
       for (long h = 0; h < heads; h++) {
         long base = h * queries + row;
         tiles(count, BLOCKS, ScoreTile{&q[base * 2 * pairs], tile.key_panel(h), scores.data(), pairs});
-        for (long m = 0; m < count; m++) soften(m, first - at, own.visible + (row + m) / group - at, base + m, out);
+        for (long m = 0; m < count; m++) {
+          long begin = first - at, end = own.visible + (row + m) / group - at;
+          if (begin <= 0 && end >= KEYS) soften<false>(m, ~0ull, base + m, out);
+          else soften<true>(m, between(begin, end), base + m, out);
+        }
         Packed values = tile.turned(h);
         for (long p = 0; p < values.panels(); p++) {
           float* sums = &out.sums[base * width + p * PANEL];
@@ -193,27 +199,41 @@ struct Attend {
         }
       }
     }
+    for (long m = 0; m < queries * heads; m++) out.total[m] = sum(totals[m]);
   }
 
-  // Scores of one query (row m of `scores`) become weights, of those from `from` to `to`; `keep` is for the sums before them.
-  void soften(long m, long from, long to, long query, Partial& out) {
-    uint64_t seen = to >= KEYS ? ~0ull : (1ull << to) - 1;
-    if (from > 0) seen &= ~0ull << from;
-    __m512 s[BLOCKS], most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+  // In powers of 2, so that scores need no factor.
+  void round_query(const float* in, bf16* to) const {
+    for (long c = 0; c < d; c += LANES) {
+      vf scaled = (vf)_mm512_maskz_loadu_ps(lanes(d - c), in + c) * scale;
+      _mm256_mask_storeu_epi16(to + c, lanes(2 * pairs_of(d) - c), narrow(scaled));
+    }
+  }
+
+  static uint64_t between(long begin, long end) {
+    uint64_t seen = end >= KEYS ? ~0ull : (1ull << end) - 1;
+    return begin > 0 ? seen & ~0ull << begin : seen;
+  }
+
+  // Scores of one query (row m of `scores`) become weights, of those keys that are `seen`; `keep` is for the sums before them.
+  template <bool MASKED>
+  void soften(long m, uint64_t seen, long query, Partial& out) {
+    __m512 s[BLOCKS], most = _mm512_set1_ps(-INFINITY);
     for (int b = 0; b < BLOCKS; b++) {
-      s[b] = _mm512_mul_ps((__m512)load(&scores[m * KEYS + b * LANES]), _mm512_set1_ps(scale));
-      if (~seen) s[b] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(seen >> b * LANES), s[b]);
+      s[b] = (__m512)load(&scores[m * KEYS + b * LANES]);
+      if (MASKED) s[b] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(seen >> b * LANES), s[b]);
       most = _mm512_max_ps(most, s[b]);
     }
     float before = out.top[query], best = std::max(before, _mm512_reduce_max_ps(most));
-    for (int b = 0; b < BLOCKS; b++) {
-      __m512 weight = powers(_mm512_sub_ps(s[b], _mm512_set1_ps(best)));
-      sum = _mm512_add_ps(sum, weight);
-      _mm256_storeu_si256((__m256i*)&weights[m * KEYS + b * LANES], narrow((vf)weight));
-    }
-    keep[m] = before == best ? 1.0f : power(before - best);
+    keep[m] = before == best ? 1.0f : exp2f(before - best);
     out.top[query] = best;
-    out.total[query] = out.total[query] * keep[m] + _mm512_reduce_add_ps(sum);
+    vf sum = totals[query] * keep[m];
+    for (int b = 0; b < BLOCKS; b++) {
+      vf weight = (vf)powers<MASKED>(_mm512_sub_ps(s[b], _mm512_set1_ps(best)));
+      sum += weight;
+      _mm256_storeu_si256((__m256i*)&weights[m * KEYS + b * LANES], narrow(weight));
+    }
+    totals[query] = sum;
   }
 };
 

@@ -45,9 +45,19 @@ def test_pages_take_what_weights_and_states_leave(report: Report, flags: tuple[s
     planned = report("--gpu-memory", "256MiB", "--gpu-memory-fraction", str(fraction), *flags)
     assert planned["model"]["device"] == "cuda"
     worker = planned["ranks"][0]
-    page = worker["kv_bytes"] // worker["pages"]
+    page = worker["kv_bytes"] // worker["pages"] + worker["rotation_bytes"] // worker["pages"]
+    assert worker["rotation_bytes"] == 4 * 8 * worker["tokens"], "8 rotary dims"
     assert fraction * size - page - 1 <= worker["memory_bytes"] <= fraction * size
     assert planned["model"]["max_model_len"] == worker["tokens"], "one sequence may have all pages"
+
+
+def test_rotations_end_with_the_model_s_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Then further pages bring none along, and are not paid for."""
+    write_random_checkpoint(tmp_path, SMALL_CONFIG | {"max_position_embeddings": 1024})
+    assert main(["inspect", str(tmp_path), "--json", "--gpu-memory", "64MiB", "--max-seqs", "64"]) == 0
+    worker = json.loads(capsys.readouterr().out)["ranks"][0]
+    assert worker["tokens"] > 1024
+    assert worker["rotation_bytes"] == 4 * 8 * 1024
 
 
 def test_experts_elsewhere_leave_more(report: Report) -> None:
