@@ -162,7 +162,10 @@ def gemm_rate() -> float:
     kernels = select_kernels(torch.device("cpu"))
     x, weight = torch.randn(rows, width), torch.randn(width, width).bfloat16()
     packed, rounded = kernels.pack_linear(weight), x.bfloat16()
-    products = (lambda: kernels.linear(x, packed), lambda: torch.nn.functional.linear(rounded, weight))
+    products: tuple[Callable[[], object], ...] = (
+        lambda: kernels.linear(x, packed),
+        lambda: torch.nn.functional.linear(rounded, weight),
+    )
     times = []
     for product in products:
         product()
