@@ -257,7 +257,7 @@ def _calibration(limits: SchedulerConfig, runner: ModelRunner, device: torch.dev
     apart, drafting = runner.timed_apart(), FixedDepth()
     engine = Engine(
         apart,
-        Agreeing(apart.kernels.choose_tokens),
+        Agreeing(apart.kernels.choose_tokens, limits.vocab_size),
         Scheduler(limits, drafting),
         device=device,
         stopwatch=apart.stopwatch,

@@ -5,11 +5,14 @@ Shapes: T rows, D model width, K experts per row.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from divisi.kernels.mixture.layout import Routed
+
+if TYPE_CHECKING:
+    from divisi.model.experts import ExpertBank
 
 
 class Pending(Protocol):
@@ -34,3 +37,12 @@ class Dispatcher(Protocol):
         T >= 1.
         """
         ...
+
+
+class InProcess:
+    """The base of a dispatcher whose experts are in this process, all of them: who has them can do without it."""
+
+    @property
+    def bank(self) -> ExpertBank | None:
+        """The experts; None while their rows are to be seen layer by layer."""
+        return None

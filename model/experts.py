@@ -68,6 +68,21 @@ class ExpertBank:
         return cls(kernels, layers, share, config.num_experts)
 
     @property
+    def bank(self) -> ExpertBank | None:
+        """Itself, if it holds all experts in the order of their ids."""
+        return self if self._holds_all else None
+
+    @property
+    def layers(self) -> Mapping[int, LayerExperts]:
+        """Every layer's."""
+        return self._layers
+
+    @property
+    def tree(self) -> Tree:
+        """In which a token's experts are summed."""
+        return self._tree
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights held."""
         return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)

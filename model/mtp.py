@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from divisi.kernels.native.fused import DraftLayer
 from divisi.kernels.select import Kernels
 from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 from divisi.model.config import ModelConfig
@@ -54,20 +55,22 @@ class MtpLayer:
     ) -> None:
         """`dtype` is that of activations."""
         self._dtype = dtype
-        self._config, self._weights, self._layer = config, weights, layer
+        self._config, self._weights, self.weights = config, weights, layer
         self._store, self._kernels = store, kernels
         mixer = layer.layer.mixer
         assert isinstance(mixer, AttentionWeights), "the MTP layer is one of full attention"
         self._norm, self._pool = mixer.norm, store.kv[config.mtp_index]
-        self._block = Block(config, kernels, layer.layer, config.mtp_index, store, _FIRST)
+        self.block = Block(config, kernels, layer.layer, config.mtp_index, store, _FIRST)
         hidden_SND = store.hidden_SND
         self._entries = hidden_SND.shape[1]
         self._hidden_ED = hidden_SND.view(-1, hidden_SND.shape[-1])
         """All entries of all slots."""
-        self._fused, self._most_rows = None, 0
+        self.fused: DraftLayer | None = None
+        """What begins its passes and keeps what steps leave, for steps of few rows."""
+        self._most_rows = 0
         if kernels.fused is not None and layer.kv_rows_bias_P is None:
             self._most_rows = kernels.fused.most_rows(layer.fc_DE)
-            self._fused = kernels.fused.drafts(
+            self.fused = kernels.fused.drafts(
                 weights.embed_VD, layer.embedding_scale_D, layer.hidden_scale_D, layer.fc_DE, layer.layer.input_scale_D,
                 layer.kv_rows_PD, mixer.norm, self._pool, hidden_SND, config.rms_norm_eps, config.rotary_dim // 2,
             )  # fmt: skip
@@ -75,15 +78,15 @@ class MtpLayer:
     def record(self, h_TD: Tensor, batch: StepBatch, cos_sin_TR: Tensor) -> None:
         """Write what a step's rows leave: their entries, and h (the model's final-norm outputs) to the slots."""
         decode = batch.decode
-        if self._fused is not None and decode is not None and self._takes(batch):
-            self._fused.record(
+        if self.fused is not None and decode is not None and self._takes(batch):
+            self.fused.record(
                 batch.token_ids_T, h_TD, cos_sin_TR, batch.kv_rows_T, decode.starts_S1, decode.lengths_S, decode.slots_S
             )
             return
         before_TD = self._keep(h_TD, batch)
         x_TD = self._input(batch.token_ids_T, before_TD)
-        normed_TD = self._kernels.rms_norm(x_TD, self._layer.layer.input_scale_D, self._config.rms_norm_eps)
-        kv_TP = biased(self._kernels.linear(normed_TD, self._layer.kv_rows_PD), self._layer.kv_rows_bias_P)
+        normed_TD = self._kernels.rms_norm(x_TD, self.weights.layer.input_scale_D, self._config.rms_norm_eps)
+        kv_TP = biased(self._kernels.linear(normed_TD, self.weights.kv_rows_PD), self.weights.kv_rows_bias_P)
         self._kernels.attention_inputs(kv_TP, cos_sin_TR, self._norm, self._pool, batch.kv_rows_T, 0)
 
     def draft(
@@ -101,18 +104,18 @@ class MtpLayer:
         assert batch.decode is not None, "decoding sequences draft"
         kernels, eps = self._kernels, self._config.rms_norm_eps
         residual_TD = self._begun(batch, batch.decode, hidden_SD)
-        mixed_TD = self._block.mix(residual_TD, None, cos_sin_TR, batch)
+        mixed_TD = self.block.mix(residual_TD, None, cos_sin_TR, batch)
         stopwatch.lap("draft")
-        update = self._block.feed(residual_TD, mixed_TD, batch, dispatcher, stopwatch)
-        out_TD = kernels.mixture.add_norm(residual_TD, update, self._layer.final_scale_D, eps)
+        update = self.block.feed(residual_TD, mixed_TD, batch, dispatcher, stopwatch)
+        out_TD = kernels.mixture.add_norm(residual_TD, update, self.weights.final_scale_D, eps)
         logits_SV = logits(kernels, out_TD, self._weights.head_VD)
         stopwatch.lap("draft")
         return Drafted(logits_SV, out_TD)
 
     def _begun(self, batch: StepBatch, decode: DecodeRows, hidden_SD: Tensor | None) -> Tensor:
         """What goes into the layer."""
-        if self._fused is not None and self._takes(batch):
-            return self._fused.input(batch.token_ids_T, hidden_SD, decode.starts_S1, decode.lengths_S, decode.slots_S)
+        if self.fused is not None and self._takes(batch):
+            return self.fused.input(batch.token_ids_T, hidden_SD, decode.starts_S1, decode.lengths_S, decode.slots_S)
         if hidden_SD is None:
             hidden_SD = self._hidden_ED.index_select(0, self._entry(decode.slots_S, decode.lengths_S - 1))
             hidden_SD = hidden_SD.to(self._dtype)
@@ -126,10 +129,10 @@ class MtpLayer:
         eps = self._config.rms_norm_eps
         embedded_TD = self._kernels.embed(self._weights.embed_VD, token_ids_T).to(self._dtype)
         parts = (
-            self._kernels.rms_norm(embedded_TD, self._layer.embedding_scale_D, eps),
-            self._kernels.rms_norm(h_TD, self._layer.hidden_scale_D, eps),
+            self._kernels.rms_norm(embedded_TD, self.weights.embedding_scale_D, eps),
+            self._kernels.rms_norm(h_TD, self.weights.hidden_scale_D, eps),
         )
-        return self._kernels.linear(torch.cat(parts, dim=-1), self._layer.fc_DE)
+        return self._kernels.linear(torch.cat(parts, dim=-1), self.weights.fc_DE)
 
     def _entry(self, slots_T: Tensor, positions_T: Tensor) -> Tensor:
         """Where the slots keep h of the positions, int32. That of a position before the first is another's: unread."""

@@ -5,19 +5,24 @@ Shapes: T rows, D model width, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from divisi.kernels.mixture.layout import Update
 from divisi.kernels.pass_memory import PassKind
+from divisi.kernels.sampling.layout import Draws
 from divisi.kernels.select import Kernels
 from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
-from divisi.model.dispatcher import Dispatcher
+from divisi.model.dispatcher import Dispatcher, InProcess
+from divisi.model.experts import ExpertBank
 from divisi.model.layers.block import Block
 from divisi.model.layers.head import logits
 from divisi.model.layers.rotary import Rotary
 from divisi.model.mtp import Drafted, MtpLayer
+from divisi.model.passes import WholePasses
 from divisi.model.state import Pairs, StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import Weights
@@ -47,9 +52,13 @@ class ModelRunner:
         self._blocks = [Block(config, kernels, layer, index, store) for index, layer in enumerate(weights.layers)]
         self._draft_passes = 0
         """Of the step under way, before the pass under way."""
-        self._mtp = None
+        self._mtp: MtpLayer | None = None
         if weights.mtp is not None:
             self._mtp = MtpLayer(config, weights, weights.mtp, store, kernels, self._activation_dtype)
+
+        self._bank: ExpertBank | None = None
+        self._whole: WholePasses | None = None
+        """Over the bank, the last one that a pass had."""
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
@@ -59,6 +68,8 @@ class ModelRunner:
         """
         kernels, device = self.kernels, batch.token_ids_T.device
         kernels.memory.begin("full", device, decoding=batch.prefill is None)
+        if (whole := self._whole_passes(batch, dispatcher)) is not None:
+            return whole.full(batch, self.stopwatch)
         residual_TD = kernels.embed(self._weights.embed_VD, batch.token_ids_T).to(self._activation_dtype)
         cos_sin_TR = self._cos_sin(batch.positions_T)
         self.stopwatch.lap("other")
@@ -89,7 +100,20 @@ class ModelRunner:
         self._draft_passes = 0 if hidden_SD is None else self._draft_passes + 1
         kind: PassKind = "odd draft" if self._draft_passes % 2 else "even draft"
         self.kernels.memory.begin(kind, batch.token_ids_T.device, decoding=True)
+        if (whole := self._whole_passes(batch, dispatcher)) is not None:
+            return whole.draft(batch, hidden_SD, self.stopwatch)
         return self._mtp.draft(batch, self._cos_sin(batch.positions_T), hidden_SD, dispatcher, self.stopwatch)
+
+    @torch.inference_mode()
+    def draft_all(
+        self, batches: Sequence[StepBatch], dispatcher: Dispatcher, draws: Draws
+    ) -> list[Tensor] | None:
+        """All draft passes of a step in one call: what each draws. None where they are to be run one by one.
+
+        The rows of each pass are the first of those before it; `draws` are of the rows of the first.
+        """
+        whole = self._whole_passes(batches[0], dispatcher)
+        return None if whole is None else whole.draft_all(batches, draws, self.stopwatch)
 
     @torch.inference_mode()
     def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
@@ -107,6 +131,18 @@ class ModelRunner:
     def timed_apart(self) -> ModelRunner:
         """The same weights and memory, with a stopwatch of its own."""
         return ModelRunner(self._config, self._weights, self.store, self.kernels)
+
+    def _whole_passes(self, batch: StepBatch, dispatcher: Dispatcher) -> WholePasses | None:
+        """What computes such a pass in one call; None where it goes layer by layer."""
+        fused = self.kernels.fused
+        if fused is None or not isinstance(dispatcher, InProcess) or (bank := dispatcher.bank) is None:
+            return None
+        if bank is not self._bank:
+            self._bank = bank
+            self._whole = WholePasses.of(
+                fused, self._config, self._weights, self._rotary, self._blocks, self._mtp, bank
+            )
+        return self._whole if self._whole is not None and self._whole.takes(batch) else None
 
     def _cos_sin(self, positions_T: Tensor) -> Tensor:
         shape = positions_T.shape[0], self._config.rotary_dim

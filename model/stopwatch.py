@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Literal
 
@@ -27,6 +28,14 @@ class Stopwatch:
         self._totals[part] = self._totals.get(part, 0.0) + now - self._last
         self.seconds += now - self._last
         self._last = now
+
+    def split(self, parts: Sequence[str], seconds: Sequence[float]) -> None:
+        """Charge the time since the last lap to several parts; what these leave of it was `other`."""
+        for part, spent in zip(parts, seconds, strict=True):
+            self._totals[part] = self._totals.get(part, 0.0) + spent
+            self.seconds += spent
+            self._last += spent
+        self.lap("other")
 
     def totals(self) -> dict[str, float]:
         """Seconds per part since construction."""

@@ -135,7 +135,7 @@ def time_steps(device: torch.device) -> str:
 
     def started(sequences: int, drafts: int) -> Callable[[], float]:
         engine = Engine(
-            runner, Agreeing(kernels.choose_tokens), Scheduler(limits), device=device, stopwatch=runner.stopwatch
+            runner, Agreeing(kernels.choose_tokens, limits.vocab_size), Scheduler(limits), device=device, stopwatch=runner.stopwatch
         )
         return _decoding(engine, LocalEnd(experts), config.vocab_size, sequences, drafts)
 

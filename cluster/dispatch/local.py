@@ -9,6 +9,8 @@ from torch import Tensor
 from divisi.cluster.dispatch.protocol import AllExperts, Peers, WorkerEnd
 from divisi.cluster.passes import Pass
 from divisi.kernels.mixture.layout import Routed
+from divisi.model.dispatcher import InProcess
+from divisi.model.experts import ExpertBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,16 @@ class Local:
         return LocalEnd(self.experts)
 
 
-class LocalEnd:
+class LocalEnd(InProcess):
     """Runs the experts when the sum is asked for."""
 
     def __init__(self, experts: AllExperts) -> None:
         self._experts = experts
+
+    @property
+    def bank(self) -> ExpertBank | None:
+        """See `divisi.model.dispatcher.InProcess`."""
+        return self._experts.bank
 
     def begin(self, step_pass: Pass) -> None:
         """See WorkerEnd."""

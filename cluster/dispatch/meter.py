@@ -14,6 +14,7 @@ from torch import Tensor
 
 from divisi.cluster.dispatch.protocol import AllExperts
 from divisi.kernels.mixture.layout import Routed
+from divisi.model.experts import ExpertBank
 
 T = TypeVar("T")
 
@@ -34,6 +35,11 @@ class MeteredExperts:
         """Whether what comes is counted. For the thread that runs the steps."""
         self.seconds = 0.0
         """Spent in measured calls; on a GPU, until they were launched."""
+
+    @property
+    def bank(self) -> ExpertBank | None:
+        """See AllExperts: there is nothing to see between two measurements."""
+        return None if self.measuring else self._experts.bank
 
     def partial_sum(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """See Experts."""

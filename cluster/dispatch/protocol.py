@@ -21,6 +21,7 @@ from divisi.cluster.passes import Pass
 from divisi.cluster.seats import Membership
 from divisi.kernels.mixture.layout import Routed
 from divisi.model.dispatcher import Dispatcher
+from divisi.model.experts import ExpertBank
 
 
 class Experts(Protocol):
@@ -37,6 +38,11 @@ class Experts(Protocol):
 
 class AllExperts(Experts, Protocol):
     """All of them, on the rank whose rows they get: the sum may be left to what comes next."""
+
+    @property
+    def bank(self) -> ExpertBank | None:
+        """See `divisi.model.dispatcher.InProcess`."""
+        ...
 
     def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
         """As `partial_sum`, or its terms."""

@@ -14,6 +14,7 @@ Shapes: R rows of logits, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
@@ -30,11 +31,12 @@ from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.engine.step.batch import BatchBuilder
 from divisi.cluster.engine.step.clock import PassClock
 from divisi.cluster.engine.step.drafts import Drafts, Row
-from divisi.cluster.engine.step.plan import NO_OPS, Outcome, StepPlan
+from divisi.cluster.engine.step.plan import NO_OPS, Outcome, Run, StepPlan
 from divisi.cluster.engine.step.sampling import Choice, StepSampler, rows_of, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.cluster.step_times import StepTimes
+from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.mtp import Drafted
@@ -59,6 +61,12 @@ class Runner(Protocol):
 
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         """Run a draft pass, of one row per sequence; `hidden_SD` comes from the pass before, None in the first."""
+        ...
+
+    def draft_all(
+        self, batches: Seq[StepBatch], dispatcher: Dispatcher, draws: Draws
+    ) -> list[Tensor] | None:
+        """All draft passes of a step at once: what each draws. None where they are to be run one by one."""
         ...
 
     def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
@@ -206,16 +214,39 @@ class Engine:
             raise
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
-        """One more draft of each sequence that drafts so far."""
-        drafts, rows = self._drafts, [Row(run, index) for run in plan.drafting[: plan.counts[index]]]
-        batch = self._builder.build_draft(plan, index, drafts)
+        """One more draft of each sequence that drafts so far; or all that the step is to have, with the first."""
+        if self._drafts.complete:
+            return
+        batch = self._builder.build_draft(plan, index, self._drafts)
+        if index == 0 and self._draft_at_once(plan, dispatcher):
+            self._clock.mark(len(plan.counts) - 1)
+            return
+        self._draft_one(plan.drafting[: plan.counts[index]], index, batch, dispatcher)
+        self._clock.mark()
+
+    def _draft_at_once(self, plan: StepPlan, dispatcher: Dispatcher) -> bool:
+        """Where nothing but the drafts before it decides about a draft, and the model is in this process."""
+        draws = self._sampler.draws(plan.drafting)
+        if draws is None:
+            return False
+        self._stopwatch.lap("scheduler")
+        passes = self._runner.draft_all(self._builder.draft_passes, dispatcher, draws)
+        if passes is None:
+            return False
+        for ahead, token_ids_S in enumerate(passes):
+            rows = [Row(run, ahead) for run in plan.drafting[: plan.counts[ahead]]]
+            self._drafts.add([row.run for row in rows], self._sampler.drafted(rows, token_ids_S))
+        self._drafts.complete = True
+        return True
+
+    def _draft_one(self, runs: Iterable[Run], index: int, batch: StepBatch, dispatcher: Dispatcher) -> None:
+        drafts, rows = self._drafts, [Row(run, index) for run in runs]
         self._sampler.ask(rows, drafts)
         self._stopwatch.lap("scheduler")
         hidden_SD = None if drafts.hidden_SD is None else drafts.hidden_SD[: len(rows)]
         logits_SV, drafts.hidden_SD = self._runner.draft(batch, dispatcher, hidden_SD)
         drafts.add([row.run for row in rows], self._sampler.draft(rows, logits_SV, drafts))
         self._stopwatch.lap("sampling")
-        self._clock.mark()
 
     def _run_full(self, plan: StepPlan, dispatcher: Dispatcher) -> None:
         batch = self._builder.build(plan, self._drafts)

@@ -1,50 +1,6 @@
 // What stands around a layer's mixer and its experts, in one call each, for steps of few rows: these take longer to be
 // called than to be computed. The parts are those of the other files, so the bits are theirs.
-#include "calls.h"
-#include "simd.h"
-#include <vector>
-
-struct Matrix { const void* values; long outputs, inputs, format; };  // fp32, bf16, or bf16 packed
-enum Format { FP32, BF16, PACKED };
-struct Norm { const float* scale; float eps; };
-struct Projection { Norm norm; Matrix weight; };
-struct DeltaLayer { Projection in; const Delta* delta; Matrix out; long channels; };
-struct QkNorm { const float *query, *key; float eps; };
-struct Pool { void *keys, *values; long is_bf16, page_size, heads, dim; };
-struct AttentionLayer { Projection in; QkNorm norm; Pool pool; Matrix out; long heads, half, tiled, first; };
-struct Router { Projection in; long experts, chosen, normalise; };
-struct DraftInput { Matrix embedding; Norm token, hidden; Matrix fc; };
-struct DraftEntry { DraftInput input; Projection in; QkNorm norm; Pool pool; long half; float* hidden; long entries; };
-
-// Memory of the calling thread, which grows to its largest step of few rows.
-template <int PLACE>
-static float* scratch(long count) {
-  static thread_local std::vector<float> values;
-  if ((long)values.size() < count) values.resize(count);
-  return values.data();
-}
-
-static void product(const float* x, const Matrix& w, float* y, long t, int threads) {
-#if defined(__AVX512BF16__)
-  if (w.format == PACKED) return divisi_packed_linear(x, w.values, y, t, w.outputs, w.inputs, threads);
-#endif
-  divisi_linear(x, w.values, w.format == BF16, y, t, w.outputs, w.inputs, threads);
-}
-
-static void embed(const Matrix& w, const int64_t* tokens, float* out, long t) {
-#if defined(__AVX512BF16__)
-  if (w.format == PACKED) return divisi_packed_rows(w.values, tokens, out, t, w.outputs, w.inputs);
-#endif
-  for (long i = 0; i < t; i++)
-    for (long c = 0; c < w.inputs; c++) {
-      long at = tokens[i] * w.inputs + c;
-      out[i * w.inputs + c] = w.format == BF16 ? scalar((const bf16*)w.values + at) : ((const float*)w.values)[at];
-    }
-}
-
-static void normed(const Norm& norm, float* residual, const float* update, float* x, long t, long d) {
-  divisi_add_rms_norm(residual, update, norm.scale, x, t, d, norm.eps);
-}
+#include "layers.h"
 
 // residual += update (unless null); x = its norm, y = x . w
 static void project(const Projection& in, float* residual, const float* update, float* x, float* y, long t, int threads) {

@@ -23,29 +23,29 @@ from divisi.kernels.native.dense import GEMM_ROWS
 from divisi.kernels.native.loader import Library, pointer
 
 
-def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
-    """A mirror of the structure of that name in fused/native.cpp."""
+def structure(name: str, **fields: type) -> type[ctypes.Structure]:
+    """A mirror of the C++ structure of that name."""
     return type(name, (ctypes.Structure,), {"_fields_": [*fields.items()]})
 
 
-_Address, _Long = ctypes.c_void_p, ctypes.c_long
-_Matrix = _structure("Matrix", values=_Address, outputs=_Long, inputs=_Long, format=_Long)
-_Norm = _structure("Norm", scale=_Address, eps=ctypes.c_float)
-_Projection = _structure("Projection", norm=_Norm, weight=_Matrix)
-_DeltaLayer = _structure("DeltaLayer", projection=_Projection, delta=_Address, out=_Matrix, channels=_Long)
-_QkNorm = _structure("QkNorm", query=_Address, key=_Address, eps=ctypes.c_float)
-_Pool = _structure(
-    "Pool", keys=_Address, values=_Address, is_bf16=_Long, page_size=_Long, heads=_Long, dim=_Long
+Address, Long = ctypes.c_void_p, ctypes.c_long
+MatrixStruct = structure("Matrix", values=Address, outputs=Long, inputs=Long, format=Long)
+NormStruct = structure("Norm", scale=Address, eps=ctypes.c_float)
+_Projection = structure("Projection", norm=NormStruct, weight=MatrixStruct)
+_DeltaLayer = structure("DeltaLayer", projection=_Projection, delta=Address, out=MatrixStruct, channels=Long)
+_QkNorm = structure("QkNorm", query=Address, key=Address, eps=ctypes.c_float)
+_Pool = structure(
+    "Pool", keys=Address, values=Address, is_bf16=Long, page_size=Long, heads=Long, dim=Long
 )  # fmt: skip
-_AttentionLayer = _structure(
-    "AttentionLayer", projection=_Projection, norm=_QkNorm, pool=_Pool, out=_Matrix, heads=_Long, half=_Long,
-    tiled=_Long, first=_Long,
+_AttentionLayer = structure(
+    "AttentionLayer", projection=_Projection, norm=_QkNorm, pool=_Pool, out=MatrixStruct, heads=Long, half=Long,
+    tiled=Long, first=Long,
 )  # fmt: skip
-_Router = _structure("Router", projection=_Projection, experts=_Long, chosen=_Long, normalise=_Long)
-_DraftInput = _structure("DraftInput", embedding=_Matrix, token=_Norm, hidden=_Norm, fc=_Matrix)
-_DraftEntry = _structure(
-    "DraftEntry", input=_DraftInput, projection=_Projection, norm=_QkNorm, pool=_Pool, half=_Long, hidden=_Address,
-    entries=_Long,
+_Router = structure("Router", projection=_Projection, experts=Long, chosen=Long, normalise=Long)
+_DraftInput = structure("DraftInput", embedding=MatrixStruct, token=NormStruct, hidden=NormStruct, fc=MatrixStruct)
+_DraftEntry = structure(
+    "DraftEntry", input=_DraftInput, projection=_Projection, norm=_QkNorm, pool=_Pool, half=Long, hidden=Address,
+    entries=Long,
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ class Fused:
     """Makes the fused operations of a model's layers."""
 
     def __init__(self, library: Library, deterministic: bool) -> None:
-        self._library, self._functions = library, library.functions
+        self.library, self._functions = library, library.functions
         self._deterministic = deterministic
 
     def most_rows(self, weight: Matrix) -> int:
@@ -73,9 +73,9 @@ class Fused:
         """A gated attention mixer with the norm before it; `half` of a head's rotary dims, `first` visible position."""
         _, heads = _size(out_DX)
         struct = _AttentionLayer(
-            _projection(scale_D, eps, rows_PD), _qk_norm(norm), _pool(pool), _matrix(out_DX),
+            _projection(scale_D, eps, rows_PD), _qk_norm(norm), _pool(pool), matrix_struct(out_DX),
             heads=heads // pool.key_PJD.shape[2], half=half, first=first,
-            tiled=self._library.variant.bf16 and pool.key_PJD.dtype is torch.bfloat16,
+            tiled=self.library.variant.bf16 and pool.key_PJD.dtype is torch.bfloat16,
         )  # fmt: skip
         return Attention(self._functions, struct, (scale_D, rows_PD, norm, pool, out_DX))
 
@@ -91,9 +91,8 @@ class Fused:
         kv_rows_PD: Matrix, norm: QkNorm, pool: KvPool, hidden_SND: Tensor, eps: float, half: int,
     ) -> DraftLayer:  # fmt: skip
         """What goes into the MTP layer, and what its entries come from."""
-        given = _DraftInput(
-            _matrix(embed_VD), _norm(token_scale_D, eps), _norm(hidden_scale_D, eps), _matrix(fc_DE)
-        )  # fmt: skip
+        token, hidden = norm_struct(token_scale_D, eps), norm_struct(hidden_scale_D, eps)
+        given = _DraftInput(matrix_struct(embed_VD), token, hidden, matrix_struct(fc_DE))
         struct = _DraftEntry(
             given, _projection(input_scale_D, eps, kv_rows_PD), _qk_norm(norm), _pool(pool), half,
             pointer(hidden_SND), hidden_SND.shape[1],
@@ -111,6 +110,11 @@ class _Call:
         self._functions, self._struct, self._held = functions, struct, held
         self._layer = ctypes.byref(struct)
 
+    @property
+    def address(self) -> int:
+        """Of the structure, which lives as long as this."""
+        return ctypes.addressof(self._struct)
+
 
 class DeltaNet(_Call):
     """Advances each sequence's recurrence by its rows."""
@@ -118,7 +122,7 @@ class DeltaNet(_Call):
     def __init__(
         self, functions: ctypes.CDLL, projection: ctypes.Structure, delta: LayerPointers, out_DX: Matrix
     ) -> None:
-        struct = _DeltaLayer(projection, ctypes.addressof(delta.struct), _matrix(out_DX), delta.widths[0])
+        struct = _DeltaLayer(projection, ctypes.addressof(delta.struct), matrix_struct(out_DX), delta.widths[0])
         super().__init__(functions, struct, (delta, out_DX))
 
     def __call__(
@@ -202,26 +206,28 @@ class DraftLayer(_Call):
         )  # fmt: skip
 
 
-def _matrix(weight: Matrix) -> ctypes.Structure:
+def matrix_struct(weight: Matrix) -> ctypes.Structure:
+    """Of a matrix, or of several of one size one after the other."""
     outputs, inputs = _size(weight)
     if isinstance(weight, PackedMatrix):
-        return _Matrix(weight.data.data_ptr(), outputs, inputs, 2)
-    return _Matrix(pointer(plain_rows(weight)), outputs, inputs, int(weight.dtype is torch.bfloat16))
+        return MatrixStruct(weight.data.data_ptr(), outputs, inputs, 2)
+    return MatrixStruct(pointer(plain_rows(weight)), outputs, inputs, int(weight.dtype is torch.bfloat16))
 
 
 def _size(weight: Matrix) -> tuple[int, int]:
     if isinstance(weight, PackedMatrix):
         return weight.outputs, weight.inputs
     rows = plain_rows(weight)
-    return rows.shape[0], rows.shape[1]
+    return rows.shape[-2], rows.shape[-1]
 
 
-def _norm(scale_D: Tensor, eps: float) -> ctypes.Structure:
-    return _Norm(pointer(scale_D), eps)
+def norm_struct(scale_D: Tensor, eps: float) -> ctypes.Structure:
+    """Of an RMS norm."""
+    return NormStruct(pointer(scale_D), eps)
 
 
 def _projection(scale_D: Tensor, eps: float, weight: Matrix) -> ctypes.Structure:
-    return _Projection(_norm(scale_D, eps), _matrix(weight))
+    return _Projection(norm_struct(scale_D, eps), matrix_struct(weight))
 
 
 def _qk_norm(norm: QkNorm) -> ctypes.Structure:

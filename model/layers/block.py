@@ -34,15 +34,16 @@ class Block:
     ) -> None:
         self._config, self._kernels, self._weights, self._index, self._first = config, kernels, weights, index, first
         self._pool, self._delta = store.kv.get(index), store.delta.get(index)
-        self._fused: FusedBlock | None = None
+        self.fused: FusedBlock | None = None
+        """Its operations for steps of few rows; None where they are not all there."""
         if kernels.fused is not None:
-            self._fused = FusedBlock.of(kernels.fused, config, weights, self._pool, self._delta, first)
+            self.fused = FusedBlock.of(kernels.fused, config, weights, self._pool, self._delta, first)
 
     def mix(self, residual_TD: Tensor, update: Update | None, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
         """Add the update to the residual, and return the mixer's own."""
-        if self._fused is not None and self._fused.takes(batch):
+        if self.fused is not None and self.fused.takes(batch):
             assert update is None or isinstance(update, Tensor), "where operations are fused, updates are summed"
-            return self._fused.mix(residual_TD, update, cos_sin_TR, batch)
+            return self.fused.mix(residual_TD, update, cos_sin_TR, batch)
         scale_D, eps = self._weights.input_scale_D, self._config.rms_norm_eps
         if update is None:
             x_TD = self._kernels.rms_norm(residual_TD, scale_D, eps)
@@ -66,8 +67,8 @@ class Block:
             y_TD = dense(self._kernels, mlp, x_TD)
             stopwatch.lap("experts")
             return y_TD
-        if self._fused is not None and self._fused.takes(batch):
-            x_TD, rows = self._fused.route(residual_TD, mixed_TD)
+        if self.fused is not None and self.fused.takes(batch):
+            x_TD, rows = self.fused.route(residual_TD, mixed_TD)
         else:
             x_TD = self._kernels.add_rms_norm(residual_TD, mixed_TD, scale_D, eps)
             chosen, normalise = self._config.num_experts_per_tok, self._config.norm_topk_prob

@@ -7,7 +7,6 @@ Shapes: T rows, D model width, R rotary dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 from torch import Tensor
@@ -15,19 +14,19 @@ from torch import Tensor
 from divisi.kernels.attention.layout import KvPool
 from divisi.kernels.gated_delta.layout import DeltaState
 from divisi.kernels.mixture.layout import MixtureRows
-from divisi.kernels.native.fused import Fused, NormRoute
-from divisi.model.batch import DecodeRows, StepBatch
+from divisi.kernels.native.fused import Attention, DeltaNet, Fused, NormRoute
+from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.weights import AttentionWeights, LayerWeights, MlpWeights
 
-Mix = Callable[[Tensor, Tensor | None, Tensor, Tensor, DecodeRows], Tensor]
+Mixer = Attention | DeltaNet
 
 
 class FusedBlock:
     """Of one layer."""
 
-    def __init__(self, most_rows: int, mix: Mix, norm_route: NormRoute | None) -> None:
-        self._most_rows, self._mix, self._norm_route = most_rows, mix, norm_route
+    def __init__(self, most_rows: int, mixer: Mixer, norm_route: NormRoute | None) -> None:
+        self.most_rows, self.mixer, self.norm_route = most_rows, mixer, norm_route
 
     @classmethod
     def of(
@@ -38,42 +37,40 @@ class FusedBlock:
         mixer = weights.mixer
         if isinstance(mixer, AttentionWeights) and mixer.rows_bias_P is not None:
             return None
-        mix = _mix(fused, config, weights, pool, delta, first)
-        return cls(fused.most_rows(mixer.rows_PD), mix, _norm_route(fused, config, weights))
+        made = _mixer(fused, config, weights, pool, delta, first)
+        return cls(fused.most_rows(mixer.rows_PD), made, _norm_route(fused, config, weights))
 
     def takes(self, batch: StepBatch) -> bool:
         """Whether it computes such a step's rows."""
-        return batch.prefill is None and batch.num_tokens <= self._most_rows
+        return batch.prefill is None and batch.num_tokens <= self.most_rows
 
     def mix(self, residual_TD: Tensor, update_TD: Tensor | None, cos_sin_TR: Tensor, batch: StepBatch) -> Tensor:
         """Norm and mixer."""
-        assert batch.decode is not None, "rows decode or prefill"
-        return self._mix(residual_TD, update_TD, cos_sin_TR, batch.kv_rows_T, batch.decode)
+        decode = batch.decode
+        assert decode is not None, "rows decode or prefill"
+        if isinstance(self.mixer, DeltaNet):
+            return self.mixer(residual_TD, update_TD, decode.starts_S1, decode.lengths_S, decode.slots_S)
+        return self.mixer(
+            residual_TD, update_TD, cos_sin_TR, batch.kv_rows_T, decode.starts_S1, decode.lengths_S, decode.pages_SN
+        )
 
     def route(self, residual_TD: Tensor, mixed_TD: Tensor) -> tuple[Tensor, MixtureRows]:
         """Norm and router: the normed rows, and where they go."""
-        assert self._norm_route is not None, "the layer has experts"
-        x_TD, logits_TE, ids_TK, gates_TK = self._norm_route(residual_TD, mixed_TD)
+        assert self.norm_route is not None, "the layer has experts"
+        x_TD, logits_TE, ids_TK, gates_TK = self.norm_route(residual_TD, mixed_TD)
         return x_TD, MixtureRows(ids_TK, gates_TK, logits_TE[:, -1], None)
 
 
-def _mix(
+def _mixer(
     fused: Fused, config: ModelConfig, weights: LayerWeights, pool: KvPool | None, delta: DeltaState | None, first: int
-) -> Mix:
+) -> Mixer:
     mixer, scale_D, eps = weights.mixer, weights.input_scale_D, config.rms_norm_eps
     if isinstance(mixer, AttentionWeights):
         assert pool is not None, "a layer of attention has pages"
-        attention = fused.attention(
-            scale_D, eps, mixer.rows_PD, mixer.norm, pool, mixer.out_DX, half=config.rotary_dim // 2, first=first
-        )
-        return lambda residual_TD, update_TD, cos_sin_TR, kv_rows_T, decode: attention(
-            residual_TD, update_TD, cos_sin_TR, kv_rows_T, decode.starts_S1, decode.lengths_S, decode.pages_SN
-        )
+        half = config.rotary_dim // 2
+        return fused.attention(scale_D, eps, mixer.rows_PD, mixer.norm, pool, mixer.out_DX, half=half, first=first)
     assert delta is not None, "a linear layer has state slots"
-    delta_net = fused.delta_net(scale_D, eps, mixer.rows_PD, mixer.delta, delta, mixer.out_DX)
-    return lambda residual_TD, update_TD, cos_sin_TR, kv_rows_T, decode: delta_net(
-        residual_TD, update_TD, decode.starts_S1, decode.lengths_S, decode.slots_S
-    )
+    return fused.delta_net(scale_D, eps, mixer.rows_PD, mixer.delta, delta, mixer.out_DX)
 
 
 def _norm_route(fused: Fused, config: ModelConfig, weights: LayerWeights) -> NormRoute | None:

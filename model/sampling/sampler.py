@@ -158,6 +158,10 @@ class Sampler:
             logprobs = token_logprobs(logits_RV[rows_L], chosen_L, batch.most_logprobs)
         return Sampled(token_ids_R, logprobs)
 
+    def drawn(self, token_ids_R: Tensor, batch: SamplingBatch, positions: Sequence[int]) -> Tensor:
+        """The tokens of rows without rules that were drawn elsewhere, as this has them."""
+        return token_ids_R
+
 
 def token_logprobs(logits_LV: Tensor, token_ids_L: Tensor, num_top: int) -> Logprobs:
     """Log-softmax of fp32 logits at one token per row, and at the `num_top` best (the lowest id first among equals)."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request
+from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import PrefillRows, StepBatch
 from divisi.model.dispatcher import Dispatcher, Pending
 from divisi.model.mtp import Drafted
@@ -143,6 +144,9 @@ class FakeRunner:
             dispatcher.dispatch(layer.number, empty, empty.int(), empty).combine()
         self._record(batch)
         return _BANK[[hash(tuple(values)) % len(_BANK) for values in found]]
+
+    def draft_all(self, batches: Sequence[StepBatch], dispatcher: Dispatcher, draws: Draws) -> None:
+        """Passes are run one by one."""
 
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         """One scripted draft of each row."""

@@ -48,6 +48,8 @@ class DenseExperts:
             sums.append(sum_in_tree(parts_TKD, expert_ids_TK % leaves, size))
         return torch.cat(sums, dim=1)
 
+    bank = None
+
     def routed(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         return self.partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
 

@@ -37,6 +37,12 @@ class _Held:
     length: int = 0
 
 
+class LayerByLayer(LocalEnd):
+    """Experts in this process whose rows are seen at every layer, as by a meter that measures."""
+
+    bank = None
+
+
 @dataclass
 class _Run:
     held: _Held
@@ -76,9 +82,13 @@ class ModelSteps:
 
     def draft(self, tokens: Mapping[int, int], ahead: int, hidden: Tensor | None) -> Drafted:
         """One pass over the MTP layer: a token of each sequence, so many positions past the committed length."""
+        return self.runner.draft(self.draft_batch(tokens, ahead), self.dispatcher, hidden)
+
+    def draft_batch(self, tokens: Mapping[int, int], ahead: int) -> StepBatch:
+        """The rows of such a pass."""
         runs = [_Run(replace(held, length=held.length + ahead), [token], 0) for held, token in self._of(tokens)]
         positions = [run.held.length for run in runs]
-        batch = StepBatch(
+        return StepBatch(
             token_ids_T=torch.tensor([*tokens.values()]),
             positions_T=_ints(positions),
             kv_rows_T=_ints(
@@ -89,7 +99,6 @@ class ModelSteps:
             decode_rows=len(runs),
             logit_rows_R=torch.arange(len(runs)),
         )
-        return self.runner.draft(batch, self.dispatcher, hidden)
 
     def _of(self, tokens: Mapping[int, int]) -> list[tuple[_Held, int]]:
         return [(self.held[index], token) for index, token in tokens.items()]

@@ -6,6 +6,7 @@ Shapes: T rows, S sequences, N pages, R rows of logits, M page tables, L states 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,12 @@ from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
 
 _ALIGNED = 4
 """Integers; 16 bytes, at which GPU kernels like their arrays to begin."""
+
+
+_MOST_KEPT = 4096
+"""Shapes of batches."""
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 
 class BatchBuilder:
@@ -44,11 +51,15 @@ class BatchBuilder:
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
         self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
-        self._drafting = (self._starts_S1[:0],) * 4
+        self.draft_passes: list[StepBatch] = []
+        """Of the step under way, once the first of them was built."""
+        self._decoding: dict[tuple[int, int, int], StepBatch] = {}
+        self._drafts: dict[tuple[tuple[int, ...], int], list[StepBatch]] = {}
+        """Batches of decoding rows and of draft passes, by their shapes: the same memory with other numbers in it."""
         shape = (config.max_seqs, config.max_pages_per_sequence)
         self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
         self._tables = {kind: torch.empty(0, dtype=torch.int32, device=device) for kind in ("decode", "draft")}
-        """Of the passes under way, on a GPU."""
+        """Of the passes under way."""
 
     def grow(self, growths: tuple[PageGrowth, ...]) -> None:
         """Write the pages that sequences got since the last call."""
@@ -70,20 +81,28 @@ class BatchBuilder:
         self._fill_rings(plan.rings, ints[positions], ints[kv_rows])
         for run in plan.scans:
             self._fill_scan(run, ints[positions], ints[kv_rows])
-        decode, prefill = self._decode_slices(plan.rings), self._prefill_slices(plan.scans)
+        decode = self._decode_slices(plan.rings) if plan.rings else []
+        prefill = self._prefill_slices(plan.scans) if plan.scans else []
         drafted, drafts_by_pass = ints.put(_drafted_rows(plan)), drafts.by_pass
         on_device, token_ids_T = ints.on_device(), self._token_ids_T.on_device(num_rows)
         if drafts_by_pass:
             token_ids_T.index_copy_(0, on_device[drafted].long(), torch.cat(drafts_by_pass).clamp_(min=0))
-        return StepBatch(
+        width = self._take_tables("decode", plan.rings, on_device[decode[-1]]) if plan.rings else 0
+        shape = num_rows, len(plan.rings), width
+        if not plan.scans and (known := self._decoding.get(shape)) is not None:
+            return known
+        batch = StepBatch(
             token_ids_T=token_ids_T,
             positions_T=on_device[positions],
             kv_rows_T=on_device[kv_rows],
-            decode=self._decode_rows(plan.rings, [on_device[part] for part in decode]) if plan.rings else None,
+            decode=self._decode_rows(len(plan.rings), width, [on_device[part] for part in decode[:-1]]),
             prefill=self._prefill_rows(plan.scans, [on_device[part] for part in prefill]) if plan.scans else None,
             decode_rows=plan.scans[0].row if plan.scans else num_rows,
             logit_rows_R=self._logit_rows(plan),
         )
+        if not plan.scans:
+            _keep(self._decoding, shape, batch)
+        return batch
 
     def build_draft(self, plan: StepPlan, index: int, drafts: Drafts) -> StepBatch:
         """Lay out a draft pass: a row for each run that drafts so far, of its last token or its last draft.
@@ -92,39 +111,50 @@ class BatchBuilder:
         """
         count = plan.counts[index]
         if index == 0:
-            self._drafting = self._lay_out_drafting(plan)
+            self.draft_passes = self._lay_out_drafting(plan)
             self._token_ids[:count] = [run.sequence.tokens[run.start] for run in plan.drafting[:count]]
-            token_ids_T = self._token_ids_T.on_device(count)
+            self._token_ids_T.on_device(count)
         else:
-            token_ids_T = torch.clamp(drafts.by_pass[-1][:count], min=0, out=self._token_ids_T.there(count))
-        slots_S, pages_SN = (part[:count] for part in self._drafting[:2])
-        positions_T, kv_rows_T = (part[index, :count] for part in self._drafting[2:])
-        return StepBatch(
-            token_ids_T=token_ids_T,
-            positions_T=positions_T,
-            kv_rows_T=kv_rows_T,
-            decode=DecodeRows(self._starts_S1[: count + 1], positions_T, slots_S, pages_SN),
-            prefill=None,
-            decode_rows=count,
-            logit_rows_R=self._logit_rows_T[:count],
-        )
+            torch.clamp(drafts.by_pass[-1][:count], min=0, out=self._token_ids_T.device[:count])
+        return self.draft_passes[index]
 
-    def _lay_out_drafting(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Slots [S] and page tables [S, N] of a step's draft passes; positions and KV rows [K, S] of each."""
-        runs, ints, size = plan.drafting, self._ints, self._page_size
+    def _lay_out_drafting(self, plan: StepPlan) -> list[StepBatch]:
+        """Slots and page tables of a step's draft passes, and positions and KV rows of each; its passes."""
+        runs, counts, ints, size = plan.drafting, plan.counts[:-1], self._ints, self._page_size
         ints.clear()
-        width = -(-len(runs) // _ALIGNED) * _ALIGNED
+        aligned = -(-len(runs) // _ALIGNED) * _ALIGNED
         positions: list[int] = []
         kv_rows: list[int] = []
-        for index, count in enumerate(plan.counts[:-1]):
-            padding = [0] * (width - count)
+        for index, count in enumerate(counts):
+            padding = [0] * (aligned - count)
             positions += [run.start + index for run in runs[:count]] + padding
             kv_rows += [_kv_row(run, run.start + index, size) for run in runs[:count]] + padding
         slots, tables = ints.put([run.source for run in runs]), ints.put([run.sequence.holding.table for run in runs])
         parts = ints.put(positions), ints.put(kv_rows)
         on_device = ints.on_device()
-        positions_KS, kv_rows_KS = (on_device[part].view(-1, width) for part in parts)
-        return on_device[slots], self._static_pages("draft", runs, on_device[tables]), positions_KS, kv_rows_KS
+        width = self._take_tables("draft", runs, on_device[tables])
+        if (known := self._drafts.get((counts, width))) is not None:
+            return known
+        pages_SN = self._tables["draft"][: len(runs) * width].view(len(runs), width)
+        positions_KS, kv_rows_KS = (on_device[part].view(-1, aligned) for part in parts)
+        passes = [
+            self._draft_pass(positions_KS[index, :count], kv_rows_KS[index, :count], on_device[slots], pages_SN)
+            for index, count in enumerate(counts)
+        ]
+        _keep(self._drafts, (counts, width), passes)
+        return passes
+
+    def _draft_pass(self, positions_T: Tensor, kv_rows_T: Tensor, slots_S: Tensor, pages_SN: Tensor) -> StepBatch:
+        count = len(positions_T)
+        return StepBatch(
+            token_ids_T=self._token_ids_T.device[:count],
+            positions_T=positions_T,
+            kv_rows_T=kv_rows_T,
+            decode=DecodeRows(self._starts_S1[: count + 1], positions_T, slots_S[:count], pages_SN[:count]),
+            prefill=None,
+            decode_rows=count,
+            logit_rows_R=self._logit_rows_T[:count],
+        )
 
     def _fill_rings(self, runs: Sequence[Run], positions: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
         """All but the drafts, which are on the device."""
@@ -153,9 +183,12 @@ class BatchBuilder:
             put([run.sequence.holding.table for run in runs]),
         ]
 
-    def _decode_rows(self, runs: Sequence[Run], parts: Sequence[Tensor]) -> DecodeRows:
-        starts_S1, lengths_S, slots_S, tables_S = parts
-        return DecodeRows(starts_S1, lengths_S, slots_S, self._static_pages("decode", runs, tables_S))
+    def _decode_rows(self, sequences: int, width: int, parts: Sequence[Tensor]) -> DecodeRows | None:
+        if not sequences:
+            return None
+        starts_S1, lengths_S, slots_S = parts
+        pages_SN = self._tables["decode"][: sequences * width].view(sequences, width)
+        return DecodeRows(starts_S1, lengths_S, slots_S, pages_SN)
 
     def _prefill_slices(self, runs: Sequence[Run]) -> list[slice]:
         put = self._ints.put
@@ -180,16 +213,16 @@ class BatchBuilder:
         num_pages = -(-max([run.end for run in runs]) // self._page_size)
         return self._page_tables_MN[:, :num_pages].index_select(0, tables_S)
 
-    def _static_pages(self, kind: str, runs: Sequence[Run], tables_S: Tensor) -> Tensor:
-        """The same at an address that stays, wider than needed."""
-        if self._device.type == "cpu":
-            return self._pages(runs, tables_S)
-        num_pages, most = -(-max([run.end for run in runs]) // self._page_size), self._page_tables_MN.shape[1]
-        width = min(1 << (num_pages - 1).bit_length(), most)
+    def _take_tables(self, kind: str, runs: Sequence[Run], tables_S: Tensor) -> int:
+        """Have the page tables of some runs lie side by side; returns their width: on a GPU a power of two."""
+        width, most = -(-max([run.end for run in runs]) // self._page_size), self._page_tables_MN.shape[1]
+        if self._device.type != "cpu":
+            width = min(1 << (width - 1).bit_length(), most)
         if not self._tables[kind].numel():
             self._tables[kind] = torch.empty_like(self._page_tables_MN).flatten()
         pages_SN = self._tables[kind][: len(runs) * width].view(len(runs), width)
-        return torch.index_select(self._page_tables_MN[:, :width], 0, tables_S, out=pages_SN)
+        torch.index_select(self._page_tables_MN[:, :width], 0, tables_S, out=pages_SN)
+        return width
 
     def _logit_rows(self, plan: StepPlan) -> Tensor:
         if not plan.scans:
@@ -206,17 +239,13 @@ class _Mirrored:
         # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out. What is
         # copied from here is in the driver's own memory when the call returns, which waits for no work of the device.
         self.host = torch.zeros(size, dtype=dtype)
-        self._copy = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
+        self.device = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
 
     def on_device(self, count: int) -> Tensor:
         """The first so many, at the same address each time."""
-        if self._copy is self.host:
+        if self.device is self.host:
             return self.host[:count]
-        return self._copy[:count].copy_(self.host[:count], non_blocking=True)
-
-    def there(self, count: int) -> Tensor:
-        """The memory of the first so many on the device, to be written there."""
-        return self._copy[:count]
+        return self.device[:count].copy_(self.host[:count], non_blocking=True)
 
 
 class _IntBuffer:
@@ -251,6 +280,13 @@ class _IntBuffer:
 def _drafted_rows(plan: StepPlan) -> list[int]:
     """The rows of drafts, pass by pass."""
     return [run.row + 1 + index for index, count in enumerate(plan.counts[:-1]) for run in plan.drafting[:count]]
+
+
+def _keep(known: dict[KeyT, ValueT], key: KeyT, value: ValueT) -> None:
+    """Remember a value, and forget all others once there are too many."""
+    if len(known) >= _MOST_KEPT:
+        known.clear()
+    known[key] = value
 
 
 def _kv_row(run: Run, position: int, page_size: int) -> int:

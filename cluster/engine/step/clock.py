@@ -21,13 +21,15 @@ class PassClock:
         self._events, self._times = [], []
         self.mark()
 
-    def mark(self) -> None:
-        """A pass ends, or the first one begins."""
+    def mark(self, passes: int = 1) -> None:
+        """A pass ends, or the first one begins; or `passes` end that were one call: each counts as much of it."""
         if self._on_gpu:
             self._events.append(torch.cuda.Event(enable_timing=True))
             self._events[-1].record()
-        else:
-            self._times.append(perf_counter())
+            return
+        now = perf_counter()
+        before = self._times[-1] if self._times else now
+        self._times += [before + (now - before) * ended / passes for ended in range(1, passes + 1)]
 
     def seconds(self) -> list[float]:
         """Of each pass that was marked; asked for once the device is past them, which reading a later result shows."""

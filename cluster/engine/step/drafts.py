@@ -41,6 +41,8 @@ class Drafts:
         self._passes: list[tuple[list[Run], Tensor]] = []
         self._read = 0
         """Passes whose drafts are among the tokens."""
+        self.complete = False
+        """Whether all passes have drafted, at once."""
         self._tokens: dict[int, list[int]] = {}
 
     @property

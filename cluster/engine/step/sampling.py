@@ -18,6 +18,7 @@ from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.step.drafts import Drafts, Row, StepMasks
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.cluster.request import EndReason, TokenLogprob
+from divisi.kernels.sampling.layout import Draws
 from divisi.model.sampling.logit_rules import SequenceRules
 from divisi.model.sampling.sampler import (
     NO_TOKEN,
@@ -84,6 +85,15 @@ class StepSampler:
         batch = self._draft_batch(rows)
         return self._sample(rows, batch, logits_SV, drafts).token_ids_R
 
+    def draws(self, runs: Seq[Run]) -> Draws | None:
+        """How the drafts of some runs are drawn, one row each; None where rules or a grammar have a say in that."""
+        batch = self._draft_batch([Row(run, 0) for run in runs])
+        return batch.free if batch.rules is None else None
+
+    def drafted(self, rows: list[Row], token_ids_S: Tensor) -> Tensor:
+        """The drafts of rows that were drawn at once, as the sampler has them."""
+        return self._sampler.drawn(token_ids_S, self._draft_batch(rows), [row.position for row in rows])
+
     def choose(self, plan: StepPlan, logits_RV: Tensor, drafts: Drafts) -> Choice:
         """Sample the next tokens of each run that chooses any. The step may still be given up after this."""
         choosing = plan.choosing
@@ -121,13 +131,13 @@ class StepSampler:
 
     def _draft_batch(self, rows: list[Row]) -> SamplingBatch:
         """Parameters of a draft pass, kept while they need no history: that is the step's own batch's to follow."""
-        ahead, sequences = rows[0].ahead, [row.run.sequence for row in rows]
-        kept = self._draft_batches.get(ahead)
+        sequences = [row.run.sequence for row in rows]
+        kept = self._draft_batches.get(len(rows))
         if kept is not None and kept[0] == sequences and kept[1].rules is None:
             return kept[1]
         parameters = [replace(_sequence_sampling(sequence), logprobs=None) for sequence in sequences]
         batch = SamplingBatch(parameters, self._batch, self._device)
-        self._draft_batches[ahead] = sequences, batch
+        self._draft_batches[len(rows)] = sequences, batch
         return batch
 
     def _told(self, rows: list[Row], found: Sampled) -> dict[Sequence, list[TokenLogprob]]:

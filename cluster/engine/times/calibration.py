@@ -8,7 +8,7 @@ a file instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -25,7 +25,7 @@ from divisi.cluster.engine.times.times_file import TimesFile
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.step_times import StepTimes
 from divisi.model.dispatcher import Dispatcher
-from divisi.model.sampling.sampler import Sampled, Sampler, SamplingBatch
+from divisi.model.sampling.sampler import ChooseTokens, Sampled, Sampler, SamplingBatch
 
 _BUDGET_S = 6.0
 """For the whole table; what is left out then is estimated from the rest."""
@@ -33,6 +33,10 @@ _BUDGET_S = 6.0
 
 class Agreeing(Sampler):
     """Chooses as a sampler does, and then takes a token that depends on its sequence and position alone."""
+
+    def __init__(self, choose: ChooseTokens, vocab_size: int) -> None:
+        super().__init__(choose)
+        self._vocab_size = np.uint64(vocab_size)
 
     def sample(
         self,
@@ -44,10 +48,17 @@ class Agreeing(Sampler):
     ) -> Sampled:
         """See Sampler. What was drafted stands; tokens differ, as do the experts that they visit."""
         sampled = super().sample(logits_RV, batch, positions_R, masks, ahead_RA)
-        mixed_R = (positions_R.astype(np.uint64) * 7919 + batch.free.seeds_R * 104729) % logits_RV.shape[-1]
         # Behind the sampler's own work on its device, so that whoever reads the tokens waits for that, too.
-        token_ids_R = torch.from_numpy(mixed_R.astype(np.int64)).to(logits_RV.device, non_blocking=True)
+        token_ids_R = torch.from_numpy(self._mixed(batch, positions_R)).to(logits_RV.device, non_blocking=True)
         return Sampled(token_ids_R, sampled.logprobs)
+
+    def drawn(self, token_ids_R: Tensor, batch: SamplingBatch, positions: Sequence[int]) -> Tensor:
+        """See Sampler."""
+        return torch.from_numpy(self._mixed(batch, np.array(positions)))
+
+    def _mixed(self, batch: SamplingBatch, positions_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        mixed_R = positions_R.astype(np.uint64) * 7919 + batch.free.seeds_R * 104729
+        return (mixed_R % self._vocab_size).astype(np.int64)
 
 
 class Calibration:

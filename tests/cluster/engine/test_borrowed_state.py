@@ -30,6 +30,7 @@ from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import load_weights
+from tests.support.model_steps import LayerByLayer
 
 CPU = torch.device("cpu")
 PAGE, CHUNK = 8, 24
@@ -93,7 +94,7 @@ class Rig:
         return [tensor.clone() for tensor in found]
 
 
-class AbortsAt(LocalEnd):
+class AbortsAt(LayerByLayer):
     """Aborts a step at one layer."""
 
     layer: int | None = None

@@ -102,6 +102,9 @@ class ScriptedRunner:
         self._random = random.Random(seed)
         self.store, self.forward, self.prepare = worker.runner.store, worker.runner.forward, worker.runner.prepare
 
+    def draft_all(self, *_: object) -> None:
+        """One by one."""
+
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         drafted = self._runner.draft(batch, dispatcher, hidden_SD)
         logits_SV = torch.full_like(drafted.logits_SV, -1e4)

@@ -8,15 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from divisi.cluster.dispatch.local import LocalEnd
+from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.kernels.native.dense import GEMM_ROWS
+from divisi.kernels.sampling.layout import Draw, Draws
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from tests.kernels.conftest import BUILDS
-from tests.support.model_steps import CPU, ModelSteps
+from tests.support.model_steps import CPU, LayerByLayer, ModelSteps
 
 CONFIG = SMALL_CONFIG | {
     "vocab_size": 211,
@@ -35,8 +39,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(path: Path, kernels: Kernels, dtype: torch.dtype) -> ModelSteps:
-    return ModelSteps.load(path, kernels, dtype, sequences=SEQUENCES, most_tokens=64, max_rows=4)
+def load(path: Path, kernels: Kernels, dtype: torch.dtype, *, whole: bool = True) -> ModelSteps:
+    """Passes of few rows are one call each, or layers are."""
+    model = ModelSteps.load(path, kernels, dtype, sequences=SEQUENCES, most_tokens=64, max_rows=4)
+    if not whole:
+        model.dispatcher = LayerByLayer(model.dispatcher._experts)
+    return model
 
 
 def walk(model: ModelSteps, rows: Sequence[int]) -> list[Tensor]:
@@ -71,11 +79,51 @@ def test_the_same_bits(checkpoint: Path, build: str, dtype: torch.dtype, determi
     assert SEQUENCES < GEMM_ROWS < 3 * SEQUENCES
     kernels = select_kernels(CPU, build, deterministic=deterministic)
     apart = cast(Kernels, SimpleNamespace(**vars(kernels) | {"fused": None}))
-    fused, one_by_one = load(checkpoint, kernels, dtype), load(checkpoint, apart, dtype)
-    for actual, expected in zip(walk(fused, (1, 4, 3)), walk(one_by_one, (1, 4, 3)), strict=True):
+    one_by_one = load(checkpoint, apart, dtype)
+    wanted = walk(one_by_one, (1, 4, 3))
+    for fused in (load(checkpoint, kernels, dtype), load(checkpoint, kernels, dtype, whole=False)):
+        for actual, expected in zip(walk(fused, (1, 4, 3)), wanted, strict=True):
+            assert torch.equal(actual, expected)
+        for actual, expected in zip(memory(fused), memory(one_by_one), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drafts_at_once_are_those_of_one_pass_after_another(checkpoint: Path, dtype: torch.dtype) -> None:
+    """Of nine, six and two sequences, greedy, drawn, and drawn with filters: the same tokens, and the same memory."""
+    kernels, rng = select_kernels(CPU, "native"), random.Random(3)
+    at_once, in_turn = (load(checkpoint, kernels, dtype) for _ in range(2))
+    prompts = {index: tokens(rng, 3 + index) for index in range(9)}
+    last = {index: rng.randrange(211) for index in prompts}
+    parameters = [Draw(seed=index, temperature=0.7 * (index % 3), top_k=5 * (index % 2)) for index in prompts]
+    for model in (at_once, in_turn):
+        model.step({}, prompts)
+    counts, hidden, drafted = (9, 6, 2), None, []
+    for ahead, count in enumerate(counts):
+        now = {index: (drafted[-1][index] if drafted else last[index]) for index in range(count)}
+        logits, hidden = in_turn.draft(now, ahead, None if hidden is None else hidden[:count])
+        positions = np.array([len(prompts[index]) + ahead + 1 for index in range(count)])
+        drafted.append(kernels.choose_tokens(logits, Draws(parameters[:count]), positions).tolist())
+    batches = [at_once.draft_batch(dict(list(last.items())[:count]), ahead) for ahead, count in enumerate(counts)]
+    passes = at_once.runner.draft_all(batches, at_once.dispatcher, Draws(parameters))
+    assert passes is not None
+    assert [tokens_T.tolist() for tokens_T in passes] == drafted
+    for actual, expected in zip(memory(at_once), memory(in_turn), strict=True):
         assert torch.equal(actual, expected)
-    for actual, expected in zip(memory(fused), memory(one_by_one), strict=True):
-        assert torch.equal(actual, expected)
+
+
+def test_a_measured_step_goes_layer_by_layer(checkpoint: Path) -> None:
+    """Whoever counts the rows of experts sees them; between two measurements nothing is asked of it."""
+    kernels = select_kernels(CPU, "native")
+    model = load(checkpoint, kernels, torch.float32)
+    meter = MeteredExperts(model.dispatcher._experts, range(5), range(16), 16, CPU)
+    model.dispatcher = LocalEnd(meter)
+    model.step({}, {0: [3, 4, 5]})
+    model.step({0: [6]}, {})
+    assert not sum(meter.stats()["expert_tokens"].values())
+    meter.measuring = True
+    model.step({0: [7]}, {})
+    assert sum(meter.stats()["expert_tokens"].values()) > 0
 
 
 def test_who_has_them(checkpoint: Path) -> None:

@@ -20,6 +20,7 @@ from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.step_times import Measured, Reading
 from divisi.model.demo import checkpoint_dir
+from tests.support.model_steps import LayerByLayer
 from tests.support.thread_gang import small_spec
 
 LIMITS = SchedulerConfig(
@@ -114,7 +115,7 @@ def test_an_aborted_trial_is_run_again(spec: GangSpec) -> None:
     assert experts is not None
     end, aborted = LocalEnd(experts), 0
 
-    class Failing(LocalEnd):
+    class Failing(LayerByLayer):
         def dispatch(self, *arguments: object) -> None:  # type: ignore[override]
             raise StepAborted("planted")
 
