@@ -134,9 +134,8 @@ def time_steps(device: torch.device) -> str:
     runs = [(sequences, drafts) for sequences in _BATCHES for drafts in _DRAFTS]
 
     def started(sequences: int, drafts: int) -> Callable[[], float]:
-        engine = Engine(
-            runner, Agreeing(kernels.choose_tokens, limits.vocab_size), Scheduler(limits), device=device, stopwatch=runner.stopwatch
-        )
+        sampler = Agreeing(kernels.choose_tokens, limits.vocab_size)
+        engine = Engine(runner, sampler, Scheduler(limits), device=device, stopwatch=runner.stopwatch)
         return _decoding(engine, LocalEnd(experts), config.vocab_size, sequences, drafts)
 
     took = {}
