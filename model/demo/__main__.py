@@ -34,6 +34,7 @@ from nothing to a checkpoint (five hours on two cores):
   python -m divisi.model.demo train names --out demo --seed 24
   python -m divisi.model.demo average demo-wide demo --out demo
   python -m divisi.model.demo train drafts --out demo --seed 6
+  python -m divisi.model.demo train ahead --out demo --seed 77 --workers 1
 then, with `divisi serve demo` in another terminal:
   python -m divisi.model.demo evaluate --url http://127.0.0.1:8000 --checkpoint demo
 """

@@ -156,6 +156,15 @@ STAGES: dict[str, Stage] = {
         drafts_only=True,
         taste=dataclasses.replace(TASTE, others=0.5),
     ),
+    "ahead": Stage(
+        steps=700,
+        widths={128: 0.1, 256: 0.15, 512: 0.2, 1024: 0.55},
+        warmup=20,
+        decay_from=100,
+        mtp_depth=3,
+        drafts_only=True,
+        taste=dataclasses.replace(TASTE, others=0.05, mix=Mix(tools=0.4, recall=0.45)),
+    ),
 }
 """In the order in which they are run."""
 
