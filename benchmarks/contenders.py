@@ -13,6 +13,7 @@ from transformers import Qwen3NextForCausalLM, StaticCache
 
 from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
+from divisi.cluster.dispatch.protocol import AllExperts
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
@@ -51,13 +52,18 @@ class DivisiEngine:
         self._engine, self._dispatcher, self._vocabulary = engine, dispatcher, vocabulary
 
     @classmethod
-    def local(cls, model_dir: Path, dtype: Literal["bfloat16", "float32"]) -> DivisiEngine:
+    def local(
+        cls,
+        model_dir: Path,
+        dtype: Literal["bfloat16", "float32"],
+        end: Callable[[AllExperts], Dispatcher] = LocalEnd,
+    ) -> DivisiEngine:
         """Everything in this process, with torch's number of threads."""
         spec = gang_spec(model_dir, GangShape(1, 0), dtype, torch.get_num_threads())
         config = served_config(spec)
         engine, experts = build_engine(spec, config)
         assert experts is not None, "a gang without shards has its own experts"
-        return cls("divisi local", engine, LocalEnd(experts), config.vocab_size)
+        return cls("divisi local", engine, end(experts), config.vocab_size)
 
     def prefill(self, tokens: int) -> float:
         """See Contender."""

@@ -24,6 +24,7 @@ from divisi.benchmarks import machine
 from divisi.benchmarks.contenders import DivisiEngine
 from divisi.benchmarks.model import bench_model
 from divisi.cluster import assembly
+from divisi.cluster.dispatch.local import LocalEnd
 from divisi.kernels.choice import OPERATIONS, kernels_here
 from divisi.kernels.native.fused import Fused
 from divisi.kernels.select import Kernels, select_kernels
@@ -48,12 +49,18 @@ def main(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         path, clock = bench_model(options.model, Path(scratch)), _Clock()
         with mock.patch.object(assembly, "select_kernels", clock.select):
-            engine = DivisiEngine.local(path, "bfloat16")
+            engine = DivisiEngine.local(path, "bfloat16", _LayerByLayer)
         config = ModelConfig.load(path)
         for kind, size in _CELLS:
             turns = [_Turn.of(engine, clock, kind, size, options.threads) for _ in range(_ROUNDS)]
             print(_told(kind, size, turns, config), flush=True)
     return 0
+
+
+class _LayerByLayer(LocalEnd):
+    """Has passes go operation by operation: one call for all layers would be one line."""
+
+    bank = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 // A pass through all layers in one call, where the experts are in this process: for steps of few rows, which take longer to be
 // called layer by layer than to be computed. The parts are those of the other files, so the bits are theirs.
-#include "../fused/layers.h"
+#include "layers.h"
 #include <chrono>
 
 struct Experts { Matrix gate_up, down; const int32_t* leaves; long count; };  // matrices of one expert, one after the other
