@@ -7,7 +7,7 @@ Shapes: T rows, D model width, R rotary dim.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, cast
 
 from torch import Tensor
 
@@ -25,8 +25,9 @@ Mixer = Attention | DeltaNet
 class FusedBlock:
     """Of one layer."""
 
-    def __init__(self, most_rows: int, mixer: Mixer, norm_route: NormRoute | None) -> None:
+    def __init__(self, most_rows: int, attends: bool, mixer: Mixer, norm_route: NormRoute | None) -> None:
         self.most_rows, self.mixer, self.norm_route = most_rows, mixer, norm_route
+        self._attends = attends
 
     @classmethod
     def of(
@@ -38,7 +39,8 @@ class FusedBlock:
         if isinstance(mixer, AttentionWeights) and mixer.rows_bias_P is not None:
             return None
         made = _mixer(fused, config, weights, pool, delta, first)
-        return cls(fused.most_rows(mixer.rows_PD), made, _norm_route(fused, config, weights))
+        attends = isinstance(mixer, AttentionWeights)
+        return cls(fused.most_rows(mixer.rows_PD), attends, made, _norm_route(fused, config, weights))
 
     def takes(self, batch: StepBatch) -> bool:
         """Whether it computes such a step's rows."""
@@ -48,11 +50,11 @@ class FusedBlock:
         """Norm and mixer."""
         decode = batch.decode
         assert decode is not None, "rows decode or prefill"
-        if isinstance(self.mixer, DeltaNet):
-            return self.mixer(residual_TD, update_TD, decode.starts_S1, decode.lengths_S, decode.slots_S)
-        return self.mixer(
-            residual_TD, update_TD, cos_sin_TR, batch.kv_rows_T, decode.starts_S1, decode.lengths_S, decode.pages_SN
-        )
+        if self._attends:
+            rows = cos_sin_TR, batch.kv_rows_T, decode.starts_S1, decode.lengths_S, decode.pages_SN
+            return cast(Attention, self.mixer)(residual_TD, update_TD, *rows)
+        rows_of = decode.starts_S1, decode.lengths_S, decode.slots_S
+        return cast(DeltaNet, self.mixer)(residual_TD, update_TD, *rows_of)
 
     def route(self, residual_TD: Tensor, mixed_TD: Tensor) -> tuple[Tensor, MixtureRows]:
         """Norm and router: the normed rows, and where they go."""
