@@ -40,7 +40,7 @@ print(peak() - before)
 
 def test_rotations_are_the_table(tmp_path: Path) -> None:
     config = write_random_checkpoint(tmp_path, tokenizer=False)
-    table = Rotary(config, 77, CPU)._cos_sin_PR
+    table = Rotary(config, 77, CPU).cos_sin_PR
     assert rotation_bytes(config, 77) == table.nbytes
 
 
