@@ -20,6 +20,7 @@ from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
 from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice, empty_groups
+from divisi.cluster.ray.head import end_without_head
 from divisi.cluster.ray.identity import named
 from divisi.cluster.ray.nodes import actor_options, has_autoscaler, living_nodes
 from divisi.cluster.ray.presence import Presence
@@ -69,6 +70,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Build the ASGI application."""
+        end_without_head()
         settings, spec = self._settings, _named_here(self._spec)
         configure_logs(settings.log, "ingress")
         if spec.core_plan is not None:
@@ -109,6 +111,7 @@ class AttentionWorker:
         from divisi.cluster.attention_rank import AttentionRank
         from divisi.cluster.ray.post import ray_post
 
+        end_without_head()
         spec = _named_here(spec)
         self._settings = settings
         configure_logs(settings.log, "attention")
@@ -143,6 +146,7 @@ class Gang:
         """What runs when the replica is told to end has the settings' grace, as it needs the gang's actors."""
         from divisi.cluster.ray.gang import GangOwner
 
+        end_without_head()
         spec = _named_here(spec)
         self._name = spec.name
         self._settings = settings

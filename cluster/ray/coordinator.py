@@ -20,6 +20,7 @@ from divisi.cluster.gang.membership.vacancies import Applicant
 from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice
 from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, end_actors, end_own_actor
+from divisi.cluster.ray.head import end_without_head
 from divisi.cluster.ray.nodes import actor_options
 from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.seats import Address, LocalProcess, Membership, Role, ScrapeTarget, Seat
@@ -43,6 +44,7 @@ class CoordinatorActor(Coordinator):
     def __init__(self, spec: GangSpec) -> None:
         from divisi.cluster.dispatch.rendezvous import StoreServer
 
+        end_without_head()
         host = ray.util.get_node_ip_address()
         self._server = StoreServer(host, Credentials(gang_secret(spec), spec.tls))
         again = ray.get_runtime_context().was_current_actor_reconstructed

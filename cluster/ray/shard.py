@@ -15,6 +15,7 @@ from pathlib import Path
 from divisi.cluster.expert_rank import ExpertRank
 from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.ray.actors import ORPHANED_S, end_own_actor
+from divisi.cluster.ray.head import end_without_head
 from divisi.cluster.ray.post import ray_post
 from divisi.cluster.ray.shards import start_spare
 from divisi.cluster.spec import GangSpec
@@ -29,6 +30,7 @@ class ExpertShardActor:
 
     def __init__(self, spec: GangSpec, name: str, own: int | None) -> None:
         """`name` is the actor's; `own` its share at first, None for a spare."""
+        end_without_head()
         self._spec = spec
         self._raylet = os.getppid()
         self._rank = ExpertRank(spec, ray_post(spec, name), own)

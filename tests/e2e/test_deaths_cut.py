@@ -30,7 +30,7 @@ FENCED_S = 3.0
 
 
 def environment(head: str) -> dict[str, str]:
-    return os.environ | {"RAY_ADDRESS": f"{head}:6379", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"RAY_ADDRESS": f"{head}:6379", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
 def ray_node(made: Lab, name: str, head: str | None, *flags: str) -> Machine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -220,12 +219,15 @@ def test_a_raylet_of_another_node_dies(record_result: Record) -> None:
     """Streams are read one after another for 60 s: no gap is long, and the old shard is gone at the end."""
     with cluster_of_nodes() as nodes:
         nodes.add("--num-cpus", "8", "--labels", "role=head")
-        far = nodes.add("--num-cpus", "1", "--labels", "role=far")
+        far = nodes.add("--num-cpus", "2", "--resources", '{"experts": 2}')
         head = '{"labels": {"role": "head"}}'
-        nodes.deploy("one", placement=f'{{"placement": {{"attention": {head}, "ingress": {head}}}}}')
+        experts = '{"resources": {"experts": 1}}'
+        nodes.deploy(
+            "one", placement=f'{{"placement": {{"attention": {head}, "ingress": {head}, "experts": {experts}}}}}'
+        )
+        nodes.add("--num-cpus", "2", "--resources", '{"experts": 2}')
         want = nodes.texts("one", 300)
-        if not far.processes("ExpertShardActor"):
-            pytest.fail("the shard is not on the second node")
+        wait_for(lambda: len(far.processes("ExpertShardActor")) == 2, 60, "not a shard and its spare")
         old = far.processes("ExpertShardActor")
         (raylet,) = far.processes("raylet/raylet")
         longest, begin = 0.0, time.monotonic()
@@ -246,8 +248,9 @@ def test_nothing_is_left_when_the_driver_and_the_owner_are_killed(record_result:
         server = subprocess.Popen(command, env=nodes.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             wait_for(lambda: httpx_ready(nodes.url), 90, "not ready")
-            for process in (*psutil.Process(server.pid).children(), *nodes.processes(":Gang")):
-                os.kill(process.pid, signal.SIGKILL)
+            (keeper,) = psutil.Process(server.pid).children()
+            for process in (*keeper.children(), *nodes.processes(":Gang")):
+                process.kill()
             record_result(
                 "driver and owner killed: seconds until nothing is left", gone_after(lambda: nodes.processes(*OURS))
             )
