@@ -24,7 +24,13 @@ TWO = """{
 
 
 def let_in(url: str) -> int:
-    """So many long answers are begun beside each other before one is refused."""
+    """So many long answers are begun beside each other before one is refused; 0 where a proxy is lost on the way."""
+    with contextlib.suppress(httpx.TransportError):
+        return _let_in(url)
+    return 0
+
+
+def _let_in(url: str) -> int:
     body = {"model": "divisi-demo", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with httpx.Client(timeout=60) as client, contextlib.ExitStack() as open_answers:
         for count in range(4 * MAX_SEQS):
