@@ -25,6 +25,7 @@ from .test_serve_split import metric, wait_for
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
 MODEL, TOKENS, STREAMS, ROUNDS = "divisi-demo", 200, 4, 3
+CALM_S = 3.0
 SIZES = ("--dtype", "float32", "--device", "cpu", "--kv-memory", "64MiB", "--max-seqs", "8", "--max-model-len", "2048")
 SHAPE = ("--attention-workers", "2", "--expert-shards", "2", "--ingress-replicas", "2", "--mtp-max-draft-tokens", "0")
 Record = Callable[[str, object], None]
@@ -67,13 +68,16 @@ def measure(gang: Cluster, texts: list[str], record_result: Record) -> Callable[
 
 
 def settle(gang: Cluster) -> None:
-    """Until everybody is back, and has been for a moment."""
+    """Until everybody is back, and nothing has changed for a while: the seat of a dead worker counts for a moment."""
     gang.wait_until_ready(60)
-    wait_for(lambda: metric(gang, "seats_filled") == [4.0], 60, "somebody is missing")
-    wait_for(lambda: len(gang.processes("ServeReplica:divisi:Ingress")) == 2, 60, "an ingress is missing")
-    wait_for(lambda: len(gang.processes("ServeReplica:divisi:Gang")) == 1, 60, "nobody owns the gang")
-    wait_for(lambda: len(gang.spares()) == 1, 60, "there is no spare")
-    time.sleep(1.0)
+    since, until, seen = time.monotonic(), time.monotonic() + 90, None
+    while time.monotonic() - since < CALM_S:
+        now = metric(gang, "epoch"), len(gang.spares()), len(gang.processes("ServeReplica:divisi:Gang"))
+        whole = metric(gang, "seats_filled") == [4.0] and len(gang.processes("ServeReplica:divisi:Ingress")) == 2
+        if now != seen or not whole or now[1:] != (1, 1):
+            since, seen = time.monotonic(), now
+        assert time.monotonic() < until, f"somebody is missing: epoch, spares, owners {now}, all seats {whole}"
+        time.sleep(0.2)
 
 
 def of(gang: Cluster, title: str) -> list[psutil.Process]:
