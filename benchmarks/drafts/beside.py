@@ -17,10 +17,12 @@ from divisi.benchmarks.served.server import running
 from divisi.model.demo import checkpoint_dir
 
 _FLAGS = (
-    "--attention-workers", "2", "--min-attention-workers", "2", "--expert-shards", "2", "--device", "cpu",
+    "--attention-workers", "2", "--expert-shards", "2", "--device", "cpu",
     "--kv-memory", "64MiB", "--max-seqs", "16", "--max-model-len", "2048", "--mtp-max-draft-tokens", "8",
     "--served-model-name", "demo",
 )  # fmt: skip
+_BOTH_WORKERS = "[gang]\nmin_attention_workers = 2\n"
+"""Or the server is ready with one of them."""
 _PLAIN, _TOKENS = 16, 96
 _AT_MOST = 0.05
 
@@ -32,7 +34,7 @@ def report(pairs: int) -> tuple[str, bool]:
     own: dict[int, list[float]] = {0: [], 8: []}
     with (
         tempfile.TemporaryDirectory() as scratch,
-        running("measured", checkpoint_dir(), _FLAGS, Path(scratch)) as server,
+        running("measured", checkpoint_dir(), _flags(Path(scratch)), Path(scratch)) as server,
         LoadGenerator() as load,
     ):
         for pair in range(pairs + 1):
@@ -55,6 +57,12 @@ def report(pairs: int) -> tuple[str, bool]:
     shown = f"{ratio:.3f} times as fast ({low:.3f} to {high:.3f}, {pairs} pairs)"
     lines += ["", f"beside the one that may draft, the others are {shown}, {verdict}"]
     return "\n".join(lines), passed
+
+
+def _flags(folder: Path) -> tuple[str, ...]:
+    config = folder / "settings.toml"
+    config.write_text(_BOTH_WORKERS)
+    return (*_FLAGS, "--config", str(config))
 
 
 def _streams(drafts: int) -> list[Stream]:
