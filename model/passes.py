@@ -50,7 +50,7 @@ class WholePasses:
         def passes(layers: list[FusedLayer], last_scale_D: Tensor) -> FusedPasses:
             drafts = None if mtp is None else mtp.fused
             return FusedPasses(
-                fused.library, weights.embed_VD, rotary.cos_sin_PR, layers, bank.tree, last_scale_D, weights.head_VD,
+                fused.compiled, weights.embed_VD, rotary.cos_sin_PR, layers, bank.tree, last_scale_D, weights.head_VD,
                 config.rms_norm_eps, drafts,
             )  # fmt: skip
 

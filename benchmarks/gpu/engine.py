@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import triton
@@ -70,9 +70,9 @@ def check_tokens() -> list[str]:
     return failures
 
 
-def _spec(folder: str, device: str, kernels: str, most: int) -> GangSpec:
+def _spec(folder: str, device: Literal["cpu", "cuda"], kernels: str, most: int) -> GangSpec:
     return GangSpec(
-        "gpu", folder, "float32", device, None, kernels, False, GangShape(1, 0), max_model_len=512, kv_memory=2**26,  # type: ignore[arg-type]
+        "gpu", folder, "float32", device, None, kernels, False, GangShape(1, 0), max_model_len=512, kv_memory=2**26,
         page_size=16, max_seqs=8, max_step_tokens=512, step_deadline_s=60.0, max_draft_tokens=most,
         adaptive_drafts=False,
     )  # fmt: skip

@@ -53,7 +53,7 @@ class Fused:
     """Makes the fused operations of a model's layers."""
 
     def __init__(self, library: Library, deterministic: bool) -> None:
-        self.library, self._functions = library, library.functions
+        self.compiled, self._functions = library, library.functions
         self._deterministic = deterministic
 
     def most_rows(self, weight: Matrix) -> int:
@@ -75,7 +75,7 @@ class Fused:
         struct = _AttentionLayer(
             _projection(scale_D, eps, rows_PD), _qk_norm(norm), _pool(pool), matrix_struct(out_DX),
             heads=heads // pool.key_PJD.shape[2], half=half, first=first,
-            tiled=self.library.variant.bf16 and pool.key_PJD.dtype is torch.bfloat16,
+            tiled=self.compiled.variant.bf16 and pool.key_PJD.dtype is torch.bfloat16,
         )  # fmt: skip
         return Attention(self._functions, struct, (scale_D, rows_PD, norm, pool, out_DX))
 
