@@ -180,7 +180,7 @@ def test_a_colocated_gang_with_work_on_one_rank_only(small_model: Path, local_an
 
 
 def _idle_share() -> float:
-    """Of one core, by this process, in the quietest of up to five seconds: who is not parked is busy in each of them."""
+    """Of one core, by this process, in the quietest of up to five seconds: who is not parked is busy in each."""
     shares: list[float] = []
     while len(shares) < 5 and not (shares and shares[-1] < 0.05):
         begin, used = time.monotonic(), _cpu_seconds()
