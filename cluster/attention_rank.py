@@ -134,6 +134,11 @@ class AttentionRank:
         """The queue, as of a moment ago."""
         return self._streams.last_report
 
+    @property
+    def refused_tokens(self) -> int:
+        """Tokens for which the gang had no room, as of a second ago."""
+        return self._watch.refused_tokens
+
     def check(self) -> None:
         """Raise WorkerFailed once the step loop has ended by an error, or another process has taken its seat."""
         if self._failure is not None:

@@ -53,7 +53,8 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
             "gang.deterministic: True needs kernels that only CPUs have, and gang.device is 'cuda'; use device 'cpu', "
             "or leave deterministic off"
         )
-    on_gpu = num_gpus >= shape.size and not gang.deterministic
+    ranks_at_first = shape.size - shape.attention_workers + gang.first_workers
+    on_gpu = num_gpus >= ranks_at_first and not gang.deterministic
     device = gang.device if gang.device != "auto" else ("cuda" if on_gpu else "cpu")
     if gang.dispatch == "all_to_all" and device == "cuda":
         raise SettingsError(

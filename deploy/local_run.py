@@ -69,7 +69,7 @@ def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = F
             with in_one_line("Ray failed", f"see {instance.logs}", *_RAY_ERRORS):
                 settings = _with_log_file(settings, surroundings, instance)
                 spec = _settle(settings, instance, plan)
-            say(f"Starting {_describe(spec)}")
+            say(f"Starting {_describe(spec, settings.gang.first_workers)}")
             if instance.own:  # others' ranks may be on other machines
                 say(f"  kernels: {kernels_here(spec.kernels, spec.device)}")
                 for line in core_lines(settings, cores, plan, instance.haproxy):
@@ -227,9 +227,10 @@ def _status(spec: GangSpec) -> CoordinatorStatus | None:
     return status
 
 
-def _describe(spec: GangSpec) -> str:
+def _describe(spec: GangSpec, first_workers: int) -> str:
     shape = spec.shape
-    ranks = _count(shape.attention_workers, "attention worker")
+    most = _count(shape.attention_workers, "attention worker")
+    ranks = most if first_workers == shape.attention_workers else f"{first_workers} to {most}"
     if shape.colocated:
         ranks += f" with {'all' if shape.size == 1 else 'a share of'} the experts{'' if shape.size == 1 else ' each'}"
     elif shape.expert_shards:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +36,10 @@ from divisi.deploy.limits import Gate, GateLimits, KeyFile
 from divisi.deploy.live_settings import refusal, told, with_live
 from divisi.deploy.logs import configure_logs
 from divisi.deploy.redeployed import keep_told, told_before
+from divisi.deploy.routing import TOKENS_PER_REQUEST
 from divisi.deploy.serve_client import ServeEngineClient
 from divisi.deploy.settings import Settings, SettingsError
+from divisi.deploy.worker_count import worker_count
 from divisi.kernels.choice import kernels_here
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
@@ -108,6 +111,7 @@ class AttentionWorker:
 
     def __init__(self, settings: Settings, spec: GangSpec) -> None:
         """When the replica is told to end, its open answers have the settings' grace."""
+        begin = time.monotonic()
         from divisi.cluster.attention_rank import AttentionRank
         from divisi.cluster.ray.post import ray_post
 
@@ -115,7 +119,10 @@ class AttentionWorker:
         spec = _named_here(spec)
         self._settings = settings
         configure_logs(settings.log, "attention")
+        imported = time.monotonic()
         self._rank = AttentionRank(spec, ray_post(spec))
+        loaded = time.monotonic()
+        log.info("loaded after %.2f s, of which imports %.2f s", loaded - begin, imported - begin)
         self._watchdog = Watchdog(self._rank.stuck)
         self._grace_s = settings.limits.shutdown_grace_s
 
@@ -125,9 +132,10 @@ class AttentionWorker:
             configure_logs(settings.log, "attention")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """For the policies of Serve's autoscaler."""
+        """For `divisi.deploy.queue_policy`: the queue of this worker, and what the whole gang has no room for."""
         report = self._rank.last_report
-        return {"queued_tokens": report.queued_tokens, "unfinished": report.unfinished}
+        queued = report.queued_tokens + TOKENS_PER_REQUEST * report.unfinished
+        return {"queued_tokens": queued, "refused_tokens": self._rank.refused_tokens}
 
     def check_health(self) -> None:
         """For Serve: a worker whose step loop has failed is replaced."""
@@ -228,7 +236,7 @@ def gate_limits(settings: Settings, workers: int | None = None) -> GateLimits:
     """One ingress replica's share of the limits, with so many attention workers in the epoch; None: all."""
     limits = settings.limits
     return GateLimits(
-        max_requests=settings.ingress_share(settings.queued_requests(workers or settings.gang.attention_workers)),
+        max_requests=settings.ingress_share(settings.queued_requests(workers or settings.gang.first_workers)),
         max_queued_tokens=max(settings.ingress_share(settings.max_queued_tokens), 1),
         request_timeout_s=limits.request_timeout_s,
         retry_after_s=limits.retry_after_s,
@@ -313,7 +321,7 @@ def build_from(settings: Settings, spec: GangSpec) -> serve.Application:
         health_check_period_s=5,
     )
     worker = _deployment(AttentionWorker).options(
-        num_replicas=spec.shape.attention_workers,
+        **worker_count(settings),
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus, **actor_options(places.attention)},
         graceful_shutdown_timeout_s=grace + _LAST_WORDS_S + _LEAVE_S,
         graceful_shutdown_wait_loop_s=0.2,

@@ -169,7 +169,9 @@ class ServeEngineClient:
         if self._coordinator is None:
             return  # the next status looks for it
         try:
-            left_s: float | None = await self._coordinator.report_open.remote(self._ingress_id, self._gate.answers)
+            left_s: float | None = await self._coordinator.report_open.remote(
+                self._ingress_id, self._gate.answers, self._gate.refused_tokens
+            )
         except RayError:
             return  # gone, or being replaced: the requests themselves will show it
         if left_s is not None:

@@ -1,72 +1,26 @@
-"""The groups of settings, and how their values are spelled."""
+"""The groups of settings."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    IPvAnyNetwork,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyNetwork, model_validator
 
 from divisi.cluster.nodes import NodeChoice, Placement
 from divisi.cluster.seats import GangShape
+from divisi.deploy.setting_values import (
+    COMMAS,
+    Bytes,
+    FilePath,
+    HerePath,
+    ModelName,
+    NodeLabel,
+    Origin,
+    OtlpUrl,
+    as_list,
+)
 from divisi.kernels.choice import checked_choice
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}
-
-
-def parse_bytes(value: object) -> object:
-    """Turn `512MiB`, `2 GiB`, `1.5GB` or `4096` into bytes; leave what is no text to the caller's validation."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", value.strip())
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError("not a size: write bytes, or a number with a unit as in 512MiB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def as_list(value: object) -> object:
-    """Turn `a,b` into a list, as flags spell one, and null into none."""
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",")]
-    return () if value is None else value
-
-
-def _check_origin(origin: str) -> str:
-    if origin != "*" and re.fullmatch(r"https?://[^/?#@\s]+", origin) is None:
-        raise ValueError("not an origin: write scheme, host and port if any, as in https://chat.example.org, or *")
-    return origin.lower()
-
-
-def _check_endpoint(url: str) -> str:
-    if re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url) is None:
-        raise ValueError("not a URL: write scheme, host and port, as in http://127.0.0.1:4318")
-    return url.rstrip("/")
-
-
-_NAMES = {"type": "array", "items": {"type": "string", "minLength": 1}}
-_COMMAS = WithJsonSchema({"anyOf": [_NAMES, {"type": "string"}]})
-ModelName = Annotated[str, Field(min_length=1)]
-NodeLabel = Annotated[str, Field(min_length=1)]
-Origin = Annotated[str, AfterValidator(_check_origin)]
-OtlpUrl = Annotated[str, AfterValidator(_check_endpoint)]
-"""A collector, or the path on it that takes one kind of signal."""
-_SIZE = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([bB]|[kKmMgGtT][iI]?[bB]|[kKmMgG])?\s*$"}
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"anyOf": [{"type": "integer"}, _SIZE]})]
-FilePath = Annotated[Path, WithJsonSchema({"type": "string", "minLength": 1})]
-HerePath = Annotated[FilePath, AfterValidator(Path.absolute)]
-"""Relative to where the command was given, not to where a process of Ray happens to run."""
 
 
 class Group(BaseModel):
@@ -95,6 +49,34 @@ class TlsSettings(Group):
     """The certificates of those who sign the nodes'."""
 
 
+class AutoscalingSettings(Group):
+    """How many attention workers there are, by what waits for them. Expert shards and ingress replicas stay as many as
+    they are."""
+
+    min: int = Field(default=1, le=64, json_schema_extra={"minimum": 1})
+    """The gang begins with so many."""
+    max: int = Field(ge=1, le=64)
+    queued_tokens_per_worker: int | None = Field(default=None, ge=1)
+    """For so many tokens one worker is wanted: those of prompts that are still to be computed, 64 for each unfinished
+    answer, and what requests bring that were refused for want of room (429), until they may come again. None: 48 for
+    each sequence that a worker runs at once, so that one more is wanted before all are full."""
+    upscale_delay_s: float = Field(default=3.0, ge=0)
+    """More are started once they were wanted for so long."""
+    downscale_delay_s: float = Field(default=120.0, ge=0)
+    """One is taken away once it was not wanted for so long."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.min < 1:
+            raise ValueError(
+                f"min={self.min} would leave nobody who takes requests, and none could wait for the first worker to "
+                "load; give 1 or more"
+            )
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}; lower it, or raise max")
+        return self
+
+
 class GangSettings(Group):
     """The processes that run one copy of the model."""
 
@@ -104,6 +86,8 @@ class GangSettings(Group):
     attention_workers: int = Field(default=1, ge=1, le=64)
     min_attention_workers: int | None = Field(default=None, ge=1, le=64)
     """With so many the gang serves, once all experts are there. None: one; a colocated gang always waits for all."""
+    autoscaling: AutoscalingSettings | None = None
+    """None: there are always `attention_workers`, which is `autoscaling.max` otherwise."""
     expert_shards: int = Field(default=0, ge=0, le=512)
     """Processes that hold nothing but experts; a colocated gang has none."""
     virtual_shards: int = Field(default=32, ge=1, le=512)
@@ -145,7 +129,30 @@ class GangSettings(Group):
             values["topology"] = "split"
         if values.get("topology") == "split":
             values.setdefault("expert_shards", 1)
+        if isinstance(scaling := values.get("autoscaling"), Mapping) and "max" in scaling:
+            values.setdefault("attention_workers", scaling["max"])
         return values
+
+    @model_validator(mode="after")
+    def _check_autoscaling(self) -> Self:
+        if (scaling := self.autoscaling) is None:
+            return self
+        if self.topology != "split":
+            reason = {
+                "colocated": "has a share of the experts in each attention worker, so that none can be taken away",
+                "local": "is one process",
+            }[self.topology]
+            raise ValueError(f"autoscaling: topology {self.topology!r} {reason}; use topology 'split', or leave it out")
+        if self.attention_workers != scaling.max:
+            raise ValueError(
+                f"attention_workers={self.attention_workers} contradicts autoscaling.max={scaling.max}; leave it out"
+            )
+        if self.least_workers > scaling.min:
+            raise ValueError(
+                f"min_attention_workers={self.least_workers} is more than autoscaling.min={scaling.min}, with which "
+                "the gang would not serve; lower it, or raise autoscaling.min"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_topology(self) -> Self:
@@ -169,6 +176,11 @@ class GangSettings(Group):
                 f"expert_shards={self.expert_shards} besides; leave it out, or use topology 'split'"
             )
         return self
+
+    @property
+    def first_workers(self) -> int:
+        """With how many attention workers the gang begins."""
+        return self.attention_workers if self.autoscaling is None else self.autoscaling.min
 
     @property
     def least_workers(self) -> int:
@@ -266,11 +278,11 @@ class HttpSettings(Group):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    served_model_name: Annotated[tuple[ModelName, ...], BeforeValidator(as_list), _COMMAS] = ()
+    served_model_name: Annotated[tuple[ModelName, ...], BeforeValidator(as_list), COMMAS] = ()
     """Names in /v1/models and in requests; replies have the first. None takes the model directory's name."""
-    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list), _COMMAS] = ()
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(as_list), COMMAS] = ()
     """Web pages whose scripts may call the API, as `https://chat.example.org`; `*` for all. None by default."""
-    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], BeforeValidator(as_list), _COMMAS] = ()
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], BeforeValidator(as_list), COMMAS] = ()
     """Addresses or networks (10.0.0.0/8) of the proxies in front, Ray Serve's own HAProxy among them, whose
     X-Forwarded-For and -Proto count. With any, the log names each request's client; without, they count for nothing."""
     ingress_replicas: int = Field(default=1, ge=1, le=256)

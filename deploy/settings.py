@@ -21,11 +21,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from divisi.deploy.routing import TOKENS_PER_REQUEST
 from divisi.deploy.setting_groups import (
     AuthSettings,
     CacheSettings,
@@ -73,6 +74,12 @@ class Settings(Group):
         if self.limits.max_queued_requests is not None:
             return self.limits.max_queued_requests
         return max(self.cache.max_seqs * workers, self.http.ingress_replicas)
+
+    @property
+    def queued_tokens_per_worker(self) -> int:
+        """The mark as given, or three quarters of what the answers count that a worker runs at once."""
+        given = None if self.gang.autoscaling is None else self.gang.autoscaling.queued_tokens_per_worker
+        return given or 3 * TOKENS_PER_REQUEST * self.cache.max_seqs // 4
 
     @property
     def max_queued_tokens(self) -> int:
@@ -215,7 +222,9 @@ def _known_fields(path: list[str]) -> list[str]:
     group: type[BaseModel] = Settings
     for name in path:
         annotation = group.model_fields[name].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        groups = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
+        found = next((one for one in groups if issubclass(one, BaseModel)), None)
+        if found is None:
             return []
-        group = annotation
+        group = found
     return list(group.model_fields)

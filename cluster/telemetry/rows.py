@@ -43,6 +43,7 @@ _GAUGES = {
     "weight_bytes_read": ("expert_weight_bytes_read", "Bytes of the checkpoint that were read"),
     "seats": ("seats", "Seats of the gang"),
     "seats_filled": ("seats_filled", "Seats that a process holds"),
+    "refused_tokens": ("refused_tokens", "Tokens of requests that had no room and may come again"),
     "ready": ("ready", "1 when the gang can serve"),
     "epoch": ("epoch", "Number of the epoch that runs, 0 between epochs"),
 }

@@ -20,6 +20,8 @@ from divisi.deploy.limits.drain_rate import DrainRate
 from divisi.deploy.limits.errors import RequestTimedOut, ServerStopping
 from divisi.deploy.limits.key_use import KeyUses
 from divisi.deploy.limits.keys import ApiKey
+from divisi.deploy.limits.refusals import Refusals
+from divisi.deploy.routing import TOKENS_PER_REQUEST
 
 _LONGEST_WAIT_S = 600.0
 
@@ -95,12 +97,15 @@ class Gate:
         self._clock = clock
         self._keys = KeyUses(limits.replicas, limits.retry_after_s, clock)
         self._rate = DrainRate(clock)
+        self._refusals = Refusals(clock)
         self._tickets: set[Ticket] = set()
         self._answers = 0
         self._queued_tokens = 0
         self._reserved = 0
         self._generated = 0
         self._mean_answer: float | None = None
+        self._mean_tokens: float | None = None
+        """Queued tokens of a body."""
         self._end_at = math.inf
         self._ending: asyncio.TimerHandle | None = None
         self.busy = asyncio.Event()
@@ -119,15 +124,14 @@ class Gate:
         """Prompt tokens inside whose answers have not begun."""
         return self._queued_tokens
 
+    @property
+    def refused_tokens(self) -> int:
+        """What requests would bring that found no room and may come again: prompts, and something for answers."""
+        return self._refusals.tokens()
+
     def check(self, key: ApiKey | None) -> None:
         """Raise Overloaded where nothing can be let in now; costs next to nothing."""
-        if key is not None:
-            self._keys.check(key)
-        limits = self.limits
-        if limits.max_requests is not None and self._answers >= limits.max_requests:
-            raise Overloaded(f"{self._answers} answers are being served or queued, which is the limit", self.wait_s())
-        if limits.max_queued_tokens is not None and self._queued_tokens >= limits.max_queued_tokens:
-            raise Overloaded(f"{self._queued_tokens} prompt tokens are queued, which is over the limit", self.wait_s())
+        self._check(key, round(self._mean_tokens or 0) + TOKENS_PER_REQUEST)
 
     def admit(self, key: ApiKey | None, requests: Sequence[Request]) -> Ticket:
         """A ticket, to be entered at once.
@@ -136,7 +140,7 @@ class Gate:
         """
         if key is not None:
             self._keys.check_size(key, len(requests))
-        self.check(key)
+        self._check(key, sum(len(request.prompt) + TOKENS_PER_REQUEST for request in requests))
         return Ticket(self, key, requests)
 
     def wait_s(self) -> float:
@@ -171,6 +175,7 @@ class Gate:
         self._tickets.add(ticket)
         self._answers += ticket.answers
         self._queued_tokens += ticket.queued_tokens
+        self._mean_tokens = _mean(self._mean_tokens, ticket.queued_tokens)
         self._reserved += ticket.reserved
         if key is not None:
             self._keys.enter(key, ticket.answers, ticket.queued_tokens)
@@ -195,13 +200,32 @@ class Gate:
             self._keys.leave(key, ticket.answers, self._clock() - since)
         if finished and ticket.generated:
             mean = ticket.generated / ticket.answers
-            self._mean_answer = mean if self._mean_answer is None else 0.9 * self._mean_answer + 0.1 * mean
+            self._mean_answer = _mean(self._mean_answer, mean)
         if not self._tickets:
             self._rate.pause()
             self.busy.clear()
             self.idle.set()
 
+    def _check(self, key: ApiKey | None, tokens: int) -> None:
+        """`tokens`: what the request would bring."""
+        if key is not None:
+            self._keys.check(key)
+        limits, reason = self.limits, ""
+        if limits.max_requests is not None and self._answers >= limits.max_requests:
+            reason = f"{self._answers} answers are being served or queued, which is the limit"
+        elif limits.max_queued_tokens is not None and self._queued_tokens >= limits.max_queued_tokens:
+            reason = f"{self._queued_tokens} prompt tokens are queued, which is over the limit"
+        if reason:
+            wait_s = self.wait_s()
+            self._refusals.add(tokens, wait_s)
+            raise Overloaded(reason, wait_s)
+
     def _end_all(self) -> None:
         self._end_at = math.inf
         for ticket in list(self._tickets):
             ticket.end(ServerStopping("the server stopped before the answer was complete; send the request again"))
+
+
+def _mean(former: float | None, value: float) -> float:
+    """That of the last ten or so."""
+    return value if former is None else 0.9 * former + 0.1 * value

@@ -74,8 +74,8 @@ GANG = Dashboard("divisi-gang", "Divisi: gang", (
         ("sum by (worker) (divisi_requests_running)", "worker {{worker}} runs"),
         ("sum by (worker) (divisi_requests_waiting)", "worker {{worker}} queues"),
     )),
-    Panel("Tokens still to prefill (autoscaling reads this)", (
-        ("sum by (worker) (divisi_queued_tokens)", "worker {{worker}}"),
+    Panel("Tokens still to prefill, and refused (autoscaling reads this)", (
+        ("sum by (worker) (divisi_queued_tokens)", "worker {{worker}}"), ("max(divisi_refused_tokens)", "refused"),
     )),
     Panel("Time in the queue", _quantiles("divisi_queue_seconds"), "s"),
     Panel("Time to prefill", _quantiles("divisi_prefill_seconds", "slice"), "s"),

@@ -34,6 +34,12 @@ def settings(*, dtype: str = "auto", length: int | None = None, device: str = "c
     return Settings.from_args({"model": model, "gang": {"device": device}, "cache": cache, "mtp": off})
 
 
+@pytest.mark.parametrize(("gpus", "device"), [(2, "cpu"), (3, "cuda"), (9, "cuda")])
+def test_gpus_for_the_workers_of_the_beginning_are_enough(gpus: int, device: str) -> None:
+    gang = {"expert_shards": 2, "autoscaling": {"min": 1, "max": 4}}
+    assert fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, gpus).device == device
+
+
 def test_drafts_need_an_mtp_layer() -> None:
     drafting = Settings.from_args({"model": {"model_dir": "/m"}, "gang": {"device": "cpu"}})
     without = fit(drafting, CONFIG, 0)

@@ -43,8 +43,9 @@ class Coordinator:
         self.reports: list[tuple[str, int]] = []
         self.left_s: float | None = None
 
-    async def _report_open(self, ingress_id: str, answers: int) -> float | None:
+    async def _report_open(self, ingress_id: str, answers: int, refused_tokens: int) -> float | None:
         self.reports.append((ingress_id, answers))
+        self.refused_tokens = refused_tokens
         return self.left_s
 
     async def _status(self, traceparent: str) -> CoordinatorStatus:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from divisi.cluster.seats import GangShape
-from divisi.deploy.setting_groups import parse_bytes
+from divisi.deploy.setting_values import parse_bytes
 from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, Surroundings, read_config_file
 
 TOML = '[model]\nmodel_dir = "/m/tiny"\n[gang]\nexpert_shards = 2\n[cache]\nkv_memory = "64MiB"\n'
@@ -79,6 +79,40 @@ def test_sizes(text: str, size: int) -> None:
         (
             {"model": {"model_dir": "/m"}, "gang": {"topology": "colocated", "expert_shards": 2}},
             ["gang", "expert_shards=2", "leave it out"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"expert_shards": 1, "autoscaling": {"min": 0, "max": 2}}},
+            ["gang.autoscaling", "min=0", "nobody", "give 1 or more"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"expert_shards": 1, "autoscaling": {"min": 3, "max": 2}}},
+            ["gang.autoscaling", "min=3", "max=2", "lower it"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"expert_shards": 1, "autoscaling": {"maxx": 2}}},
+            ["gang.autoscaling.maxx", "did you mean 'max'"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"topology": "colocated", "autoscaling": {"max": 2}}},
+            ["autoscaling", "'colocated'", "share of the experts", "use topology 'split'"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"autoscaling": {"max": 2}}},
+            ["autoscaling", "'local'", "one process", "use topology 'split'"],
+        ),
+        (
+            {
+                "model": {"model_dir": "/m"},
+                "gang": {"expert_shards": 1, "attention_workers": 3, "autoscaling": {"max": 2}},
+            },
+            ["attention_workers=3", "autoscaling.max=2", "leave it out"],
+        ),
+        (
+            {
+                "model": {"model_dir": "/m"},
+                "gang": {"expert_shards": 1, "min_attention_workers": 2, "autoscaling": {"max": 2}},
+            },
+            ["min_attention_workers=2", "autoscaling.min=1", "lower it"],
         ),
         ({"model": {"model_dir": "/m"}, "cache": {"max_seqs": 64, "max_step_tokens": 8}}, ["max_step_tokens=8"]),
     ],
@@ -172,6 +206,7 @@ def test_frozen() -> None:
         ({"topology": "split", "attention_workers": 3}, GangShape(3, 1)),
         ({"topology": "colocated", "attention_workers": 3}, GangShape(3, 3, colocated=True)),
         ({"topology": "colocated"}, GangShape(1, 1, colocated=True)),
+        ({"expert_shards": 2, "autoscaling": {"max": 4}}, GangShape(4, 2)),
     ],
 )
 def test_the_shape_of_the_gang(gang: dict[str, object], shape: GangShape) -> None:

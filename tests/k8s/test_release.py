@@ -96,6 +96,23 @@ def test_the_groups_are_the_topologys(divisi: Values, pods: dict[str, int]) -> N
     assert shape.size == sum(count for name, count in pods.items() if name != "ingress")
 
 
+@pytest.mark.parametrize(
+    ("scaling", "pods"),
+    [(False, (4, 4, 4)), (True, (1, 1, 4))],
+    ids=["without Ray's autoscaler", "with it"],
+)
+def test_pods_for_as_many_workers_as_may_come(scaling: bool, pods: tuple[int, int, int]) -> None:
+    values = merged(
+        at("divisi.gang", {"expert_shards": 2, "autoscaling": {"min": 2, "max": 7}}),
+        at("groups.attention.ranksPerPod", 2),
+        SCALING if scaling else {},
+    )
+    manifests = render(values)
+    group = groups_of(manifests)["attention"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == pods
+    assert Settings.from_args(settings_of(manifests)).gang.attention_workers == 7
+
+
 def test_a_pod_can_hold_several_ranks() -> None:
     ranks = {"attention": {"ranksPerPod": 2}, "experts": {"ranksPerPod": 4}}
     manifests = render(CUDA, at("divisi.gang", {"attention_workers": 3, "expert_shards": 8}), at("groups", ranks))
@@ -132,6 +149,11 @@ REFUSED = [
     ("groups.experts.maxReplicas", merged(at("groups.experts.maxReplicas", 1), at("divisi.gang.expert_shards", 2))),
     ("divisi.gang.expert_shards", at("divisi.gang", {"topology": "colocated", "expert_shards": 2})),
     ("divisi.gang.attention_workers", at("divisi.gang", {"topology": "local", "attention_workers": 2})),
+    ("divisi.gang.autoscaling", at("divisi.gang", {"topology": "colocated", "autoscaling": {"max": 2}})),
+    ("divisi/gang/autoscaling", at("divisi.gang.autoscaling", {"min": 0, "max": 2})),
+    ("groups.attention.maxReplicas", merged(
+        at("groups.attention.maxReplicas", 2), at("divisi.gang.autoscaling", {"max": 3}),
+    )),
     ("groups.experts.minReplicas", at("groups.experts", {"minReplicas": 4, "maxReplicas": 3})),
     ("upgrade.deletionDelaySeconds", {
         "upgrade": {"deletionDelaySeconds": 60}, "divisi": {"limits": {"shutdown_grace_s": 31}},

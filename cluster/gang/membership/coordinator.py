@@ -9,13 +9,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.membership.lease import OwnerLease
 from divisi.cluster.gang.membership.ordinals import Ordinals
 from divisi.cluster.gang.membership.roster import Directive, Roster
 from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.gang.refused_demand import RefusedDemand
 from divisi.cluster.seats import (
     Address,
     GangShape,
@@ -92,6 +93,7 @@ class Coordinator:
         self._clock = clock
         self._changed = threading.Condition()
         self._drain = Drain(clock)
+        self._refused = RefusedDemand(clock)
         self._owner = OwnerLease(owner_lease_s, clock)
         self._stats: dict[str, Stats] = {}
         self._progress: dict[str, str] = {}
@@ -187,7 +189,7 @@ class Coordinator:
                 directive = self._roster.directive(holder_id)
                 left_s = until - self._clock()
                 if directive.action != "stay" or left_s <= 0:
-                    return directive
+                    return replace(directive, refused_tokens=self._refused.tokens())
                 self._changed.wait(min(left_s, 1.0))
 
     def serving(self, holder_id: str, epoch: int) -> None:
@@ -271,9 +273,13 @@ class Coordinator:
         with self._changed:
             self._drain.begin(grace_s)
 
-    def report_open(self, ingress_id: str, answers: int) -> float | None:
-        """An ingress replica has so many open answers; returns the seconds they may go on, None for any time."""
+    def report_open(self, ingress_id: str, answers: int, refused_tokens: int = 0) -> float | None:
+        """An ingress replica has so many open answers; returns the seconds they may go on, None for any time.
+
+        `refused_tokens`: of requests that it had no room for, and that may come again.
+        """
         with self._changed:
+            self._refused.report(ingress_id, refused_tokens)
             return self._drain.report(ingress_id, answers)
 
     def register_ingress(self, ingress_id: str, host: str, port: int, former: int | None = None) -> int:
@@ -326,6 +332,7 @@ class Coordinator:
             "epoch": 0 if membership is None else membership.epoch,
             "epochs": self._epochs,
             "seat_joins": dict(self._joins),
+            "refused_tokens": self._refused.tokens(),
         }
 
     def _targets(self) -> tuple[ScrapeTarget, ...]:

@@ -34,6 +34,8 @@ class Directive:
     action: Literal["stay", "enter", "leave", "change", "rejoin"]
     membership: Membership | None = None
     epoch: int = 0
+    refused_tokens: int = 0
+    """Beside it: what the whole gang has no room for now."""
 
 
 @dataclass(slots=True)

@@ -77,6 +77,8 @@ class SeatWatch:
         self._holder_id = ""
         self.heard_at = time.monotonic()
         """When a coordinator has last answered."""
+        self.refused_tokens = 0
+        """What the gang had no room for, by the coordinator's last word."""
         self.superseded = threading.Event()
         """Another process has taken the one seat that this one can fill."""
         self.seat: Seat | None = None
@@ -194,6 +196,7 @@ class SeatWatch:
             self._told = stats or self._told
             directive = client.poll(self._holder_id, _POLL_S, stats)
             self.heard_at = time.monotonic()
+            self.refused_tokens = directive.refused_tokens
             match directive.action:
                 case "enter" if directive.membership is not None:
                     membership = self._inside = directive.membership

@@ -5,7 +5,7 @@
 {{- $gang := .Values.divisi.gang -}}
 {{- $shards := int (get $gang "expert_shards" | default 0) -}}
 {{- $topology := $gang.topology | default (ternary "split" "local" (gt $shards 0)) -}}
-{{- $workers := int (get $gang "attention_workers" | default 1) -}}
+{{- $workers := int (($gang.autoscaling | default dict).max | default (get $gang "attention_workers") | default 1) -}}
 {{- $http := .Values.divisi.http | default dict -}}
 {{- $groups := dict "ingress" (int (get $http "ingress_replicas" | default 1)) -}}
 {{- if eq $topology "split" -}}
@@ -99,6 +99,9 @@
 {{- if and (eq ($gang.topology | default "split") "local") (gt (int (get $gang "attention_workers" | default 1)) 1) -}}
 {{- fail "divisi.gang.attention_workers: topology 'local' is one process; use 'colocated' or 'split'" -}}
 {{- end -}}
+{{- if and $gang.autoscaling (has ($gang.topology | default (ternary "split" "local" (gt (int (get $gang "expert_shards" | default 0)) 0))) (list "local" "colocated")) -}}
+{{- fail "divisi.gang.autoscaling: only topology 'split' can do with fewer attention workers; use it, or leave autoscaling out" -}}
+{{- end -}}
 {{- $groups := include "divisi.groups" . | fromJson -}}
 {{- $model := .Values.model -}}
 {{- $dir := .Values.divisi.model.model_dir -}}
@@ -177,15 +180,21 @@
 {{- end -}}
 {{- end }}
 
-{{/* Of a group: pods that the settings need, at least and at most, as JSON. */}}
+{{/* Of a group: pods that the settings may need, those of the beginning, at least and at most, as JSON. Ray's autoscaler starts
+     what autoscaling asks for; without it the pods of all workers are there, some without one. */}}
 {{- define "divisi.pods" -}}
 {{- $values := get .root.Values.groups .group -}}
 {{- $processes := get (include "divisi.groups" .root | fromJson) .group | int -}}
 {{- $each := int ($values.ranksPerPod | default 1) -}}
 {{- $needed := div (add $processes (sub $each 1)) $each -}}
-{{- $min := kindIs "invalid" $values.minReplicas | ternary $needed $values.minReplicas -}}
+{{- $first := $needed -}}
+{{- $scaling := .root.Values.divisi.gang.autoscaling -}}
+{{- if and $scaling .root.Values.autoscaling.enabled (eq .group "attention") -}}
+{{- $first = div (add (int ($scaling.min | default 1)) (sub $each 1)) $each -}}
+{{- end -}}
+{{- $min := kindIs "invalid" $values.minReplicas | ternary $first $values.minReplicas -}}
 {{- $max := kindIs "invalid" $values.maxReplicas | ternary (max $needed (int $min)) $values.maxReplicas -}}
-{{- dict "needed" $needed "min" (int $min) "max" (int $max) | toJson -}}
+{{- dict "needed" $needed "first" (max (int $first) (int $min)) "min" (int $min) "max" (int $max) | toJson -}}
 {{- end }}
 
 {{- define "divisi.redisPort" -}}

@@ -83,6 +83,32 @@ async def test_retry_after_is_what_is_inside_by_the_measured_rate() -> None:
         assert gate.wait_s() == pytest.approx((10 + 50) / 12)
 
 
+async def test_a_refused_request_counts_until_it_may_come_again() -> None:
+    clock = Clock()
+    gate = Gate(GateLimits(max_requests=1, retry_after_s=2), clock)
+    with gate.admit(None, requests(prompt=40)):
+        assert gate.refused_tokens == 0
+        with pytest.raises(Overloaded):
+            gate.check(None)  # before the body is read: as large as those that were let in
+        assert gate.refused_tokens == 40 + 64
+        clock.now += 1.5
+        with pytest.raises(Overloaded):
+            gate.admit(None, requests(2, prompt=5))
+        assert gate.refused_tokens == 104 + 2 * (5 + 64)
+        clock.now += 1
+        assert gate.refused_tokens == 138
+        clock.now += 2
+        assert gate.refused_tokens == 0
+
+
+async def test_what_a_key_may_not_do_is_no_want_of_room() -> None:
+    gate = Gate(GateLimits())
+    key = ApiKey("k", "secret", max_concurrent=1)
+    with gate.admit(key, requests()), pytest.raises(KeyLimitReached):
+        gate.admit(key, requests())
+    assert gate.refused_tokens == 0
+
+
 async def test_a_timeout_ends_the_answer() -> None:
     gate = Gate(GateLimits(request_timeout_s=0.01))
     with gate.admit(None, requests()) as ticket:
