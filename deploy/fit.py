@@ -70,11 +70,24 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
             )
         dtype = "bfloat16"
         notes.append("The checkpoint is in float16, which the CPU kernels don't take: served in bfloat16")
+    notes += _tight_budget(settings)
     length, note = _max_model_len(settings, config, dtype)
     drafts = settings.mtp.max_draft_tokens if config.mtp_layers else 0
     if settings.mtp.max_draft_tokens and not drafts:
         notes.append("The checkpoint has no MTP layer (no mtp.* tensors): multi-token prediction is off")
     return Fit(device, dtype, length, drafts, (*notes, note) if note else tuple(notes))
+
+
+def _tight_budget(settings: Settings) -> list[str]:
+    """A note where workers that are full of answers have no room for prompts in a step."""
+    workers, cache = settings.gang.attention_workers, settings.cache
+    if workers == 1 or cache.max_step_tokens // workers > cache.max_seqs:
+        return []
+    better = 2 * workers * cache.max_seqs
+    return [
+        f"cache.max_step_tokens={cache.max_step_tokens} is the budget of all {workers} attention workers: where each "
+        f"runs cache.max_seqs={cache.max_seqs} sequences, no prompt is computed; {better} would be better"
+    ]
 
 
 def _check_kernels(settings: Settings, device: str) -> None:

@@ -40,6 +40,14 @@ def test_gpus_for_the_workers_of_the_beginning_are_enough(gpus: int, device: str
     assert fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, gpus).device == device
 
 
+@pytest.mark.parametrize(("workers", "told"), [(1, False), (8, False), (16, True)])
+def test_a_budget_that_leaves_prompts_nothing_is_told(workers: int, told: bool) -> None:
+    gang = {"expert_shards": 1, "attention_workers": workers, "device": "cpu"}
+    off = {"max_draft_tokens": 0}
+    fitted = fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang, "mtp": off}), CONFIG, 0)
+    assert any("1024 would be better" in note for note in fitted.notes) == told
+
+
 def test_drafts_need_an_mtp_layer() -> None:
     drafting = Settings.from_args({"model": {"model_dir": "/m"}, "gang": {"device": "cpu"}})
     without = fit(drafting, CONFIG, 0)
