@@ -1,6 +1,7 @@
 """`python -m divisi.benchmarks [speed | http]`: the tables of benchmarks/README.md; `drafts`: multi-token prediction;
 `same`, `pairs`: two checkouts; `served`, `steps`: a whole server; `transports`: what carries tokens to the ingress;
-`profile`: a step by operation; `dispatch`: experts elsewhere; `delta`: two forms of the delta rule."""
+`profile`: a step by operation; `dispatch`: experts elsewhere; `delta`: two forms of the delta rule; `autoscaling`: a
+simulation of how many attention workers there are."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Protocol
 import torch
 
 from divisi.benchmarks import delta_forms, machine, profile, speed
+from divisi.benchmarks.autoscaling import report as autoscaling
 from divisi.benchmarks.checkouts import pairs, same
 from divisi.benchmarks.dispatch import report as dispatch
 from divisi.benchmarks.dispatch import split_step
@@ -40,6 +42,7 @@ class Command(Protocol):
 _COMMANDS: dict[str, Command] = {
     "same": same, "pairs": pairs, "served": served, "steps": steps, "transports": transports, "drafts": drafts,
     "profile": profile, "dispatch": dispatch, "delta": delta_forms,
+    "autoscaling": autoscaling,
 }  # fmt: skip
 _HTTP_TOKENS = {False: 512, True: 128}
 """Tokens of each stream, by --quick."""

@@ -16,6 +16,7 @@ PARTS = {
     "faults": "start, stop and what fails on the way: processes, sockets, files, grammars",
     "kernels": "kernels: every build that runs here, every number of rows, those of GPUs in an interpreter",
     "mtp": "multi-token prediction: the layer, drafts that change nothing, how far they go, killed shards",
+    "scale": "attention workers that follow the queue: the policy, its simulation, a server under load",
     "serve": "the API, the limits and the command line",
     "step": "what a step computes: model, engine, gang, the comparison of two checkouts",
     "telemetry": "metrics, traces, dashboards and alerts, with a real Prometheus",
@@ -23,6 +24,7 @@ PARTS = {
 
 TABLE = {
     "benchmarks": "step",
+    "benchmarks/test_autoscaling.py": "scale",
     "clients": "clients",
     "cluster": "step",
     "cluster/engine/times/test_calibration.py": "mtp",
@@ -31,6 +33,7 @@ TABLE = {
     "cluster/test_step_times.py": "mtp",
     "cluster/telemetry": "telemetry",
     "cluster/dispatch": "dispatch",
+    "cluster/gang/test_refused_demand.py": "scale",
     "contract": "dispatch",
     "deploy": "serve",
     "deploy/api/test_mtp.py": "mtp",
@@ -39,6 +42,7 @@ TABLE = {
     "deploy/api/test_tracing.py": "telemetry",
     "deploy/monitoring": "telemetry",
     "deploy/prefetch": "chart",
+    "deploy/test_queue_policy.py": "scale",
     "deploy/report": "telemetry",
     "distributed": "step",
     "distributed/test_drafting_gang.py": "mtp",

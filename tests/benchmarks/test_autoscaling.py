@@ -1,0 +1,100 @@
+"""The simulated gang loses nothing, and the policy does what its table says, in short runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from divisi.benchmarks.__main__ import _run
+from divisi.benchmarks.autoscaling.arrivals import PATTERNS, Arrival, made, recorded
+from divisi.benchmarks.autoscaling.deciders import ByServe, Fixed, Seen
+from divisi.benchmarks.autoscaling.gang import Model, Outcome, SimulatedGang
+from divisi.benchmarks.autoscaling.report import PEAK_PER_WORKER, Case, deciders, ran
+
+HOURS, SIZE = 0.25, 4
+
+
+def case(name: str) -> Case:
+    return Case(name, made(PATTERNS[name], SIZE * PEAK_PER_WORKER, 3, HOURS), SIZE, Model())
+
+
+def check(outcome: Outcome, arrivals: int) -> None:
+    """Everybody was answered, and counted once."""
+    assert len(outcome.waits) == arrivals
+    assert outcome.attempts - outcome.refused == arrivals
+    assert min(outcome.waits) >= 0
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_policy_waits_little_and_costs_little(name: str) -> None:
+    tried = case(name)
+    peak, mean, queue, serve, _ = (ran(tried, way) for way in deciders(tried))
+    for outcome in (peak, mean, queue, serve):
+        check(outcome, len(tried.arrivals))
+    assert queue.worker_s < 0.85 * peak.worker_s, "no cheaper than workers for the peak"
+    assert queue.wait_s(0.95) < max(0.5 * serve.wait_s(0.95), 2.0), "no shorter waits than with Serve's default"
+    assert queue.wait_s(0.95) < 15.0
+
+
+def test_a_run_is_the_same_again() -> None:
+    tried = case("bursts")
+    one, two = (ran(tried, "by queue depth") for _ in range(2))
+    assert one == two
+    assert made(PATTERNS["bursts"], 1.0, 1, 0.1) != made(PATTERNS["bursts"], 1.0, 2, 0.1)
+
+
+class ToAndFro(Fixed):
+    """Two workers and one in turn, each time that it is asked."""
+
+    def decide(self, seen: Seen) -> int:
+        return 3 - seen.workers
+
+
+def test_what_a_worker_has_is_computed_by_the_others_when_it_goes() -> None:
+    arrivals = made(PATTERNS["bursts"], 0.6, 1, 0.1)
+    outcome = SimulatedGang(arrivals, ToAndFro(1), replace(Model(), start_s=0.2)).run(arrivals[-1].at)
+    check(outcome, len(arrivals))
+    assert outcome.changes > 100
+
+
+def test_who_finds_no_room_comes_again() -> None:
+    arrivals = [Arrival(0.0, 10, 50)] * 40
+    outcome = SimulatedGang(arrivals, Fixed(1), Model()).run(1.0)
+    check(outcome, 40)
+    assert outcome.refused >= 8, "32 sequences fit"
+
+
+def test_serves_policy_needs_its_half_minute() -> None:
+    policy = ByServe(8, 2.0)
+    told = [policy.decide(Seen(now, 0, 0, 16, 1)) for now in range(40)]
+    assert told[:30] == [1] * 30
+    assert told[30] == 8
+
+
+def test_arrivals_are_read_from_a_log(tmp_path: Path) -> None:
+    lines = [
+        {"time": "2026-11-27T10:00:05.000+00:00", "status": 200, "duration_s": 4.0, "prompt_tokens": 7,
+         "completion_tokens": 9},
+        {"time": "2026-11-27T10:00:03.500+00:00", "status": 200, "duration_s": 3.0, "prompt_tokens": 5,
+         "completion_tokens": 2},
+        {"time": "2026-11-27T10:00:04.000+00:00", "status": 429, "duration_s": 0.01},
+        {"time": "2026-11-27T10:00:04.000+00:00", "message": "loaded"},
+    ]  # fmt: skip
+    log = tmp_path / "requests.log"
+    log.write_text("\n".join([*map(json.dumps, lines), "no JSON", "3"]))
+    assert recorded(log) == [Arrival(0.0, 5, 2), Arrival(0.5, 7, 9)]
+    log.write_text("nothing")
+    with pytest.raises(ValueError, match="no line of an answered request"):
+        recorded(log)
+
+
+def test_the_command_writes_a_table_and_a_plot(tmp_path: Path) -> None:
+    assert _run("autoscaling", ["--sizes", "2", "--hours", "0.05", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "autoscaling.md").read_text().splitlines()
+    assert sum(line.startswith("| ") for line in table) == 1 + 3 * 5
+    plot = ElementTree.fromstring((tmp_path / "autoscaling.svg").read_text())
+    assert len(list(plot.iter("{http://www.w3.org/2000/svg}polyline"))) == 3 * 5
