@@ -15,7 +15,8 @@ from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.dispatch.protocol import AllExperts
 from divisi.cluster.engine.engine import Engine
-from divisi.cluster.request import Request, Sampling
+from divisi.cluster.engine.step.plan import StepPlan
+from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from divisi.model.dispatcher import Dispatcher
@@ -47,9 +48,17 @@ def prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
 class DivisiEngine:
     """The whole engine: scheduler, step, sampling, commit. Only HTTP and Ray are missing."""
 
-    def __init__(self, name: str, engine: Engine, dispatcher: Dispatcher, vocabulary: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        dispatcher: Dispatcher,
+        vocabulary: int,
+        announce: Callable[[StepPlan], None] = lambda plan: None,
+    ) -> None:
+        """`announce` is told of each step before it runs."""
         self.name = name
-        self._engine, self._dispatcher, self._vocabulary = engine, dispatcher, vocabulary
+        self._engine, self._dispatcher, self._vocabulary, self._announce = engine, dispatcher, vocabulary, announce
 
     @classmethod
     def local(
@@ -93,7 +102,7 @@ class DivisiEngine:
         self._submit(sequences, count)
         answers: list[list[int]] = [[] for _ in sequences]
         while (plan := self._engine.plan()) is not None:
-            for event in self._engine.run(plan, self._dispatcher):
+            for event in self._run(plan):
                 answers[int(event.request_id)] += event.token_ids
         return answers
 
@@ -105,7 +114,11 @@ class DivisiEngine:
         """Whose tokens it was."""
         plan = self._engine.plan()
         assert plan is not None, "the engine ran out of work"
-        return [event.request_id for event in self._engine.run(plan, self._dispatcher) if event.token_ids]
+        return [event.request_id for event in self._run(plan) if event.token_ids]
+
+    def _run(self, plan: StepPlan) -> list[TokenEvent]:
+        self._announce(plan)
+        return self._engine.run(plan, self._dispatcher)
 
 
 def gang_spec(model_dir: Path, shape: GangShape, dtype: Literal["bfloat16", "float32"], threads: int) -> GangSpec:

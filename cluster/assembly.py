@@ -14,8 +14,10 @@ from divisi.cluster.dispatch import planner
 from divisi.cluster.dispatch.all_to_all import AllToAll
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
+from divisi.cluster.dispatch.costs import layer_of
 from divisi.cluster.dispatch.local import Local, LocalEnd
 from divisi.cluster.dispatch.meter import MeteredExperts
+from divisi.cluster.dispatch.micro_batches import MicroBatches
 from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, Experts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials
@@ -24,6 +26,7 @@ from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Grammars
 from divisi.cluster.engine.memory.budget import MemoryBudget
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.engine.step.plan import ALWAYS, NEVER, Cuts
 from divisi.cluster.engine.times import times_file
 from divisi.cluster.engine.times.calibration import Agreeing, Calibration, Remembered
 from divisi.cluster.gang.loops.inbox import EpochInbox
@@ -101,19 +104,43 @@ def dispatch_mode(spec: GangSpec, config: ModelConfig, experts: AllExperts | Non
 
 def sharded_mode(spec: GangSpec, config: ModelConfig) -> ShardedMode:
     """How rows reach experts on ranks of their own: as told, or by the planner for a step of full batches."""
-    way, wire = transport(spec, config), transport(spec, config).wire
-    load = planner.Load(
+    way = transport(spec, config)
+    mode: ShardedMode = AllToAll(way) if _planned_mode(spec, config) == "all_to_all" else Broadcast(way)
+    return mode if spec.device == "cuda" or spec.micro_batches == "never" else MicroBatches(mode)
+
+
+def _planned_mode(spec: GangSpec, config: ModelConfig) -> planner.Mode:
+    if spec.dispatch != "auto":
+        return spec.dispatch
+    return "broadcast" if spec.device == "cuda" else planner.plan_mode(_full_load(spec, config), planner.MEMORY)
+
+
+def _full_load(spec: GangSpec, config: ModelConfig) -> planner.Load:
+    """A layer of full batches."""
+    wire, shards = transport(spec, config).wire, spec.shape.expert_shards
+    return planner.Load(
         spec.shape.attention_workers,
-        spec.shape.expert_shards,
+        shards,
         spec.max_seqs,
         request_bytes=wire.request_bytes(1),
         reply_bytes=wire.reply_bytes(1, 1),
-        hit=planner.hit_rate(wire.experts_per_token, wire.leaves, spec.shape.expert_shards),
+        hit=planner.hit_rate(wire.experts_per_token, wire.leaves, shards),
     )
-    mode = spec.dispatch
-    if mode == "auto":
-        mode = "broadcast" if spec.device == "cuda" else planner.plan_mode(load, planner.MEMORY)
-    return AllToAll(way) if mode == "all_to_all" else Broadcast(way)
+
+
+def cuts(spec: GangSpec, config: ModelConfig, most: int) -> Cuts:
+    """Which steps of a worker are cut in two, as told or by the planner; of more than `most` rows it could change
+    tokens.
+    """
+    shape = spec.shape
+    if spec.device == "cuda" or spec.micro_batches == "never" or shape.colocated or not shape.expert_shards:
+        return NEVER
+    if spec.micro_batches == "always":
+        return ALWAYS
+    layer = layer_of(config, shape.expert_shards, spec.virtual_shards)
+    most = min(most, spec.max_seqs * max_rows(spec, config))
+    mode, load = _planned_mode(spec, config), _full_load(spec, config)
+    return Cuts(planner.cut_rows(layer, mode, load, planner.MEMORY, planner.ZEN, most))
 
 
 def pass_layers(config: ModelConfig) -> PassLayers:
@@ -220,19 +247,19 @@ def build_engine(
     if _compiles(spec):
         end = Nowhere() if experts is None or spec.shape.expert_shards else LocalEnd(experts)
         warm_up(runner, end, _step_sizes(limits), device)
+    cut, times = cuts(spec, config, runner.most_equal_rows), StepTimes()
     if not limits.max_draft_tokens or not spec.adaptive_drafts:
-        return assemble_engine(limits, runner, grammars, device, wake), experts
-    times = StepTimes()
+        return assemble_engine(limits, runner, grammars, device, wake, cut), experts
     file = partial(_times_file, spec, max_rows(spec, config))
     engine = Engine(
         runner,
         Sampler(kernels.choose_tokens),
-        Scheduler(limits, MostTokensPerSecond(times)),
+        Scheduler(limits, MostTokensPerSecond(times), cut),
         device=device,
         stopwatch=runner.stopwatch,
         grammars=grammars,
         times=times,
-        rehearsal=Remembered(_calibration(limits, runner, device, times), file, times),
+        rehearsal=Remembered(_calibration(limits, runner, device, times, cut), file, times),
         wake=wake,
     )
     return engine, experts
@@ -252,13 +279,15 @@ def _times_file(spec: GangSpec, rows: int) -> times_file.TimesFile:
     return times_file.TimesFile(times_file.cache_folder(), times_file.circumstances(spec, rows))
 
 
-def _calibration(limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes) -> Calibration:
+def _calibration(
+    limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes, cut: Cuts
+) -> Calibration:
     """Over the model and memory of `runner`, with an engine and a stopwatch of its own."""
     apart, drafting = runner.timed_apart(), FixedDepth()
     engine = Engine(
         apart,
         Agreeing(apart.kernels.choose_tokens, limits.vocab_size),
-        Scheduler(limits, drafting),
+        Scheduler(limits, drafting, cut),
         device=device,
         stopwatch=apart.stopwatch,
     )
@@ -305,12 +334,13 @@ def assemble_engine(
     grammars: Grammars,
     device: torch.device,
     wake: Callable[[], None] = lambda: None,
+    cut: Cuts = NEVER,
 ) -> Engine:
     """An engine over a runner whose drafts go as far as they may."""
     return Engine(
         runner,
         Sampler(runner.kernels.choose_tokens),
-        Scheduler(limits),
+        Scheduler(limits, cuts=cut),
         device=device,
         stopwatch=runner.stopwatch,
         grammars=grammars,

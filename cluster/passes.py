@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class PassKind(enum.IntEnum):
@@ -21,14 +21,22 @@ class Pass:
     kind: PassKind
     counts: Mapping[int, int]
     """Rows by attention seat; a seat without rows may be left out."""
+    second: Mapping[int, int] = field(default_factory=dict)
+    """How many of them, the last ones, make up a second micro-batch: it is with the experts while the first is not."""
     bucket: int = 0
     """Rows that each worker's batch is padded to; 0: none. Room for what pads; unused."""
-    micro_batches: int = 1
-    """Slices that the pass is cut into. Room for what overlaps them; unused."""
 
     def rows(self, seat: int) -> int:
         """Rows of `attention:seat`."""
         return self.counts.get(seat, 0)
+
+    @property
+    def micro_batches(self) -> tuple[Pass, ...]:
+        """One or two, each as a pass by itself; their rows go through a layer one micro-batch after the other."""
+        if not self.second:
+            return (self,)
+        first = {seat: left for seat, rows in self.counts.items() if (left := rows - self.second.get(seat, 0))}
+        return Pass(self.kind, first), Pass(self.kind, self.second)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ class GangSpec:
     """Into how many the experts are cut for good: tokens are the same for any number of shards up to it."""
     dispatch: Literal["auto", "broadcast", "all_to_all"] = "auto"
     """How rows reach expert shards; auto: by `divisi.cluster.dispatch.planner`."""
+    micro_batches: Literal["auto", "never", "always"] = "auto"
+    """Which decoding steps are cut in two, so that attention and experts compute at once; auto: as above."""
     min_attention_workers: int | None = None
     """With how many an epoch forms; None: all of the shape's."""
     suspect_after_s: float = 2.0

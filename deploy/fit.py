@@ -60,6 +60,11 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
         raise SettingsError(
             "gang.dispatch: 'all_to_all' has no transport between GPUs yet; use 'broadcast' or 'auto', or device 'cpu'"
         )
+    if gang.micro_batches == "always" and (device == "cuda" or gang.topology != "split"):
+        where = "device 'cuda'" if device == "cuda" else f"topology {gang.topology!r}"
+        raise SettingsError(
+            f"gang.micro_batches: 'always' is for expert shards on CPUs, and the gang has {where}; leave it 'auto'"
+        )
     _check_kernels(settings, device)
     dtype = settings.model.dtype if settings.model.dtype != "auto" else config.dtype
     notes = []

@@ -268,6 +268,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         shape=gang.shape,
         virtual_shards=gang.virtual_shards,
         dispatch=gang.dispatch,
+        micro_batches=gang.micro_batches,
         min_attention_workers=gang.least_workers,
         max_model_len=fitted.max_model_len,
         kv_memory=cache.kv_bytes,

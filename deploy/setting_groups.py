@@ -95,6 +95,9 @@ class GangSettings(Group):
     dispatch: Literal["auto", "broadcast", "all_to_all"] = "auto"
     """How rows reach expert shards of their own: all to each of them, or each to those that it visits; auto: whichever
     a model of their cost prefers. The tokens are the same."""
+    micro_batches: Literal["auto", "never", "always"] = "auto"
+    """Which decoding steps go through the layers in two halves, one in attention while expert shards compute the other;
+    auto: where a model of their cost expects a gain and tokens stay the same to the bit. On CPUs only."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_process: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None: the cores of the machine that it runs on, shared among the ranks there."""

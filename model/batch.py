@@ -65,3 +65,23 @@ class StepBatch:
     def num_tokens(self) -> int:
         """T."""
         return self.token_ids_T.shape[0]
+
+    def cut(self, sequence: int, row: int) -> tuple[StepBatch, StepBatch]:
+        """A batch of decoding rows in two, of which the second begins with that sequence and row."""
+        assert self.decode is not None, "only decoding rows are cut"
+        first = self._part(self.decode, slice(0, sequence), slice(0, row))
+        return first, self._part(self.decode, slice(sequence, len(self.decode.slots_S)), slice(row, self.num_tokens))
+
+    def _part(self, decode: DecodeRows, sequences: slice, rows: slice) -> StepBatch:
+        starts_S1 = decode.starts_S1[sequences.start : sequences.stop + 1] - rows.start
+        return StepBatch(
+            token_ids_T=self.token_ids_T[rows],
+            positions_T=self.positions_T[rows],
+            kv_rows_T=self.kv_rows_T[rows],
+            decode=DecodeRows(
+                starts_S1, decode.lengths_S[sequences], decode.slots_S[sequences], decode.pages_SN[sequences]
+            ),
+            prefill=None,
+            decode_rows=rows.stop - rows.start,
+            logit_rows_R=self.logit_rows_R[: rows.stop - rows.start],
+        )

@@ -106,7 +106,7 @@ class MtpLayer:
         residual_TD = self._begun(batch, batch.decode, hidden_SD)
         mixed_TD = self.block.mix(residual_TD, None, cos_sin_TR, batch)
         stopwatch.lap("draft")
-        update = self.block.feed(residual_TD, mixed_TD, batch, dispatcher, stopwatch)
+        update = self.block.feed(residual_TD, mixed_TD, batch, dispatcher, stopwatch)()
         out_TD = kernels.mixture.add_norm(residual_TD, update, self.weights.final_scale_D, eps)
         logits_SV = logits(kernels, out_TD, self._weights.head_VD)
         stopwatch.lap("draft")

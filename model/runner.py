@@ -5,7 +5,7 @@ Shapes: T rows, D model width, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from divisi.model.mtp import Drafted, MtpLayer
 from divisi.model.passes import WholePasses
 from divisi.model.state import Pairs, StateStore
 from divisi.model.stopwatch import Stopwatch
+from divisi.model.turns import in_turns
 from divisi.model.weights import Weights
 
 
@@ -66,10 +67,24 @@ class ModelRunner:
 
         Raises what the dispatcher raises when the step cannot be finished; the same batch may then be run again.
         """
-        kernels, device = self.kernels, batch.token_ids_T.device
-        kernels.memory.begin("full", device, decoding=batch.prefill is None)
+        self.kernels.memory.begin("full", batch.token_ids_T.device, decoding=batch.prefill is None)
         if (whole := self._whole_passes(batch, dispatcher)) is not None:
             return whole.full(batch, self.stopwatch)
+        return self._logits(in_turns([self._layers(batch, dispatcher)]))
+
+    @torch.inference_mode()
+    def forward_in_turns(self, batches: Sequence[StepBatch], dispatcher: Dispatcher) -> Tensor:
+        """As `forward`, of micro-batches: while the rows of one are with the experts, the next one is computed here.
+
+        The dispatcher gets a layer's rows micro-batch by micro-batch. The same bits as of one batch of all rows, as far
+        as these do not depend on their number.
+        """
+        self.kernels.memory.begin("full", batches[0].token_ids_T.device, decoding=False)  # several are under way
+        return self._logits(in_turns([self._layers(batch, dispatcher) for batch in batches]))
+
+    def _layers(self, batch: StepBatch, dispatcher: Dispatcher) -> Generator[None, None, Tensor]:
+        """All layers and the final norm: h of the rows whose logits are wanted. Stops while rows are with experts."""
+        kernels = self.kernels
         residual_TD = kernels.embed(self._weights.embed_VD, batch.token_ids_T).to(self._activation_dtype)
         cos_sin_TR = self._cos_sin(batch.positions_T)
         self.stopwatch.lap("other")
@@ -78,7 +93,9 @@ class ModelRunner:
             kernels.memory.layer(index)
             mixed_TD = block.mix(residual_TD, update, cos_sin_TR, batch)
             self.stopwatch.lap("mixer")
-            update = block.feed(residual_TD, mixed_TD, batch, dispatcher, self.stopwatch)
+            answer = block.feed(residual_TD, mixed_TD, batch, dispatcher, self.stopwatch)
+            yield
+            update = answer()
         assert update is not None, "a model has at least one layer"
         kernels.memory.after_layers()
         every = batch.logit_rows_R.shape[0] == batch.num_tokens
@@ -89,7 +106,11 @@ class ModelRunner:
         if self._mtp is not None:
             self._mtp.record(h_TD, batch, cos_sin_TR)
             self.stopwatch.lap("draft")
-        logits_RV = logits(kernels, h_TD if every else h_TD[batch.logit_rows_R], self._weights.head_VD)
+        return h_TD if every else h_TD[batch.logit_rows_R]
+
+    def _logits(self, parts_RD: Sequence[Tensor]) -> Tensor:
+        h_RD = parts_RD[0] if len(parts_RD) == 1 else torch.cat(list(parts_RD))
+        logits_RV = logits(self.kernels, h_RD, self._weights.head_VD)
         self.stopwatch.lap("other")
         return logits_RV
 
@@ -127,6 +148,11 @@ class ModelRunner:
             self.store.copy_slots(slot_copies)
         if page_copies:
             self.store.copy_pages(page_copies)
+
+    @property
+    def most_equal_rows(self) -> int:
+        """Up to so many decoding rows in a pass, each has the bits that it has in company of any other number."""
+        return 0 if self.kernels.fused is None else self.kernels.fused.most_rows(self._weights.head_VD)
 
     def timed_apart(self) -> ModelRunner:
         """The same weights and memory, with a stopwatch of its own."""

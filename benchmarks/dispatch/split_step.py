@@ -8,47 +8,63 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from divisi.benchmarks.contenders import DivisiEngine, gang_spec
+from divisi.benchmarks.contenders import CONTEXT, DivisiEngine, gang_spec, prompts
 from divisi.cluster.assembly import build_engine, load_shard, pass_layers, served_config, sharded_mode
 from divisi.cluster.dispatch.groups import PeerGroup, join_group
 from divisi.cluster.dispatch.host_memory import HostMemory
-from divisi.cluster.dispatch.protocol import Peers, WorkerEnd
+from divisi.cluster.dispatch.protocol import Peers
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials, Secret
+from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.gang.loops.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.cluster.spec import GangSpec
 from divisi.model.checkpoint import Checkpoint
-from divisi.model.dispatcher import Pending
 
 _SHAPE = GangShape(1, 1)
 _CPU = torch.device("cpu")
-_BATCHES = (1, 16)
+_BATCHES = (1, 16, 32)
 _STEPS = 32
 _SPIN_S = 0.002
+_SPLIT: tuple[tuple[str, Literal["never", "always"], float | None], ...] = (
+    ("shared memory", "never", _SPIN_S),
+    ("shared memory, two micro-batches", "always", _SPIN_S),
+    ("gloo", "never", None),
+    ("gloo, two micro-batches", "always", None),
+)
+"""Which micro-batches, and how long who waits spins, where memory is shared."""
 _CREDENTIALS = Credentials(Secret(bytes(32)))
 
 
 def report(model_dir: Path, rounds: int) -> str:
-    """Milliseconds per step, medians, as a Markdown table; in turns, so that a disturbance hits all of them."""
+    """Milliseconds per step, medians, as a Markdown table; in turns, so that a disturbance hits all of them.
+
+    Raises AssertionError where a split gang answers with other tokens than one process.
+    """
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     spec = gang_spec(model_dir, _SHAPE, "bfloat16", 1)
     local = DivisiEngine.local(model_dir, "bfloat16")
-    with _split_gang(spec, _SPIN_S) as memory, _split_gang(spec, None) as gloo:
+    with contextlib.ExitStack() as stack:
+        split = {
+            name: stack.enter_context(_split_gang(replace(spec, micro_batches=cut), spin_s))
+            for name, cut, spin_s in _SPLIT
+        }
         contenders = {
             "local, 1 thread": (local, 1),
-            "split 1A+1E, 1 thread each, shared memory": (memory, 1),
-            "split 1A+1E, 1 thread each, gloo": (gloo, 1),
+            **{f"split 1A+1E, 1 thread each, {name}": (engine, 1) for name, engine in split.items()},
             f"local, {threads} threads": (local, threads),
         }
+        _check(contenders, served_config(spec).vocab_size)
         rows: dict[str, list[list[float]]] = {name: [[] for _ in _BATCHES] for name in contenders}
         for turn in range(rounds + 1):
             for column, batch in enumerate(_BATCHES):
@@ -59,6 +75,14 @@ def report(model_dir: Path, rounds: int) -> str:
                         rows[name][column].append(milliseconds)
     torch.set_num_threads(threads)
     return _table(rows)
+
+
+def _check(contenders: Mapping[str, tuple[DivisiEngine, int]], vocabulary: int) -> None:
+    """All give the same tokens, in every batch."""
+    for batch in _BATCHES:
+        asked = prompts(batch, CONTEXT, vocabulary)
+        first, *others = (engine.generate(asked, _STEPS) for engine, _ in contenders.values())
+        assert all(answers == first for answers in others), f"tokens of {batch} sequences differ"
 
 
 def _table(rows: dict[str, list[list[float]]]) -> str:
@@ -73,20 +97,6 @@ def _table(rows: dict[str, list[list[float]]]) -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
-
-
-class _Announcing:
-    """Begins each step's pass on both ends at its first layer, as the loops do by a header before it."""
-
-    def __init__(self, end: WorkerEnd, pipe: Connection, first_layer: int) -> None:
-        self._end, self._pipe, self._first_layer = end, pipe, first_layer
-
-    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
-        if layer == self._first_layer:
-            step_pass = Pass(PassKind.FULL, {0: x_TD.shape[0]})
-            self._pipe.send((step_pass,))
-            self._end.begin(step_pass)
-        return self._end.dispatch(layer, x_TD, expert_ids_TK, gates_TK)
 
 
 @contextlib.contextmanager
@@ -104,9 +114,15 @@ def _split_gang(spec: GangSpec, spin_s: float | None) -> Iterator[DivisiEngine]:
     engine, _ = build_engine(spec, config)
     peers = Peers.of(membership, 0, lambda largest: _join(membership, 0, largest, spin_s))
     end = sharded_mode(spec, config).worker_end(peers)
+
+    def announce(plan: StepPlan) -> None:
+        """Begin the pass on both ends, as the loops do by a header."""
+        step_pass = Pass(PassKind.FULL, {0: plan.num_rows}, {0: plan.second} if plan.second else {})
+        pipe.send((step_pass,))
+        end.begin(step_pass)
+
     try:
-        announcing = _Announcing(end, pipe, config.moe_layers[0])
-        yield DivisiEngine("divisi split", engine, announcing, config.vocab_size)
+        yield DivisiEngine("divisi split", engine, end, config.vocab_size, announce)
     finally:
         pipe.send(())
         shard.join(10)

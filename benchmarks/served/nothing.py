@@ -33,6 +33,8 @@ class EmptyPlan:
     rows: int
     rings: tuple[Run, ...] = ()
     scans: tuple[Run, ...] = ()
+    alone: bool = False
+    second: int = 0
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ class IdleEngine:
         """See Engine."""
         return EmptyPlan(len(self._running)) if self._running else None
 
-    def resize(self, max_rows: int) -> bool:
+    def resize(self, max_rows: int, *, crowded: bool) -> bool:
         """See Engine: there is always room."""
         return False
 

@@ -1,20 +1,27 @@
-"""Which dispatch mode a gang gets: a cost model of one layer. Imports no torch.
+"""Which dispatch mode a gang gets, and which steps are cut in two: a cost model of one layer. Imports no torch.
 
 A layer takes as long as its busiest end: the worker, which handles one message out and one back for each shard, or the
 shard, with one of each for each worker. A message costs `message_s`, and a row its bytes both ways. All-to-all sends a
 row to the shards that it visits only, and picks rows out and puts them back: `pick_s` for each shard, and their bytes.
+
+A layer in one micro-batch takes attention, experts and messages one after another; in two, each half as many rows, it
+takes the busier end's part twice, while the other end's is hidden. But both ends read their weights for each half.
 
 Measured beside the model: `benchmarks/results/dispatch.md`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Mode = Literal["broadcast", "all_to_all"]
 _GAIN = 0.05
 """What all-to-all has to save before it is taken: an overflow of its buffers runs a step twice."""
+
+_CUT_GAIN = 1.1
+"""The factor that two micro-batches have to promise: the model knows neither caches nor who else reads memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +36,8 @@ class Link:
     """How fast these rows are copied out and back."""
 
 
-# measured on two Zen cores: ranks with cores of their own, and ranks that share them and sleep while they wait
+# measured on two Zen cores, each a rank's own
 MEMORY = Link(message_s=64e-6, bytes_per_s=2.1e9, pick_s=300e-6, picked_bytes_per_s=1.9e9)
-CROWDED = Link(message_s=120e-6, bytes_per_s=2.1e9, pick_s=300e-6, picked_bytes_per_s=1.9e9)
 # from data sheets
 ETHERNET_100G = Link(message_s=7e-6, bytes_per_s=12.5e9, pick_s=4e-6, picked_bytes_per_s=1e12)
 NVLINK = Link(message_s=6e-6, bytes_per_s=150e9, pick_s=4e-6, picked_bytes_per_s=1e12)
@@ -43,7 +49,7 @@ class Load:
 
     workers: int
     shards: int
-    rows: int
+    rows: float
     """Of each worker."""
     request_bytes: int
     """Of a row on its way out, with its ids and gates."""
@@ -73,3 +79,69 @@ def plan_mode(load: Load, link: Link) -> Mode:
     """The mode that costs less."""
     exact, broadcast = (layer_s(mode, load, link) for mode in ("all_to_all", "broadcast"))
     return "all_to_all" if exact < (1.0 - _GAIN) * broadcast else "broadcast"
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """What a thread computes products of few rows with."""
+
+    bytes_per_s: float
+    """Of weights, as they come from memory."""
+    row_bytes_per_s: float
+    """Of weights times rows, once they are there."""
+    ask_s: float
+    """To ask for a layer of a micro-batch, however few rows it has."""
+
+    def product_s(self, weight_bytes: float, rows: float) -> float:
+        """Seconds that rows take with such weights."""
+        return weight_bytes * max(1.0 / self.bytes_per_s, rows / self.row_bytes_per_s)
+
+
+# a thread of a Zen core, bf16 weights
+ZEN = Core(bytes_per_s=12e9, row_bytes_per_s=30e9, ask_s=60e-6)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a layer of the model computes with."""
+
+    weight_bytes: float
+    """Of its mixer, router and shared expert, on each attention worker."""
+    state_bytes: float
+    """Of memory that a row reads and writes there."""
+    expert_bytes: float
+    """Of one expert."""
+    held: float
+    """Experts of a shard."""
+    visited: float
+    """How many of these a row visits, in the mean."""
+
+    def attention_s(self, rows: float, core: Core) -> float:
+        """Seconds that a worker's rows take, messages and experts left out."""
+        return core.product_s(self.weight_bytes, rows) + rows * self.state_bytes / core.bytes_per_s
+
+    def experts_s(self, rows: float, core: Core) -> float:
+        """Seconds that a shard takes for so many rows of all workers."""
+        touched = self.held * (1.0 - math.pow(1.0 - self.visited / self.held, rows))
+        return touched * core.product_s(self.expert_bytes, rows * self.visited / touched)
+
+
+def cut_gain(layer: Layer, mode: Mode, load: Load, link: Link, core: Core) -> float:
+    """How much longer a layer of such a load takes in one micro-batch than in two, as a factor."""
+    half = replace(load, rows=load.rows / 2)
+    attention_s, experts_s = _ends_s(layer, load, core)
+    whole_s = attention_s + experts_s + layer_s(mode, load, link) + core.ask_s
+    return whole_s / (2 * (max(_ends_s(layer, half, core)) + layer_s(mode, half, link) + core.ask_s))
+
+
+def _ends_s(layer: Layer, load: Load, core: Core) -> tuple[float, float]:
+    """A worker's and a shard's seconds of computing."""
+    return layer.attention_s(load.rows, core), layer.experts_s(load.workers * load.rows, core)
+
+
+def cut_rows(layer: Layer, mode: Mode, load: Load, link: Link, core: Core, most: int) -> range:
+    """How many rows of a worker, `most` at most, are worth two micro-batches; from some number on, or none."""
+    least = most + 1
+    while least > 2 and cut_gain(layer, mode, replace(load, rows=least - 1), link, core) > _CUT_GAIN:
+        least -= 1
+    return range(least, most + 1)

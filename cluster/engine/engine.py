@@ -59,6 +59,13 @@ class Runner(Protocol):
         """
         ...
 
+    def forward_in_turns(self, batches: Seq[StepBatch], dispatcher: Dispatcher) -> Tensor:
+        """A full pass of micro-batches of decoding rows: while one is with the experts, the next one is computed here.
+
+        The dispatcher gets a layer's rows micro-batch by micro-batch. Returns the logits of all, as `forward`.
+        """
+        ...
+
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         """Run a draft pass, of one row per sequence; `hidden_SD` comes from the pass before, None in the first."""
         ...
@@ -176,9 +183,12 @@ class Engine:
         self._stopwatch.lap("scheduler")
         return plan
 
-    def resize(self, max_rows: int) -> bool:
-        """Plan with so many rows a step from now on; whether the plan under way was larger, and is no more."""
-        given_up = self._scheduler.resize(max_rows)
+    def resize(self, max_rows: int, *, crowded: bool) -> bool:
+        """Plan with so many rows a step from now on; whether the plan under way was larger, and is no more.
+
+        `crowded`: ranks share cores.
+        """
+        given_up = self._scheduler.resize(max_rows, crowded=crowded)
         self._events += [self._event(outcome) for outcome in given_up or ()]
         return given_up is not None
 
@@ -252,7 +262,10 @@ class Engine:
         batch = self._builder.build(plan, self._drafts)
         self._sampler.ask(rows_of(plan.choosing), self._drafts)
         self._stopwatch.lap("scheduler")
-        self._logits_RV = self._runner.forward(batch, dispatcher)
+        if plan.second:
+            self._logits_RV = self._runner.forward_in_turns(batch.cut(*plan.cut), dispatcher)
+        else:
+            self._logits_RV = self._runner.forward(batch, dispatcher)
 
     @torch.inference_mode()
     def commit(self, plan: StepPlan) -> list[TokenEvent]:

@@ -33,7 +33,7 @@ from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.memory.sequence_memory import SLOTS_TO_PREFILL, Memory, pages_for
 from divisi.cluster.engine.request_check import check_request
 from divisi.cluster.engine.sequence import Sequence, Status
-from divisi.cluster.engine.step.plan import NO_OPS, Outcome, PlanLayout, Run, RunKind, StepPlan
+from divisi.cluster.engine.step.plan import NEVER, NO_OPS, Cuts, Outcome, PlanLayout, Run, RunKind, StepPlan
 from divisi.cluster.engine.suspects import Suspects
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import EndReason, Request
@@ -76,9 +76,10 @@ class SchedulerConfig(BaseModel):
 class Scheduler:
     """The queue, the running sequences and the pools of one attention worker."""
 
-    def __init__(self, config: SchedulerConfig, drafting: DraftPolicy | None = None) -> None:
+    def __init__(self, config: SchedulerConfig, drafting: DraftPolicy | None = None, cuts: Cuts = NEVER) -> None:
         """`drafting` decides how far drafts go within the limits; without one, all the way."""
         self.config = config
+        self._cuts = self._all_cuts = cuts
         self._drafting = drafting or FixedDepth()
         self.memory = Memory(
             num_pages=config.num_pages,
@@ -142,18 +143,18 @@ class Scheduler:
             self._suspects.clear()  # it was preempted meanwhile
         ops = self._ops_left._replace(page_copies=self._ops_left.page_copies + self.memory.take_copies())
         self._ops_left = NO_OPS
-        self.outstanding = layout.plan(self.memory.take_growths(), ops, alone=self._only is not None)
+        self.outstanding = layout.plan(self.memory.take_growths(), ops, self._cuts, alone=self._only is not None)
         assert self.outstanding.num_rows, "the earliest request always advances"
         return self.outstanding
 
-    def resize(self, max_rows: int) -> list[Outcome] | None:
-        """Plan with so many rows a step from now on, at most as many as configured.
+    def resize(self, max_rows: int, *, crowded: bool = False) -> list[Outcome] | None:
+        """Plan with so many rows a step from now on, at most as many as configured; `crowded`: see `Cuts`.
 
         A larger plan that is under way is given up: nothing of it counts, and the next one takes its place. Returns
         the requests that were cancelled meanwhile and end with it; None where no plan was given up.
         """
         assert self.config.max_seqs <= max_rows <= self.config.max_step_tokens, "a share that there are no buffers for"
-        self._max_rows = max_rows
+        self._max_rows, self._cuts = max_rows, self._all_cuts.where(crowded=crowded)
         plan = self.outstanding
         if plan is None or plan.num_rows <= max_rows:
             return None

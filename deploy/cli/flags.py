@@ -19,6 +19,7 @@ _FIELDS = {
     "attention_workers": ("gang", "attention_workers"),
     "expert_shards": ("gang", "expert_shards"),
     "dispatch": ("gang", "dispatch"),
+    "micro_batches": ("gang", "micro_batches"),
     "device": ("gang", "device"),
     "threads_per_process": ("gang", "threads_per_process"),
     "pin_cores": ("gang", "pin_cores"),
@@ -87,6 +88,10 @@ def _add_gang_flags(gang: argparse._ArgumentGroup) -> None:
     gang.add_argument(
         "--dispatch", choices=("auto", "broadcast", "all_to_all"),
         help="how rows reach expert shards: all to each, or each to those that it visits (default: auto, by cost)",
+    )  # fmt: skip
+    gang.add_argument(
+        "--micro-batches", choices=("auto", "never", "always"),
+        help="which decoding steps are cut in two, so that attention and experts compute at once (default: auto)",
     )  # fmt: skip
     gang.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
     gang.add_argument(

@@ -14,7 +14,7 @@ from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.layers.fused import FusedBlock
 from divisi.model.layers.mixer import attention, delta_net
-from divisi.model.layers.mlp import dense, mixture
+from divisi.model.layers.mlp import Answer, dense, mixture
 from divisi.model.state import StateStore
 from divisi.model.stopwatch import Stopwatch
 from divisi.model.weights import AttentionWeights, LayerWeights, MlpWeights
@@ -59,14 +59,14 @@ class Block:
 
     def feed(
         self, residual_TD: Tensor, mixed_TD: Tensor, batch: StepBatch, dispatcher: Dispatcher, stopwatch: Stopwatch
-    ) -> Update:
-        """Add the mixer's output to the residual, and return that of the feed-forward part."""
+    ) -> Answer:
+        """Add the mixer's output to the residual, and begin the feed-forward part, whose output is the answer."""
         scale_D, eps, mlp = self._weights.mlp_scale_D, self._config.rms_norm_eps, self._weights.mlp
         if isinstance(mlp, MlpWeights):
             x_TD = self._kernels.add_rms_norm(residual_TD, mixed_TD, scale_D, eps)
             y_TD = dense(self._kernels, mlp, x_TD)
             stopwatch.lap("experts")
-            return y_TD
+            return lambda: y_TD
         if self.fused is not None and self.fused.takes(batch):
             x_TD, rows = self.fused.route(residual_TD, mixed_TD)
         else:

@@ -94,6 +94,21 @@ def test_kernels_that_the_device_cannot_have(gang: dict[str, object], gpus: int,
         fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, gpus)
 
 
+@pytest.mark.parametrize(
+    ("gang", "gpus", "says"),
+    [
+        ({"topology": "split", "expert_shards": 2}, 3, "'always' is for expert shards on CPUs, .* has device 'cuda'"),
+        ({}, 0, "has topology 'local'; leave it 'auto'"),
+        ({"topology": "colocated", "attention_workers": 2}, 0, "has topology 'colocated'"),
+    ],
+)
+def test_micro_batches_are_for_shards_on_cpus(gang: dict[str, object], gpus: int, says: str) -> None:
+    always = Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang | {"micro_batches": "always"}})
+    with pytest.raises(SettingsError, match=f"gang.micro_batches: .*{says}"):
+        fit(always, CONFIG, gpus)
+    fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, gpus)
+
+
 def test_the_kernels_reach_the_ranks(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL_CONFIG))
     gang = {"device": "cpu", "kernels": "auto,route=reference"}

@@ -86,8 +86,8 @@ def test_a_worker_comes_and_goes_between_two_steps(small_model: Path, alone: dic
         resized: list[bool] = []
         resize = first.engine.resize
 
-        def note(rows: int) -> bool:
-            resized.append(resize(rows))
+        def note(rows: int, *, crowded: bool) -> bool:
+            resized.append(resize(rows, crowded=crowded))
             return resized[-1]
 
         first.engine.resize = note  # type: ignore[method-assign]

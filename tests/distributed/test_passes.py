@@ -127,6 +127,7 @@ class Watched:
 class CountedPlan:
     counts: tuple[int, ...]
     alone: bool = False
+    second: int = 0
 
 
 @dataclass
@@ -154,7 +155,7 @@ class CountedEngine:
     def plan(self) -> CountedPlan | None:
         return self.plans.pop() if self.plans else None
 
-    def resize(self, max_rows: int) -> bool:
+    def resize(self, max_rows: int, *, crowded: bool) -> bool:
         return False
 
     def strike(self) -> bool:

@@ -145,6 +145,10 @@ class FakeRunner:
         self._record(batch)
         return _BANK[[hash(tuple(values)) % len(_BANK) for values in found]]
 
+    def forward_in_turns(self, batches: Sequence[StepBatch], dispatcher: Dispatcher) -> Tensor:
+        """One after another: the fake's experts give nothing."""
+        return torch.cat([self.forward(batch, dispatcher) for batch in batches])
+
     def draft_all(self, batches: Sequence[StepBatch], dispatcher: Dispatcher, draws: Draws) -> None:
         """Passes are run one by one."""
 

@@ -110,11 +110,12 @@ class ModelSteps:
         *,
         rejected: Mapping[int, int] = {},
         last_only: bool = False,
+        cut: int = 0,
     ) -> dict[int, Tensor]:
         """Run tokens of sequences as ring runs and as scan runs; return the logits of each sequence's rows.
 
         So many rows at the end of a ring run are `rejected`, that is not committed. `last_only` asks for the logits of
-        each run's last row only.
+        each run's last row only. With `cut`, the rows of so many sequences are the first of two micro-batches.
         """
         decode = [
             _Run(self.held[index], list(tokens), len(tokens) - rejected.get(index, 0))
@@ -134,7 +135,10 @@ class ModelSteps:
             decode_rows=sum(len(run.tokens) for run in decode),
             logit_rows_R=torch.tensor([end - 1 for end in ends]) if last_only else torch.arange(len(positions)),
         )
-        logits = self.runner.forward(batch, self.dispatcher)
+        if cut:
+            logits = self.runner.forward_in_turns(batch.cut(cut, ends[cut - 1]), self.dispatcher)
+        else:
+            logits = self.runner.forward(batch, self.dispatcher)
         for run in runs:
             run.held.length += run.accepted
         for run in prefill:

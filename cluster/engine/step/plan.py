@@ -5,6 +5,8 @@ A step's rows are laid out here, once: those of the ring runs first, then those 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -93,6 +95,30 @@ NO_OPS = MemoryOps()
 
 
 @dataclass(frozen=True, slots=True)
+class Cuts:
+    """Which steps are cut into two micro-batches; never those that prefill, whose few runs do not fall into halves."""
+
+    rows: range = range(0)
+    """So many rows."""
+    crowded: bool = False
+    """Also where ranks share cores, so that none can compute while another one does."""
+
+    def where(self, *, crowded: bool) -> Cuts:
+        """Those that are left where ranks do or do not share cores."""
+        return NEVER if crowded and not self.crowded else self
+
+    def second(self, rings: Seq[Run], num_rows: int) -> int:
+        """Rows of the second micro-batch: of the runs from the middle on; 0: there is none."""
+        if num_rows not in self.rows:
+            return 0
+        first = next((run.row for run in rings if 2 * run.row >= num_rows), 0)
+        return num_rows - first if first else 0
+
+
+NEVER, ALWAYS = Cuts(), Cuts(range(2, sys.maxsize), crowded=True)
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one step computes. Its sequences do not change until it is committed."""
 
@@ -105,6 +131,8 @@ class StepPlan:
     ops: MemoryOps = NO_OPS
     alone: bool = False
     """It is to have a step of the gang for itself."""
+    second: int = 0
+    """Rows of the full pass's second micro-batch, its last ones; 0: it has one."""
     counts: tuple[int, ...] = field(init=False)
     """Rows by pass: of the draft passes, then of the one over all layers."""
 
@@ -117,6 +145,12 @@ class StepPlan:
     def runs(self) -> tuple[Run, ...]:
         """All runs in the order of their rows."""
         return self.rings + self.scans
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """Where the second micro-batch begins: its first run and row."""
+        row = self.num_rows - self.second
+        return next(index for index, run in enumerate(self.rings) if run.row == row), row
 
     @property
     def choosing(self) -> list[Run]:
@@ -160,7 +194,9 @@ class PlanLayout:
         self.rows_left -= end - sequence.length
         self.prompt_logits_left -= len(sequence.prompt_positions(sequence.length, end))
 
-    def plan(self, growths: tuple[PageGrowth, ...], ops: MemoryOps, alone: bool = False) -> StepPlan:
+    def plan(
+        self, growths: tuple[PageGrowth, ...], ops: MemoryOps, cuts: Cuts = NEVER, *, alone: bool = False
+    ) -> StepPlan:
         """The plan: ring runs first, then scan runs."""
         rings, scans, row, logit_row = [], [], 0, 0
         for sequence, drafts in self._rings.items():
@@ -173,7 +209,8 @@ class PlanLayout:
             row += run.num_rows
             logit_row += len(run.logit_positions)
         drafting = sorted((run for run in rings if run.num_rows > 1), key=lambda run: -run.num_rows)
-        return StepPlan(tuple(rings), tuple(scans), row, tuple(drafting), growths, ops, alone)
+        second = 0 if scans else cuts.second(rings, row)
+        return StepPlan(tuple(rings), tuple(scans), row, tuple(drafting), growths, ops, alone, second)
 
 
 def _ring(sequence: Sequence, drafts: int, row: int) -> Run:

@@ -77,6 +77,7 @@ def circumstances(spec: GangSpec, max_rows: int) -> dict[str, str]:
         "model": hashlib.sha256((Path(spec.model_dir) / "config.json").read_bytes()).hexdigest(),
         "dtype": spec.dtype,
         "topology": f"{shape.attention_workers}+{shape.expert_shards}{' colocated' if shape.colocated else ''}",
+        "micro_batches": spec.micro_batches,
         "threads": str(torch.get_num_threads()),
         "kernels": f"{spec.kernels}{' deterministic' if spec.deterministic else ''}",
         "sequences": f"{spec.max_seqs} of up to {max_rows} rows",

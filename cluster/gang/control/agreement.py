@@ -10,6 +10,7 @@ A worker whose plan is suspected wants a step for itself: those who do take turn
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from divisi.cluster.passes import Pass, PassKind
 
@@ -23,17 +24,21 @@ class StepAgreement:
 
     def __init__(self, workers: Iterable[int]) -> None:
         self._announced: dict[int, tuple[int, ...] | None] = dict.fromkeys(workers)
+        self._second: dict[int, int] = {}
+        """Rows of second micro-batches, of those that have any."""
         self._alone: set[int] = set()
         """Who wants a step for itself."""
         self._turns: list[int] = []
         """The parties that have had one, a worker or `_OTHERS`, the latest last."""
 
-    def announce(self, worker: int, counts: tuple[int, ...], alone: bool = False) -> None:
-        """Note a worker's rows by pass, and whether they are to have a step for themselves.
+    def announce(self, worker: int, counts: tuple[int, ...], alone: bool = False, second: int = 0) -> None:
+        """Note a worker's rows by pass, whether they are to have a step for themselves, and how many of the last pass's
+        make up a second micro-batch.
 
         A later announcement for the same step replaces it.
         """
         self._announced[worker] = counts if any(counts) else NOTHING
+        self._second[worker] = second
         if alone:
             self._alone.add(worker)
         else:
@@ -54,7 +59,7 @@ class StepAgreement:
         if self._alone:
             agreed = self._whose_turn(agreed)
         self._announced.update(dict.fromkeys(agreed))
-        return merge(agreed)
+        return merge(agreed, {worker: rows for worker in agreed if (rows := self._second[worker])})
 
     def _whose_turn(self, agreed: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
         """The rows of one who wants to be alone, or of all others: of those whose last turn is longest ago."""
@@ -66,10 +71,10 @@ class StepAgreement:
         return parties[turn]
 
 
-def merge(announced: Mapping[int, Sequence[int]]) -> tuple[Pass, ...]:
+def merge(announced: Mapping[int, Sequence[int]], second: Mapping[int, int] = MappingProxyType({})) -> tuple[Pass, ...]:
     """The passes of a step from what each worker brings: draft passes side by side from the first, one full pass last.
 
-    (2, 1, 5) and (3,) are merged to (2, 0) (1, 0) (5, 3).
+    (2, 1, 5) and (3,) are merged to (2, 0) (1, 0) (5, 3). `second`: of the full one, the rows of second micro-batches.
     """
     drafts = max(map(len, announced.values())) - 1
     passes: list[dict[int, int]] = [{} for _ in range(drafts + 1)]
@@ -78,7 +83,7 @@ def merge(announced: Mapping[int, Sequence[int]]) -> tuple[Pass, ...]:
             if rows:
                 passes[index if index < len(counts) - 1 else drafts][worker] = rows
     full = passes.pop()
-    return (*[Pass(PassKind.DRAFT, counts) for counts in passes], Pass(PassKind.FULL, full))
+    return (*[Pass(PassKind.DRAFT, counts) for counts in passes], Pass(PassKind.FULL, full, second))
 
 
 def own_index(step_pass: Pass, index: int, counts: Sequence[int]) -> int:

@@ -4,11 +4,13 @@ Little-endian. A message begins with its kind (u8), the bytes that follow this p
 Then come, in
 
 - a hello: the sender's role (u8: 0 attention, 1 expert) and the index of its seat (u16);
-- an announcement: whether it is to have a step for itself (u8), rows by pass (u32 each);
+- an announcement: whether it is to have a step for itself (u8), rows of the last pass's second micro-batch (u32), rows
+  by pass (u32 each);
 - an end: nothing;
 - a beat, whose step is a count of waits: the sender's role and index as in a hello, and whether it is busy (u8);
 - a header: the number of passes (u8), the length of the trace context (u8), the trace context; and for each pass its
-  kind (u8), micro-batches (u8), number of counts (u16), bucket (u32), and the counts (seat u16, rows u32) above 0.
+  kind (u8), number of counts (u16), bucket (u32), and the counts above 0 (seat u16, rows u32, those of the second
+  micro-batch u32).
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ _PREFIX = struct.Struct("<BHIQ")
 _SEAT = struct.Struct("<BH")
 _BEAT = struct.Struct("<BHB")
 _HEADER = struct.Struct("<BB")
-_PASS = struct.Struct("<BBHI")
-_COUNT = struct.Struct("<HI")
+_PASS = struct.Struct("<BHI")
+_COUNT = struct.Struct("<HII")
 _ROLES: tuple[Role, ...] = ("attention", "expert")
 
 
@@ -40,7 +42,7 @@ class _Kind(enum.IntEnum):
 
 # By kind, so that noise is told from a message before anything waits for its end.
 _LONGEST: dict[int, int] = {
-    _Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 1 + 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF, _Kind.END: 0,
+    _Kind.HELLO: _SEAT.size, _Kind.ANNOUNCEMENT: 5 + 4 * MAX_PASSES, _Kind.HEADER: 0xFFFF, _Kind.END: 0,
     _Kind.BEAT: _BEAT.size,
 }  # fmt: skip
 
@@ -67,11 +69,13 @@ class Announcement:
     """Rows by pass: drafts first, the full pass last."""
     alone: bool = False
     """Nobody else is to bring rows to that step."""
+    second: int = 0
+    """Rows of the full pass that make up its second micro-batch."""
 
     def encode(self) -> bytes:
         """The bytes on the wire."""
         assert len(self.counts) <= MAX_PASSES, f"{len(self.counts)} passes in a step"
-        body = struct.pack(f"<?{len(self.counts)}I", self.alone, *self.counts)
+        body = struct.pack(f"<?I{len(self.counts)}I", self.alone, self.second, *self.counts)
         return _encode(_Kind.ANNOUNCEMENT, self.epoch, self.step, body)
 
 
@@ -95,8 +99,9 @@ class Header:
         assert len(self.passes) <= MAX_PASSES, f"{len(self.passes)} passes in a step"
         parts = [_HEADER.pack(len(self.passes), len(self.trace)), self.trace]
         for step_pass in self.passes:
-            counts = [(seat, rows) for seat, rows in step_pass.counts.items() if rows]
-            parts.append(_PASS.pack(step_pass.kind, step_pass.micro_batches, len(counts), step_pass.bucket))
+            second = step_pass.second
+            counts = [(seat, rows, second.get(seat, 0)) for seat, rows in step_pass.counts.items() if rows]
+            parts.append(_PASS.pack(step_pass.kind, len(counts), step_pass.bucket))
             parts += [_COUNT.pack(*count) for count in counts]
         return _encode(_Kind.HEADER, self.epoch, self.step, b"".join(parts))
 
@@ -166,8 +171,10 @@ def _decode(kind: int, epoch: int, step: int, body: bytearray) -> Message:
         if kind == _Kind.END:
             return End(epoch)
         if kind == _Kind.ANNOUNCEMENT:
-            alone, *counts = struct.unpack(f"<?{len(body) // 4}I", body)
-            return Announcement(epoch, step, tuple(counts), alone)
+            alone, second, *counts = struct.unpack(f"<?{len(body) // 4}I", body)
+            if second and second >= counts[-1]:
+                raise ValueError(f"an announcement has {second} of {counts[-1]} rows in a second micro-batch")
+            return Announcement(epoch, step, tuple(counts), alone, second)
         if kind == _Kind.BEAT:
             role, index, busy = _BEAT.unpack(body)
             return Beat(epoch, Seat(_ROLES[role], index), step, bool(busy))
@@ -186,15 +193,20 @@ def _decode_header(epoch: int, step: int, body: bytearray) -> Header:
         raise ValueError(f"a header has {num_passes} passes, more than {MAX_PASSES}")
     passes = []
     for left in reversed(range(num_passes)):
-        kind, micro_batches, num_counts, bucket = _PASS.unpack_from(body, at)
+        kind, num_counts, bucket = _PASS.unpack_from(body, at)
         at += _PASS.size
         end = at + num_counts * _COUNT.size
         if end > len(body) or kind != (PassKind.DRAFT if left else PassKind.FULL):
             raise ValueError(f"a header of {num_passes} passes has one of kind {kind} and {num_counts} counts in it")
-        counts = dict(_COUNT.iter_unpack(body[at:end]))
-        if len(counts) != num_counts or not all(counts.values()):
-            raise ValueError("a pass of a header counts a seat twice, or no rows")
-        passes.append(Pass(PassKind(kind), counts, bucket, micro_batches))
+        counts: dict[int, int] = {}
+        second: dict[int, int] = {}
+        for seat, rows, later in _COUNT.iter_unpack(body[at:end]):
+            if seat in counts or not later < rows:
+                raise ValueError("a pass of a header counts a seat twice, no rows, or all in a second micro-batch")
+            counts[seat] = rows
+            if later:
+                second[seat] = later
+        passes.append(Pass(PassKind(kind), counts, second, bucket))
         at = end
     if not passes or at != len(body):
         raise ValueError(f"a header of {num_passes} passes has {len(body) - at} bytes after them")

@@ -61,12 +61,12 @@ class LeaderMesh:
                 peer.close()
             raise
 
-    def announce(self, counts: tuple[int, ...], alone: bool = False) -> None:
+    def announce(self, counts: tuple[int, ...], alone: bool = False, second: int = 0) -> None:
         """Note the leader's own rows by pass for the next step, none where it has nothing to do.
 
-        `alone`: they are to have a step for themselves.
+        `alone`: they are to have a step for themselves; `second`: so many of the last pass's are a second micro-batch.
         """
-        self._agreement.announce(self._membership.seats[0].index, counts, alone)
+        self._agreement.announce(self._membership.seats[0].index, counts, alone, second)
 
     def next_step(self, deadline_s: float) -> Header | None:
         """Begin the next step on all ranks once its workers are known; None when woken for another reason.
@@ -124,7 +124,7 @@ class LeaderMesh:
             if isinstance(message, Announcement) and (message.epoch, message.step) == now:
                 if peer.seat is None or peer.seat.role != "attention":
                     raise StepAborted("announced rows and is no attention worker", peer.who)
-                self._agreement.announce(peer.seat.index, message.counts, message.alone)
+                self._agreement.announce(peer.seat.index, message.counts, message.alone, message.second)
 
     def _waiting_for(self) -> str:
         return ", ".join(str(Seat("attention", worker)) for worker in self._agreement.unfinished)
@@ -210,15 +210,15 @@ class FollowerMesh:
                 peer.close()
             raise
 
-    def announce(self, counts: tuple[int, ...], alone: bool = False) -> None:
+    def announce(self, counts: tuple[int, ...], alone: bool = False, second: int = 0) -> None:
         """Tell the leader this worker's rows by pass for the next step, none where it has nothing to do.
 
-        `alone`: they are to have a step for themselves. Rings a leader that is parked.
+        `alone`, `second`: as the leader's. Rings a leader that is parked.
         """
         if counts == self._announced:
             return
         try:
-            self._leader.send(Announcement(self._epoch, self._step + 1, counts, alone).encode())
+            self._leader.send(Announcement(self._epoch, self._step + 1, counts, alone, second).encode())
         except StepAborted:
             with contextlib.suppress(StepAborted):
                 self._read([self._leader])

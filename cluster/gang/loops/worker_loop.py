@@ -30,7 +30,7 @@ from divisi.cluster.gang.loops.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.loops.observer import NobodyObserves, WorkerObserver
 from divisi.cluster.gang.loops.reports import EpochReports, level_of
 from divisi.cluster.gang.loops.threads import CoreShare
-from divisi.cluster.passes import Pass, PassLayers, plain_elsewhere
+from divisi.cluster.passes import Pass, PassKind, PassLayers, plain_elsewhere
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher
 
@@ -48,6 +48,11 @@ class Plan(Protocol):
     @property
     def alone(self) -> bool:
         """Whether it is to have a step of the gang for itself."""
+        ...
+
+    @property
+    def second(self) -> int:
+        """Rows of the full pass that make up its second micro-batch; 0: it has one."""
         ...
 
 
@@ -70,8 +75,11 @@ class StepEngine(Protocol[PlanT]):
         """The next step, frozen until it has run; None with nothing to do."""
         ...
 
-    def resize(self, max_rows: int) -> bool:
-        """Plan with so many rows from now on; whether the plan under way was larger, and is no more."""
+    def resize(self, max_rows: int, *, crowded: bool) -> bool:
+        """Plan with so many rows from now on; whether the plan under way was larger, and is no more.
+
+        `crowded`: ranks share cores, and have no time of their own in which another one computes.
+        """
         ...
 
     def strike(self) -> bool:
@@ -219,7 +227,8 @@ class WorkerLoop(Generic[PlanT]):
         self._at = None
         self._inbox.check(assignment.membership.epoch)
         spin_s = self._network.cores.take(assignment)
-        if self._engine.resize(self._network.step_share(len(assignment.membership.workers))):
+        share = self._network.step_share(len(assignment.membership.workers))
+        if self._engine.resize(share, crowded=not spin_s):
             self._plan = None
         network, mark = self._network, self._observer.mark
         listener, device, credentials = network.listener, network.device, network.credentials
@@ -238,7 +247,7 @@ class WorkerLoop(Generic[PlanT]):
         if self._plan is None:
             mesh.announce(NOTHING)
         else:
-            mesh.announce(self._plan.counts, self._plan.alone)
+            mesh.announce(self._plan.counts, self._plan.alone, self._plan.second)
         self._at = None
         header = mesh.next_step(self._network.step_deadline_s)
         if header is None:
@@ -272,7 +281,9 @@ class WorkerLoop(Generic[PlanT]):
             end.begin(step_pass)
             if plan is not None and step_pass.rows(seat):
                 own = own_index(step_pass, index, plan.counts)
-                if not 0 <= own < len(plan.counts) or step_pass.rows(seat) != plan.counts[own]:
+                second = plan.second if step_pass.kind is PassKind.FULL else 0
+                counted = step_pass.rows(seat), step_pass.second.get(seat, 0)
+                if not 0 <= own < len(plan.counts) or counted != (plan.counts[own], second):
                     raise StepAborted("the header counts other rows than were announced")
                 self._engine.run_pass(plan, own, end)
             else:

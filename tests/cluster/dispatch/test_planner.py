@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from divisi.cluster.dispatch.all_to_all import capacity
 from divisi.cluster.dispatch.planner import (
-    CROWDED,
     ETHERNET_100G,
     MEMORY,
     NVLINK,
+    ZEN,
+    Layer,
     Link,
     Load,
+    cut_gain,
+    cut_rows,
     hit_rate,
     layer_s,
     plan_mode,
@@ -28,7 +33,7 @@ def test_hit_rate(shards: int, hit: float) -> None:
     assert hit_rate(10, 32, shards) == pytest.approx(hit, abs=1e-3)
 
 
-@pytest.mark.parametrize("link", [MEMORY, CROWDED, ETHERNET_100G, NVLINK], ids=str)
+@pytest.mark.parametrize("link", [MEMORY, ETHERNET_100G, NVLINK], ids=str)
 def test_few_shards_get_all_rows(link: Link) -> None:
     for shards in (1, 2):
         assert plan_mode(load_of(1, shards), link) == "broadcast"
@@ -51,3 +56,35 @@ def test_capacity_is_that_of_a_bucket_and_never_more_than_the_rows() -> None:
     assert capacity(1, 0.27, 5.0) == 1
     assert capacity(1000, 0.25, 5.0) == capacity(1024, 0.25, 5.0) == 326
     assert capacity(300, 0.25, 5.0) == capacity(512, 0.25, 5.0) < 300
+
+
+def balanced(shards: int = 1) -> Layer:
+    """Attention takes as long as the experts of all rows, where there are many."""
+    return Layer(weight_bytes=20e6, state_bytes=0.0, expert_bytes=2e6, held=32 / shards, visited=10 / shards)
+
+
+def test_two_micro_batches_are_worth_most_where_both_ends_are_as_busy() -> None:
+    load = load_of(1, 1, 64)
+    gains = [
+        cut_gain(replace(balanced(), weight_bytes=weight), "broadcast", load, MEMORY, ZEN)
+        for weight in (2e5, 2e6, 2e7, 2e8, 2e9)
+    ]
+    assert gains.index(max(gains)) == 2
+    assert 1.5 < max(gains) < 2.0
+    assert gains[0] < 1.1
+    assert gains[-1] < 1.1
+
+
+def test_a_row_or_two_are_not_cut_where_weights_are_read_twice_for_it() -> None:
+    attention = Layer(weight_bytes=200e6, state_bytes=0.0, expert_bytes=1e3, held=512, visited=10)
+    for rows in (1, 2, 4):
+        assert cut_gain(attention, "broadcast", load_of(1, 1, rows), MEMORY, ZEN) < 1.0
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 47, 1000])
+def test_what_is_cut_is_worth_it_up_to_the_most(most: int) -> None:
+    rows = cut_rows(balanced(), "broadcast", load_of(1, 1), MEMORY, ZEN, most)
+    assert all(2 <= count <= most for count in rows)
+    assert all(cut_gain(balanced(), "broadcast", load_of(1, 1, count), MEMORY, ZEN) > 1.1 for count in rows)
+    if most >= 47:
+        assert rows.stop == most + 1

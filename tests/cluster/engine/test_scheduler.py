@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from divisi.cluster.engine.memory.sequence_memory import NOTHING
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Status
-from divisi.cluster.engine.step.plan import Outcome, StepPlan
+from divisi.cluster.engine.step.plan import ALWAYS, NEVER, Cuts, Outcome, StepPlan
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.triggers import Span
@@ -18,10 +18,10 @@ STOP, EOS = 9, 8
 THINK, THOUGHT, CALL, CALLED = 2, 3, 4, 5
 
 
-def make(**changes: Any) -> Scheduler:
+def make(cuts: Cuts = NEVER, **changes: Any) -> Scheduler:
     sizes = {"vocab_size": 100, "max_model_len": 64, "num_pages": 32, "page_size": 4, "num_slots": 8, "max_seqs": 4}
     limits = {"max_step_tokens": 16}
-    return Scheduler(SchedulerConfig(**{**sizes, **limits, **changes}))
+    return Scheduler(SchedulerConfig(**{**sizes, **limits, **changes}), cuts=cuts)
 
 
 def request(name: str, prompt: int = 5, max_tokens: int = 4, **changes: Any) -> Request:
@@ -396,3 +396,37 @@ def test_what_memory_was_to_do_before_a_plan_that_is_given_up_is_done_before_the
     third = scheduler.plan()
     assert third is not None
     assert third.ops.page_copies == ()
+
+
+def test_a_step_is_cut_between_two_sequences_if_it_only_decodes() -> None:
+    scheduler = make(ALWAYS, max_draft_tokens=2, max_step_tokens=9)
+    for name, drafts in (("a", 2), ("b", 0), ("c", 2)):
+        scheduler.submit(request(name, prompt=2, max_tokens=3, max_draft_tokens=drafts))
+    prefill, _ = step(scheduler)
+    assert (prefill.num_rows, prefill.second) == (6, 0)
+    plan, _ = step(scheduler)
+    assert [run.row for run in plan.rings] == [0, 2, 3], "the answer has three tokens, and one more row is no draft"
+    assert (plan.num_rows, plan.second, plan.cut) == (5, 2, (2, 3))
+    scheduler.submit(request("late", prompt=3))
+    assert step(scheduler)[0].second == 0
+
+
+@pytest.mark.parametrize(
+    ("cuts", "crowded", "second"),
+    [(Cuts(range(3, 5)), False, 2), (Cuts(range(3, 5)), True, 0), (Cuts(range(5, 9)), False, 0), (ALWAYS, True, 2)],
+)
+def test_steps_are_cut_where_it_pays_and_cores_are_free(cuts: Cuts, crowded: bool, second: int) -> None:
+    scheduler = make(cuts)
+    scheduler.resize(16, crowded=crowded)
+    for name in "abcd":
+        scheduler.submit(request(name, prompt=2))
+    step(scheduler)
+    assert step(scheduler)[0].second == second
+
+
+def test_a_single_sequence_is_never_cut() -> None:
+    scheduler = make(ALWAYS, max_draft_tokens=3)
+    scheduler.submit(request("a"))
+    step(scheduler)
+    plan, _ = step(scheduler)
+    assert (plan.num_rows, plan.second) == (3, 0)

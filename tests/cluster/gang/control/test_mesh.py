@@ -38,8 +38,9 @@ MESSAGES: list[Message] = [
     Hello(2**32 - 1, Seat("expert", 3)),
     Announcement(7, 2**63, (2, 1, 512)),
     Announcement(7, 2**64 - 1, NOTHING),
+    Announcement(7, 4, (2, 9), second=5),
     Header(7, 9, (draft({1: 2**32 - 1}), *full({0: 1, 2**16 - 1: 5}))),
-    Header(7, 9, (draft({}), Pass(PassKind.FULL, {3: 8}, bucket=64, micro_batches=2)), trace=b"\0trace" * 4),
+    Header(7, 9, (draft({}), Pass(PassKind.FULL, {2: 1, 3: 8}, {3: 5}, bucket=64)), trace=b"\0trace" * 4),
     Header(0, 0, full({worker: worker + 1 for worker in range(500)})),
     End(2**32 - 1),
 ]
@@ -72,21 +73,23 @@ def raw_header(passes: bytes, num_passes: int = 1) -> bytes:
         (b"\xff" * 40, "no message of kind 255"),
         (b"GET / HTTP/1.1\r\nHost: divisi\r\n\r\n", "no message of kind 71"),
         (raw(1, b"", 65535), "kind 1 has 65535 bytes"),
-        (raw(2, b"", 130), "kind 2 has 130 bytes"),
+        (raw(2, b"", 134), "kind 2 has 134 bytes"),
         (raw(4, b"x"), "kind 4 has 1 bytes"),
         (raw(1, b""), "malformed hello"),
         (raw(1, b"\2\0\0"), "malformed hello"),
         (raw(2, bytes(4)), "malformed announcement"),
+        (raw(2, struct.pack("<?II", False, 5, 5)), "has 5 of 5 rows in a second"),
         (raw(3, b"\0"), "malformed header"),
         (raw_header(b"", 0), "0 passes"),
         (raw_header(b"", 255), "has 255 passes, more than"),
         (raw_header(b"", 2), "malformed header"),
-        (raw_header(struct.pack("<BBHI", 1, 1, 2, 0) + struct.pack("<HIHI", 0, 1, 0, 9)), "a seat twice, or no rows"),
-        (raw_header(struct.pack("<BBHI", 1, 1, 1, 0) + struct.pack("<HI", 0, 0)), "a seat twice, or no rows"),
-        (raw_header(struct.pack("<BBHI", 1, 1, 65535, 0)), "kind 1 and 65535 counts"),
-        (raw_header(struct.pack("<BBHI", 7, 1, 0, 0)), "kind 7"),
-        (raw_header(struct.pack("<BBHI", 0, 1, 0, 0)), "1 passes has one of kind 0"),
-        (raw_header(struct.pack("<BBHI", 1, 1, 0, 0) + b"x"), "1 bytes after them"),
+        (raw_header(struct.pack("<BHI", 1, 2, 0) + struct.pack("<HIIHII", 0, 1, 0, 0, 9, 0)), "a seat twice, no rows"),
+        (raw_header(struct.pack("<BHI", 1, 1, 0) + struct.pack("<HII", 0, 0, 0)), "a seat twice, no rows"),
+        (raw_header(struct.pack("<BHI", 1, 1, 0) + struct.pack("<HII", 0, 4, 4)), "or all in a second micro-batch"),
+        (raw_header(struct.pack("<BHI", 1, 65535, 0)), "kind 1 and 65535 counts"),
+        (raw_header(struct.pack("<BHI", 7, 0, 0)), "kind 7"),
+        (raw_header(struct.pack("<BHI", 0, 0, 0)), "1 passes has one of kind 0"),
+        (raw_header(struct.pack("<BHI", 1, 0, 0) + b"x"), "1 bytes after them"),
     ],
 )
 def test_noise_is_told_from_a_message(data: bytes, says: str) -> None:
@@ -146,6 +149,23 @@ def test_who_wants_to_be_alone_takes_turns_with_all_others() -> None:
     for worker in (1, 3):
         agreement.announce(worker, wanted[worker])
     assert agreement.begin() == full({0: 1, 1: 2, 2: 3, 3: 4})
+
+
+def test_second_micro_batches_are_those_of_who_takes_part() -> None:
+    agreement = StepAgreement(range(3))
+    agreement.announce(0, (2, 5), second=3)
+    agreement.announce(1, (4,))
+    agreement.announce(2, (6,), second=1)
+    assert agreement.begin() == (draft({0: 2}), Pass(PassKind.FULL, {0: 5, 1: 4, 2: 6}, {0: 3, 2: 1}))
+    for worker in range(3):
+        agreement.announce(worker, (2,) if worker else NOTHING)
+    assert agreement.begin() == full({1: 2, 2: 2})
+
+
+def test_micro_batches_of_a_pass() -> None:
+    cut = Pass(PassKind.FULL, {0: 5, 1: 4, 2: 6}, {0: 3, 2: 1})
+    assert cut.micro_batches == (Pass(PassKind.FULL, {0: 2, 1: 4, 2: 5}), Pass(PassKind.FULL, {0: 3, 2: 1}))
+    assert full({0: 5})[0].micro_batches == full({0: 5})
 
 
 def test_who_brings_rows_to_a_draft_only_is_waited_for_too() -> None:

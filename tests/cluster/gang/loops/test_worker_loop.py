@@ -47,7 +47,7 @@ class IdleEngine:
     def plan(self) -> StepPlan | None:
         return None
 
-    def resize(self, max_rows: int) -> bool:
+    def resize(self, max_rows: int, *, crowded: bool) -> bool:
         return False
 
     def strike(self) -> bool:
