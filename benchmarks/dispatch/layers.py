@@ -42,13 +42,14 @@ class Work:
     shape: GangShape
     rows: Sequence[int]
     rounds: int
+    modes: Sequence[Mode] = MODES
 
     def passes(self) -> list[tuple[Mode, int]]:
-        """The first is not measured."""
-        return [(mode, rows) for _ in range(self.rounds + 1) for mode in MODES for rows in self.rows]
+        """Those of the first round are not measured."""
+        return [(mode, rows) for _ in range(self.rounds + 1) for mode in self.modes for rows in self.rows]
 
 
-class _Nothing:
+class Nothing:
     """Experts that return zeros."""
 
     def __init__(self) -> None:
@@ -62,6 +63,11 @@ class _Nothing:
 def transport() -> Transport:
     """Of rows as the 80 B model has them, in fp32 as on a CPU."""
     return Transport(WireFormat(WIDTH, CHOSEN, torch.float32, LEAVES), MOST, 30.0, _CPU, torch.float32)
+
+
+def modes() -> dict[Mode, ShardedMode]:
+    """Each of MODES."""
+    return {"broadcast": Broadcast(transport()), "all_to_all": AllToAll(transport())}
 
 
 def load_of(shape: GangShape, rows: int) -> Load:
@@ -91,8 +97,7 @@ def measure(work: Work, spin_s: float) -> dict[tuple[Mode, int], float]:
 
 def _run(work: Work, memberships: Sequence[Membership], rank: int, spin_s: float, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    modes: dict[Mode, ShardedMode] = {"broadcast": Broadcast(transport()), "all_to_all": AllToAll(transport())}
-    seat, layers = work.shape.seat(rank), range(_LAYERS)
+    ways, seat, layers = modes(), work.shape.seat(rank), range(_LAYERS)
 
     def peers(membership: Membership) -> Peers:
         def join(largest: int) -> PeerGroup:
@@ -101,15 +106,15 @@ def _run(work: Work, memberships: Sequence[Membership], rank: int, spin_s: float
 
         return Peers.of(membership, rank, join)
 
-    each = {name: peers(membership) for name, membership in zip(modes, memberships, strict=True)}
+    each = {name: peers(membership) for name, membership in zip(ways, memberships, strict=True)}
     passes = [(mode, Pass(PassKind.FULL, dict.fromkeys(range(work.shape.attention_workers), rows)))
               for mode, rows in work.passes()]  # fmt: skip
     if seat.role == "expert":
-        shards = {name: modes[name].shard_end(each[name], _Nothing()) for name in modes}
+        shards = {name: way.shard_end(each[name], Nothing()) for name, way in ways.items()}
         for mode, step_pass in passes:
             serve_steps([[step_pass]], shards[mode], PassLayers(full=layers))
         return
-    workers = {name: modes[name].worker_end(each[name]) for name in modes}
+    workers = {name: way.worker_end(each[name]) for name, way in ways.items()}
     times: dict[tuple[Mode, int], list[float]] = {}
     rng = torch.Generator().manual_seed(rank)
     for index, (mode, step_pass) in enumerate(passes):
@@ -120,7 +125,7 @@ def _run(work: Work, memberships: Sequence[Membership], rank: int, spin_s: float
         begin = time.perf_counter()
         for layer in layers:
             end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
-        if index >= len(MODES) * len(work.rows):
+        if index >= len(work.modes) * len(work.rows):
             times.setdefault((mode, rows), []).append((time.perf_counter() - begin) / _LAYERS)
     if rank == 0:
         pipe.send(times)

@@ -6,58 +6,80 @@ With shared memory on this machine, and the model for networks that it does not 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 
 from divisi.benchmarks import machine
-from divisi.benchmarks.dispatch import replies, split_step
+from divisi.benchmarks.dispatch import constants, replies, split_step
 from divisi.benchmarks.dispatch.layers import MODES, Work, load_of, measure
 from divisi.benchmarks.model import bench_model
-from divisi.cluster.dispatch.planner import CROWDED, ETHERNET_100G, MEMORY, NVLINK, Load, hit_rate, layer_s, plan_mode
+from divisi.cluster.cores import usable_cores
+from divisi.cluster.dispatch.planner import ETHERNET_100G, NVLINK, Load, hit_rate, layer_s, plan_mode
 from divisi.cluster.seats import GangShape
 
+_HEAD = """# Experts elsewhere
+
+`python -m divisi.benchmarks dispatch --out benchmarks/results/dispatch.md`, medians. A step: bench-s, bf16, one thread
+a rank, contenders in turns, greedy tokens compared first. Layers: messages of the 80 B model's rows without
+experts, over shared memory, beside the planner's model with constants that were measured apart from them. What is
+called a model is computed from data sheets; nothing was measured there."""
 _PARTS = ("step", "layers", "crowded", "replies", "model")
-_ROWS = (1, 16, 64)
+_ROWS = (1, 8, 16, 32, 64)
 _SHAPES = {
     "layers": [GangShape(1, 1), GangShape(1, 2)],
     "crowded": [GangShape(2, 2), GangShape(2, 4), GangShape(2, 8)],
 }
+_MODEL_ROWS = (1, 16, 64)
+_SPIN_S = 0.002
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See Command."""
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=["step", "layers", "replies", "model"])
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the tables there, too")
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print."""
-    print(machine.describe())
-    torch.set_num_threads(2)
-    if "step" in options.parts:
-        with tempfile.TemporaryDirectory() as scratch:
-            print(split_step.report(bench_model(options.model, Path(scratch)), options.rounds), flush=True)
-    for part, shapes in _SHAPES.items():
-        if part in options.parts:
-            print(_layers(shapes, options.rounds), flush=True)
-    if "replies" in options.parts:
-        print(replies.report(), flush=True)
-    if "model" in options.parts:
-        print(_model())
+    told = [f"{machine.describe()}; load average at the start {os.getloadavg()[0]:.1f}"]
+    torch.set_num_threads(usable_cores())
+    for part in options.parts:
+        told.append(_table(part, options))
+        print(told[-1], flush=True)
+    if options.out is not None:
+        options.out.write_text("\n\n".join([_HEAD, *told]) + "\n", encoding="utf-8")
     return 0
 
 
+def _table(part: str, options: argparse.Namespace) -> str:
+    if part == "step":
+        with tempfile.TemporaryDirectory() as scratch:
+            return split_step.report(bench_model(options.model, Path(scratch)), options.rounds)
+    if part in _SHAPES:
+        return _layers(_SHAPES[part], options.rounds)
+    return replies.report() if part == "replies" else _model()
+
+
 def _layers(shapes: list[GangShape], rounds: int) -> str:
-    lines = ["| us per layer | rows | broadcast | all-to-all | ratio | the model's ratio | off by |", "|---" * 7 + "|"]
+    """Measured ratios beside those of the model, with constants of this machine that were measured apart."""
+    spins = {shape: _SPIN_S if shape.size <= usable_cores() else 0.0 for shape in shapes}
+    links = {spin_s: constants.link(rounds, spin_s) for spin_s in dict.fromkeys(spins.values())}
+    lines = ["| constants | a message, us | a byte, at GB/s | picking, us | picked, at GB/s |", "|---" * 5 + "|"]
+    for spin_s, link in links.items():
+        who = "ranks with cores of their own" if spin_s else "ranks that share cores"
+        shown = link.message_s * 1e6, link.bytes_per_s / 1e9, link.pick_s * 1e6, link.picked_bytes_per_s / 1e9
+        lines.append(f"| {who} | " + " | ".join(f"{value:.3g}" for value in shown) + " |")
+    lines += ["", "| us per layer | rows | broadcast | all-to-all | ratio | the model's | off by |", "|---" * 7 + "|"]
     for shape in shapes:
-        spin_s, link = (0.002, MEMORY) if shape.size <= 2 else (0.0, CROWDED)  # for two cores
-        times = measure(Work(shape, _ROWS, rounds), spin_s)
+        times = measure(Work(shape, _ROWS, rounds), spins[shape])
         for rows in _ROWS:
             broadcast, exact = (times[mode, rows] for mode in MODES)
-            load = load_of(shape, rows)
+            load, link = load_of(shape, rows), links[spins[shape]]
             told = layer_s("all_to_all", load, link) / layer_s("broadcast", load, link)
             off = told / (exact / broadcast) - 1
             name = f"{shape.attention_workers}x{shape.expert_shards}"
@@ -69,10 +91,14 @@ def _layers(shapes: list[GangShape], rounds: int) -> str:
 
 
 def _model() -> str:
-    lines = ["| model, 64 rows a worker | broadcast, us | all-to-all, us | planned |", "|---" * 4 + "|"]
+    lines = ["| model: us per layer | rows | broadcast | all-to-all | ratio | planned |", "|---" * 6 + "|"]
     for workers, shards in ((1, 4), (4, 8), (8, 16), (8, 32)):
-        load = Load(workers, shards, 64, 4096 + 80, 8192, hit_rate(10, 32, shards))
         for name, link in (("100 Gb/s", ETHERNET_100G), ("NVLink", NVLINK)):
-            broadcast, exact = (layer_s(mode, load, link) * 1e6 for mode in MODES)
-            lines.append(f"| {workers}x{shards}, {name} | {broadcast:.0f} | {exact:.0f} | {plan_mode(load, link)} |")
+            for rows in _MODEL_ROWS:
+                load = Load(workers, shards, rows, 4096 + 80, 8192, hit_rate(10, 32, shards))
+                broadcast, exact = (layer_s(mode, load, link) * 1e6 for mode in MODES)
+                lines.append(
+                    f"| {workers}x{shards}, {name} | {rows} | {broadcast:.0f} | {exact:.0f} | {exact / broadcast:.2f} "
+                    f"| {plan_mode(load, link)} |"
+                )
     return "\n".join(lines)
