@@ -1,4 +1,7 @@
-"""An expert shard: waits for a share of the experts that nobody serves, loads it, takes its seat. Knows no Ray."""
+"""An expert shard: waits for a share of the experts that nobody serves, loads it, takes its seat. Knows no Ray.
+
+Where another process has taken its seat meanwhile, since it was silent for too long, it waits for a share again.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,6 +21,7 @@ from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import ShardedMode
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.loops.inbox import EpochInbox
+from divisi.cluster.gang.membership.client import CoordinatorClient
 from divisi.cluster.gang.membership.coordinator import CoordinatorLost, Stats
 from divisi.cluster.gang.membership.neighbours import Neighbours, own_process
 from divisi.cluster.gang.membership.vacancies import Applicant
@@ -42,15 +47,23 @@ NewMode = Callable[[GangSpec, ModelConfig], ShardedMode]
 class ExpertRank:
     """One expert shard, or a spare until somebody's share of the experts is to be served."""
 
-    def __init__(self, spec: GangSpec, post: Post, own: int | None = None, new_mode: NewMode = sharded_mode) -> None:
+    def __init__(
+        self,
+        spec: GangSpec,
+        post: Post,
+        own: int | None = None,
+        new_mode: NewMode = sharded_mode,
+        orphaned: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Get everything ready but the weights. No memory of a device is taken before they are loaded.
 
         `own`: the share that this process was created for; None: it is a spare. `new_mode` makes the way that rows
-        reach experts.
+        reach experts. `orphaned`: whether this process is about to end, so that it takes no share any more.
         """
         self._spec, self._post = spec, post
         self._config = served_config(spec)
         self._mode = new_mode(spec, self._config)
+        self._orphaned = orphaned
         self._applicant = Applicant(post.process, post.host, own)
         self._telemetry = Telemetry(spec.telemetry, "expert", post.host)
         select_kernels(torch.device(spec.device), spec.kernels, deterministic=spec.deterministic)
@@ -70,24 +83,28 @@ class ExpertRank:
 
         Raises CheckpointError.
         """
-        self._index = self._vacancy()
-        self._waiting = False
-        if self._index is None:
-            return False
-        who = f"expert:{self._index}"
+        while (index := self._vacancy()) is not None:
+            self._index, self._waiting = index, False
+            self._load(index)
+            if self._is_wanted(index):
+                return True
+            self._forget()
+        return False
+
+    def _load(self, index: int) -> None:
+        who = f"expert:{index}"
         with (
             self._post.reported(who) as report,
             contextlib.closing(Checkpoint.open(self._spec.model_dir)) as checkpoint,
         ):
             progress = partial(self._progress, report)
-            load = partial(load_shard, self._spec, self._config, checkpoint, self._index, progress)
+            load = partial(load_shard, self._spec, self._config, checkpoint, index, progress)
             experts = load_in_thread(self._spec, load)
         self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(experts.nbytes)}
-        self.experts = metered(self._spec, self._config, experts, self._index)
-        return True
+        self.experts = metered(self._spec, self._config, experts, index)
 
     def serve(self) -> None:
-        """Take the seat of what was loaded, and serve in its epochs until it is closed."""
+        """Take the seat of what was loaded, and serve in its epochs until it is closed or has lost the seat."""
         assert self.experts is not None, "load comes first"
         address = Address(
             self._post.host, metrics=self._telemetry.port, process=self._post.process, local=own_process()
@@ -101,6 +118,20 @@ class ExpertRank:
         )
         self._watch.start()
         loop.run()
+        if not self._closed.is_set():
+            log.warning("another process has taken the seat of expert:%s; this one is a spare from now on", self._index)
+            self._inbox.reopen()
+            self._forget()
+
+    def _forget(self) -> None:
+        """What was loaded, which another process serves."""
+        self._applicant = replace(self._applicant, own=None, returned=True)
+        self._telemetry.metrics.forget()
+        self._asked_at = self._heard_at = time.monotonic()
+        self._waiting, self._told = True, False
+        self._watch = self._index = self.experts = None
+        if self._spec.device == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """End the loop, and give the seat up. From another thread than `serve`'s, which returns then."""
@@ -128,18 +159,14 @@ class ExpertRank:
     @property
     def serves(self) -> bool:
         """Whether it has reached its peers in some epoch."""
-        return self._watch is not None and self._watch.has_served
-
-    @property
-    def superseded(self) -> bool:
-        """Whether another process has taken its seat; this one is of no use any more."""
-        return self._watch is not None and self._watch.superseded.is_set()
+        watch = self._watch  # of the rank's own thread
+        return watch is not None and watch.has_served
 
     @property
     def silent_s(self) -> float:
         """Seconds since a coordinator was heard of; 0 while weights are loaded."""
-        if self._watch is not None:
-            return time.monotonic() - self._watch.heard_at
+        if (watch := self._watch) is not None:
+            return time.monotonic() - watch.heard_at
         return time.monotonic() - self._heard_at if self._waiting else 0.0
 
     def _vacancy(self) -> int | None:
@@ -150,7 +177,9 @@ class ExpertRank:
                     while not self._closed.is_set():
                         index = client.vacancy(self._applicant, _WAIT_S)
                         self._asked_at = self._heard_at = time.monotonic()
-                        if index is not None:
+                        if self._orphaned():
+                            self._closed.wait()  # asking again would keep from others what was promised
+                        elif index is not None and self._confirms(client, index):
                             return index
                         neighbours.watch(client.neighbours(self._post.host))
                 except CoordinatorLost:
@@ -159,6 +188,17 @@ class ExpertRank:
                     log.exception("asking for a share of the experts failed, and begins anew")
                     self._closed.wait(_RETRY_S)
         return None
+
+    def _confirms(self, client: CoordinatorClient, index: int) -> bool:
+        """Ask again at once: what is promised to who may have died meanwhile is soon another's."""
+        return client.vacancy(self._applicant, 0.0) == index
+
+    def _is_wanted(self, index: int) -> bool:
+        """Whether what was loaded is still to be served: its last holder may have come back."""
+        try:
+            return self._confirms(self._post.connect(), index)
+        except CoordinatorLost:  # nobody knows better; who has the seat keeps it
+            return True
 
     def _tell_end(self, holder_id: str) -> None:
         """The peers of who died are the first to know, but cannot be as sure."""

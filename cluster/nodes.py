@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A living node: its labels, and all of its resources, taken or not."""
+    """A living node: its labels, all of its resources, taken or not, and Ray's name for it."""
 
     labels: Mapping[str, str]
     resources: Mapping[str, float]
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Placement:
     """The ingress replicas; of its labels alone also what owns the gang, and its coordinator."""
     attention: NodeChoice = NodeChoice()
     experts: NodeChoice = NodeChoice()
+
+
+def second_home(own: str, choice: NodeChoice, nodes: Iterable[Node]) -> str | None:
+    """Another node than `own` that a process could be on, or None: the same for all who ask, but that node itself."""
+    return min((node.name for node in nodes if node.name != own and choice.admits(node)), default=None)
 
 
 def empty_groups(placement: Placement, shards: int, nodes: Iterable[Node]) -> list[str]:

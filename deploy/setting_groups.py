@@ -115,8 +115,8 @@ class GangSettings(Group):
     """A rank that is silent for so long is left out of the next epoch, until it is heard of again. None: 2 s on CPUs,
     where a busy machine may keep a healthy one silent for some tenths of a second; else 0.5 s."""
     spare_shards: bool | None = None
-    """On each node with expert shards one more process, with everything loaded but weights, which takes the place of
-    one that dies. Until then it holds no GPU's memory, but a GPU, as Ray lends them. None: only on CPUs."""
+    """On each node with expert shards, and on one more, another process with everything loaded but weights, which takes
+    the place of one that dies. Until then it holds no GPU's memory, but a GPU, as Ray lends them. None: on CPUs."""
     secret_file: HerePath | None = None
     """By it the processes of the gang know each other; the same on every node. None: one is drawn, and Ray keeps it."""
     tls: TlsSettings | None = None

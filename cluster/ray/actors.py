@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from typing import NoReturn
 
 import ray
 from ray.exceptions import RayError
@@ -48,7 +49,7 @@ def end_actors(gang: str, but: tuple[str, ...] = ()) -> None:
                 ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
 
 
-def end_own_actor() -> None:
+def end_own_actor() -> NoReturn:
     """End the actor that this process is, for good; by force where Ray cannot be told. Does not return."""
     own = ray.get_runtime_context().current_actor
     threading.Thread(target=ray.kill, args=(own,), kwargs={"no_restart": True}, daemon=True).start()

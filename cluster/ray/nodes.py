@@ -22,7 +22,7 @@ _UNMANAGED = re.compile(r"node_[0-9a-f]{56}|local\.cluster\.node")
 
 def living_nodes() -> list[Node]:
     """All that Ray could place something on."""
-    return [Node(node["Labels"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [Node(node["Labels"], node["Resources"], node["NodeID"]) for node in ray.nodes() if node["Alive"]]
 
 
 def actor_options(choice: NodeChoice) -> dict[str, Any]:

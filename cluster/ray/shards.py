@@ -9,8 +9,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from divisi.cluster.nodes import NodeChoice, second_home
 from divisi.cluster.ray.actors import NAMESPACE, shard_name, spare_name
-from divisi.cluster.ray.nodes import actor_options
+from divisi.cluster.ray.nodes import actor_options, living_nodes
 from divisi.cluster.spec import GangSpec
 
 log = logging.getLogger(__name__)
@@ -21,20 +22,28 @@ def start_shard(spec: GangSpec, index: int) -> None:
     _start(spec, shard_name(spec, index), index, num_cpus=1, scheduling_strategy="SPREAD")
 
 
-def start_spare(spec: GangSpec) -> bool:
-    """On this node, unless it is there; whether Ray has taken it.
+def start_spares(spec: GangSpec) -> None:
+    """Where they are missing: on this node, and on one more, or with this node the only spare might be lost."""
+    own = ray.get_runtime_context().get_node_id()
+    elsewhere = second_home(own, _needs(spec), living_nodes())
+    for node in (own, elsewhere) if elsewhere else (own,):
+        try:
+            _start_spare(spec, node)
+        except Exception as error:  # noqa: BLE001 - whatever it was: without a spare the gang serves as well
+            log.info("no spare yet: %s", error)
 
-    It takes the place of a process whose core and memory are free then; a GPU it needs from the start, as Ray lends
-    them for good.
-    """
-    node = ray.get_runtime_context().get_node_id()
-    try:
-        here = NodeAffinitySchedulingStrategy(node, soft=False)
-        _start(spec, spare_name(spec, node), None, num_cpus=0, scheduling_strategy=here)
-    except Exception as error:  # noqa: BLE001 - whatever it was: without a spare the gang serves as well
-        log.info("no spare yet: %s", error)
-        return False
-    return True
+
+def _start_spare(spec: GangSpec, node: str) -> None:
+    """It takes the place of a process whose core and memory are free then; a GPU it needs from the start, as Ray lends
+    them for good."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    _start(spec, spare_name(spec, node), None, num_cpus=0, scheduling_strategy=there)
+
+
+def _needs(spec: GangSpec) -> NodeChoice:
+    """What a node must have for a shard to be on it."""
+    needed = {"GPU" if spec.device == "cuda" else "CPU": 1.0, **spec.placement.experts.resources}
+    return NodeChoice(spec.placement.experts.labels, needed)
 
 
 def _start(spec: GangSpec, name: str, own: int | None, **options: Any) -> None:

@@ -95,6 +95,10 @@ class ProcessMetrics:
         """Ask this for metrics at every scrape, in the scrape's thread."""
         self._produced.producers.append(producer)
 
+    def forget(self) -> None:
+        """Show nothing of what was given before, from the next scrape on."""
+        self._produced.producers.clear()
+
     def show(self, *histograms: BatchHistogram) -> None:
         """Show these."""
         self.produce(lambda: [histogram.metric() for histogram in histograms])

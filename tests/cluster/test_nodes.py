@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from divisi.cluster.nodes import Node, NodeChoice, Placement, empty_groups
+from divisi.cluster.nodes import Node, NodeChoice, Placement, empty_groups, second_home
 
 GPU = Node({"divisi-role": "experts", "zone": "a"}, {"CPU": 1.0, "GPU": 1.0, "rack": 2.0})
 PLAIN = Node({"divisi-role": "ingress"}, {"CPU": 1.0})
@@ -36,3 +36,10 @@ def test_empty_groups_are_named_by_their_setting() -> None:
     ]
     assert empty_groups(placement, 0, [GPU, PLAIN]) == empty_groups(placement, 2, [GPU, PLAIN])[:1]
     assert empty_groups(Placement(), 2, []) == []
+
+
+def test_a_second_home_is_the_same_for_all_but_itself() -> None:
+    nodes = [Node({}, {"CPU": 2.0}, name) for name in ("c", "b", "d")] + [Node({}, {"CPU": 0.0}, "a")]
+    needed = NodeChoice(resources={"CPU": 1.0})
+    assert [second_home(own, needed, nodes) for own in ("b", "c", "d")] == ["c", "b", "b"]
+    assert second_home("c", needed, nodes[:1]) is None

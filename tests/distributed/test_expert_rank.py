@@ -12,7 +12,7 @@ from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.expert_rank import ExpertRank
 from divisi.cluster.gang.membership.coordinator import Coordinator
 from divisi.cluster.gang.membership.vacancies import Applicant
-from divisi.cluster.seats import GangShape
+from divisi.cluster.seats import Address, GangShape, Seat
 from tests.support.credentials import CREDENTIALS
 from tests.support.thread_gang import HOST, new_coordinator, post_of, small_spec
 
@@ -38,6 +38,21 @@ def test_a_spare_that_nobody_needs_ends_when_it_is_closed(small_model: Path, coo
     thread.join(10)
     assert loaded == [False]
     assert spare.experts is None
+
+
+def test_a_spare_that_is_about_to_end_leaves_the_share_to_others(small_model: Path, coordinator: Coordinator) -> None:
+    spec = small_spec(small_model, SHAPE)
+    going = ExpertRank(spec, post_of(coordinator, "going"), orphaned=lambda: True)
+    thread = threading.Thread(target=going.load)
+    thread.start()
+    seats = [coordinator.join(str(index), "expert", Address(HOST), index, spec=spec.fingerprint) for index in (0, 1)]
+    coordinator.ended("1")
+    other = rank_of(small_model, coordinator, None)
+    assert other.load()
+    assert Seat("expert", other.share or 0) == seats[1]
+    for rank in (going, other):
+        rank.close()
+    thread.join(10)
 
 
 def test_who_loads_keeps_what_is_promised_to_it(

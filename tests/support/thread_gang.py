@@ -137,7 +137,7 @@ class Shard:
         """For tests that change what it serves."""
 
     def _run(self) -> None:
-        if self.rank.load():
+        while self.rank.load():
             assert self.rank.experts is not None
             self.loaded(self.rank.experts)
             self.rank.serve()

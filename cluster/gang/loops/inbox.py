@@ -82,6 +82,11 @@ class EpochInbox:
             self._stopping = True
         self.wake.set()
 
+    def reopen(self) -> None:
+        """Take epochs for another loop, once that which was stopped has ended."""
+        with self._lock:
+            self._offered, self._stopping = None, False
+
     @property
     def stopping(self) -> bool:
         """Whether `stop` was called."""

@@ -29,6 +29,8 @@ from divisi.cluster.seats import (
     StreamAddress,
 )
 
+_LOOK_S = 0.2
+"""After so long who waits for a seat looks whether a lease has lapsed, which nobody tells."""
 Stats = Mapping[str, float | Mapping[str, float]]
 """Of one rank, by name; some are by one or two more keys, written `chat 1`."""
 
@@ -153,6 +155,7 @@ class Coordinator:
         """See CoordinatorClient."""
         until = self._clock() + wait_s
         with self._changed:
+            self._roster.waits(applicant, until)
             while True:
                 if self._expired():
                     self._changed.notify_all()
@@ -160,7 +163,7 @@ class Coordinator:
                 left_s = until - self._clock()
                 if index is not None or left_s <= 0:
                     return index
-                self._changed.wait(min(left_s, 1.0))
+                self._changed.wait(min(left_s, _LOOK_S))
 
     def neighbours(self, host: str) -> Mapping[str, LocalProcess]:
         """See CoordinatorClient."""

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from divisi.cluster.gang.membership.gathering import Gathering
+from divisi.cluster.gang.membership.holder import Holder
 from divisi.cluster.gang.membership.vacancies import Applicant, Vacancies
 from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
 
-_SUSPECTS_LEASE_S = 1.5
-"""Who is suspected and lives says something within a poll."""
 _LONGEST_OUT_S = 60.0
 
 
@@ -36,31 +35,6 @@ class Directive:
     epoch: int = 0
     refused_tokens: int = 0
     """Beside it: what the whole gang has no room for now."""
-
-
-@dataclass(slots=True)
-class Holder:
-    """A process in a seat."""
-
-    holder_id: str
-    seat: Seat
-    address: Address
-    lease_until: float
-    loading: bool = False
-    """It took the seat to learn which weights to load."""
-    epoch: int = 0
-    """The epoch that it was sent into and hasn't reported to have left; 0 for none."""
-    told_to_leave: bool = False
-    serving: bool = False
-    """It has reached every peer of its epoch."""
-    suspected: bool = False
-    """A peer could not go on for its sake; until it says itself that it has left."""
-    retiring: bool = False
-    """It wants to go, between two steps."""
-    misses: int = 0
-    """Epochs in a row whose peers it did not reach, though other workers did."""
-    out_until: float = 0.0
-    """No epoch waits for it before, if it can be without."""
 
 
 class Roster:
@@ -124,7 +98,7 @@ class Roster:
         No epoch begins while a holder that joined as `loading` has not `loaded`.
         """
         if (known := self._holders.get(holder_id)) is not None:
-            known.lease_until = now + self._lease_s
+            known.hear(now, self._lease_s)
             return known.seat
         if spec != self.spec:
             self._strangers.add(role)
@@ -145,7 +119,7 @@ class Roster:
             if not free:
                 return None
             seat = free[0]
-        self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s, loading)
+        self._holders[holder_id] = Holder(holder_id, seat, address, now, now + self._lease_s, loading)
         self._form()
         return seat
 
@@ -167,7 +141,7 @@ class Roster:
         inside = 0 if membership is None else membership.epoch
         self._epoch = max(self._epoch, inside)
         if (known := self._holders.get(holder_id)) is not None:
-            known.lease_until = now + self._lease_s
+            known.hear(now, self._lease_s)
             if known.epoch not in (0, inside):
                 self.left(holder_id, known.epoch, "its report was lost", now)
             known.epoch, known.told_to_leave, known.loading = inside, False, loading
@@ -175,11 +149,15 @@ class Roster:
             return True
         if spec != self.spec or seat not in self.shape.seats or any(seat == h.seat for h in self._holders.values()):
             return False
-        self._holders[holder_id] = Holder(holder_id, seat, address, now + self._lease_s, loading, inside)
+        self._holders[holder_id] = Holder(holder_id, seat, address, now, now + self._lease_s, loading, inside)
         if membership is not None and self._gathering is not None:
             self._gathering.claim(membership)
         self._form()
         return True
+
+    def waits(self, applicant: Applicant, until: float) -> None:
+        """A process that could serve experts has asked whether it is wanted, and asks again after `until`."""
+        self._vacancies.waits(applicant, until)
 
     def vacancy(self, applicant: Applicant, now: float) -> int | None:
         """The share of the experts that a process is to load, and then to join for; None where nobody is wanted."""
@@ -223,7 +201,7 @@ class Roster:
     def beat(self, holder_id: str, now: float) -> None:
         """Renew a lease; an unknown holder is told to rejoin by its next directive."""
         if (holder := self._holders.get(holder_id)) is not None:
-            holder.lease_until = now + self._lease_s
+            holder.hear(now, self._lease_s)
 
     def expire(self, now: float) -> None:
         """Take the seats of holders whose lease has lapsed; a former roster's are waited for as long as agreed."""
@@ -280,8 +258,7 @@ class Roster:
         suspects = () if suspect is None else suspect.split(", ")
         for other in self._holders.values():
             if str(other.seat) in suspects and other.epoch == epoch:
-                other.suspected = True
-                other.lease_until = min(other.lease_until, now + _SUSPECTS_LEASE_S)
+                other.suspect(now)
         self._form()
 
     def ready(self) -> bool:

@@ -80,7 +80,7 @@ class SeatWatch:
         self.refused_tokens = 0
         """What the gang had no room for, by the coordinator's last word."""
         self.superseded = threading.Event()
-        """Another process has taken the one seat that this one can fill."""
+        """Another process has taken the one seat that this one can fill; the loop ends."""
         self.seat: Seat | None = None
         """The seat held now."""
         self._thread = threading.Thread(target=self._run, name="seat-watch", daemon=True)
@@ -177,6 +177,7 @@ class SeatWatch:
             self._give_up()
             if self._candidate.index is not None:  # or the two would take it from each other for ever
                 self.superseded.set()
+                self._inbox.stop()
                 return
         if self.seat is None:
             self._unheard.clear()

@@ -30,7 +30,7 @@ def test_a_spare_takes_the_seat_of_who_died_beside_it_and_that_one_is_the_next_s
     found.freed(0, "a", 10.0)
     held = {1: "expert:1"}
     assert found.find(BESIDE_SECOND, held, 10.0) is None, "on another machine it would share cores"
-    assert found.find(BESIDE_FIRST, held, 10.0) == 0
+    assert found.find(BESIDE_FIRST, held, 10.0) == found.find(BESIDE_FIRST, held, 10.1) == 0
     assert found.find(FIRST, held, 12.0) is None, "it is promised"
     held[0] = "spare:a"
     assert found.find(FIRST, held, 13.0) is None
@@ -55,6 +55,49 @@ def test_a_promise_lapses_unless_it_is_asked_for_again() -> None:
     assert found.find(BESIDE_FIRST, held, 20.0) == 0
     assert found.find(FIRST, held, 30.0) is None, "asked for again"
     assert found.find(FIRST, held, 35.1) == 0
+
+
+def test_a_promise_that_is_not_asked_for_again_at_once_lapses_at_once() -> None:
+    """Who waited may have died with the one whose seat it is given."""
+    found = vacancies()
+    found.freed(0, "a", 10.0)
+    held = {1: "expert:1"}
+    assert found.find(BESIDE_FIRST, held, 10.0) == 0
+    assert found.find(FIRST, held, 10.4) is None
+    assert found.find(FIRST, held, 10.6) == 0
+
+
+def test_where_the_spare_is_silent_too_another_machines_takes_the_seat() -> None:
+    found, held = vacancies(), {1: "expert:1"}
+    found.waits(BESIDE_FIRST, 11.0)
+    found.freed(0, "a", 10.0)
+    found.waits(BESIDE_SECOND, 11.5)
+    assert found.find(BESIDE_SECOND, held, 11.2) is None, "it may still ask"
+    assert found.find(BESIDE_SECOND, held, 11.4) == 0
+
+
+def test_where_a_spare_waits_still_another_machines_does_not_take_the_seat() -> None:
+    found, held = vacancies(), {1: "expert:1"}
+    found.waits(BESIDE_FIRST, 11.0)
+    found.waits(Applicant("expert:0", "a", returned=True), 14.0)
+    found.freed(0, "a", 10.0)
+    assert found.find(BESIDE_SECOND, held, 13.0) is None
+
+
+def test_a_spare_that_loads_is_not_silent() -> None:
+    """Of two that died on its machine the other one's place is taken by what starts there."""
+    found, held = Vacancies(range(3), since=0.0), {1: "expert:1"}
+    found.waits(BESIDE_FIRST, 11.0)
+    found.freed(0, "a", 10.0)
+    found.freed(2, "a", 10.0)
+    assert found.find(BESIDE_FIRST, held, 10.0) == found.find(BESIDE_FIRST, held, 10.1) == 0
+    assert found.find(BESIDE_SECOND, held, 13.0) is None
+    assert found.find(Applicant("expert:0", "a", 0), held, 13.0) == 2
+
+
+def test_who_comes_back_does_not_take_the_seat_of_who_was_started_in_its_place() -> None:
+    back = Applicant("expert:0", "a", returned=True)
+    assert vacancies().find(back, {0: "expert:0", 1: "expert:1"}, 20.0) is None
 
 
 def test_a_promise_is_void_once_its_seat_was_held() -> None:
@@ -115,10 +158,26 @@ def test_a_death_that_only_a_neighbour_has_seen_ends_the_epoch() -> None:
 
 def test_who_is_blamed_alone_keeps_its_seat_for_a_moment() -> None:
     gang = Gang()
+    gang.roster.beat("e", 0.9)
     gang.blame(1.0)
-    gang.roster.beat("w", 2.4)
-    assert gang.wants(2.4) is None
-    assert gang.wants(2.6) == 0
+    gang.roster.beat("w", 2.3)
+    assert gang.wants(2.3) is None
+    assert gang.wants(2.5) == 0
+
+
+def test_who_is_blamed_and_has_long_been_silent_keeps_it_for_a_last_word() -> None:
+    gang = Gang()
+    gang.roster.beat("w", 2.0)
+    gang.blame(2.1)
+    assert gang.wants(2.5) is None
+    assert gang.wants(2.7) == 0
+
+
+def test_a_last_word_is_enough() -> None:
+    gang = Gang()
+    gang.blame(2.1)
+    gang.roster.beat("e", 2.5)
+    assert gang.wants(2.7) is None
 
 
 def test_nobody_is_wanted_while_a_former_gang_may_come_back() -> None:
