@@ -168,7 +168,7 @@ struct Attend {
   std::vector<float> scores, keep;
   std::vector<vf> totals;  // of each query's weights, lane by lane
   Attend(long group, long heads, long d, long rows)
-      : group(group), heads(heads), d(d), width(padded(d)), scale(vf{} + 1.44269504f / sqrtf((float)d)), tile(d, heads),
+      : group(group), heads(heads), d(d), width(padded(d)), scale(all(1.44269504f / sqrtf((float)d))), tile(d, heads),
         q(rows * group * heads * 2 * pairs_of(d)), weights(rows * group * KEYS), scores(rows * group * KEYS), keep(rows * group), totals(rows * group * heads) {}
 
   // The softmax over positions `from` to `to` (`first` is the first that has a key), into `out`.

@@ -51,12 +51,12 @@ static inline long add_columns(const KV* values, long stride, const float* p, lo
       for (int j = 0; j < C; j++) o[g][j] = load(acc + g * d + c + j * VL);
     for (long i = 0; i < n; i++) {
       vf v[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < C; j++) v[j] = load(values + i * stride + c + j * VL);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int g = 0; g < G; g++)
-#pragma GCC unroll 4
-        for (int j = 0; j < C; j++) o[g][j] = fma(vf{} + p[g * ldp + i], v[j], o[g][j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < C; j++) o[g][j] = fma(all(p[g * ldp + i]), v[j], o[g][j]);
     }
     for (int g = 0; g < G; g++)
       for (int j = 0; j < C; j++) store(acc + g * d + c + j * VL, o[g][j]);
@@ -65,65 +65,110 @@ static inline long add_columns(const KV* values, long stride, const float* p, lo
 }
 
 template <int G, class KV>
-static void add_values(const KV* values, long stride, const float* p, long ldp, long n, long d, float* acc) {
-  long c = add_columns<G, VB == 64 ? 4 : 2>(values, stride, p, ldp, n, d, acc, 0);
+static void add_some(const KV* values, long stride, const float* p, long ldp, long n, long d, float* acc) {
+  long c = add_columns<G, (G == 1 ? 8 : G == 2 ? 4 : 2), KV>(values, stride, p, ldp, n, d, acc, 0);
+  if (G <= 2) c = add_columns<G, (G == 1 ? 4 : 2), KV>(values, stride, p, ldp, n, d, acc, c);
   c = add_columns<G, 1>(values, stride, p, ldp, n, d, acc, c);
   for (; c < d; c++)
     for (int g = 0; g < G; g++)
       for (long i = 0; i < n; i++) acc[g * d + c] += p[g * ldp + i] * scalar(values + i * stride + c);
 }
 
-struct Block { long run, row, count; };  // rows of one run that are worked on together
+// The same for m queries. Each sums over tokens in their order, whatever the number that share them.
+template <class KV>
+static void add_values(const KV* values, long stride, const float* p, long ldp, long n, long d, float* acc, long m) {
+  long g = 0;
+  for (; g + 6 <= m; g += 6) add_some<6>(values, stride, p + g * ldp, ldp, n, d, acc + g * d);
+  for (; g + 4 <= m; g += 4) add_some<4>(values, stride, p + g * ldp, ldp, n, d, acc + g * d);
+  for (; g + 2 <= m; g += 2) add_some<2>(values, stride, p + g * ldp, ldp, n, d, acc + g * d);
+  for (; g < m; g++) add_some<1>(values, stride, p + g * ldp, ldp, n, d, acc + g * d);
+}
 
-// The queries of one KV head in `count` rows, of which the first sees `visible` tokens and each later one a token more. Page
-// by page, with a running softmax (Milakov & Gimelshein 2018), from position `first` on. Rows share the reading of a page, but what each gets depends on
-// its own query and position alone: sums over tokens run in their order, page by page, whatever rows are beside it.
+struct Block { long run, row, count; };  // rows of one run that are worked on together
+constexpr long TILE = 64;  // positions that a softmax takes up at once, from multiples of it: a multiple of VL
+
+// The queries of one KV head in `count` rows, of which the first sees `visible` tokens and each later one a token more. Tile by
+// tile, with a running softmax (Milakov & Gimelshein 2018), from position `first` on. Rows share the reading of keys and values, but
+// what each gets depends on its own query and position alone: sums over tokens run in an order that positions give.
 template <class KV>
 struct Attend {
   long page_size, group, kvh, d, first;
   float scale;
   std::vector<const float*> queries;
-  std::vector<float> top, total, scores, acc;
+  std::vector<float> top, scores, acc;
+  std::vector<vf> total;  // lane by lane
 
   Attend(long page_size, long group, long kvh, long d, long first, long most)
       : page_size(page_size), group(group), kvh(kvh), d(d), first(first), scale(1.0f / sqrtf((float)d)), queries(most * group),
-        top(most * group), total(most * group), scores(most * group * page_size), acc(most * group * d) {}
+        top(most * group), scores(most * group * TILE), acc(most * group * d), total(most * group) {}
 
   void operator()(const float* q, long count, long visible, const KV* keys, const KV* values, const int32_t* pages) {
-    long m = count * group, last = visible + count - 1;
+    long m = count * group, last = visible + count - 1, stride = kvh * d;
     for (long g = 0; g < m; g++) queries[g] = q + (g / group * kvh * group + g % group) * d;
-    for (long g = 0; g < m; g++) { top[g] = -INFINITY; total[g] = 0.0f; }
+    for (long g = 0; g < m; g++) { top[g] = -INFINITY; total[g] = vf{}; }
     memset(acc.data(), 0, m * d * sizeof(float));
-    for (long at = first / page_size * page_size; at < last; at += page_size) {
-      long skip = first > at ? first - at : 0, n = last - at < page_size ? last - at : page_size, base = (long)pages[at / page_size] * page_size * kvh * d;
-      dot_block<KV>(queries.data(), m, keys + base, kvh * d, n, d, scores.data(), page_size);
+    for (long at = first / TILE * TILE; at < last; at += TILE) {
+      long from = first > at ? first : at, to = last - at < TILE ? last : at + TILE;
+      parts(from, to, pages, [&](long position, long n, long row) {
+        dot_block<KV>(queries.data(), m, keys + row * stride, stride, n, d, &scores[position - at], TILE);
+      });
       for (long r = 0; r < count; r++) {
-        long own = (visible + r - at < n ? visible + r - at : n) - skip;
-        if (own <= 0) continue;
-        long g = r * group, end = g + group;
-        const KV* seen = values + base + skip * kvh * d;
-        float* weights = scores.data() + skip;
-        for (long i = g; i < end; i++) soften(i, weights + i * page_size, own);
-        for (; g + 4 <= end; g += 4) add_values<4>(seen, kvh * d, weights + g * page_size, page_size, own, d, &acc[g * d]);
-        for (; g + 2 <= end; g += 2) add_values<2>(seen, kvh * d, weights + g * page_size, page_size, own, d, &acc[g * d]);
-        for (; g < end; g++) add_values<1>(seen, kvh * d, weights + g * page_size, page_size, own, d, &acc[g * d]);
+        long end = seen(visible + r, to);
+        for (long g = r * group; end > from && g < (r + 1) * group; g++) soften(g, &scores[g * TILE], from - at, end - at);
       }
+      parts(from, to, pages, [&](long position, long n, long row) {
+        const KV* own = values + row * stride;
+        float* weights = &scores[position - at];
+        long shared = seen(visible - position, n);
+        add_values(own, stride, weights, TILE, shared, d, acc.data(), m);
+        for (long r = 1; r < count; r++) {
+          long more = seen(visible + r - position, n) - shared, g = r * group;
+          if (more > 0) add_values(own + shared * stride, stride, weights + g * TILE + shared, TILE, more, d, &acc[g * d], group);
+        }
+      });
     }
-    for (long g = 0; g < m; g++)
-      for (long c = 0; c < d; c++) acc[g * d + c] /= total[g];
+    for (long g = 0; g < m; g++) {
+      float whole = sum(total[g]);
+      for (long c = 0; c < d; c++) acc[g * d + c] /= whole;
+    }
   }
 
-  // Scores of one query against a page become weights; what it summed before is scaled to the new maximum.
-  void soften(long g, float* s, long n) {
-    float *o = &acc[g * d], best = top[g];
-    for (long i = 0; i < n; i++) s[i] *= scale;
-    for (long i = 0; i < n; i++) best = s[i] > best ? s[i] : best;
-    float keep = top[g] == -INFINITY ? 0.0f : fast_exp(top[g] - best);
-    top[g] = best;
-    float sum = total[g] * keep;
-    for (long i = 0; i < n; i++) { s[i] = fast_exp(s[i] - best); sum += s[i]; }
-    total[g] = sum;
-    for (long c = 0; c < d; c++) o[c] *= keep;
+  // Calls each(position, count, row of the pool) for those that lie one after the other.
+  template <class Each>
+  void parts(long from, long to, const int32_t* pages, const Each& each) const {
+    for (long position = from; position < to;) {
+      long page = position / page_size, offset = position - page * page_size, left = page_size - offset;
+      long n = to - position < left ? to - position : left;
+      each(position, n, (long)pages[page] * page_size + offset);
+      position += n;
+    }
+  }
+  static long seen(long count, long most) { return count < 0 ? 0 : count < most ? count : most; }
+
+  // Scores of one query against positions `from` to `to` of a tile become weights; what it summed before is scaled to the new maximum.
+  void soften(long g, float* s, long from, long to) {
+    long end = (to + VL - 1) / VL * VL;
+    for (long i = 0; i < from; i++) s[i] = -INFINITY;
+    for (long i = to; i < end; i++) s[i] = -INFINITY;
+    vf most = all(top[g]);
+    for (long i = 0; i < end; i += VL) {
+      vf v = load(s + i) * scale;
+      store(s + i, v);
+      most = max(most, v);
+    }
+    float best = most_of(most), *o = &acc[g * d];
+    if (best > top[g]) {
+      float keep = fast_exp(top[g] - best);
+      for (long c = 0; c < d; c++) o[c] *= keep;
+      total[g] *= keep;
+      top[g] = best;
+    }
+    vf weight, whole = total[g];
+    for (long i = 0; i < end; i += VL) {
+      store(s + i, weight = exps(load(s + i) - best));
+      whole += weight;
+    }
+    total[g] = whole;
   }
 };
 

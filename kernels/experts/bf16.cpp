@@ -49,7 +49,7 @@ struct DownTile {
 #pragma GCC unroll 8
       for (int b = 0; b < NB; b++) {
         float* out = sums[pairs[row + m].token - from] + b * LANES;
-        store(out, fma(vf{} + pairs[row + m].gate, acc[m][b], load(out)));
+        store(out, fma(all(pairs[row + m].gate), acc[m][b], load(out)));
       }
   }
 };

@@ -40,7 +40,7 @@ struct Written { const float *k, *u; float g; };  // what a token makes of the s
 struct Read { const float *k, *q, *v; float beta, g, kq; };  // what a token asks of the state before it
 
 // Fused alike in every place, so that a state has the same bits whichever of them wrote it.
-static inline vf applied(vf s, float k, vf u, float g) { return fma(vf{} + k, u, s * g); }
+static inline vf applied(vf s, float k, vf u, float g) { return fma(all(k), u, s * g); }
 static inline float applied(float s, float k, float u, float g) { return __builtin_fmaf(k, u, s * g); }
 
 // `count` tokens of one head, one after the other, for some columns of the state at a time. Each passes over them once: what the
@@ -76,13 +76,13 @@ struct Scan {
         float* at = s + i * vd + j + c * VL;
         vf row = load(at);
         if (LAST) store(at, row = applied(row, before.k[i], written[c], before.g));
-        sk[c] = fma(row, vf{} + token.k[i], sk[c]);
-        sq[c] = fma(row, vf{} + token.q[i], sq[c]);
+        sk[c] = fma(row, all(token.k[i]), sk[c]);
+        sq[c] = fma(row, all(token.q[i]), sq[c]);
       }
     for (int c = 0; c < C; c++) {
-      vf d = fma(sk[c], vf{} - token.g, load(token.v + j + c * VL)) * token.beta;
+      vf d = fma(sk[c], all(-token.g), load(token.v + j + c * VL)) * token.beta;
       store(delta + j + c * VL, d);
-      store(o + j + c * VL, fma(d, vf{} + token.kq, sq[c] * token.g));
+      store(o + j + c * VL, fma(d, all(token.kq), sq[c] * token.g));
     }
   }
 

@@ -36,7 +36,7 @@ static inline void round_row(const float* in, bf16* out, long k) {
 
 static inline void round_rows(const float* in, bf16* out, long rows, long k, int threads) {
   auto round = [&](long i) { round_row(in + i * k, out + i * 2 * pairs_of(k), k); };
-  if (rows * k <= ALONE) return for_each(rows, round);
+  if (rows * k <= ALONE / 4) return for_each(rows, round);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < rows; i++) round(i);
 }

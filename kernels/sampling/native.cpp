@@ -144,7 +144,7 @@ static long best_of(const float* logits, long vocab) {
 extern "C" void divisi_choose(const float* logits, long stride, long vocab, const int64_t* positions, const int64_t* seeds,
                               const float* temperature, const int64_t* top_k, const double* top_p, const float* log_min_p,
                               int64_t* tokens, long rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows > 1 && rows * vocab > ALONE)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows > 1 && rows * vocab > ALONE / 4)
   for (long r = 0; r < rows; r++) {
     const float* own = logits + r * stride;
     long best = best_of(own, vocab);
