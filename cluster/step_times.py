@@ -9,7 +9,7 @@ comes what attention reads: the tokens before each row.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,6 +50,8 @@ class StepTimes:
         self._full_scale = self._draft_scale = 1.0
         self._rows: dict[int, list[float]] = {}
         """Of the full pass by sequences, then by rows past the first of each; without the factor."""
+        self._drafts: list[float] = [0.0]
+        """Of a draft pass by rows; without the factor."""
         self.measured = Measured()
         self.learn(measured or Measured())
 
@@ -70,20 +72,17 @@ class StepTimes:
         self._full = {sequences: _Curve(by_rows) for sequences, by_rows in sorted(measured.full.items()) if by_rows}
         self._draft = _Curve(measured.draft)
         self._rows.clear()
+        self._drafts = [0.0]
 
     def full(self, sequences: int, most: int) -> list[float]:
         """Seconds of all but drafts with 0, 1, ... `most` rows, or more, besides one of each sequence."""
-        rows = self._rows.get(sequences, [])
-        if len(rows) <= most:
-            rows = [self._table(sequences, sequences + more) for more in range(most + 1)]
-            self._rows[sequences] = rows
         scale = self._full_scale
-        return [scale * seconds for seconds in rows]
+        return [scale * seconds for seconds in self._of(sequences, most)]
 
     def draft(self, most: int) -> list[float]:
-        """Seconds of a draft pass with 0, 1, ... `most` rows."""
+        """Seconds of a draft pass with 0, 1, ... `most` rows, or more."""
         scale = self._draft_scale
-        return [0.0, *(scale * self._draft.at(rows) for rows in range(1, most + 1))]
+        return [scale * seconds for seconds in self._of_drafts(most)]
 
     def prefill(self, rows: int) -> float:
         """What rows of prefills add to a step, about: each as much as in the largest that was measured."""
@@ -98,14 +97,30 @@ class StepTimes:
         """
         if self.is_known:
             reading = self.measured.reading
-            expected = self._table(sequences, rows) + reading.first * read_first + reading.more * read_more
+            more = rows - sequences
+            expected = self._of(sequences, more)[more] + reading.first * read_first + reading.more * read_more
             self._full_scale = _followed(self._full_scale, seconds / expected)
 
-    def note_draft(self, rows: int, read: int, seconds: float) -> None:
-        """A draft pass took so long; `read`: tokens before its rows."""
-        if self.is_known:
-            expected = self._draft.at(rows) + self.measured.reading.draft * read
+    def note_drafts(self, rows: Sequence[int], read: int, seconds: float) -> None:
+        """All draft passes of a step took so long; `rows` of each, the first has the most; `read`: tokens before all
+        of them.
+        """
+        if self.is_known and rows:
+            known = self._of_drafts(rows[0])
+            expected = sum([known[count] for count in rows]) + self.measured.reading.draft * read
             self._draft_scale = _followed(self._draft_scale, seconds / expected)
+
+    def _of(self, sequences: int, most: int) -> list[float]:
+        rows = self._rows.get(sequences, [])
+        if len(rows) <= most:
+            rows = [self._table(sequences, sequences + more) for more in range(most + 1)]
+            self._rows[sequences] = rows
+        return rows
+
+    def _of_drafts(self, most: int) -> list[float]:
+        known = self._drafts
+        known += [self._draft.at(rows) for rows in range(len(known), most + 1)]
+        return known
 
     def _table(self, sequences: int, rows: int) -> float:
         known, each = [*self._full], rows / sequences

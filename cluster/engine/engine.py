@@ -288,12 +288,12 @@ class Engine:
         return events
 
     def _note_times(self, times: StepTimes, plan: StepPlan) -> None:
-        for count, seconds in zip(plan.counts, self.draft_seconds, strict=False):  # the full pass has no mark
-            times.note_draft(count, sum([run.start for run in plan.drafting[:count]]), seconds)
+        drafting = sum(self.draft_seconds)
+        more = sum([run.start * run.num_drafts for run in plan.drafting])
+        times.note_drafts(plan.counts[: len(self.draft_seconds)], more, drafting)
         if not plan.scans:
             first = sum([run.start for run in plan.rings])
-            more = sum([run.start * run.num_drafts for run in plan.drafting])
-            seconds = perf_counter() - self._begun - sum(self.draft_seconds)
+            seconds = perf_counter() - self._begun - drafting
             times.note_full(len(plan.rings), plan.num_rows, first, more, seconds)
 
     def beside(self, sequences: int) -> None:

@@ -38,7 +38,7 @@ def test_times_follow_what_steps_take() -> None:
     times = StepTimes(Measured(FULL, {1: 0.5}, Reading(0.01, 0.005, 0.002)))
     for _ in range(80):
         times.note_full(4, 12, 100, 200, 3 * (6.0 + 1.0 + 1.0))
-        times.note_draft(1, 50, 0.5 * (0.5 + 0.1))
+        times.note_drafts((1, 1), 50, 0.5 * (0.5 + 0.5 + 0.1))
     assert times.full(4, 0)[0] == pytest.approx(6.0, rel=0.01)
     assert times.draft(1)[1] == pytest.approx(0.25, rel=0.01)
     assert times.reading == pytest.approx((0.03, 0.015, 0.001), rel=0.01)

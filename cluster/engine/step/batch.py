@@ -60,6 +60,8 @@ class BatchBuilder:
         self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
         self._tables = {kind: torch.empty(0, dtype=torch.int32, device=device) for kind in ("decode", "draft")}
         """Of the passes under way."""
+        self._on_host = device.type == "cpu"
+        """Where arrays are moved by numpy: few numbers take it a fraction of the time."""
 
     def grow(self, growths: tuple[PageGrowth, ...]) -> None:
         """Write the pages that sequences got since the last call."""
@@ -86,8 +88,12 @@ class BatchBuilder:
         drafted, drafts_by_pass = ints.put(_drafted_rows(plan)), drafts.by_pass
         on_device, token_ids_T = ints.on_device(), self._token_ids_T.on_device(num_rows)
         if drafts_by_pass:
-            token_ids_T.index_copy_(0, on_device[drafted].long(), torch.cat(drafts_by_pass).clamp_(min=0))
-        width = self._take_tables("decode", plan.rings, on_device[decode[-1]]) if plan.rings else 0
+            drafts_N = torch.cat(drafts_by_pass).clamp_(min=0)
+            if self._on_host:
+                self._token_ids[ints[drafted]] = drafts_N.numpy()
+            else:
+                token_ids_T.index_copy_(0, on_device[drafted].long(), drafts_N)
+        width = self._take_tables("decode", plan.rings, decode[-1], on_device) if plan.rings else 0
         shape = num_rows, len(plan.rings), width
         if not plan.scans and (known := self._decoding.get(shape)) is not None:
             return known
@@ -132,7 +138,7 @@ class BatchBuilder:
         slots, tables = ints.put([run.source for run in runs]), ints.put([run.sequence.holding.table for run in runs])
         parts = ints.put(positions), ints.put(kv_rows)
         on_device = ints.on_device()
-        width = self._take_tables("draft", runs, on_device[tables])
+        width = self._take_tables("draft", runs, tables, on_device)
         if (known := self._drafts.get((counts, width))) is not None:
             return known
         pages_SN = self._tables["draft"][: len(runs) * width].view(len(runs), width)
@@ -213,15 +219,18 @@ class BatchBuilder:
         num_pages = -(-max([run.end for run in runs]) // self._page_size)
         return self._page_tables_MN[:, :num_pages].index_select(0, tables_S)
 
-    def _take_tables(self, kind: str, runs: Sequence[Run], tables_S: Tensor) -> int:
+    def _take_tables(self, kind: str, runs: Sequence[Run], tables: slice, on_device: Tensor) -> int:
         """Have the page tables of some runs lie side by side; returns their width: on a GPU a power of two."""
         width, most = -(-max([run.end for run in runs]) // self._page_size), self._page_tables_MN.shape[1]
-        if self._device.type != "cpu":
+        if not self._on_host:
             width = min(1 << (width - 1).bit_length(), most)
         if not self._tables[kind].numel():
             self._tables[kind] = torch.empty_like(self._page_tables_MN).flatten()
         pages_SN = self._tables[kind][: len(runs) * width].view(len(runs), width)
-        torch.index_select(self._page_tables_MN[:, :width], 0, tables_S, out=pages_SN)
+        if self._on_host:
+            pages_SN.numpy()[:] = self._page_tables_MN.numpy()[self._ints[tables], :width]
+        else:
+            torch.index_select(self._page_tables_MN[:, :width], 0, on_device[tables], out=pages_SN)
         return width
 
     def _logit_rows(self, plan: StepPlan) -> Tensor:

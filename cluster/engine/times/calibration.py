@@ -8,7 +8,7 @@ a file instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -20,7 +20,7 @@ from divisi.cluster.drafting import FixedDepth
 from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.step.plan import StepPlan
-from divisi.cluster.engine.times.cells import Cell, Samples, cells
+from divisi.cluster.engine.times.cells import STEPS, Cell, Samples, cells
 from divisi.cluster.engine.times.times_file import TimesFile
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.step_times import StepTimes
@@ -29,6 +29,10 @@ from divisi.model.sampling.sampler import ChooseTokens, Sampled, Sampler, Sampli
 
 _BUDGET_S = 6.0
 """For the whole table; what is left out then is estimated from the rest."""
+_ROUNDS, _MORE_S = 3, 2.0
+"""Times that all kinds of step have their turn, and the seconds after which no further round begins: what disturbs
+a machine for a moment then disturbs one turn.
+"""
 
 
 class Agreeing(Sampler):
@@ -71,19 +75,27 @@ class Calibration:
         """
         self._engine, self._drafting, self._times = engine, drafting, times
         self._vocab_size = config.vocab_size
-        self._cells, self._samples = cells(config), Samples()
+        self._cells, self._samples = list(cells(config)), Samples()
+        self._turns = self._in_turn()
         self._cell: Cell | None = None
+        self._enough = 0
+        """Steps of the cell, after which comes the next."""
         self._begun = self._spent_s = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every kind of step was measured."""
+        return all(self._samples.count(cell) for cell in self._cells)
 
     def plan(self) -> StepPlan | None:
         """See Rehearsal."""
         while self._spent_s < _BUDGET_S:
             self._begun = perf_counter()
-            unfinished = self._cell is not None and not self._samples.enough(self._cell)
+            unfinished = self._cell is not None and self._samples.count(self._cell) < self._enough
             if unfinished and (plan := self._engine.plan()) is not None:
                 return plan
             self._end_cell()
-            if not self._begin(next(self._cells, None)):
+            if not self._begin(next(self._turns, None)):
                 break
         self._end_cell()
         self._times.learn(self._samples.measured())
@@ -103,11 +115,18 @@ class Calibration:
         drafted_s = self._engine.draft_seconds
         self._samples.add(cell, seconds - sum(drafted_s), drafted_s)
 
+    def _in_turn(self) -> Iterator[Cell]:
+        for _ in range(_ROUNDS):
+            yield from self._cells
+            if self._spent_s > _MORE_S:
+                break
+
     def _begin(self, cell: Cell | None) -> bool:
         """Queue the sequences of the next cell; False without one."""
         self._cell = cell
         if cell is None:
             return False
+        self._enough = self._samples.count(cell) + STEPS
         self._drafting.most = cell.drafts
         for number in range(cell.sequences):
             prompt = tuple(token % self._vocab_size for token in range(cell.prompt))
@@ -122,7 +141,9 @@ class Calibration:
 
 
 class Remembered:
-    """A calibration that runs only where no file has its outcome, and leaves one. See `engine.Rehearsal`."""
+    """A calibration that runs only where no file has its outcome, and leaves one if it came to its end. See
+    `engine.Rehearsal`.
+    """
 
     def __init__(self, calibration: Calibration, file: Callable[[], TimesFile], times: StepTimes) -> None:
         """`file` is asked for in the first plan: it depends on the threads that an epoch grants."""
@@ -136,7 +157,7 @@ class Remembered:
             if (measured := self._file.read()) is not None:
                 self._times.learn(measured)
                 return None
-        if (plan := self._calibration.plan()) is None:
+        if (plan := self._calibration.plan()) is None and self._calibration.complete:
             self._file.write(self._times.measured)
         return plan
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from divisi.cluster.engine.memory.sequence_memory import pages_for
 from divisi.cluster.engine.scheduler import SchedulerConfig
@@ -14,7 +13,7 @@ from divisi.cluster.step_times import Measured, Reading
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _DRAFTS = (0, 1, 2, 3, 5, 8)
 STEPS = 5
-"""Of each kind; the median counts."""
+"""Of each kind, each time that it has its turn."""
 _SPARE_STEPS = 3
 """In which sequences may be admitted one after the other."""
 _LONG = 1024
@@ -74,19 +73,27 @@ class Samples:
         self._full[cell].append(full)
         self._draft[cell] += draft
 
-    def enough(self, cell: Cell) -> bool:
-        """Whether no more steps of a kind are needed."""
-        return len(self._full[cell]) >= STEPS
+    def count(self, cell: Cell) -> int:
+        """Steps of a kind so far."""
+        return len(self._full[cell])
 
     def measured(self) -> Measured:
-        """The table."""
+        """The table. What takes longer than a step of as many sequences and rows, or more, was disturbed."""
+        found = {
+            (cell.sequences, 1 + cell.drafts): _undisturbed(seconds)
+            for cell, seconds in self._full.items()
+            if cell.prompt == 1 and seconds
+        }
         full: dict[int, dict[int, float]] = defaultdict(dict)
+        for sequences, rows in found:
+            larger = [seconds for (most, each), seconds in found.items() if most >= sequences and each >= rows]
+            full[sequences][rows] = min(larger)
         draft: dict[int, list[float]] = defaultdict(list)
-        for cell, seconds in self._full.items():
-            if cell.prompt == 1 and seconds:
-                full[cell.sequences][1 + cell.drafts] = median(seconds)
-                draft[cell.sequences] += self._draft[cell]
-        by_rows = {rows: median(seconds) for rows, seconds in draft.items() if seconds}
+        for cell, seconds in self._draft.items():
+            if cell.prompt == 1:
+                draft[cell.sequences] += seconds
+        passes = {rows: _undisturbed(seconds) for rows, seconds in draft.items() if seconds}
+        by_rows = {rows: min(passes[more] for more in passes if more >= rows) for rows in passes}
         return Measured(dict(full), by_rows, self._reading())
 
     def _reading(self) -> Reading:
@@ -106,4 +113,10 @@ class Samples:
         short = Cell(cell.sequences, cell.drafts)
         if not times.get(cell) or not times.get(short):
             return 0.0
-        return max(median(times[cell]) - median(times[short]), 0.0) / (cell.prompt - short.prompt)
+        longer = _undisturbed(times[cell]) - _undisturbed(times[short])
+        return max(longer, 0.0) / (cell.prompt - short.prompt)
+
+
+def _undisturbed(seconds: Sequence[float]) -> float:
+    """The lower quartile: whatever else a machine does, steps don't become shorter by it."""
+    return sorted(seconds)[len(seconds) // 4]

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _CODE = ("kernels", "model", "cluster")
 """Folders whose sources say which version it is that was measured."""
+_ROOT = Path(__file__).parents[3]
+"""Where these are."""
 
 
 class _Content(BaseModel):
@@ -81,7 +83,7 @@ def circumstances(spec: GangSpec, max_rows: int) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "kernels": f"{spec.kernels}{' deterministic' if spec.deterministic else ''}",
         "sequences": f"{spec.max_seqs} of up to {max_rows} rows",
-        "version": f"{torch.__version__} {_code()}",
+        "version": f"{torch.__version__} {code_version()}",
     }
 
 
@@ -98,9 +100,9 @@ def _machine(device: str) -> str:
 
 
 @cache
-def _code() -> str:
+def code_version(root: Path = _ROOT) -> str:
+    """A digest of all sources that what a step takes depends on."""
     digest = hashlib.sha256()
-    root = Path(__file__).parents[2]
     for folder in _CODE:
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h"):

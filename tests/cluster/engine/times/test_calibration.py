@@ -13,7 +13,7 @@ from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.times import times_file
 from divisi.cluster.engine.times.cells import STEPS, Cell, Samples, cells
-from divisi.cluster.engine.times.times_file import TimesFile, circumstances
+from divisi.cluster.engine.times.times_file import TimesFile, circumstances, code_version
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
@@ -49,9 +49,18 @@ def test_the_table_of_samples() -> None:
     for seconds in (3.0, 1.0, 2.0, 90.0, 2.0):
         samples.add(Cell(2, 1), seconds, [0.5])
     samples.add(Cell(2, 0), 1.5, [])
-    assert samples.enough(Cell(2, 1))
-    assert not samples.enough(Cell(2, 0))
+    assert samples.count(Cell(2, 1)) == 5
     assert samples.measured() == Measured({2: {2: 2.0, 1: 1.5}}, {2: 0.5})
+
+
+def test_what_takes_longer_than_more_was_disturbed() -> None:
+    samples = Samples()
+    for cell, full, draft in (
+        (Cell(1, 0), 1.0, []), (Cell(1, 1), 9.0, [0.9]), (Cell(1, 2), 3.0, [0.9]),
+        (Cell(2, 0), 2.0, []), (Cell(2, 1), 2.5, [0.3]), (Cell(2, 2), 4.0, [0.3]),
+    ):  # fmt: skip
+        samples.add(cell, full, draft)
+    assert samples.measured() == Measured({1: {1: 1.0, 2: 2.5, 3: 3.0}, 2: {1: 2.0, 2: 2.5, 3: 4.0}}, {1: 0.3, 2: 0.3})
 
 
 def test_reading_is_what_a_long_prompt_adds() -> None:
@@ -134,6 +143,7 @@ def test_without_time_drafts_go_all_the_way(spec: GangSpec, monkeypatch: pytest.
     monkeypatch.setattr("divisi.cluster.engine.times.calibration._BUDGET_S", 0.0)
     engine, end, steps = started(spec)
     assert steps == 0
+    assert not times_file.cache_folder().exists(), "the next start has another try"
     engine.submit(Request("r", (1, 2, 3), 9, Sampling(temperature=0.0)))
     plan = engine.plan()
     assert plan is not None
@@ -180,3 +190,13 @@ def test_circumstances_are_told_apart(spec: GangSpec) -> None:
         assert circumstances(other, 4) != known
     assert circumstances(spec, 5) != known
     assert circumstances(replace(spec, name="other"), 4) == known
+
+
+def test_other_sources_are_another_version(tmp_path: Path) -> None:
+    found = {code_version(), code_version(tmp_path / "nothing")}
+    for number, name in enumerate(("kernels/passes/native.cpp", "kernels/native/simd.h", "cluster/engine/engine.py")):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir(parents=True)
+        path.write_text(name)
+        found.add(code_version(tmp_path / str(number)))
+    assert len(found) == 5
