@@ -18,6 +18,8 @@ _PRIOR = 4.0
 """Trials that what is known of all sequences counts for, in a new one."""
 _FADE = 0.93
 """What a step's trials still count in the next one. What is no longer tried is forgotten too, and so tried again."""
+_FADE_OF_ALL = 0.99
+"""The same for what is known of all sequences, from which each begins."""
 _FIRST_GUESS = 0.85
 _KEPT_STEPS = 4
 """For which a decision holds while the same sequences draft: it takes longer to compute than a small model's layer."""
@@ -42,10 +44,10 @@ class Survival:
             self.tried[place] += 1.0
             self.stood[place] += place < accepted
 
-    def fade(self) -> None:
+    def fade(self, kept: float = _FADE) -> None:
         """A step has passed."""
-        self.tried = [count * _FADE for count in self.tried]
-        self.stood = [count * _FADE for count in self.stood]
+        self.tried = [count * kept for count in self.tried]
+        self.stood = [count * kept for count in self.stood]
 
     def chance(self, place: int, prior: float) -> float:
         """That the draft at a position stands if those before it do; `prior` is how likely that is in general."""
@@ -139,7 +141,7 @@ class MostTokensPerSecond:
         if not self._times.is_known:
             return limits
         self._steps += 1
-        self._all.fade()
+        self._all.fade(_FADE_OF_ALL)
         if self._steps % _PROBE_EVERY == 0:
             self._decided = (), (), ALONE
             return self._probed(self._chosen(drafters, company), drafters, company)
@@ -209,16 +211,14 @@ class MostTokensPerSecond:
         return taken
 
     def _probed(self, depths: list[int], drafters: Sequence[Drafter], company: Company) -> list[int]:
-        """With one draft for those that had none for long, if drafts that all stand were worth their time."""
-        idle = [
-            index
-            for index, drafter in enumerate(drafters)
-            if not depths[index] and drafter.idle_steps >= _PROBE_EVERY // 2
+        """With one draft more for those that draft, and one for those that had none for long, if drafts that all stand
+        were worth their time.
+        """
+        tried = [
+            min(depth + 1, drafter.limit) if depth or drafter.idle_steps >= _PROBE_EVERY // 2 else 0
+            for drafter, depth in zip(drafters, depths, strict=True)
         ]
-        if not idle:
+        if tried == depths:
             return depths
         hoped = self._slots(drafters, [[1.0] * drafter.limit for drafter in drafters], company)
-        if self._best(hoped, drafters, company):
-            for index in idle:
-                depths[index] = 1
-        return depths
+        return tried if self._best(hoped, drafters, company) else depths

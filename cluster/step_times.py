@@ -16,7 +16,11 @@ from typing import NamedTuple
 _WEIGHT = 0.1
 """Of one step in the factors that follow what steps take."""
 _WILDEST = 2.0
-"""Times the factor that one step may count as: a process that was put aside for a while says nothing of steps."""
+"""Times the expected that one step may count as: a process that was put aside for a while says nothing of steps."""
+_CORRECTION = 0.1
+"""Of what an unusual step took beside what was expected of it, in the table."""
+_ANEW_EVERY = 16
+"""Steps after which corrections count: until then lists of times are kept."""
 
 
 class Reading(NamedTuple):
@@ -42,7 +46,11 @@ class Measured:
 
 
 class StepTimes:
-    """The table, a factor on each half of it, and what follows from both."""
+    """The table, a factor on each half of it, and what follows from both.
+
+    A step like the one before it that takes longer than expected says that the machine has become slower: the factor
+    follows. One of other size than that before it says that the table is wrong there: the table does.
+    """
 
     def __init__(self, measured: Measured | None = None) -> None:
         self._full: dict[int, _Curve] = {}
@@ -52,6 +60,9 @@ class StepTimes:
         """Of the full pass by sequences, then by rows past the first of each; without the factor."""
         self._drafts: list[float] = [0.0]
         """Of a draft pass by rows; without the factor."""
+        self._before: list[tuple[int, int]] | None = None
+        """Between which places of the table the last step was."""
+        self._noted = 0
         self.measured = Measured()
         self.learn(measured or Measured())
 
@@ -73,6 +84,7 @@ class StepTimes:
         self._draft = _Curve(measured.draft)
         self._rows.clear()
         self._drafts = [0.0]
+        self._before = None
 
     def full(self, sequences: int, most: int) -> list[float]:
         """Seconds of all but drafts with 0, 1, ... `most` rows, or more, besides one of each sequence."""
@@ -95,11 +107,20 @@ class StepTimes:
 
         `read_first`, `read_more`: tokens before the first row of each sequence, and before all others.
         """
-        if self.is_known:
-            reading = self.measured.reading
-            more = rows - sequences
-            expected = self._of(sequences, more)[more] + reading.first * read_first + reading.more * read_more
+        if not self.is_known:
+            return
+        reading, more, around = self.measured.reading, rows - sequences, self._around(sequences, rows / sequences)
+        expected = self._of(sequences, more)[more] + reading.first * read_first + reading.more * read_more
+        if self._before not in (None, [*around]):
+            self._correct(around, seconds / (self._full_scale * expected))
+        else:
             self._full_scale = _followed(self._full_scale, seconds / expected)
+        self._before = [*around]
+        for (known, index), share in around.items():
+            self._full[known].steps[index] += share
+        self._noted += 1
+        if self._noted % _ANEW_EVERY == 0:
+            self._rows.clear()
 
     def note_drafts(self, rows: Sequence[int], read: int, seconds: float) -> None:
         """All draft passes of a step took so long; `rows` of each, the first has the most; `read`: tokens before all
@@ -122,17 +143,30 @@ class StepTimes:
         known += [self._draft.at(rows) for rows in range(len(known), most + 1)]
         return known
 
+    def _around(self, sequences: int, each: float) -> dict[tuple[int, int], float]:
+        """What was measured around a step: numbers of sequences, places on their curves, and how much each counts."""
+        return {
+            (known, index): share * part
+            for known, share in self._curves(sequences).items()
+            for index, part in _around(self._full[known].places, each).items()
+        }
+
+    def _correct(self, around: Mapping[tuple[int, int], float], ratio: float) -> None:
+        """`ratio`: what a step took to what was expected of it. Places that few steps were at are to blame first."""
+        ratio = min(max(ratio, 1 / _WILDEST), _WILDEST)
+        blame = {at: share / (1 + self._full[at[0]].steps[at[1]]) for at, share in around.items()}
+        for (known, index), part in blame.items():
+            self._full[known].seconds[index] *= 1 + _CORRECTION * part / sum(blame.values()) * (ratio - 1)
+
     def _table(self, sequences: int, rows: int) -> float:
-        known, each = [*self._full], rows / sequences
-        place = bisect_left(known, sequences)
-        if place == len(known):
-            return self._full[known[-1]].at(each) * sequences / known[-1]
-        above = self._full[known[place]].at(each)
-        if place == 0:
-            return above
-        below = self._full[known[place - 1]].at(each)
-        share = (sequences - known[place - 1]) / (known[place] - known[place - 1])
-        return below + share * (above - below)
+        each, last = rows / sequences, next(reversed(self._full))
+        seconds = sum([share * self._full[known].at(each) for known, share in self._curves(sequences).items()])
+        return seconds * max(sequences / last, 1.0)
+
+    def _curves(self, sequences: int) -> dict[int, float]:
+        """The numbers of sequences that were measured around this one, and how much each counts."""
+        known = [*self._full]
+        return {known[index]: share for index, share in _around(known, sequences).items()}
 
 
 class _Curve:
@@ -140,23 +174,30 @@ class _Curve:
 
     def __init__(self, measured: Mapping[int, float]) -> None:
         self.places = sorted(measured)
-        self._seconds = [max(measured[place], 1e-9) for place in self.places]
+        self.seconds = [max(measured[place], 1e-9) for place in self.places]
+        self.steps = [0.0] * len(self.places)
+        """That were at each of them since."""
 
     @property
     def last(self) -> tuple[int, float]:
         """The place furthest out, and its seconds."""
-        return self.places[-1], self._seconds[-1]
+        return self.places[-1], self.seconds[-1]
 
     def at(self, place: float) -> float:
         """Seconds at a place."""
-        places, seconds = self.places, self._seconds
-        after = bisect_left(places, place)
-        if after == len(places):
-            return seconds[-1] * place / places[-1]
-        if after == 0:
-            return seconds[0]
-        share = (place - places[after - 1]) / (places[after] - places[after - 1])
-        return seconds[after - 1] + share * (seconds[after] - seconds[after - 1])
+        seconds = sum([share * self.seconds[index] for index, share in _around(self.places, place).items()])
+        return seconds * max(place / self.places[-1], 1.0)
+
+
+def _around(places: Sequence[int], place: float) -> dict[int, float]:
+    """The indices of those of some ascending places that are around another one, and how much each counts."""
+    after = bisect_left(places, place)
+    if after == len(places):
+        return {after - 1: 1.0}
+    if after == 0 or places[after] == place:
+        return {after: 1.0}
+    share = (place - places[after - 1]) / (places[after] - places[after - 1])
+    return {after - 1: 1 - share, after: share}
 
 
 def _followed(scale: float, ratio: float) -> float:

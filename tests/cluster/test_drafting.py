@@ -190,3 +190,19 @@ def test_fixed_depths_are_the_limits() -> None:
     drafters = [Drafter(limit=0), Drafter(limit=5)]
     assert FixedDepth().depths(drafters, ALONE) == [0, 5]
     assert FixedDepth(2).depths(drafters, ALONE) == [0, 2]
+
+
+def test_a_table_that_makes_drafts_too_dear_is_found_out() -> None:
+    """Steps that draft one more than would pay, now and then, show what they take."""
+    rows = {1: 1.0, 2: 1.05, 3: 1.1, 4: 1.15, 6: 1.2}
+    wrong = Measured({1: {each: seconds if each < 3 else 2.5 * seconds for each, seconds in rows.items()}}, {1: 0.02})
+    times, true = StepTimes(wrong), StepTimes(Measured({1: rows}, {1: 0.02}))
+    policy, drafter, found = MostTokensPerSecond(times), Drafter(limit=5), []
+    for _ in range(3000):
+        (depth,) = policy.depths([drafter], ALONE)
+        found.append(depth)
+        policy.note(drafter, depth, depth)
+        times.note_full(1, 1 + depth, 0, 0, true.full(1, depth)[depth])
+        times.note_drafts([1] * depth, 0, 0.02 * depth)
+    assert max(found[:20]) == 1
+    assert sorted(found[-100:])[50] == 5

@@ -58,3 +58,26 @@ def test_a_new_table_takes_the_place_of_the_old_one() -> None:
     times.learn(Measured({1: {1: 7.0}}, {1: 1.0}))
     assert times.full(1, 2)[0] == 7.0
     assert times.measured.full == {1: {1: 7.0}}
+
+
+def test_a_step_unlike_the_one_before_corrects_the_table() -> None:
+    """Where the machine is as it was, what takes other than expected was measured wrongly."""
+    times = StepTimes(Measured({1: {1: 1.0, 2: 1.2, 6: 9.0}, 4: {1: 2.0, 2: 4.0}}, {1: 0.5}))
+    for _ in range(100):
+        for _ in range(15):
+            times.note_full(1, 1, 0, 0, 1.0)
+        times.note_full(1, 6, 0, 0, 3.0)
+    full = times.full(1, 5)
+    assert full[0] == pytest.approx(1.0, rel=0.1)
+    assert full[5] == pytest.approx(3.0, rel=0.1)
+    assert times.full(4, 4)[4] == pytest.approx(4.0, rel=0.1), "of others nothing was said"
+
+
+def test_a_machine_that_becomes_slower_leaves_the_table_as_it_is() -> None:
+    times = StepTimes(Measured(FULL, {1: 0.5}))
+    for _ in range(60):
+        times.note_full(4, 4, 0, 0, 6.0)
+    for sequences, more in ((1, 0), (1, 5), (4, 8)):
+        assert times.full(sequences, more)[more] == pytest.approx(
+            3 * StepTimes(Measured(FULL, {1: 0.5})).full(sequences, more)[more], rel=0.01
+        )
