@@ -5,13 +5,13 @@ A small model's layer takes longer to be asked for than to be computed; their re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
 
 from torch import Tensor
 
 from divisi.kernels.native.fused import Fused
-from divisi.kernels.native.passes import PARTS, FusedLayer, FusedPasses, PassRows
+from divisi.kernels.native.passes import PARTS, DraftPasses, FusedLayer, FusedPasses, PassRows
 from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
@@ -24,6 +24,8 @@ from divisi.model.weights import LayerWeights, MlpWeights, Weights
 
 _MOST_KEPT = 4096
 """Batches."""
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 
 class WholePasses:
@@ -33,6 +35,8 @@ class WholePasses:
         self._most_rows, self._full, self._drafts = most_rows, full, drafts
         self._rows: dict[int, tuple[StepBatch, PassRows]] = {}
         """Of batches, which come again with other numbers in the same memory."""
+        self._passes: dict[int, tuple[Sequence[StepBatch], DraftPasses]] = {}
+        """Of lists of batches, which come again, too."""
 
     @classmethod
     def of(
@@ -47,6 +51,7 @@ class WholePasses:
         found = [layer for layer in layers if layer is not None]
         if len(found) < len(layers) or (mtp is not None and mtp.fused is None):
             return None
+
         def passes(layers: list[FusedLayer], last_scale_D: Tensor) -> FusedPasses:
             drafts = None if mtp is None else mtp.fused
             return FusedPasses(
@@ -80,20 +85,26 @@ class WholePasses:
         stopwatch.split(PARTS, self._drafts.take_seconds())
         return drafted
 
-    def draft_all(self, batches: Sequence[StepBatch], draws: Draws, stopwatch: Stopwatch) -> list[Tensor]:
+    def draft_all(self, batches: Sequence[StepBatch], draws: Draws, stopwatch: Stopwatch) -> list[list[int]]:
         """The draft passes of a step, each from what the one before it draws; return that, pass by pass."""
         assert self._drafts is not None, "the model drafts"
-        drafted = self._drafts.draft_all([*map(self._rows_of, batches)], draws)
+        passes = self._known(batches, self._passes, lambda: DraftPasses([*map(self._rows_of, batches)]))
+        drafted = self._drafts.draft_all(passes, draws)
         stopwatch.split(PARTS, self._drafts.take_seconds())
         return drafted
 
     def _rows_of(self, batch: StepBatch) -> PassRows:
-        known = self._rows.get(id(batch))
-        if known is None or known[0] is not batch:
-            if len(self._rows) >= _MOST_KEPT:
-                self._rows.clear()
-            known = self._rows[id(batch)] = batch, _rows(batch)
-        return known[1]
+        return self._known(batch, self._rows, lambda: _rows(batch))
+
+    @staticmethod
+    def _known(key: KeyT, known: dict[int, tuple[KeyT, ValueT]], make: Callable[[], ValueT]) -> ValueT:
+        """What was made of this very object before, or is now."""
+        found = known.get(id(key))
+        if found is None or found[0] is not key:
+            if len(known) >= _MOST_KEPT:
+                known.clear()
+            found = known[id(key)] = key, make()
+        return found[1]
 
 
 def _layer(block: Block, weights: LayerWeights, bank: ExpertBank, index: int) -> FusedLayer | None:

@@ -128,7 +128,7 @@ class ModelRunner:
     @torch.inference_mode()
     def draft_all(
         self, batches: Sequence[StepBatch], dispatcher: Dispatcher, draws: Draws
-    ) -> list[Tensor] | None:
+    ) -> list[list[int]] | None:
         """All draft passes of a step in one call: what each draws. None where they are to be run one by one.
 
         The rows of each pass are the first of those before it; `draws` are of the rows of the first.

@@ -72,7 +72,7 @@ class Runner(Protocol):
 
     def draft_all(
         self, batches: Seq[StepBatch], dispatcher: Dispatcher, draws: Draws
-    ) -> list[Tensor] | None:
+    ) -> list[list[int]] | None:
         """All draft passes of a step at once: what each draws. None where they are to be run one by one."""
         ...
 
@@ -225,7 +225,7 @@ class Engine:
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """One more draft of each sequence that drafts so far; or all that the step is to have, with the first."""
-        if self._drafts.complete:
+        if self._drafts.told is not None:
             return
         batch = self._builder.build_draft(plan, index, self._drafts)
         if index == 0 and self._draft_at_once(plan, dispatcher):
@@ -243,10 +243,7 @@ class Engine:
         passes = self._runner.draft_all(self._builder.draft_passes, dispatcher, draws)
         if passes is None:
             return False
-        for ahead, token_ids_S in enumerate(passes):
-            rows = [Row(run, ahead) for run in plan.drafting[: plan.counts[ahead]]]
-            self._drafts.add([row.run for row in rows], self._sampler.drafted(rows, token_ids_S))
-        self._drafts.complete = True
+        self._drafts.tell(plan.drafting, self._sampler.drafted(plan.drafting, passes))
         return True
 
     def _draft_one(self, runs: Iterable[Run], index: int, batch: StepBatch, dispatcher: Dispatcher) -> None:

@@ -83,6 +83,17 @@ class PassRows:
         self.reference = ctypes.byref(self.struct)
 
 
+class DraftPasses:
+    """All draft passes of a step; the rows of each are the first of those before it."""
+
+    def __init__(self, passes: Sequence[PassRows]) -> None:
+        self.counts = [rows.count for rows in passes]
+        self.structs = (_Rows * len(passes))(*(rows.struct for rows in passes))
+        self.drawn_KT = (ctypes.c_int64 * (len(passes) * self.counts[0]))()
+        """What was drawn last."""
+        self._held = passes
+
+
 class FusedPasses:
     """The layers of a model between its embedding and its head, or those that draft."""
 
@@ -127,19 +138,17 @@ class FusedPasses:
         )  # fmt: skip
         return logits_TV, next_TD
 
-    def draft_all(self, passes: Sequence[PassRows], draws: Draws) -> list[Tensor]:
-        """Run the draft passes of a step; the rows of each are the first of those before it. Return what each draws,
-        int64.
+    def draft_all(self, passes: DraftPasses, draws: Draws) -> list[list[int]]:
+        """Run the draft passes of a step. Return what each draws.
 
         `draws` are of the rows of the first pass. The tokens of later passes' rows are written where these have them.
         """
-        structs = (_Rows * len(passes))(*(rows.struct for rows in passes))
-        tokens_KT = torch.empty((len(passes), passes[0].count), dtype=torch.int64)
         self._functions.divisi_draft_passes(
-            self._model, structs, len(passes), ctypes.byref(_Draws(*draws.addresses)), tokens_KT.data_ptr(),
+            self._model, passes.structs, len(passes.counts), ctypes.byref(_Draws(*draws.addresses)), passes.drawn_KT,
             self._seconds, torch.get_num_threads(),
         )  # fmt: skip
-        return [tokens_T[: rows.count] for tokens_T, rows in zip(tokens_KT, passes, strict=True)]
+        most = passes.counts[0]
+        return [passes.drawn_KT[at * most : at * most + count] for at, count in enumerate(passes.counts)]
 
     def take_seconds(self) -> list[float]:
         """What the PARTS have taken since the last call."""

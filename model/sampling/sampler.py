@@ -158,9 +158,11 @@ class Sampler:
             logprobs = token_logprobs(logits_RV[rows_L], chosen_L, batch.most_logprobs)
         return Sampled(token_ids_R, logprobs)
 
-    def drawn(self, token_ids_R: Tensor, batch: SamplingBatch, positions: Sequence[int]) -> Tensor:
-        """The tokens of rows without rules that were drawn elsewhere, as this has them."""
-        return token_ids_R
+    def drawn(self, passes: list[list[int]], batch: SamplingBatch, positions: Sequence[int]) -> list[list[int]]:
+        """The tokens of rows without rules that were drawn elsewhere, as this has them: at some positions, and in each
+        further pass at those after them, for the first rows of the pass before it.
+        """
+        return passes
 
 
 def token_logprobs(logits_LV: Tensor, token_ids_L: Tensor, num_top: int) -> Logprobs:

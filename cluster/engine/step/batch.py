@@ -61,7 +61,9 @@ class BatchBuilder:
         self._tables = {kind: torch.empty(0, dtype=torch.int32, device=device) for kind in ("decode", "draft")}
         """Of the passes under way."""
         self._on_host = device.type == "cpu"
-        """Where arrays are moved by numpy: few numbers take it a fraction of the time."""
+        """Where numpy moves page tables: few numbers take it a fraction of the time."""
+        self._page_tables = self._page_tables_MN.numpy() if self._on_host else np.empty((0, 0), dtype=np.int32)
+        self._host_tables: dict[str, NDArray[np.int32]] = {}
 
     def grow(self, growths: tuple[PageGrowth, ...]) -> None:
         """Write the pages that sequences got since the last call."""
@@ -86,13 +88,11 @@ class BatchBuilder:
         decode = self._decode_slices(plan.rings) if plan.rings else []
         prefill = self._prefill_slices(plan.scans) if plan.scans else []
         drafted, drafts_by_pass = ints.put(_drafted_rows(plan)), drafts.by_pass
+        if drafts.told is not None:
+            self._token_ids[ints[drafted]] = [token for tokens in drafts.told for token in tokens]
         on_device, token_ids_T = ints.on_device(), self._token_ids_T.on_device(num_rows)
         if drafts_by_pass:
-            drafts_N = torch.cat(drafts_by_pass).clamp_(min=0)
-            if self._on_host:
-                self._token_ids[ints[drafted]] = drafts_N.numpy()
-            else:
-                token_ids_T.index_copy_(0, on_device[drafted].long(), drafts_N)
+            token_ids_T.index_copy_(0, on_device[drafted].long(), torch.cat(drafts_by_pass).clamp_(min=0))
         width = self._take_tables("decode", plan.rings, decode[-1], on_device) if plan.rings else 0
         shape = num_rows, len(plan.rings), width
         if not plan.scans and (known := self._decoding.get(shape)) is not None:
@@ -226,10 +226,14 @@ class BatchBuilder:
             width = min(1 << (width - 1).bit_length(), most)
         if not self._tables[kind].numel():
             self._tables[kind] = torch.empty_like(self._page_tables_MN).flatten()
-        pages_SN = self._tables[kind][: len(runs) * width].view(len(runs), width)
+            if self._on_host:
+                self._host_tables[kind] = self._tables[kind].numpy()
+        count = len(runs)
         if self._on_host:
-            pages_SN.numpy()[:] = self._page_tables_MN.numpy()[self._ints[tables], :width]
+            taken = self._host_tables[kind][: count * width].reshape(count, width)
+            taken[:] = self._page_tables[self._ints[tables], :width]
         else:
+            pages_SN = self._tables[kind][: count * width].view(count, width)
             torch.index_select(self._page_tables_MN[:, :width], 0, on_device[tables], out=pages_SN)
         return width
 

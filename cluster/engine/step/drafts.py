@@ -5,7 +5,7 @@ A row is named by its run and by how many drafts stand before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -41,8 +41,8 @@ class Drafts:
         self._passes: list[tuple[list[Run], Tensor]] = []
         self._read = 0
         """Passes whose drafts are among the tokens."""
-        self.complete = False
-        """Whether all passes have drafted, at once."""
+        self.told: list[list[int]] | None = None
+        """The drafts of all passes, where these were one: known on the host from the first."""
         self._tokens: dict[int, list[int]] = {}
 
     @property
@@ -53,6 +53,13 @@ class Drafts:
     def add(self, runs: list[Run], token_ids_S: Tensor) -> None:
         """One more draft of each run."""
         self._passes.append((runs, token_ids_S))
+
+    def tell(self, runs: Sequence[Run], told: list[list[int]]) -> None:
+        """All drafts at once, pass by pass; the runs of each are the first of those before it."""
+        self.told = told
+        for tokens in told:
+            for run, token in zip(runs, tokens, strict=False):
+                self._tokens.setdefault(run.row, []).append(token)
 
     def of(self, run: Run) -> list[int]:
         """A run's drafts; NO_TOKEN where its rules left none. Waits for the device."""

@@ -90,9 +90,10 @@ class StepSampler:
         batch = self._draft_batch([Row(run, 0) for run in runs])
         return batch.free if batch.rules is None else None
 
-    def drafted(self, rows: list[Row], token_ids_S: Tensor) -> Tensor:
-        """The drafts of rows that were drawn at once, as the sampler has them."""
-        return self._sampler.drawn(token_ids_S, self._draft_batch(rows), [row.position for row in rows])
+    def drafted(self, runs: Seq[Run], passes: list[list[int]]) -> list[list[int]]:
+        """The drafts of some runs that were drawn at once, as the sampler has them."""
+        rows = [Row(run, 0) for run in runs]
+        return self._sampler.drawn(passes, self._draft_batch(rows), [row.position for row in rows])
 
     def choose(self, plan: StepPlan, logits_RV: Tensor, drafts: Drafts) -> Choice:
         """Sample the next tokens of each run that chooses any. The step may still be given up after this."""

@@ -56,9 +56,10 @@ class Agreeing(Sampler):
         token_ids_R = torch.from_numpy(self._mixed(batch, positions_R)).to(logits_RV.device, non_blocking=True)
         return Sampled(token_ids_R, sampled.logprobs)
 
-    def drawn(self, token_ids_R: Tensor, batch: SamplingBatch, positions: Sequence[int]) -> Tensor:
+    def drawn(self, passes: list[list[int]], batch: SamplingBatch, positions: Sequence[int]) -> list[list[int]]:
         """See Sampler."""
-        return torch.from_numpy(self._mixed(batch, np.array(positions)))
+        mixed = [self._mixed(batch, np.array(positions) + ahead).tolist() for ahead in range(len(passes))]
+        return [tokens[: len(drawn)] for tokens, drawn in zip(mixed, passes, strict=True)]
 
     def _mixed(self, batch: SamplingBatch, positions_R: NDArray[np.int64]) -> NDArray[np.int64]:
         mixed_R = positions_R.astype(np.uint64) * 7919 + batch.free.seeds_R * 104729

@@ -104,9 +104,11 @@ class Samples:
         without, deepest = longer[min(longer)], longer[max(longer)]
         first = self._slower(self._full, without)
         both, drafts = self._slower(self._full, deepest), deepest.drafts
-        # A row that shares the reading of another takes no longer than if it were alone; noise may say so.
+        # A row that shares the reading of another takes no longer than if it were alone, and one layer no longer than
+        # all; noise may say so.
         more = min(max(both - first, 0.0) / drafts, both / (1 + drafts))
-        return Reading(both - drafts * more, more, self._slower(self._draft, deepest))
+        alone = both - drafts * more
+        return Reading(alone, more, min(self._slower(self._draft, deepest), alone))
 
     @staticmethod
     def _slower(times: Mapping[Cell, Sequence[float]], cell: Cell) -> float:

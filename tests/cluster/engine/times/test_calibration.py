@@ -81,6 +81,17 @@ def test_noise_makes_no_further_row_dearer_than_the_first() -> None:
     assert first == pytest.approx(more) == pytest.approx(0.01)
 
 
+def test_noise_makes_no_draft_dearer_to_read_for_than_all_layers() -> None:
+    samples = Samples()
+    for cell, full, draft in (
+        (Cell(1, 0), 1.0, []), (Cell(1, 0, 101), 2.0, []),
+        (Cell(1, 2), 1.5, [0.1, 0.1]), (Cell(1, 2, 101), 3.5, [9.0, 9.0]),
+    ):  # fmt: skip
+        samples.add(cell, full, draft)
+    first, _, draft_row = samples.measured().reading
+    assert draft_row == first == pytest.approx(0.01)
+
+
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GangSpec:
     monkeypatch.setattr(times_file, "cache_folder", lambda: tmp_path / "cache")
