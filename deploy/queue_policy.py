@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_FEWER = 1 / 8
+"""So large a part of the workers has to be needless before any is ended: with each the gang begins an epoch."""
 Change = tuple[float, int]
 """From that time on (seconds of a monotonic clock), so many workers were wanted."""
 
@@ -42,8 +44,8 @@ def decide(history: Sequence[Change], now: float, workers: int, rule: QueueRule)
     if more and min(more) > workers:
         return min(more)
     fewer = _during(history, now, rule.downscale_delay_s)
-    if fewer and max(fewer) < workers:
-        return max(fewer)
+    if fewer and (most := max(fewer)) < workers and (most == rule.least or workers - most >= _FEWER * workers):
+        return most
     return workers
 
 

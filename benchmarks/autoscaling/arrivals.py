@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-HOURS = 2.0
+HOURS = 1.0
 _PROMPT, _ANSWER = 300, 150
 
 

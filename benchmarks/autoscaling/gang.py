@@ -164,12 +164,12 @@ class SimulatedGang:
 
     def _one_step(self) -> float:
         """Compute; returns the seconds that it takes, which are those of the slowest worker."""
-        model, longest = self._model, 0.0
+        model, longest, decoding = self._model, 0.0, 0
         share = model.share(len(self._workers))
         for worker in self._workers:
-            rows = self._prefill(worker, share - len(worker.decoding))
+            rows = self._prefill(worker, share - len(worker.decoding)) if worker.prefills else 0
+            decoding += len(worker.decoding)
             longest = max(longest, model.decode_row_s * len(worker.decoding) + model.prefill_row_s * rows)
-        decoding = sum(len(worker.decoding) for worker in self._workers)
         self._step += 1
         for worker, number in self._ends.pop(self._step, ()):
             if number in worker.decoding:

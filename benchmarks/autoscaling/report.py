@@ -133,7 +133,7 @@ def main(options: argparse.Namespace) -> int:
 def _intro(options: argparse.Namespace) -> str:
     model, command = Model(), f"python -m divisi.benchmarks autoscaling --seed {options.seed} --out benchmarks/results"
     told = (
-        f"{options.hours:g} hours of each pattern, Poisson, prompts of 300 tokens and answers of 150 in the mean; "
+        f"{options.hours:g} h of each pattern, Poisson, prompts of 300 tokens and answers of 150 in the mean; "
         f"{PEAK_PER_WORKER:g} requests a second and worker at the peak, four fifths of what one can do. A step takes "
         f"{1e3 * model.step_s:g} ms, {1e3 * model.decode_row_s:g} for each sequence of the fullest worker and "
         f"{1e3 * model.prefill_row_s:g} for each token of a prompt there (bench-s on a CPU, split; shards are taken to "

@@ -40,6 +40,10 @@ def test_tokens_are_spread_over_workers_within_the_bounds(tokens: float, workers
         ([(0.0, 1)], 3.0, 5, 5),  # a policy that has begun anew ends nobody before it has watched
         ([(0.0, 1)], 10.0, 5, 1),
         ([(0.0, 3)], 100.0, 3, 3),
+        ([(0.0, 15)], 100.0, 16, 16),  # so few are needless that it is not worth an epoch
+        ([(0.0, 14)], 100.0, 16, 14),
+        ([(0.0, 7)], 100.0, 8, 7),
+        ([(0.0, 1)], 100.0, 9, 1),
     ],
 )
 def test_what_was_wanted_for_long_enough_is_decided(
