@@ -24,13 +24,13 @@ def start_shard(spec: GangSpec, index: int) -> None:
 
 def start_spares(spec: GangSpec) -> None:
     """Where they are missing: on this node, and on one more, or with this node the only spare might be lost."""
-    own = ray.get_runtime_context().get_node_id()
-    elsewhere = second_home(own, _needs(spec), living_nodes())
-    for node in (own, elsewhere) if elsewhere else (own,):
-        try:
+    try:
+        own = ray.get_runtime_context().get_node_id()
+        elsewhere = second_home(own, _needs(spec), living_nodes())
+        for node in (own, elsewhere) if elsewhere else (own,):
             _start_spare(spec, node)
-        except Exception as error:  # noqa: BLE001 - whatever it was: without a spare the gang serves as well
-            log.info("no spare yet: %s", error)
+    except Exception as error:  # noqa: BLE001 - whatever it was: without a spare the gang serves as well
+        log.info("no spare yet: %s", error)
 
 
 def _start_spare(spec: GangSpec, node: str) -> None:
