@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,16 @@ from divisi.model.demo import checkpoint_dir
 from tests.support.open_streams import OpenStreams, hurt_in_the_middle
 from tests.support.ports import free_port
 
+from .conftest import is_shard
 from .test_serve_split import wait_for
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
 RAY = Path(sys.executable).with_name("ray")
-OURS = ("ExpertShardActor", "CoordinatorActor", "ServeReplica:")
+SHARD = "ExpertShardActor"
+OURS = (SHARD, "CoordinatorActor", "ServeReplica:")
+HOME = ("--num-cpus", "2", "--resources", '{"experts": 2}')
+"""A node for shards."""
 GONE_S = 60.0
 _MARK = "DIVISI_TEST_NODE"
 DEPLOY = """
@@ -209,34 +214,43 @@ def test_nothing_is_left_when_the_head_is_lost(record_result: Record) -> None:
         head = nodes.add("--num-cpus", "4", "--labels", "role=head")
         far = nodes.add("--num-cpus", "2", "--labels", "role=far")
         nodes.deploy("one", placement='{"placement": {"experts": {"labels": {"role": "far"}}}}')
-        wait_for(lambda: len(far.processes("ExpertShardActor")) == 2, 60, "not a shard and its spare")
+        wait_for(lambda: len(far.processes(SHARD)) == 2, 60, "not a shard and its spare")
         for process in head.processes(""):
             process.kill()
         record_result("head lost: seconds until no shard is left elsewhere", gone_after(lambda: far.processes(*OURS)))
 
 
+@pytest.mark.timeout(600)
 def test_a_raylet_of_another_node_dies(record_result: Record) -> None:
     """Streams are read one after another for 60 s: no gap is long, and the old shard is gone at the end."""
     with cluster_of_nodes() as nodes:
         nodes.add("--num-cpus", "8", "--labels", "role=head")
-        far = nodes.add("--num-cpus", "2", "--resources", '{"experts": 2}')
+        homes, gaps, loads = [nodes.add(*HOME)], [], []
         head = '{"labels": {"role": "head"}}'
-        experts = '{"resources": {"experts": 1}}'
-        nodes.deploy(
-            "one", placement=f'{{"placement": {{"attention": {head}, "ingress": {head}, "experts": {experts}}}}}'
-        )
-        nodes.add("--num-cpus", "2", "--resources", '{"experts": 2}')
-        want = nodes.texts("one", 300)
-        wait_for(lambda: len(far.processes("ExpertShardActor")) == 2, 60, "not a shard and its spare")
-        old = far.processes("ExpertShardActor")
-        (raylet,) = far.processes("raylet/raylet")
-        longest, begin = 0.0, time.monotonic()
-        raylet.kill()
-        while time.monotonic() - begin < 60:
-            longest = max(longest, hurt_in_the_middle(f"{nodes.url}/one", "divisi-demo", 300, want, lambda: None))
-        record_result("raylet of another node killed: longest gap in 60 s", round(longest, 2))
-        assert longest <= 3.0
-        assert not any(process.is_running() for process in old)
+        placement = f'"attention": {head}, "ingress": {head}, "experts": {{"resources": {{"experts": 1}}}}'
+        nodes.deploy("one", placement=f'{{"placement": {{{placement}}}}}')
+        want = nodes.texts("one", 600)
+        for _ in range(3):
+            homes.append(nodes.add(*HOME))
+            (victim,) = [home for home in homes if any(map(is_shard, home.processes(SHARD)))]
+            (other,) = [home for home in homes if home is not victim]
+            wait_for(lambda: bool(other.processes(SHARD)), 60, "no spare on another node")  # noqa: B023 - at once
+            old, (raylet,) = victim.processes(SHARD), victim.processes("raylet/raylet")
+            loads.append(round(os.getloadavg()[0], 1))
+            longest, begin, blow = 0.0, time.monotonic(), raylet.kill
+            while time.monotonic() - begin < 60:
+                longest = max(longest, hurt_in_the_middle(f"{nodes.url}/one", "divisi-demo", 600, want, blow))
+                blow = _nothing
+            gaps.append(round(longest, 2))
+            assert not any(process.is_running() for process in old)
+            homes.remove(victim)
+        record_result("raylet of another node killed: longest gaps in 60 s", gaps)
+        record_result("raylet of another node killed: load average before", loads)
+        assert statistics.median(gaps) <= 3.0
+
+
+def _nothing() -> None:
+    """More of the same streams."""
 
 
 def test_nothing_is_left_when_the_driver_and_the_owner_are_killed(record_result: Record) -> None:
