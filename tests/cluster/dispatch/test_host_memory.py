@@ -25,6 +25,7 @@ from divisi.cluster.seats import GangShape, Membership
 from divisi.kernels.native.loader import load_library
 from tests.support.credentials import CREDENTIALS
 from tests.support.gangs import CPU, gang_groups, membership_of
+from tests.support.namespaces import can_unshare, in_a_mount_namespace
 
 PAIR = GangShape(1, 1)
 SHARED = HostMemory(4096, 0.001)
@@ -215,14 +216,7 @@ def test_a_killed_process_is_noticed_at_once(other_process: Callable[[int], subp
         other.wait(10)
 
 
-_OWN_SHM = ("unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$0" "$@"')
-
-
-def can_unshare() -> bool:
-    try:
-        return subprocess.run([*_OWN_SHM, "true"], capture_output=True, timeout=10).returncode == 0
-    except OSError:
-        return False
+_OWN_SHM = in_a_mount_namespace("mount -t tmpfs none /dev/shm")
 
 
 @pytest.mark.verify
