@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from divisi.benchmarks.contenders import CONTEXT, DivisiEngine, gang_spec, prompts
-from divisi.cluster.assembly import build_engine, load_shard, pass_layers, served_config, sharded_mode
+from divisi.cluster.assembly import build_engine, cuts, load_shard, pass_layers, served_config, sharded_mode
 from divisi.cluster.dispatch.groups import PeerGroup, join_group
 from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
@@ -56,8 +56,8 @@ def report(model_dir: Path, rounds: int) -> str:
     local = DivisiEngine.local(model_dir, "bfloat16")
     with contextlib.ExitStack() as stack:
         split = {
-            name: stack.enter_context(_split_gang(replace(spec, micro_batches=cut), spin_s))
-            for name, cut, spin_s in _SPLIT
+            name: stack.enter_context(_split_gang(replace(spec, micro_batches=wanted), spin_s))
+            for name, wanted, spin_s in _SPLIT
         }
         contenders = {
             "local, 1 thread": (local, 1),
@@ -74,7 +74,13 @@ def report(model_dir: Path, rounds: int) -> str:
                     if turn:
                         rows[name][column].append(milliseconds)
     torch.set_num_threads(threads)
-    return _table(rows)
+    return f"{_table(rows)}\n\n{_planned(spec)}"
+
+
+def _planned(spec: GangSpec) -> str:
+    """Which steps the planner would cut."""
+    rows = cuts(replace(spec, micro_batches="auto"), served_config(spec), spec.max_seqs).rows
+    return f"Of up to {spec.max_seqs} rows, the planner cuts " + (f"from {rows.start} on." if rows else "none.")
 
 
 def _check(contenders: Mapping[str, tuple[DivisiEngine, int]], vocabulary: int) -> None:

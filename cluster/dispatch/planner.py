@@ -20,7 +20,7 @@ Mode = Literal["broadcast", "all_to_all"]
 _GAIN = 0.05
 """What all-to-all has to save before it is taken: an overflow of its buffers runs a step twice."""
 
-_CUT_GAIN = 1.1
+_CUT_GAIN = 1.25
 """The factor that two micro-batches have to promise: the model knows neither caches nor who else reads memory."""
 
 
