@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measure and print."""
-    told = [f"{machine.describe()}; load average at the start {os.getloadavg()[0]:.1f}"]
+    parts = " ".join(options.parts)
+    told = [f"{machine.describe()}; parts {parts}; load average at the start {os.getloadavg()[0]:.1f}"]
     torch.set_num_threads(usable_cores())
     for part in options.parts:
         told.append(_table(part, options))

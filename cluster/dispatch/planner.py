@@ -7,7 +7,7 @@ row to the shards that it visits only, and picks rows out and puts them back: `p
 A layer in one micro-batch takes attention, experts and messages one after another; in two, each half as many rows, it
 takes the busier end's part twice, while the other end's is hidden. But both ends read their weights for each half.
 
-Measured beside the model: `benchmarks/results/dispatch.md`.
+Measured beside the model: `python -m divisi.benchmarks dispatch`.
 """
 
 from __future__ import annotations
