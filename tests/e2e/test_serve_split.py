@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,10 @@ import pytest
 
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
+from tests.e2e.chaos.asks import asks
+from tests.e2e.chaos.blows import plan
+from tests.e2e.chaos.harness import Chaos
+from tests.e2e.chaos.run import verdict_of
 from tests.e2e.conftest import Cluster
 
 pytestmark = pytest.mark.timeout(300)
@@ -233,3 +239,20 @@ def test_an_answer_goes_on_when_the_owner_of_the_gang_is_killed(
     wait_for(lambda: bool(cluster.processes("ServeReplica:divisi:Gang")), 60, "it is not replaced")
     assert metric(cluster, "epoch") == epoch
     assert all(psutil.pid_exists(pid) for pid in owned)
+
+
+def test_three_blows_change_no_answer(cluster: Cluster, small_model: Path) -> None:
+    """A small run of `make chaos`: a shard, the coordinator and the gang's owner under eight streams of many kinds.
+
+    Other tests run beside this one, so that gaps are not judged.
+    """
+    kinds = [ask for ask in asks(1, tokens=60) if not ask.name.startswith(("drafts", "stop"))]  # no MTP layer, no words
+    asked = [replace(ask, body={**ask.body, "model": "small", "mtp": {"max_draft_tokens": 0}}) for ask in kinds]
+    cluster.wait_until_ready(30)
+    blows = plan(8, 3, ("gang", "shard", "coordinator"), apart_s=(1.0, 2.0))
+    record = asyncio.run(Chaos(cluster, blows, print).run(asked))
+    verdict = verdict_of(record, asked, 60.0, small_model)
+    assert [hit.processes for hit in record.struck] == [1, 1, 1]
+    assert verdict.whole >= 8
+    assert verdict.faults == []
+    wait_for(lambda: bool(cluster.processes("ServeReplica:divisi:Gang")), 60, "it is not replaced")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from divisi.model.demo import checkpoint_dir
 from tests.e2e.chaos.asks import Ask
 from tests.e2e.chaos.harness import Record
-from tests.e2e.chaos.judge import LONGEST_GAP_S, Verdict, judge
+from tests.e2e.chaos.judge import LONGEST_GAP_S, Difference, Verdict, judge
+from tests.e2e.chaos.reading import Answer
 from tests.e2e.conftest import Cluster, running_cluster
+
+if TYPE_CHECKING:
+    from tests.e2e.chaos.ties import Ties
 
 _SHAPE = ("--attention-workers", "2", "--expert-shards", "2", "--ingress-replicas", "2")
 _SIZES = ("--device", "cpu", "--dtype", "float32", "--kv-memory", "64MiB", "--max-seqs", "16")
@@ -27,9 +33,18 @@ def served(log: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def verdict_of(record: Record, asked: Sequence[Ask], longest_gap_s: float = LONGEST_GAP_S) -> Verdict:
-    """By the references, with the margin rule for greedy answers."""
-    from tests.e2e.chaos.ties import Ties  # late: it loads transformers
+def verdict_of(
+    record: Record, asked: Sequence[Ask], longest_gap_s: float = LONGEST_GAP_S, model_dir: Path | None = None
+) -> Verdict:
+    """By the references, with the margin rule for greedy answers of the model, by default the demo model."""
 
-    ties = Ties(checkpoint_dir(), {ask.name for ask in asked if ask.greedy})
-    return judge(record.references, record.answers, record.struck, record.no_workers, ties, longest_gap_s)
+    @cache
+    def ties() -> Ties:
+        from tests.e2e.chaos.ties import Ties  # late: it loads transformers, and seldom does an answer differ
+
+        return Ties(model_dir or checkpoint_dir(), {ask.name for ask in asked if ask.greedy})
+
+    def undecided(reference: Answer, found: Difference) -> bool:
+        return ties()(reference, found)
+
+    return judge(record.references, record.answers, record.struck, record.no_workers, undecided, longest_gap_s)

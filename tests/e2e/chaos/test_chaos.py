@@ -19,7 +19,7 @@ _LONGEST_GAP_S = 60.0
 """Other tests run beside this one; gaps are judged by `make chaos`, which has the machine for itself."""
 
 
-@pytest.mark.verify  # on two cores beside other tests it has taken minutes
+@pytest.mark.verify  # takes minutes beside other tests; tests/e2e/test_serve_split.py has a small one
 @pytest.mark.timeout(300)
 def test_three_blows_change_no_answer(tmp_path: Path, record_result: Callable[[str, object], None]) -> None:
     """Answers of every kind, on a server of the demo model, which must leave nothing."""
@@ -29,5 +29,6 @@ def test_three_blows_change_no_answer(tmp_path: Path, record_result: Callable[[s
     verdict = verdict_of(record, asked, _LONGEST_GAP_S)
     print("\n".join(summary(record, verdict)))
     record_result("seconds of the longest gap, by blow", {str(hit.blow): round(gap, 2) for hit, gap in gaps(record)})
+    assert [hit.processes for hit in record.struck] == [1, 1, 1]
     assert verdict.whole >= 8
     assert verdict.faults == []
