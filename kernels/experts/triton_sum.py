@@ -59,8 +59,10 @@ def parts_of_row(
     key = tl.min(b_key, 0)
     leaf = tl.where(key < _NONE, key // BLOCK_K, 0)
     b_next = _term(p_parts, p_gates, i_first, key, i_d, D, BLOCK_K)
-    for k in tl.static_range(CHOICES):
+    for k in tl.static_range(CHOICES + 1):
         b_term, to = b_next, tl.where(key < _NONE, key // BLOCK_K, leaf)
+        if k == CHOICES:
+            to = -1 - leaf  # in another tree
         if k + 1 < CHOICES:  # on its way while this one is added
             b_key = tl.where(b_key == key, _NONE, b_key)
             key = tl.min(b_key, 0)
@@ -75,20 +77,11 @@ def parts_of_row(
             b_y, b_6 = _climb(b_y, b_6, leaf, to, 6, LEVELS)
             b_y, b_7 = _climb(b_y, b_7, leaf, to, 7, LEVELS)
             b_y, b_8 = _climb(b_y, b_8, leaf, to, 8, LEVELS)
-            b_y = b_term
+            if k < CHOICES:
+                b_y = b_term
         else:
             b_y += b_term
         leaf = to
-    root = -1 - leaf  # in another tree
-    b_y, b_0 = _climb(b_y, b_0, leaf, root, 0, LEVELS)
-    b_y, b_1 = _climb(b_y, b_1, leaf, root, 1, LEVELS)
-    b_y, b_2 = _climb(b_y, b_2, leaf, root, 2, LEVELS)
-    b_y, b_3 = _climb(b_y, b_3, leaf, root, 3, LEVELS)
-    b_y, b_4 = _climb(b_y, b_4, leaf, root, 4, LEVELS)
-    b_y, b_5 = _climb(b_y, b_5, leaf, root, 5, LEVELS)
-    b_y, b_6 = _climb(b_y, b_6, leaf, root, 6, LEVELS)
-    b_y, b_7 = _climb(b_y, b_7, leaf, root, 7, LEVELS)
-    b_y, b_8 = _climb(b_y, b_8, leaf, root, 8, LEVELS)
     return b_y
 
 
