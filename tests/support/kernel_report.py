@@ -20,12 +20,13 @@ from tests.support import kernel_model
 
 OUT = Path(__file__).parent.parent.parent / "benchmarks/results/kernels.md"
 _SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-_REGISTERS_OF_SM, _WARPS_OF_SM, _RESERVED = 65_536, 64, 1024
+_REGISTERS_OF_SM, _WARPS_OF_SM, _COLUMNS_OF_SM, _RESERVED = 65_536, 64, 512, 1024
 _HEAD = f"""# Kernels as compiled
 
 By Triton {triton.__version__} at the shapes of Qwen3-Next-80B-A3B, without a GPU; nothing here is a measurement. Those of an H100 are in
-gpu.md. Rows of one kernel are its configurations. A cell: registers a thread, bytes spilled if any, KiB of shared memory, blocks
-that fit on a multiprocessor, matrix instructions and bulk tensor copies in the PTX.
+gpu.md. Rows of one kernel are its configurations. A cell: registers a thread, bytes of a thread that are kept in memory (stack or spills)
+if any, KiB of shared memory, columns of tensor memory if any (of 512), blocks that fit on a multiprocessor, matrix instructions and bulk
+tensor copies in the PTX. Those are the expected ones: `tests/support/resources.py` says which, and a test fails where others are found.
 
 Other cards have no configurations: `--kernels auto` runs the references there, and `--kernels triton` is refused
 ("kernels 'triton' need an NVIDIA A100, H100, B200 or alike; use 'auto' or 'reference'").
@@ -101,9 +102,10 @@ def matrix(compiled: Mapping[Chip, Sequence[Mapping[str, Any]]]) -> str:
 def cell(chip: Chip, kernel: Mapping[str, Any]) -> str:
     """One configuration on one chip."""
     spilled = f", {kernel['spill_bytes']} B spilled" if kernel["spill_bytes"] else ""
+    columns = f"{kernel['tensor_columns']} columns, " if kernel["tensor_columns"] else ""
     found = ", ".join(f"{name} {count}" for name, count in kernel["instructions"].items())
     return (
-        f"{kernel['registers']}{spilled}, {kernel['shared'] / 1024:.0f} KiB, "
+        f"{kernel['registers']}{spilled}, {kernel['shared'] / 1024:.0f} KiB, {columns}"
         f"{resident_blocks(chip, kernel)} x {kernel['warps']} warps{', ' + found if found else ''}"
     )
 
@@ -112,7 +114,9 @@ def resident_blocks(chip: Chip, kernel: Mapping[str, Any]) -> int:
     """How many blocks registers, shared memory and warps let be on a multiprocessor at once."""
     registers = -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"]
     shared = kernel["shared"] + _RESERVED
-    return min(_REGISTERS_OF_SM // registers, _SHARED_OF_SM[chip.value] // shared, _WARPS_OF_SM // kernel["warps"])
+    columns = _COLUMNS_OF_SM // max(kernel.get("tensor_columns", 0), 1)
+    of_memory = min(_SHARED_OF_SM[chip.value] // shared, columns)
+    return min(_REGISTERS_OF_SM // registers, of_memory, _WARPS_OF_SM // kernel["warps"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,26 @@ _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTIONS = {
     "mma": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "tma": r"cp\.async\.bulk\.tensor",
 }  # fmt: skip
+_MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+_PRODUCTS = (
+    "attention_prefill", "experts_up", "experts_down", "delta_chunk", "delta_scan", "delta_output", "delta_leaf",
+)  # fmt: skip
+_SMALL_PRODUCTS = ("attention_split",)
+_DESCRIBED = {90: ("_many", "delta_scan"), 100: ("delta_scan",)}
+
+
+def expected(arch: int, kernel: str) -> set[str]:
+    """The instructions that a kernel must have, and no other of these: of tiles of fewer than 64 rows any will do."""
+    matrix = {_MATRIX[arch]} if any(part in kernel for part in _PRODUCTS) else set()
+    return matrix | ({"tma"} if any(part in kernel for part in _DESCRIBED.get(arch, ())) else set())
+
+
+def wrong_instructions(arch: int, kernel: str, found: Iterable[str]) -> str | None:
+    """What is not as expected, or None."""
+    found, wanted = set(found), expected(arch, kernel)
+    if any(part in kernel for part in _SMALL_PRODUCTS):
+        return None if found in ({"mma"}, {_MATRIX[arch]}) else f"{kernel} uses {found}, wanted mma or {_MATRIX[arch]}"
+    return None if found == wanted else f"{kernel} uses {sorted(found)}, wanted {sorted(wanted)}"
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,8 @@ class Resources:
     spill_bytes: int
     """Of a thread, kept in memory: its stack or what it stores there, whichever is more."""
     shared: int
+    tensor_columns: int
+    """Of the 512 of tensor memory that a multiprocessor of sm_100 has."""
     instructions: dict[str, int]
     warps: int
     contracted_exchanges: int
@@ -48,6 +71,7 @@ def resources(kernel: Any, arch: int) -> Resources:
     counts = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in _INSTRUCTIONS.items()}
     return Resources(
         int(found[1]), int(found[2]), max(spills), kernel.metadata.shared,
+        getattr(kernel.metadata, "tmem_size", 0) or 0,
         {name: count for name, count in counts.items() if count}, kernel.metadata.num_warps,
         _contracted_exchanges(kernel.asm["ptx"]),
     )  # fmt: skip

@@ -15,11 +15,14 @@ else:
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch, full_tier: bool) -> None:
-    """The interpreter sorts a block of 1,024 pairs in seconds; smaller ones go through the same lines."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The interpreter sorts a block of 1,024 pairs in seconds; smaller ones go through the same lines.
+
+    Operations are tried with the blocks of production in the full tier.
+    """
     from divisi.kernels.experts import triton_place
 
-    if not full_tier:
+    if "test_operations" not in request.node.nodeid or request.node.get_closest_marker("verify") is None:
         monkeypatch.setattr(triton_place, "_BLOCKS", (16, 64))
 
 

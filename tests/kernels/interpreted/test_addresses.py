@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from divisi.kernels.attention.layout import KvPool, QkNorm
-from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights
+from divisi.kernels.gated_delta.layout import DeltaState, DeltaWeights, Leaves
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.ops import triton_operations
 from divisi.kernels.select import Kernels
@@ -53,3 +53,15 @@ def test_state_slots() -> None:
     out = TRITON.gated_delta_decode(rows, weights, state, ints(0, 1), ints(0), ints(slot))
     assert out.isfinite().all()
     assert torch.equal(state.conv_SRC[slot, 0], rows[0, :channels])
+    TRITON.gated_delta_flush(state, ints(slot), ints(1))
+    written = state.key_SRGK[slot, 0, :, :, None] * state.delta_SRHV[slot, 0, :, None]
+    torch.testing.assert_close(state.state_SHKV[slot], written, atol=1e-6, rtol=1e-6)
+    left = slot - 1
+    out = TRITON.gated_delta_prefill(
+        rows, weights, state, ints(0, 1), ints(1), ints(slot), Leaves(ints(0, 1), ints(2), ints(left))
+    )
+    assert out.isfinite().all()
+    assert state.state_SHKV[left].isfinite().all()
+    assert (state.state_SHKV[left] != written).any()
+    assert state.position_S[left] == 2
+    assert torch.equal(state.conv_SRC[left, 1], rows[0, :channels])
