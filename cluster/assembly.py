@@ -244,12 +244,11 @@ def build_engine(
             share = whole_share(config, spec.virtual_shards)
             experts = ExpertBank.load(checkpoint, config, share, kernels, dtype, device, progress)
         runner = load_runner(checkpoint, config, limits, kernels, dtype, device, progress)
-    if _compiles(spec):
-        end = Nowhere() if experts is None or spec.shape.expert_shards else LocalEnd(experts)
-        warm_up(runner, end, _step_sizes(limits), device)
+    padded = kernels.takes_padding and not spec.shape.expert_shards  # a gang counts the rows that travel
+    _compile(spec, runner, experts, _step_sizes(limits, padded))
     cut, times = cuts(spec, config, runner.most_equal_rows), StepTimes()
     if not limits.max_draft_tokens or not spec.adaptive_drafts:
-        return assemble_engine(limits, runner, grammars, device, wake, cut), experts
+        return assemble_engine(limits, runner, grammars, device, wake, cut, padded), experts
     file = partial(_times_file, spec, max_rows(spec, config))
     engine = Engine(
         runner,
@@ -259,10 +258,17 @@ def build_engine(
         stopwatch=runner.stopwatch,
         grammars=grammars,
         times=times,
-        rehearsal=Remembered(_calibration(limits, runner, device, times, cut), file, times),
+        rehearsal=Remembered(_calibration(limits, runner, device, times, cut, padded), file, times),
         wake=wake,
+        padded=padded,
     )
     return engine, experts
+
+
+def _compile(spec: GangSpec, runner: ModelRunner, experts: ExpertBank | None, sizes: StepSizes) -> None:
+    if _compiles(spec):
+        end = Nowhere() if experts is None or spec.shape.expert_shards else LocalEnd(experts)
+        warm_up(runner, end, sizes, torch.device(spec.device))
 
 
 def _compiles(spec: GangSpec) -> bool:
@@ -270,9 +276,9 @@ def _compiles(spec: GangSpec) -> bool:
     return spec.device == "cuda" and KernelChoice.parse(spec.kernels).general != "reference"
 
 
-def _step_sizes(limits: SchedulerConfig) -> StepSizes:
+def _step_sizes(limits: SchedulerConfig, padded: bool) -> StepSizes:
     rows, pages = 1 + limits.max_draft_tokens, limits.max_pages_per_sequence
-    return StepSizes(limits.max_seqs, rows, pages, limits.max_step_tokens)
+    return StepSizes(limits.max_seqs, rows, pages, limits.max_step_tokens, padded)
 
 
 def _times_file(spec: GangSpec, rows: int) -> times_file.TimesFile:
@@ -280,7 +286,7 @@ def _times_file(spec: GangSpec, rows: int) -> times_file.TimesFile:
 
 
 def _calibration(
-    limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes, cut: Cuts
+    limits: SchedulerConfig, runner: ModelRunner, device: torch.device, times: StepTimes, cut: Cuts, padded: bool
 ) -> Calibration:
     """Over the model and memory of `runner`, with an engine and a stopwatch of its own."""
     apart, drafting = runner.timed_apart(), FixedDepth()
@@ -290,6 +296,7 @@ def _calibration(
         Scheduler(limits, drafting, cut),
         device=device,
         stopwatch=apart.stopwatch,
+        padded=padded,
     )
     return Calibration(engine, drafting, limits, times)
 
@@ -335,6 +342,7 @@ def assemble_engine(
     device: torch.device,
     wake: Callable[[], None] = lambda: None,
     cut: Cuts = NEVER,
+    padded: bool = False,
 ) -> Engine:
     """An engine over a runner whose drafts go as far as they may."""
     return Engine(
@@ -345,4 +353,5 @@ def assemble_engine(
         stopwatch=runner.stopwatch,
         grammars=grammars,
         wake=wake,
+        padded=padded,
     )

@@ -39,6 +39,8 @@ class Kernels(Protocol):
 
     fused: Fused | None
     """Several of them as one, where all are the same implementation's and it has them."""
+    takes_padding: bool
+    """Whether decode steps may have sequences of slot -1 without rows, and rows that no sequence owns."""
 
     def pack_linear(self, weight_NK: Tensor) -> Matrix: ...
     def pack_experts(self, gate_up_EFD: Tensor, down_EDI: Tensor) -> tuple[Matrix, Matrix]: ...
@@ -166,7 +168,8 @@ def assembled(tables: Mapping[str, Mapping[str, Any]], general: str, exceptions:
         chosen[companion] = tables[exceptions.get(op, general)].get(companion, _REFERENCE[companion])
     fused = None if exceptions else tables[general].get("fused")
     memory = tables[general].get("memory") or TorchMemory()
-    kernels = SimpleNamespace(**chosen, fused=fused, memory=memory)
+    takes_padding = not exceptions and tables[general].get("takes_padding", False)
+    kernels = SimpleNamespace(**chosen, fused=fused, memory=memory, takes_padding=takes_padding)
     own = None if exceptions.keys() & _OF_A_MIXTURE else tables[exceptions.get("mixture", general)].get("mixture")
     kernels.mixture = own or ComposedMixture(cast(Kernels, kernels))
     return cast(Kernels, kernels)

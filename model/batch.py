@@ -16,7 +16,11 @@ from divisi.kernels.gated_delta.layout import Leaves
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The decoding sequences of a step; each goes through its replay ring."""
+    """The decoding sequences of a step; each goes through its replay ring.
+
+    Where they are laid out for a bucket, sequences that are nobody's come last, and so do rows: of such a sequence the
+    slot is -1 and it has no rows, such a row writes to no page (its KV row is -1) and chooses no expert.
+    """
 
     starts_S1: Tensor
     """int32 [S + 1]: sequence s owns rows starts[s] to starts[s + 1]."""
@@ -26,6 +30,8 @@ class DecodeRows:
     """int32 [S]: state slot."""
     pages_SN: Tensor
     """int32 [S, N]: page tables, padded with 0."""
+    slots_T: Tensor | None = None
+    """int32 [T]: the slot of each row's sequence, where they are laid out for a bucket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +72,15 @@ class StepBatch:
         """T."""
         return self.token_ids_T.shape[0]
 
+    @property
+    def padded_starts_S1(self) -> Tensor | None:
+        """Where the rows of a step that is laid out for a bucket begin and end; None for others."""
+        return None if self.decode is None or self.decode.slots_T is None else self.decode.starts_S1
+
     def cut(self, sequence: int, row: int) -> tuple[StepBatch, StepBatch]:
         """A batch of decoding rows in two, of which the second begins with that sequence and row."""
         assert self.decode is not None, "only decoding rows are cut"
+        assert self.decode.slots_T is None, "a step that is laid out for a bucket stays whole"
         first = self._part(self.decode, slice(0, sequence), slice(0, row))
         return first, self._part(self.decode, slice(sequence, len(self.decode.slots_S)), slice(row, self.num_tokens))
 

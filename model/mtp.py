@@ -136,7 +136,11 @@ class MtpLayer:
 
     def _entry(self, slots_T: Tensor, positions_T: Tensor) -> Tensor:
         """Where the slots keep h of the positions, int32. That of a position before the first is another's: unread."""
-        return slots_T * self._entries + positions_T % self._entries
+        return (positions_T % self._entries).add_(self._first_entry(slots_T))
+
+    def _first_entry(self, slots_T: Tensor) -> Tensor:
+        """Slot -1 is nobody's, as the last one is."""
+        return (slots_T * self._entries).remainder_(self._hidden_ED.shape[0])
 
     def _keep(self, h_TD: Tensor, batch: StepBatch) -> Tensor:
         """Have the slots keep h of a step's rows; returns the h before each row.
@@ -153,10 +157,10 @@ class MtpLayer:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _keep_rings(self, h_TD: Tensor, decode: DecodeRows, positions_T: Tensor) -> Tensor:
-        slots_T, rows = decode.slots_S, positions_T.shape[0]
+        slots_T, rows = decode.slots_S if decode.slots_T is None else decode.slots_T, positions_T.shape[0]
         if slots_T.shape[0] < rows:
             slots_T = torch.repeat_interleave(slots_T, decode.starts_S1.diff(), output_size=rows)
-        bases_T = slots_T * self._entries
+        bases_T = self._first_entry(slots_T)
         entries_T = (positions_T % self._entries).add_(bases_T)
         self._hidden_ED.index_copy_(0, entries_T.long(), h_TD.float())
         before_T = (positions_T - 1).remainder_(self._entries).add_(bases_T)

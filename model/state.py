@@ -61,7 +61,7 @@ class StateStore:
             )
             for layer in config.linear_layers
         }
-        hidden = (num_slots, _hidden_entries(config, max_rows), config.hidden_size)
+        hidden = (num_slots + 1, _hidden_entries(config, max_rows), config.hidden_size)  # the last is nobody's
         self.hidden_SND = torch.zeros(hidden, device=device)
         """fp32: the model's last output at the position p at entry p % N, as far as the MTP layer may need it."""
 

@@ -36,19 +36,21 @@ class StepSizes:
     """Of a sequence."""
     tokens: int
     """Of a step."""
+    padded: bool = False
+    """Whether decode steps are laid out for buckets."""
 
 
 def warm_up(runner: ModelRunner, dispatcher: Dispatcher, sizes: StepSizes, device: torch.device) -> None:
     """Run steps of all sizes over memory that nobody has anything in yet, and leave it as it was."""
     for rows in range(1, sizes.rows + 1):
         for count in _powers(sizes.sequences):
-            logits_RV = runner.forward(decode_batch([rows] * count, 1, device), dispatcher)
+            logits_RV = runner.forward(decode_batch([rows] * count, 1, device, sizes.padded), dispatcher)
             _choose(runner.kernels, logits_RV[:count])
         for pages in _powers(sizes.pages):
-            runner.forward(decode_batch([rows], pages, device), dispatcher)
+            runner.forward(decode_batch([rows], pages, device, sizes.padded), dispatcher)
     if sizes.rows > 1:
         for count in _powers(sizes.sequences):
-            batch, hidden_SD = decode_batch([1] * count, 1, device), None
+            batch, hidden_SD = decode_batch([1] * count, 1, device, sizes.padded), None
             for _ in range(2):
                 hidden_SD = runner.draft(batch, dispatcher, hidden_SD).hidden_SD
     for tokens in _powers(min(sizes.tokens, sizes.pages * runner.store.page_size)):
@@ -84,13 +86,17 @@ class _Nothing:
         return self.y_TD
 
 
-def decode_batch(rows: Sequence[int], pages: int, device: torch.device) -> StepBatch:
-    """As the engine lays it out: arrays of int32 begin at 16 bytes. Each sequence has a slot and rows of its own."""
+def decode_batch(rows: Sequence[int], pages: int, device: torch.device, padded: bool = False) -> StepBatch:
+    """As the engine lays it out: arrays of int32 begin at 16 bytes. Each sequence has a slot and rows of its own.
+
+    `padded`: as for a bucket, though all rows are somebody's.
+    """
     total, runs = sum(rows), len(rows)
     zeros = torch.zeros(total + runs, dtype=torch.int32, device=device)
+    slots_T = _ints([slot for slot, count in enumerate(rows) for _ in range(count)], device) if padded else None
     decode = DecodeRows(
         _ints(accumulate(rows, initial=0), device), zeros[:runs], _ints(range(runs), device),
-        torch.zeros((runs, pages), dtype=torch.int32, device=device),
+        torch.zeros((runs, pages), dtype=torch.int32, device=device), slots_T,
     )  # fmt: skip
     tokens = torch.zeros(total, dtype=torch.int64, device=device)
     return StepBatch(tokens, zeros[:total], zeros[:total], decode, None, total, torch.arange(total, device=device))

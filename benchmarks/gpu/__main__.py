@@ -14,6 +14,7 @@ from divisi.benchmarks.gpu import report
 from divisi.benchmarks.gpu.cases import Case, Draw, exact
 from divisi.benchmarks.gpu.check import WrongResult, bit_equal, expect_close, expect_replay_in_bits
 from divisi.benchmarks.gpu.model import log_probabilities
+from divisi.benchmarks.gpu.padding import ADDED, expect_padding_to_be_nobodys, padded_cases
 from divisi.benchmarks.gpu.report import Row
 from divisi.benchmarks.gpu.sanitize import sanitize
 from divisi.benchmarks.gpu.shapes import CHECKED, CHECKED_LARGE, DELTA, ODD_DELTA, SMALL_DELTA, TIMED
@@ -73,6 +74,12 @@ def check_kernels(device: torch.device, only: str, small: bool) -> list[str]:
                 print(f"ok replay: the same bits at {shape}", flush=True)
             except WrongResult as error:
                 failures.append(str(error))
+    for case in padded_cases(Draw(0, torch.bfloat16, device)):
+        try:
+            for rows, sequences in ADDED if only in case.operation else ():
+                expect_padding_to_be_nobodys(triton, case, rows, sequences)
+        except WrongResult as error:
+            failures.append(str(error))
     return failures
 
 

@@ -126,7 +126,7 @@ class Published:
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], pages: int) -> None:
         """A step of decoding sequences."""
-        self._forward(decode_batch(rows, pages, CPU))
+        self._forward(decode_batch(rows, pages, CPU, padded=True))
 
     @torch.inference_mode()
     def scan(self, rows: Sequence[int]) -> None:

@@ -127,7 +127,7 @@ def time_steps(device: torch.device) -> str:
     runner = load_runner(checkpoint, config, limits, kernels, dtype, device)
     start, compiled = time.perf_counter(), _compiled()
     pages, tokens = limits.max_pages_per_sequence, limits.max_step_tokens
-    warm_up(runner, LocalEnd(experts), StepSizes(limits.max_seqs, 1 + max(_DRAFTS), pages, tokens), device)
+    warm_up(runner, LocalEnd(experts), StepSizes(limits.max_seqs, 1 + max(_DRAFTS), pages, tokens, padded=True), device)
     torch.cuda.synchronize()
     print(f"warm-up: {time.perf_counter() - start:.1f} s, {len(compiled)} kernels", flush=True)
     compiled.clear()
@@ -135,7 +135,7 @@ def time_steps(device: torch.device) -> str:
 
     def started(sequences: int, drafts: int) -> Callable[[], float]:
         sampler = Agreeing(kernels.choose_tokens, limits.vocab_size)
-        engine = Engine(runner, sampler, Scheduler(limits), device=device, stopwatch=runner.stopwatch)
+        engine = Engine(runner, sampler, Scheduler(limits), device=device, stopwatch=runner.stopwatch, padded=True)
         return _decoding(engine, LocalEnd(experts), config.vocab_size, sequences, drafts)
 
     took = {}

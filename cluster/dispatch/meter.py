@@ -30,7 +30,6 @@ class MeteredExperts:
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self._held = torch.tensor(held, dtype=torch.int64, device=device)
         self._counts_LE = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=device)
-        self._ones = torch.ones(1, dtype=torch.int64, device=device)
         self.measuring = False
         """Whether what comes is counted. For the thread that runs the steps."""
         self.seconds = 0.0
@@ -63,7 +62,7 @@ class MeteredExperts:
         y_TD = call(layer, x_TD, ids_TK, gates_TK)
         self.seconds += perf_counter() - begin
         ids = ids_TK.reshape(-1).long()
-        self._counts_LE[self._rows[layer]].scatter_add_(0, ids, self._ones.expand_as(ids))
+        self._counts_LE[self._rows[layer]].scatter_add_(0, ids.clamp(min=0), (ids >= 0).long())  # -1 is no expert
         return y_TD
 
     def stats(self) -> Mapping[str, Mapping[str, float]]:

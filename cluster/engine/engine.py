@@ -112,9 +112,10 @@ class Engine:
         times: StepTimes | None = None,
         rehearsal: Rehearsal | None = None,
         wake: Callable[[], None] = lambda: None,
+        padded: bool = False,
     ) -> None:
         """Without `grammars`, requests that have one are rejected. `times` is told how long steps take; the
-        `rehearsal`'s come first.
+        `rehearsal`'s come first. `padded`: decode steps are filled up to a bucket; the runner must take that.
 
         `wake` is called, in any thread, when a request that waited for its grammar waits no more: plan again.
         """
@@ -132,7 +133,7 @@ class Engine:
         """Of its draft passes."""
         self.draft_seconds: list[float] = []
         """What those of the last committed step took, one by one."""
-        self._builder = BatchBuilder(scheduler.config, device)
+        self._builder = BatchBuilder(scheduler.config, device, padded=padded)
         self._events: list[TokenEvent] = []
         self._drafts = Drafts()
         """Of the step under way."""
@@ -250,9 +251,9 @@ class Engine:
         drafts, rows = self._drafts, [Row(run, index) for run in runs]
         self._sampler.ask(rows, drafts)
         self._stopwatch.lap("scheduler")
-        hidden_SD = None if drafts.hidden_SD is None else drafts.hidden_SD[: len(rows)]
+        hidden_SD = None if drafts.hidden_SD is None else drafts.hidden_SD[: batch.num_tokens]
         logits_SV, drafts.hidden_SD = self._runner.draft(batch, dispatcher, hidden_SD)
-        drafts.add([row.run for row in rows], self._sampler.draft(rows, logits_SV, drafts))
+        drafts.add([row.run for row in rows], self._sampler.draft(rows, logits_SV[: len(rows)], drafts))
         self._stopwatch.lap("sampling")
 
     def _run_full(self, plan: StepPlan, dispatcher: Dispatcher) -> None:
@@ -262,7 +263,7 @@ class Engine:
         if plan.second:
             self._logits_RV = self._runner.forward_in_turns(batch.cut(*plan.cut), dispatcher)
         else:
-            self._logits_RV = self._runner.forward(batch, dispatcher)
+            self._logits_RV = self._runner.forward(batch, dispatcher)[: plan.num_rows]  # without those of padding
 
     @torch.inference_mode()
     def commit(self, plan: StepPlan) -> list[TokenEvent]:

@@ -37,6 +37,7 @@ def triton_operations(chip: Chip) -> Mapping[str, Any]:
     table |= {op.__name__: partial(op, chip=chip) for op in unbuffered}
     table |= {"pack_linear": StoredMatrix, "pack_experts": _stored, "pack_mlp": _stored}
     table |= {"mlp": partial(_mlp, memory=memory), "memory": memory, "mixture": FusedMixture(chip, memory)}
+    table["takes_padding"] = True
     return table
 
 

@@ -37,8 +37,10 @@ class MixtureKernels(Protocol):
         """Lay out the matrices; ``gate_D`` is the shared expert's gate."""
         ...
 
-    def inputs(self, x_TD: Tensor, matrices: MixtureMatrices, num_chosen: int, normalise: bool) -> MixtureRows:
-        """Choose each row's experts."""
+    def inputs(
+        self, x_TD: Tensor, matrices: MixtureMatrices, num_chosen: int, normalise: bool, starts_S1: Tensor | None = None
+    ) -> MixtureRows:
+        """Choose each row's experts; where ``starts`` is told, rows from its last one on are padding: they get -1."""
         ...
 
     def shared(self, x_TD: Tensor, rows: MixtureRows, matrices: MixtureMatrices) -> Tensor:
@@ -71,10 +73,15 @@ class ComposedMixture:
         inputs_ND = self._kernels.pack_linear(torch.cat([router_ED, gate_D[None]]))
         return MixtureMatrices(inputs_ND, *self._kernels.pack_mlp(gate_up_FD, down_DI), len(router_ED))
 
-    def inputs(self, x_TD: Tensor, matrices: MixtureMatrices, num_chosen: int, normalise: bool) -> MixtureRows:
+    def inputs(
+        self, x_TD: Tensor, matrices: MixtureMatrices, num_chosen: int, normalise: bool, starts_S1: Tensor | None = None
+    ) -> MixtureRows:
         """See MixtureKernels."""
         logits_TN = self._kernels.linear(x_TD, matrices.inputs_ND)
         ids_TK, gates_TK = self._kernels.route(logits_TN[:, : matrices.experts], num_chosen, normalise)
+        if starts_S1 is not None:
+            padding_T = torch.arange(x_TD.shape[0], device=x_TD.device) >= starts_S1[-1]
+            ids_TK = ids_TK.masked_fill(padding_T[:, None], -1)
         return MixtureRows(ids_TK, gates_TK, logits_TN[:, matrices.experts], None)
 
     def shared(self, x_TD: Tensor, rows: MixtureRows, matrices: MixtureMatrices) -> Tensor:

@@ -34,16 +34,23 @@ _COLUMNS = 2048  # of a norm at a time, 8 a thread: on an H100 12 us for 64 rows
 _BLOCK_I = 512  # inner values of a program of one warp: 16 a thread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs"])
 def mixture_inputs_fwd_kernel(
-    p_rows, p_ids, p_gates, p_inner, row_stride,
+    p_rows, p_ids, p_gates, p_inner, p_starts, num_runs, row_stride,
     E: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALISE: tl.constexpr,
     I: tl.constexpr, BLOCK_I: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
     """Of a row, the first program chooses experts, the others apply the shared expert's SwiGLU."""
     i_t = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
-        route_row(p_rows + 2 * I, p_ids, p_gates, i_t, row_stride, E, BLOCK_E, K, BLOCK_K, NORMALISE)
+        owned = True
+        if p_starts is not None:
+            owned = i_t < tl.load(p_starts + num_runs)
+        if owned:
+            route_row(p_rows + 2 * I, p_ids, p_gates, i_t, row_stride, E, BLOCK_E, K, BLOCK_K, NORMALISE)
+        else:
+            i_k = tl.arange(0, BLOCK_K)
+            tl.store(p_ids + i_t * K + i_k, tl.full([BLOCK_K], -1, tl.int32), mask=i_k < K)
     else:
         i_i = (tl.program_id(1) - 1) * BLOCK_I + tl.arange(0, BLOCK_I)
         p_gate = p_rows + i_t * row_stride + i_i
@@ -101,7 +108,9 @@ class FusedMixture:
         zeros = gate_D.new_zeros((-count % _ALIGNED, len(gate_D)))
         return MixtureMatrices(StoredMatrix(torch.cat([*rows, zeros])), None, StoredMatrix(down_DI), len(router_ED))
 
-    def inputs(self, x_TD: Tensor, matrices: MixtureMatrices, num_chosen: int, normalise: bool) -> MixtureRows:
+    def inputs(
+        self, x_TD: Tensor, matrices: MixtureMatrices, num_chosen: int, normalise: bool, starts_S1: Tensor | None = None
+    ) -> MixtureRows:
         """See MixtureKernels."""
         rows_TN = linear(x_TD, matrices.inputs_ND, memory=self._memory)
         tokens, device, experts = x_TD.shape[0], x_TD.device, matrices.experts
@@ -111,7 +120,8 @@ class FusedMixture:
         inner_TI = self._memory.empty((tokens, inner), rows_TN.dtype, device)
         block = triton.next_power_of_2(experts)
         mixture_inputs_fwd_kernel[(tokens, 1 + triton.cdiv(inner, _BLOCK_I))](
-            rows_TN, ids_TK, gates_TK, inner_TI, rows_TN.stride(0), E=experts, BLOCK_E=block, K=num_chosen,
+            rows_TN, ids_TK, gates_TK, inner_TI, starts_S1, 0 if starts_S1 is None else starts_S1.shape[0] - 1,
+            rows_TN.stride(0), E=experts, BLOCK_E=block, K=num_chosen,
             BLOCK_K=triton.next_power_of_2(num_chosen), NORMALISE=normalise, I=inner, BLOCK_I=_BLOCK_I,
             num_warps=warps_of_choice(block),
         )  # fmt: skip

@@ -72,6 +72,6 @@ class Block:
         else:
             x_TD = self._kernels.add_rms_norm(residual_TD, mixed_TD, scale_D, eps)
             chosen, normalise = self._config.num_experts_per_tok, self._config.norm_topk_prob
-            rows = self._kernels.mixture.inputs(x_TD, mlp, chosen, normalise)
+            rows = self._kernels.mixture.inputs(x_TD, mlp, chosen, normalise, batch.padded_starts_S1)
         stopwatch.lap("router")
         return mixture(self._kernels, mlp, self._index, x_TD, rows, dispatcher, stopwatch)

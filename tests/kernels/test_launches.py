@@ -27,7 +27,7 @@ def arch(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def steps(arch: int) -> dict[str, list[Step]]:
-    """Of each kind of step two, with other lengths, after one that made room."""
+    """Of each kind of step two, after one that made room: other lengths, other drafts that stood, fewer sequences."""
     found: dict[str, list[Step]] = json.loads(run(sys.executable, "-m", "tests.support.decode_launches", str(arch)))
     return found
 
@@ -47,6 +47,8 @@ def test_a_layer_takes_few_launches(
 
 def test_two_steps_launch_the_same_at_the_same_addresses(steps: dict[str, list[Step]]) -> None:
     for name, (first, second) in steps.items():
+        assert first["sequences"] > second["sequences"], "in one bucket"
+        assert {*map(int.__sub__, second["starts"], first["starts"])} == ({1, 2, 3, 4} if "drafts" in name else {1})
         one, two = inside(first), inside(second)
         assert [launch["name"] for launch in one if "name" in launch].count("torch.mm") == 4 * 4 + 1, name
         assert one == two, name

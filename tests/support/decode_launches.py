@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,10 +24,16 @@ from divisi.benchmarks.gpu import stub_driver
 from divisi.benchmarks.gpu.ahead import EmptyCheckpoint
 from divisi.benchmarks.gpu.shapes import PUBLISHED
 from divisi.cluster.dispatch.local import LocalEnd
+from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
+from divisi.cluster.engine.step import batch
+from divisi.cluster.engine.step.batch import BatchBuilder
+from divisi.cluster.engine.step.drafts import Drafts
+from divisi.cluster.engine.step.plan import StepPlan
+from divisi.cluster.request import Request, Sampling
 from divisi.kernels.gpu.chip import Chip
 from divisi.kernels.gpu.ops import triton_operations
 from divisi.kernels.select import assembled
-from divisi.model.batch import DecodeRows, StepBatch
+from divisi.model.batch import StepBatch
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
@@ -39,6 +45,8 @@ from divisi.model.weights import load_weights
 
 CUDA = torch.device("cuda", 0)
 PAGE, PAGES, SLOTS, MOST_ROWS = 16, 4096, 80, 4
+STEPS = {"1 row of 8": (8, 0, 5), "3 drafts of 8": (8, 3, 7), "1 row of 64": (64, 0, 49)}
+"""Sequences, drafts of each, and how many of them are left in the last step, in the same bucket."""
 WAITS = ("_local_scalar_dense", "nonzero", "unique", "is_nonzero", "item")
 
 
@@ -111,6 +119,9 @@ class WithoutCuda(TorchFunctionMode):
             return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if func.__name__ == "copy_":
             return torch.ops.aten.copy_(*args)
+        if func.__name__ == "numpy":  # of the host's tensors, which are none of fake ones
+            with unset_fake_temporarily():
+                return func(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -151,23 +162,41 @@ class FakeCheckpoint(EmptyCheckpoint):
     device = CUDA
 
 
-class Inputs:
-    """A step's inputs, at the same addresses each time."""
+class RealHost(batch._Mirrored):
+    """The host's side has numbers, the device's has none."""
 
-    def __init__(self, rows: Sequence[int], pages: int) -> None:
-        total, runs = sum(rows), len(rows)
-        ints = torch.empty(4 * total + 4 * runs + 8, dtype=torch.int32, device=CUDA)
-        sizes = (total, total, runs + 1, runs, runs)
-        ends = list(accumulate((-(-size // 4) * 4 for size in sizes), initial=0))
-        positions, kv_rows, starts, lengths, slots = (
-            ints[start : start + size] for start, size in zip(ends, sizes, strict=False)
-        )
-        tables = torch.empty((runs, pages), dtype=torch.int32, device=CUDA)
-        self.batch = StepBatch(
-            token_ids_T=torch.empty(total, dtype=torch.int64, device=CUDA), positions_T=positions, kv_rows_T=kv_rows,
-            decode=DecodeRows(starts, lengths, slots, tables), prefill=None, decode_rows=total,
-            logit_rows_R=torch.empty(total, dtype=torch.int64, device=CUDA),
-        )  # fmt: skip
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        with unset_fake_temporarily():
+            self.host = torch.zeros(size, dtype=dtype)
+        self.device = torch.zeros(size, dtype=dtype, device=device)
+
+    def on_device(self, count: int) -> Tensor:
+        return self.device[:count]
+
+
+def decode_steps(sequences: int, drafts: int, later: int) -> Iterator[tuple[StepPlan, StepBatch]]:
+    """Three of a scheduler, as its engine lays them out: other lengths, other drafts stand, some end."""
+    limits = SchedulerConfig(
+        vocab_size=1000, max_model_len=1024, num_pages=PAGES, page_size=PAGE, num_slots=SLOTS, max_seqs=64,
+        max_step_tokens=16384, max_draft_tokens=drafts,
+    )  # fmt: skip
+    scheduler, builder = Scheduler(limits), BatchBuilder(limits, CUDA, padded=True)
+    for index in range(sequences):
+        prompt = tuple(range(160 - 37 * index % 61))
+        scheduler.submit(Request(str(index), prompt, 100, Sampling(0.0), max_draft_tokens=drafts))
+    step = 0
+    while step < 3:
+        plan = scheduler.plan()
+        assert plan is not None
+        builder.grow(plan.growths)
+        if not plan.scans:
+            yield plan, builder.build(plan, Drafts())
+            step += 1
+        accepted = [1 + (step + index) % (1 + run.num_drafts) for index, run in enumerate(plan.runs)]
+        scheduler.commit(plan, [[7] * count for count in accepted])
+        if step == 2:
+            for index in range(later, sequences):
+                scheduler.cancel(str(index))
 
 
 def main() -> None:
@@ -175,7 +204,7 @@ def main() -> None:
     stub = stub_driver.install(arch)
     config = ModelConfig.from_hf(PUBLISHED | {"num_hidden_layers": 4})
     kernels = assembled({"triton": triton_operations(Chip(arch))}, "triton")
-    with FakeTensorMode(), torch.inference_mode(), WithoutCuda():
+    with FakeTensorMode(), torch.inference_mode(), WithoutCuda(), mock.patch.object(batch, "_Mirrored", RealHost):
         record = Record(stub)
         checkpoint = cast(Checkpoint, FakeCheckpoint())
         store = StateStore(
@@ -186,17 +215,18 @@ def main() -> None:
         bank = ExpertBank.load(checkpoint, config, whole_share(config), kernels, torch.bfloat16, CUDA)
         runner = ModelRunner(config, weights, store, kernels, Marks(record.mark))
         told = {}
-        for name, rows in {"1 row of 8": [1] * 8, "3 drafts of 8": [4] * 8, "1 row of 64": [1] * 64}.items():
-            inputs, steps = Inputs(rows, pages=64), []
-            for _ in range(3):  # the first makes room
+        for name, (sequences, drafts, later) in STEPS.items():
+            steps = []
+            for plan, laid_out in decode_steps(sequences, drafts, later):
                 record.launches, record.faults, before = [], [], len(stub.kernels)
                 with record:
-                    runner.forward(inputs.batch, LocalEnd(bank))
+                    runner.forward(laid_out, LocalEnd(bank))
                     record.mark("end")
                 steps.append({
-                    "launches": record.launches, "faults": record.faults, "compiled": len(stub.kernels) - before
+                    "launches": record.launches, "faults": record.faults, "compiled": len(stub.kernels) - before,
+                    "sequences": len(plan.rings), "rows": plan.num_rows, "starts": [run.start for run in plan.rings],
                 })  # fmt: skip
-            told[name] = steps[1:]
+            told[name] = steps[1:]  # the first makes room
     json.dump(told, sys.stdout)
 
 

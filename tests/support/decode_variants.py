@@ -28,7 +28,7 @@ LATER = [
 
 
 SCANNED = [[3], [96], [900], [30] * 16, [700, 1000]]
-SIZES = StepSizes(sequences=SLOTS, rows=4, pages=4096, tokens=2048)
+SIZES = StepSizes(sequences=SLOTS, rows=4, pages=4096, tokens=2048, padded=True)
 
 
 def main() -> None:

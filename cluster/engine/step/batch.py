@@ -15,6 +15,7 @@ from torch import Tensor
 
 from divisi.cluster.engine.memory.sequence_memory import PageGrowth
 from divisi.cluster.engine.scheduler import SchedulerConfig
+from divisi.cluster.engine.step.buckets import bucket
 from divisi.cluster.engine.step.drafts import Drafts
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.kernels.gated_delta.layout import Leaves
@@ -38,19 +39,21 @@ class BatchBuilder:
     the next power of two: two steps then differ in numbers only.
     """
 
-    def __init__(self, config: SchedulerConfig, device: torch.device) -> None:
+    def __init__(self, config: SchedulerConfig, device: torch.device, *, padded: bool = False) -> None:
+        """``padded``: steps of decoding rows alone are filled up to a bucket; see DecodeRows."""
         self._page_size = config.page_size
-        self._device = device
+        self._device, self._padded = device, padded
+        self._most_sequences, self._most_rows = min(config.max_seqs, config.max_step_tokens), config.max_step_tokens
         size = config.max_step_tokens
         self._token_ids_T = _Mirrored(size, torch.int64, device)
         self._token_ids = self._token_ids_T.host.numpy()
-        # Of a full pass ten integers a row at most, three of its own, five of a run, two of a state that is left; of
-        # all draft passes two a run and two for each of its drafts; and rounding.
+        # Of a full pass eleven integers a row at most, four of its own, five of a run, two of a state that is left; of
+        # all draft passes two a run and three for each of its drafts; and rounding.
         rounding = 64 * (1 + config.max_draft_tokens)
-        self._ints = _IntBuffer(max(12, 4 + 2 * config.max_draft_tokens) * size + rounding, device)
+        self._ints = _IntBuffer(max(12, 4 + 3 * config.max_draft_tokens) * size + rounding, device)
+        self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
-        self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
         self.draft_passes: list[StepBatch] = []
         """Of the step under way, once the first of them was built."""
         self._decoding: dict[tuple[int, int, int], StepBatch] = {}
@@ -79,13 +82,18 @@ class BatchBuilder:
 
     def build(self, plan: StepPlan, drafts: Drafts) -> StepBatch:
         """Lay out tokens, positions and memory of the rows of a plan's full pass."""
-        ints, num_rows = self._ints, plan.num_rows
+        ints, padded = self._ints, self._padded and not plan.scans
+        num_rows, sequences = plan.num_rows, len(plan.rings)
+        if padded:
+            num_rows, sequences = bucket(num_rows, self._most_rows), bucket(sequences, self._most_sequences)
         ints.clear()
         positions, kv_rows = ints.reserve(num_rows), ints.reserve(num_rows)
         self._fill_rings(plan.rings, ints[positions], ints[kv_rows])
         for run in plan.scans:
             self._fill_scan(run, ints[positions], ints[kv_rows])
-        decode = self._decode_slices(plan.rings) if plan.rings else []
+        decode = self._decode_slices(plan.rings, sequences) if plan.rings else []
+        if padded:
+            decode.append(self._pad(plan.rings, ints[positions], ints[kv_rows]))
         prefill = self._prefill_slices(plan.scans) if plan.scans else []
         drafted, drafts_by_pass = ints.put(_drafted_rows(plan)), drafts.by_pass
         if drafts.told is not None:
@@ -93,18 +101,18 @@ class BatchBuilder:
         on_device, token_ids_T = ints.on_device(), self._token_ids_T.on_device(num_rows)
         if drafts_by_pass:
             token_ids_T.index_copy_(0, on_device[drafted].long(), torch.cat(drafts_by_pass).clamp_(min=0))
-        width = self._take_tables("decode", plan.rings, decode[-1], on_device) if plan.rings else 0
-        shape = num_rows, len(plan.rings), width
+        width = self._take_tables("decode", plan.rings, decode.pop(0), on_device) if plan.rings else 0
+        shape = num_rows, sequences, width
         if not plan.scans and (known := self._decoding.get(shape)) is not None:
             return known
         batch = StepBatch(
             token_ids_T=token_ids_T,
             positions_T=on_device[positions],
             kv_rows_T=on_device[kv_rows],
-            decode=self._decode_rows(len(plan.rings), width, [on_device[part] for part in decode[:-1]]),
+            decode=self._decode_rows(width, [on_device[part] for part in decode]) if plan.rings else None,
             prefill=self._prefill_rows(plan.scans, [on_device[part] for part in prefill]) if plan.scans else None,
             decode_rows=plan.scans[0].row if plan.scans else num_rows,
-            logit_rows_R=self._logit_rows(plan),
+            logit_rows_R=self._logit_rows(plan) if plan.scans else self._logit_rows_T[:num_rows],
         )
         if not plan.scans:
             _keep(self._decoding, shape, batch)
@@ -126,37 +134,39 @@ class BatchBuilder:
 
     def _lay_out_drafting(self, plan: StepPlan) -> list[StepBatch]:
         """Slots and page tables of a step's draft passes, and positions and KV rows of each; its passes."""
-        runs, counts, ints, size = plan.drafting, plan.counts[:-1], self._ints, self._page_size
+        runs, ints, page_size = plan.drafting, self._ints, self._page_size
+        sizes = tuple([bucket(n, self._most_sequences) if self._padded else n for n in plan.counts[:-1]])
         ints.clear()
-        aligned = -(-len(runs) // _ALIGNED) * _ALIGNED
-        positions: list[int] = []
-        kv_rows: list[int] = []
-        for index, count in enumerate(counts):
-            padding = [0] * (aligned - count)
-            positions += [run.start + index for run in runs[:count]] + padding
-            kv_rows += [_kv_row(run, run.start + index, size) for run in runs[:count]] + padding
-        slots, tables = ints.put([run.source for run in runs]), ints.put([run.sequence.holding.table for run in runs])
-        parts = ints.put(positions), ints.put(kv_rows)
+        slots = ints.put(_filled([run.source for run in runs], sizes[0], -1))
+        tables = ints.put(_filled([run.sequence.holding.table for run in runs], sizes[0], 0))
+        parts = []
+        for index, (count, size) in enumerate(zip(plan.counts, sizes, strict=False)):
+            starts = ints.put(_filled([*range(count)], size + 1, count)) if self._padded else slice(0)
+            positions = ints.put(_filled([run.start + index for run in runs[:count]], size, 0))
+            written = [_kv_row(run, run.start + index, page_size) for run in runs[:count]]
+            parts.append((starts, positions, ints.put(_filled(written, size, -1))))
         on_device = ints.on_device()
         width = self._take_tables("draft", runs, tables, on_device)
-        if (known := self._drafts.get((counts, width))) is not None:
+        if (known := self._drafts.get((sizes, width))) is not None:
             return known
-        pages_SN = self._tables["draft"][: len(runs) * width].view(len(runs), width)
-        positions_KS, kv_rows_KS = (on_device[part].view(-1, aligned) for part in parts)
+        pages_SN = self._tables["draft"][: sizes[0] * width].view(sizes[0], width)
         passes = [
-            self._draft_pass(positions_KS[index, :count], kv_rows_KS[index, :count], on_device[slots], pages_SN)
-            for index, count in enumerate(counts)
+            self._draft_pass(on_device[starts], on_device[positions], on_device[kv_rows], on_device[slots], pages_SN)
+            for starts, positions, kv_rows in parts
         ]
-        _keep(self._drafts, (counts, width), passes)
+        _keep(self._drafts, (sizes, width), passes)
         return passes
 
-    def _draft_pass(self, positions_T: Tensor, kv_rows_T: Tensor, slots_S: Tensor, pages_SN: Tensor) -> StepBatch:
+    def _draft_pass(
+        self, starts_S1: Tensor, positions_T: Tensor, kv_rows_T: Tensor, slots_S: Tensor, pages_SN: Tensor
+    ) -> StepBatch:
         count = len(positions_T)
+        slots_S, starts_S1 = slots_S[:count], starts_S1 if self._padded else self._starts_S1[: count + 1]
         return StepBatch(
             token_ids_T=self._token_ids_T.device[:count],
             positions_T=positions_T,
             kv_rows_T=kv_rows_T,
-            decode=DecodeRows(self._starts_S1[: count + 1], positions_T, slots_S[:count], pages_SN[:count]),
+            decode=DecodeRows(starts_S1, positions_T, slots_S, pages_SN[:count], slots_S if self._padded else None),
             prefill=None,
             decode_rows=count,
             logit_rows_R=self._logit_rows_T[:count],
@@ -171,6 +181,14 @@ class BatchBuilder:
         positions[:count] = [position for _, position in rows]
         kv_rows[:count] = [_kv_row(run, position, size) for run, position in rows]
 
+    def _pad(self, runs: Sequence[Run], positions: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> slice:
+        """Rows that are nobody's, after those of the runs; returns where the slots of all rows are."""
+        count, num_rows = _end(runs), len(positions)
+        self._token_ids[count:num_rows] = 0
+        positions[count:] = 0
+        kv_rows[count:] = -1
+        return self._ints.put(_filled([run.source for run in runs for _ in range(run.num_rows)], num_rows, -1))
+
     def _fill_scan(self, run: Run, positions_T: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
         page_size, rows = self._page_size, slice(run.row, run.row + run.num_rows)
         positions = self._offsets_T[: run.num_rows] + np.int32(run.start)
@@ -180,21 +198,21 @@ class BatchBuilder:
         positions_T[rows] = positions
         kv_rows[rows] = pages[positions // page_size - first_page] * page_size + positions % page_size
 
-    def _decode_slices(self, runs: Sequence[Run]) -> list[slice]:
+    def _decode_slices(self, runs: Sequence[Run], sequences: int) -> list[slice]:
+        """Page tables first, then as in DecodeRows."""
         put = self._ints.put
         return [
-            put([run.row for run in runs], _end(runs)),
-            put([run.start for run in runs]),
-            put([run.source for run in runs]),
-            put([run.sequence.holding.table for run in runs]),
+            put(_filled([run.sequence.holding.table for run in runs], sequences, 0)),
+            put(_filled([run.row for run in runs], sequences + 1, _end(runs))),
+            put(_filled([run.start for run in runs], sequences, 0)),
+            put(_filled([run.source for run in runs], sequences, -1)),
         ]
 
-    def _decode_rows(self, sequences: int, width: int, parts: Sequence[Tensor]) -> DecodeRows | None:
-        if not sequences:
-            return None
-        starts_S1, lengths_S, slots_S = parts
+    def _decode_rows(self, width: int, parts: Sequence[Tensor]) -> DecodeRows:
+        starts_S1, lengths_S, slots_S, *slots_T = parts
+        sequences = len(slots_S)
         pages_SN = self._tables["decode"][: sequences * width].view(sequences, width)
-        return DecodeRows(starts_S1, lengths_S, slots_S, pages_SN)
+        return DecodeRows(starts_S1, lengths_S, slots_S, pages_SN, *slots_T)
 
     def _prefill_slices(self, runs: Sequence[Run]) -> list[slice]:
         put = self._ints.put
@@ -228,7 +246,7 @@ class BatchBuilder:
             self._tables[kind] = torch.empty_like(self._page_tables_MN).flatten()
             if self._on_host:
                 self._host_tables[kind] = self._tables[kind].numpy()
-        count = len(runs)
+        count = tables.stop - tables.start
         if self._on_host:
             taken = self._host_tables[kind][: count * width].reshape(count, width)
             taken[:] = self._page_tables[self._ints[tables], :width]
@@ -238,8 +256,6 @@ class BatchBuilder:
         return width
 
     def _logit_rows(self, plan: StepPlan) -> Tensor:
-        if not plan.scans:
-            return self._logit_rows_T[: plan.num_rows]
         rows = [self._offsets_T[: plan.scans[0].row]]
         rows += [np.array(run.logit_positions, dtype=np.int32) + (run.row - run.start) for run in plan.scans]
         return torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(self._device)
@@ -293,6 +309,10 @@ class _IntBuffer:
 def _drafted_rows(plan: StepPlan) -> list[int]:
     """The rows of drafts, pass by pass."""
     return [run.row + 1 + index for index, count in enumerate(plan.counts[:-1]) for run in plan.drafting[:count]]
+
+
+def _filled(values: list[int], count: int, filler: int) -> list[int]:
+    return values + [filler] * (count - len(values))
 
 
 def _keep(known: dict[KeyT, ValueT], key: KeyT, value: ValueT) -> None:
