@@ -31,6 +31,7 @@ MAY_SPILL = {
 INTERPRETED = Path(__file__).parent / "interpreted"
 
 
+@pytest.mark.timeout(400)  # a process for all of them
 def test_in_the_interpreter() -> None:
     interpret("not verify", INTERPRETED)
 
