@@ -38,16 +38,22 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.verify
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("file", ["test_addresses", "test_bytes", "test_model", "test_operations", "test_padding"])
-def test_more_in_the_interpreter(file: str, record_result: Callable[[str, object], None]) -> None:
-    for line in interpret("verify", INTERPRETED / f"{file}.py").splitlines():
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("test_addresses", ""), ("test_bytes", ""), ("test_operations", ""), ("test_padding", ""),
+        ("test_model", "not whole"), ("test_model", "whole and local"), ("test_model", "whole and split"),
+    ],
+)  # fmt: skip
+def test_more_in_the_interpreter(file: str, named: str, record_result: Callable[[str, object], None]) -> None:
+    for line in interpret("verify", INTERPRETED / f"{file}.py", named).splitlines():
         if "from the oracle" in line or "of the formula" in line:
             record_result(line.partition(":")[0].lstrip("."), line)
 
 
-def interpret(kind: str, tests: Path) -> str:
+def interpret(kind: str, tests: Path, named: str = "") -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--timeout=900", "-m", kind]
-    return run(*command, "--durations=8", str(tests), TRITON_INTERPRET="1")
+    return run(*command, "-k", named, "--durations=8", str(tests), TRITON_INTERPRET="1")
 
 
 @pytest.mark.verify
