@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from divisi.kernels.native.build import BUILT_AHEAD, build_all
 
-for library in build_all(Path(sys.argv[1]) if len(sys.argv) > 1 else BUILT_AHEAD):
+parser = argparse.ArgumentParser(prog="python -m divisi.kernels.native", description="Compile every variant.")
+parser.add_argument("directory", nargs="?", type=Path, default=BUILT_AHEAD, help="default: within the package")
+for library in build_all(parser.parse_args().directory):
     print(library)
