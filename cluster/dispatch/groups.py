@@ -203,10 +203,16 @@ class _BackendGroup:
             self._close_segments()
             backend.abort()
             self._store.close()
+            # At once, though this group may be in a cycle: gloo's device is a thread that wakes 100 times a second.
+            self._interrupt, self._segments = _nothing, {}
 
     def _close_segments(self) -> None:
         for segment in self._segments.values():
             segment.close()
+
+
+def _nothing() -> None:
+    """What is left to interrupt of a group that was closed."""
 
 
 @dataclass(frozen=True, slots=True)

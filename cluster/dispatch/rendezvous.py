@@ -39,13 +39,20 @@ class StoreServer:
         self._credentials = credentials
         self._opened = threading.Event()
         self._error: DoorError | None = None
-        threading.Thread(target=lambda: asyncio.run(self._serve(host)), name="rendezvous", daemon=True).start()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(host)), name="rendezvous", daemon=True)
+        self._thread.start()
         self._opened.wait(_START_S)
         if self._error is not None:
             raise self._error
 
+    def close(self) -> None:
+        """Stop listening, from any thread; who asks then is told nothing."""
+        self._loop.call_soon_threadsafe(self._closed.set)
+        self._thread.join(_START_S)
+
     async def _serve(self, host: str) -> None:
-        self._changed = asyncio.Condition()
+        self._changed, self._closed = asyncio.Condition(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         try:
             door = await open_door(Address(host), self._credentials.secret, self._accept, self._credentials.tls)
         except DoorError as error:
@@ -56,7 +63,8 @@ class StoreServer:
         assert isinstance(place, Address)
         self.address = place
         self._opened.set()
-        await asyncio.Event().wait()
+        await self._closed.wait()
+        await door.close()
 
     async def _accept(self, channel: Channel) -> None:
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import time
@@ -17,7 +16,7 @@ from divisi.deploy.supervision.forked import fork
 from divisi.deploy.supervision.keeper import keep
 from divisi.deploy.supervision.orders import AT_ONCE, STOP, Orders
 from divisi.deploy.supervision.orphans import adopt_orphans, end_descendants, reap
-from divisi.deploy.supervision.signals import STOP_SIGNALS, SignalInbox
+from divisi.deploy.supervision.signals import STOP_SIGNALS, SignalInbox, readable
 
 _ONE_SIGNAL_S = 0.3
 """Signals closer than this are one: `timeout` sends its own to the program and again to the group, a closed terminal
@@ -66,7 +65,7 @@ def _pass_on(inbox: SignalInbox, orders: int, keeper: int, grace_s: float) -> in
             os.kill(keeper, signal.SIGKILL)
             end = float("inf")
             continue
-        select.select([inbox], [], [], None if wait_s == float("inf") else wait_s)
+        readable([inbox], None if wait_s == float("inf") else wait_s)
         numbers = inbox.take()
         if any(number in STOP_SIGNALS for number in numbers):
             now = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -28,7 +27,7 @@ from divisi.deploy.supervision.orphans import (
     runs,
     socket_files,
 )
-from divisi.deploy.supervision.signals import STOP_SIGNALS, SignalInbox
+from divisi.deploy.supervision.signals import STOP_SIGNALS, SignalInbox, readable
 
 _LOOK_EVERY_S = 1.0
 _VITAL = ("gcs_server", "raylet")
@@ -97,7 +96,7 @@ class Keeper:
         while True:
             end = self._deadlines.end
             wait_s = _LOOK_EVERY_S if end is None else min(max(end - time.monotonic(), 0.0), _LOOK_EVERY_S)
-            self._listen(select.select(self._sources, [], [], wait_s)[0])
+            self._listen(readable(self._sources, wait_s))
             if (status := reap().get(self._driver)) is not None:
                 self._hear_the_last()
                 return self._ended(status)
@@ -136,7 +135,7 @@ class Keeper:
 
     def _hear_the_last(self) -> None:
         """Reports that the driver has sent just before its end."""
-        while self._from_driver in self._sources and select.select([self._from_driver], [], [], 0)[0]:
+        while self._from_driver in self._sources and readable([self._from_driver], 0):
             self._listen([self._from_driver])
 
     def _hear(self, heard: bytes) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import selectors
 import signal
+from collections.abc import Iterable
 from types import FrameType
+from typing import TypeVar
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -46,3 +49,17 @@ class SignalInbox:
 
 def _note(number: int, frame: FrameType | None) -> None:
     """Python has already written the number into the pipe."""
+
+
+Source = TypeVar("Source", bound=SignalInbox | int)
+
+
+def readable(sources: Iterable[Source], timeout_s: float | None) -> list[Source]:
+    """Those that can be read, or have ended, once there is one or the time is over (None: never).
+
+    `select` would do, but for descriptors from 1,024 on.
+    """
+    with selectors.PollSelector() as selector:
+        for source in sources:
+            selector.register(source, selectors.EVENT_READ, source)
+        return [key.data for key, _ in selector.select(timeout_s)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ SHAPE = GangShape(1, 2)
 
 
 @pytest.fixture
-def coordinator(small_model: Path) -> Coordinator:
-    return new_coordinator(small_spec(small_model, SHAPE), StoreServer(HOST, CREDENTIALS))
+def coordinator(small_model: Path) -> Iterator[Coordinator]:
+    with contextlib.closing(StoreServer(HOST, CREDENTIALS)) as store:
+        yield new_coordinator(small_spec(small_model, SHAPE), store)
 
 
 def rank_of(small_model: Path, coordinator: Coordinator, own: int | None) -> ExpertRank:

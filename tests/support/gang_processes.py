@@ -32,6 +32,7 @@ def coordinator_server(spec: GangSpec) -> Iterator[tuple[Coordinator, int]]:
     threading.Thread(target=_serve_forever, args=(server,), daemon=True).start()
     yield coordinator, server.address[1]
     server.stop_event.set()  # type: ignore[attr-defined]
+    store.close()
 
 
 def _serve_forever(server: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,19 +63,19 @@ def membership_of(shape: GangShape, store: Address, epoch: int = 1) -> Membershi
 def gang_groups(shape: GangShape, epoch: int = 1, memory: HostMemory | None = SHARED) -> Iterator[list[PeerGroup]]:
     """The groups of all ranks, in rank order: shared memory, or gloo where there is none."""
     load_library()  # compiles where nothing is compiled yet, for longer than ranks wait for each other
-    store = StoreServer("127.0.0.1", CREDENTIALS)
-    membership = membership_of(shape, store.address, epoch)
+    with closing(StoreServer("127.0.0.1", CREDENTIALS)) as store:
+        membership = membership_of(shape, store.address, epoch)
 
-    def join(rank: int) -> PeerGroup:
-        return join_group(membership, rank, CPU, 20.0, CREDENTIALS, memory=memory)
+        def join(rank: int) -> PeerGroup:
+            return join_group(membership, rank, CPU, 20.0, CREDENTIALS, memory=memory)
 
-    with ThreadPoolExecutor(shape.size) as pool:
-        groups = list(pool.map(join, range(shape.size)))
-    try:
-        yield groups
-    finally:
-        for group in groups:
-            group.close()
+        with ThreadPoolExecutor(shape.size) as pool:
+            groups = list(pool.map(join, range(shape.size)))
+        try:
+            yield groups
+        finally:
+            for group in groups:
+                group.close()
 
 
 def full_pass(*counts: int) -> Pass:

@@ -166,6 +166,7 @@ def thread_gang(spec: GangSpec, new_mode: NewMode | None = None) -> Iterator[lis
     store = StoreServer(HOST, CREDENTIALS)
     coordinator = new_coordinator(spec, store)
     with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
         shards = [Shard(spec, index, coordinator, new_mode) for index in range(len(spec.shape.shard_ranks))]
         workers = []
         for _ in range(spec.shape.attention_workers):
