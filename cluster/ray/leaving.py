@@ -20,10 +20,10 @@ def leave(node_id: str, within_s: float) -> bool:
     that the node ends then. Raises RuntimeError where Ray refuses.
     """
     until = time.monotonic() + within_s
-    gcs: Any = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
+    gcs: Any = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]  # C++
     accepted, refusal = gcs.drain_node(
         node_id,
-        autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION,  # type: ignore[attr-defined]
+        autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION,  # type: ignore[attr-defined]  # generated
         "this node leaves the cluster",
         int((time.time() + within_s) * 1000),
     )

@@ -1,4 +1,4 @@
-"""Signals as something that `select` can wait for."""
+"""Signals as something that can be waited for beside other descriptors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SignalInbox:
         }
 
     def fileno(self) -> int:
-        """For `select`."""
+        """For `readable`."""
         return self._read
 
     def take(self) -> list[int]:

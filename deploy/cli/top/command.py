@@ -22,7 +22,7 @@ def top(args: argparse.Namespace) -> int:
     with httpx.Client(**options) as client:
         first = read(client, server)
         if args.once or not console.is_terminal:
-            time.sleep(args.every)
+            time.sleep(args.every)  # rates are of the time between two looks
             console.print(screen(server, read(client, server), first))
             return 0
         _watch(client, server, first, console, args.every)
@@ -34,7 +34,7 @@ def _watch(client: httpx.Client, server: str, first: Snapshot, console: Console,
     before, now = None, first
     with Live(screen(server, now, before), console=console, auto_refresh=False, screen=True) as live:
         while True:
-            time.sleep(every_s)
+            time.sleep(every_s)  # what was asked for
             problem = ""
             try:
                 before, now = now, read(client, server)

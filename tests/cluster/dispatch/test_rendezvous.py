@@ -84,3 +84,14 @@ def test_strangers_are_refused_and_nobody_is_disturbed(server: StoreServer, capl
 def test_another_secret_is_told_what_is_wrong(server: StoreServer) -> None:
     with pytest.raises(RuntimeError, match="same secret"):
         DoorStore(server.address, 1, Credentials(Secret(b"?" * 32)), 5.0)
+
+
+def test_nobody_gets_in_once_it_is_closed() -> None:
+    server = StoreServer("127.0.0.1", CREDENTIALS)
+    store = client(server)
+    store.set("a", b"b")
+    server.close()
+    with pytest.raises(RuntimeError):
+        client(server, timeout_s=1.0)
+    with pytest.raises(RuntimeError):
+        store.get("a")
