@@ -25,6 +25,7 @@ PARTS = {
 TABLE = {
     "benchmarks": "step",
     "benchmarks/test_autoscaling.py": "scale",
+    "benchmarks/test_dispatch.py": "dispatch",
     "clients": "clients",
     "cluster": "step",
     "cluster/engine/times/test_calibration.py": "mtp",
@@ -56,6 +57,7 @@ TABLE = {
     "e2e/test_front.py": "faults",
     "e2e/test_more_workers.py": "deaths",
     "e2e/test_mtp.py": "mtp",
+    "e2e/test_own_shm.py": "dispatch",
     "e2e/test_poison.py": "deaths",
     "e2e/test_rolling.py": "deaths",
     "e2e/test_shutdown.py": "faults",

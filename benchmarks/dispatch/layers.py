@@ -1,20 +1,26 @@
-"""A layer's messages without experts, ranks in processes of their own that share memory: each mode, each reply's form.
+"""A layer's messages without experts, ranks in processes of their own that share memory, in each mode.
 
-Experts return zeros, so that what is left is what the planner's model is about.
+Experts return zeros, so that what is left is what the planner's model is about. Ranks keep to their cores, and sleep
+while they wait if they share some, as those of `divisi serve` do.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
+from multiprocessing.queues import SimpleQueue
 
 import torch
 from torch import Tensor
 
+from divisi.cluster.activity import Activity
+from divisi.cluster.cores import keep_to, plan_cores
 from divisi.cluster.dispatch.all_to_all import AllToAll
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.groups import PeerGroup, join_group
@@ -31,6 +37,7 @@ from divisi.cluster.seats import Address, GangShape, Membership
 WIDTH, CHOSEN, EXPERTS, LEAVES, MOST = 2048, 10, 512, 32, 256
 MODES: tuple[Mode, ...] = ("broadcast", "all_to_all")
 _LAYERS = 48
+_SPIN_S = 0.002
 _CREDENTIALS = Credentials(Secret(bytes(32)))
 _CPU = torch.device("cpu")
 
@@ -42,6 +49,8 @@ class Work:
     shape: GangShape
     rows: Sequence[int]
     rounds: int
+    sleeps: bool
+    """Whether who waits gives up its core at once."""
     modes: Sequence[Mode] = MODES
 
     def passes(self) -> list[tuple[Mode, int]]:
@@ -70,62 +79,137 @@ def modes() -> dict[Mode, ShardedMode]:
     return {"broadcast": Broadcast(transport()), "all_to_all": AllToAll(transport())}
 
 
+def shares_cores(shape: GangShape) -> bool:
+    """Whether there are more ranks than cores."""
+    return shape.size > len(_cores())
+
+
 def load_of(shape: GangShape, rows: int) -> Load:
     """As the planner sees it."""
-    wire = transport().wire
-    hit = hit_rate(CHOSEN, LEAVES, shape.expert_shards)
-    return Load(shape.attention_workers, shape.expert_shards, rows, wire.request_bytes(1), wire.reply_bytes(1, 1), hit)
+    wire, workers, shards = transport().wire, shape.attention_workers, shape.expert_shards
+    sizes = wire.request_bytes(1), wire.reply_bytes(1, 1)
+    cores = len(_cores()) if shares_cores(shape) else math.inf
+    return Load(workers, shards, rows, *sizes, hit_rate(CHOSEN, LEAVES, shards), cores)
 
 
-def measure(work: Work, spin_s: float) -> dict[tuple[Mode, int], float]:
-    """Median seconds of a layer, by mode and rows, as the first worker has it."""
-    store = StoreServer("127.0.0.1", _CREDENTIALS)
-    names, here = tuple(map(str, work.shape.seats)), (Address("127.0.0.1"),) * work.shape.size
-    memberships = [Membership(epoch, work.shape, names, here, store.address) for epoch in (1, 2)]
-    spawn, (mine, theirs) = multiprocessing.get_context("spawn"), multiprocessing.Pipe()
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of a layer at the first worker and at the first shard: lower quartiles, as all else only adds to them."""
+
+    whole_s: float
+    """From its rows to their sums, at the worker."""
+    worker_s: float
+    shard_s: float
+    """Of processor time, that of its waits left out."""
+
+
+class _Clock(Activity):
+    """Tells what a rank's thread has worked while it did not wait for others."""
+
+    worked_s = 0.0
+    _since = 0.0
+
+    def waiting(self) -> None:
+        """See Activity."""
+        self.worked_s += time.thread_time() - self._since
+
+    def goes_on(self) -> None:
+        """See Activity."""
+        self._since = time.thread_time()
+
+    def timed(self, layers: Callable[[], None]) -> tuple[float, float]:
+        """Seconds of a layer: from its begin to its end, and worked in it."""
+        worked_s, begin = self.worked_s, time.perf_counter()
+        self.goes_on()
+        layers()
+        self.waiting()
+        return (time.perf_counter() - begin) / _LAYERS, (self.worked_s - worked_s) / _LAYERS
+
+
+Case = tuple[Mode, int]
+_Told = dict[Case, list[tuple[float, float]]]
+"""Of each pass, see _Clock.timed."""
+
+
+def measure(work: Work) -> dict[Case, Times]:
+    """Times by mode and rows."""
+    shape, store = work.shape, StoreServer("127.0.0.1", _CREDENTIALS)
+    names, here = tuple(map(str, shape.seats)), (Address("127.0.0.1"),) * shape.size
+    memberships = [Membership(epoch, shape, names, here, store.address) for epoch in (1, 2)]
+    spawn = multiprocessing.get_context("spawn")
+    queue: SimpleQueue[tuple[int, _Told]] = spawn.SimpleQueue()
     ranks = [
-        spawn.Process(target=_run, args=(work, memberships, rank, spin_s, theirs), daemon=True)
-        for rank in range(work.shape.size)
+        spawn.Process(target=_run, args=(work, memberships, rank, queue), daemon=True) for rank in range(shape.size)
     ]
-    for rank in ranks:
-        rank.start()
-    times: dict[tuple[Mode, int], list[float]] = mine.recv()
-    for rank in ranks:
-        rank.join(20)
-    return {case: statistics.median(of_case) for case, of_case in times.items()}
+    for process in ranks:
+        process.start()
+    told = dict(queue.get() for _ in ranks)
+    for process in ranks:
+        process.join(20)
+    store.close()
+    worker, shard = told[0], told[shape.attention_workers]
+    return {
+        case: Times(_quartile(worker[case], 0), _quartile(worker[case], 1), _quartile(shard[case], 1))
+        for case in worker
+    }
 
 
-def _run(work: Work, memberships: Sequence[Membership], rank: int, spin_s: float, pipe: Connection) -> None:
+def _quartile(told: Sequence[tuple[float, float]], which: int) -> float:
+    return statistics.quantiles((times[which] for times in told), n=4, method="inclusive")[0]
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def _run(work: Work, memberships: Sequence[Membership], rank: int, queue: SimpleQueue[tuple[int, _Told]]) -> None:
     torch.set_num_threads(1)
-    ways, seat, layers = modes(), work.shape.seat(rank), range(_LAYERS)
+    keep_to(plan_cores(_cores(), work.shape.size, 1).ranks[rank])
+    ways, clock = modes(), _Clock()
 
     def peers(membership: Membership) -> Peers:
         def join(largest: int) -> PeerGroup:
-            memory = HostMemory(largest, spin_s)
-            return join_group(membership, rank, _CPU, 120.0, _CREDENTIALS, memory=memory)
+            memory = HostMemory(largest, 0.0 if work.sleeps else _SPIN_S)
+            return join_group(membership, rank, _CPU, 120.0, _CREDENTIALS, activity=clock, memory=memory)
 
         return Peers.of(membership, rank, join)
 
     each = {name: peers(membership) for name, membership in zip(ways, memberships, strict=True)}
-    passes = [(mode, Pass(PassKind.FULL, dict.fromkeys(range(work.shape.attention_workers), rows)))
-              for mode, rows in work.passes()]  # fmt: skip
-    if seat.role == "expert":
-        shards = {name: way.shard_end(each[name], Nothing()) for name, way in ways.items()}
-        for mode, step_pass in passes:
-            serve_steps([[step_pass]], shards[mode], PassLayers(full=layers))
-        return
-    workers = {name: way.worker_end(each[name]) for name, way in ways.items()}
-    times: dict[tuple[Mode, int], list[float]] = {}
-    rng = torch.Generator().manual_seed(rank)
-    for index, (mode, step_pass) in enumerate(passes):
-        rows, end = step_pass.rows(seat.index), workers[mode]
+    seat = work.shape.seat(rank)
+    walk = _worker(ways, each, seat.index) if seat.role == "attention" else _shard(ways, each)
+    told: _Told = {}
+    for index, (mode, rows) in enumerate(work.passes()):
+        layers = walk(mode, Pass(PassKind.FULL, dict.fromkeys(range(work.shape.attention_workers), rows)))
+        times = clock.timed(layers)
+        if index >= len(work.modes) * len(work.rows):
+            told.setdefault((mode, rows), []).append(times)
+    queue.put((rank, told))
+
+
+_Walk = Callable[[Mode, Pass], Callable[[], None]]
+"""Prepares a pass, and returns what takes it through the layers."""
+
+
+def _shard(ways: Mapping[Mode, ShardedMode], each: Mapping[Mode, Peers]) -> _Walk:
+    ends = {name: way.shard_end(each[name], Nothing()) for name, way in ways.items()}
+    return lambda mode, step_pass: partial(serve_steps, [[step_pass]], ends[mode], PassLayers(full=range(_LAYERS)))
+
+
+def _worker(ways: Mapping[Mode, ShardedMode], each: Mapping[Mode, Peers], seat: int) -> _Walk:
+    ends = {name: way.worker_end(each[name]) for name, way in ways.items()}
+    rng = torch.Generator().manual_seed(seat)
+
+    def walk(mode: Mode, step_pass: Pass) -> Callable[[], None]:
+        rows, end = step_pass.rows(seat), ends[mode]
         x_TD, gates_TK = torch.randn(rows, WIDTH, generator=rng), torch.rand(rows, CHOSEN, generator=rng)
         ids_TK = torch.rand(rows, EXPERTS, generator=rng).argsort(dim=1)[:, :CHOSEN].int().contiguous()
         end.begin(step_pass)
-        begin = time.perf_counter()
-        for layer in layers:
-            end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
-        if index >= len(work.modes) * len(work.rows):
-            times.setdefault((mode, rows), []).append((time.perf_counter() - begin) / _LAYERS)
-    if rank == 0:
-        pipe.send(times)
+
+        @torch.inference_mode()  # as an engine's step is
+        def layers() -> None:
+            for layer in range(_LAYERS):
+                end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
+
+        return layers
+
+    return walk

@@ -14,7 +14,7 @@ import torch
 
 from divisi.benchmarks import machine
 from divisi.benchmarks.dispatch import constants, replies, split_step
-from divisi.benchmarks.dispatch.layers import MODES, Work, load_of, measure
+from divisi.benchmarks.dispatch.layers import MODES, Work, load_of, measure, shares_cores
 from divisi.benchmarks.model import bench_model
 from divisi.cluster.cores import usable_cores
 from divisi.cluster.dispatch.planner import ETHERNET_100G, NVLINK, Load, hit_rate, layer_s, plan_mode
@@ -23,9 +23,10 @@ from divisi.cluster.seats import GangShape
 _HEAD = """# Experts elsewhere
 
 `python -m divisi.benchmarks dispatch --out benchmarks/results/dispatch.md`, medians. A step: bench-s, bf16, one thread
-a rank, contenders in turns, greedy tokens compared first. Layers: messages of the 80 B model's rows without
-experts, over shared memory, beside the planner's model with constants that were measured apart from them. What is
-called a model is computed from data sheets; nothing was measured there."""
+a rank, contenders in turns, greedy tokens compared first. Layers: messages of the 80 B model's rows without experts,
+over shared memory, lower quartiles, each rank kept to a core, beside the planner's model. Its constants are of one
+worker and one shard with 1 and with 96 rows, in processes of another run; who waits sleeps where ranks share cores.
+What is called a model is computed from data sheets; nothing was measured there."""
 _PARTS = ("step", "layers", "crowded", "replies", "model")
 _ROWS = (1, 8, 16, 32, 64)
 _SHAPES = {
@@ -33,7 +34,6 @@ _SHAPES = {
     "crowded": [GangShape(2, 2), GangShape(2, 4), GangShape(2, 8)],
 }
 _MODEL_ROWS = (1, 16, 64)
-_SPIN_S = 0.002
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,25 +68,33 @@ def _table(part: str, options: argparse.Namespace) -> str:
 
 def _layers(shapes: list[GangShape], rounds: int) -> str:
     """Measured ratios beside those of the model, with constants of this machine that were measured apart."""
-    spins = {shape: _SPIN_S if shape.size <= usable_cores() else 0.0 for shape in shapes}
-    links = {spin_s: constants.link(rounds, spin_s) for spin_s in dict.fromkeys(spins.values())}
-    lines = ["| constants | a message, us | a byte, at GB/s | picking, us | picked, at GB/s |", "|---" * 5 + "|"]
-    for spin_s, link in links.items():
-        who = "ranks with cores of their own" if spin_s else "ranks that share cores"
-        shown = link.message_s * 1e6, link.bytes_per_s / 1e9, link.pick_s * 1e6, link.picked_bytes_per_s / 1e9
+    works = [Work(shape, _ROWS, rounds, shares_cores(shape)) for shape in shapes]
+    links = {sleeps: constants.link(rounds, sleeps=sleeps) for sleeps in sorted({work.sleeps for work in works})}
+    lines = [
+        "| constants | woken, us | a message, us | a byte, at GB/s | picking, us | picked, at GB/s | counting, us |",
+        "|---" * 7 + "|",
+    ]
+    for sleeps, link in links.items():
+        who = "ranks that sleep while they wait" if sleeps else "ranks that spin"
+        shown = (link.latency_s * 1e6, link.message_s * 1e6, link.bytes_per_s / 1e9, link.pick_s * 1e6,
+                 link.picked_bytes_per_s / 1e9, link.count_s * 1e6)  # fmt: skip
         lines.append(f"| {who} | " + " | ".join(f"{value:.3g}" for value in shown) + " |")
-    lines += ["", "| us per layer | rows | broadcast | all-to-all | ratio | the model's | off by |", "|---" * 7 + "|"]
-    for shape in shapes:
-        times = measure(Work(shape, _ROWS, rounds), spins[shape])
+    lines += [
+        "",
+        "| us per layer | rows | broadcast | the model's | all-to-all | the model's | ratio | the model's | off by |",
+        "|---" * 9 + "|",
+    ]
+    for work in works:
+        times, link = measure(work), links[work.sleeps]
         for rows in _ROWS:
-            broadcast, exact = (times[mode, rows] for mode in MODES)
-            load, link = load_of(shape, rows), links[spins[shape]]
-            told = layer_s("all_to_all", load, link) / layer_s("broadcast", load, link)
-            off = told / (exact / broadcast) - 1
-            name = f"{shape.attention_workers}x{shape.expert_shards}"
+            load = load_of(work.shape, rows)
+            broadcast, exact = (times[mode, rows].whole_s * 1e6 for mode in MODES)
+            told, exactly = (layer_s(mode, load, link) * 1e6 for mode in MODES)
+            off = exactly / told / (exact / broadcast) - 1
+            name = f"{load.workers}x{load.shards}"
             lines.append(
-                f"| {name} | {rows} | {broadcast * 1e6:.0f} | {exact * 1e6:.0f} | {exact / broadcast:.2f} | {told:.2f} "
-                f"| {off:+.0%} |"
+                f"| {name} | {rows} | {broadcast:.0f} | {told:.0f} | {exact:.0f} | {exactly:.0f} "
+                f"| {exact / broadcast:.2f} | {exactly / told:.2f} | {off:+.0%} |"
             )
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
 """Which dispatch mode a gang gets, and which steps are cut in two: a cost model of one layer. Imports no torch.
 
-A layer takes as long as its busiest end: the worker, which handles one message out and one back for each shard, or the
-shard, with one of each for each worker. A message costs `message_s`, and a row its bytes both ways. All-to-all sends a
-row to the shards that it visits only, and picks rows out and puts them back: `pick_s` for each shard, and their bytes.
+A worker has a message for each shard and a reply from it, one after another, and the last of the shards one for each
+worker. In all-to-all the worker also picks out the rows that visit a shard and puts its reply in place, and the shard
+lays out as many as have come. The bytes are under way for as long as the busiest end has them. Once a layer, however
+many messages it has, an end waits until the other is awake. Ranks that share cores take at least the time of all that
+they do.
 
 A layer in one micro-batch takes attention, experts and messages one after another; in two, each half as many rows, it
 takes the busier end's part twice, while the other end's is hidden. But both ends read their weights for each half.
@@ -26,21 +28,27 @@ _CUT_GAIN = 1.05
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a message costs between two ranks."""
+    """What a message out and its reply cost two ranks."""
 
+    latency_s: float
+    """To be woken, out and back; none where who waits spins."""
     message_s: float
+    """Of each end: to hand one over and to take one."""
     bytes_per_s: float
+    """From one end to the other."""
     pick_s: float
-    """To find the rows that visit a shard, and to put its reply in place."""
+    """Of the worker in all-to-all: to find the rows that visit a shard, and to put its reply in place."""
     picked_bytes_per_s: float
-    """How fast these rows are copied out and back."""
+    """How fast it copies these rows out and back."""
+    count_s: float
+    """Of the shard in all-to-all: to lay out as many rows as have come."""
 
 
 # measured on two Zen cores, each a rank's own
-MEMORY = Link(message_s=64e-6, bytes_per_s=2.1e9, pick_s=300e-6, picked_bytes_per_s=1.9e9)
-# from data sheets
-ETHERNET_100G = Link(message_s=7e-6, bytes_per_s=12.5e9, pick_s=4e-6, picked_bytes_per_s=1e12)
-NVLINK = Link(message_s=6e-6, bytes_per_s=150e9, pick_s=4e-6, picked_bytes_per_s=1e12)
+MEMORY = Link(0.0, 20e-6, 5.5e9, pick_s=120e-6, picked_bytes_per_s=3e9, count_s=85e-6)
+# from data sheets, half of a message at each end; a GPU counts rows where it computes them
+ETHERNET_100G = Link(0.0, 3.5e-6, 12.5e9, pick_s=4e-6, picked_bytes_per_s=1e12, count_s=0.0)
+NVLINK = Link(0.0, 3e-6, 150e9, pick_s=4e-6, picked_bytes_per_s=1e12, count_s=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,8 @@ class Load:
     reply_bytes: int
     hit: float
     """Share of the rows that visit a shard."""
+    cores: float = math.inf
+    """That all ranks share; without a bound, each has its own."""
 
 
 def hit_rate(experts_per_token: int, leaves: int, shards: int) -> float:
@@ -65,14 +75,16 @@ def hit_rate(experts_per_token: int, leaves: int, shards: int) -> float:
 
 def layer_s(mode: Mode, load: Load, link: Link) -> float:
     """Seconds that a layer's messages take, the experts left out."""
-    sent = load.hit if mode == "all_to_all" else 1.0
-    messages = max(load.workers, load.shards)
-    row_bytes = sent * (load.request_bytes + load.reply_bytes)
-    bytes_moved = messages * load.rows * row_bytes
-    picking = 0.0
-    if mode == "all_to_all":
-        picking = load.shards * (link.pick_s + load.rows * row_bytes / link.picked_bytes_per_s)
-    return messages * link.message_s + bytes_moved / link.bytes_per_s + picking
+    workers, shards, exact = load.workers, load.shards, mode == "all_to_all"
+    visited_bytes = load.rows * (load.hit if exact else 1.0) * (load.request_bytes + load.reply_bytes)
+    moved_s = visited_bytes / link.bytes_per_s
+    worker_s = shard_s = link.message_s
+    if exact:
+        worker_s += link.pick_s + visited_bytes / link.picked_bytes_per_s
+        shard_s += link.count_s
+    one_after_another_s = shards * worker_s + workers * shard_s + max(workers, shards) * moved_s
+    shared_s = workers * shards * (worker_s + shard_s + moved_s) / load.cores
+    return link.latency_s + max(one_after_another_s, shared_s)
 
 
 def plan_mode(load: Load, link: Link) -> Mode:

@@ -15,6 +15,7 @@ from divisi.cluster.dispatch.planner import (
     Layer,
     Link,
     Load,
+    Mode,
     cut_gain,
     cut_rows,
     hit_rate,
@@ -49,6 +50,26 @@ def test_more_rows_cost_more_and_small_batches_are_not_worth_picking() -> None:
         times = [layer_s(mode, load_of(2, 8, rows), ETHERNET_100G) for rows in (1, 16, 256)]  # type: ignore[arg-type]
         assert times == sorted(times)
     assert plan_mode(load_of(2, 8, 1), MEMORY) == "broadcast"
+
+
+_ODD = Link(1e-3, 20e-3, bytes_per_s=1e6, pick_s=300e-3, picked_bytes_per_s=2e6, count_s=4000e-3)
+
+
+def test_a_layer_is_woken_once_and_handles_each_message_at_both_ends() -> None:
+    load = Load(3, 5, rows=10, request_bytes=300, reply_bytes=700, hit=0.5)
+    assert layer_s("broadcast", load, _ODD) == pytest.approx(1e-3 + (5 + 3) * 20e-3 + 5 * 10e-3)
+    picking_s = 5 * (300e-3 + 2.5e-3) + 3 * 4000e-3
+    assert layer_s("all_to_all", load, _ODD) == pytest.approx(1e-3 + (5 + 3) * 20e-3 + 5 * 5e-3 + picking_s)
+
+
+@pytest.mark.parametrize("mode", ["broadcast", "all_to_all"])
+def test_ranks_that_share_cores_take_what_all_of_them_do(mode: Mode) -> None:
+    load = Load(3, 5, rows=10, request_bytes=300, reply_bytes=700, hit=0.5)
+    one, two = (layer_s(mode, replace(load, cores=cores), _ODD) - _ODD.latency_s for cores in (1, 2))
+    assert one == pytest.approx(2 * two)
+    pair_s = layer_s(mode, replace(load, workers=1, shards=1), _ODD) - _ODD.latency_s
+    assert one == pytest.approx(15 * pair_s)
+    assert layer_s(mode, replace(load, cores=100), _ODD) == layer_s(mode, load, _ODD)
 
 
 def test_capacity_is_that_of_a_bucket_and_never_more_than_the_rows() -> None:
