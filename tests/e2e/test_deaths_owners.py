@@ -101,8 +101,8 @@ class Nodes:
             "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1", _MARK: f"{self._folder}/{index}",
         }  # fmt: skip
 
-    def add(self, *flags: str) -> Node:
-        """A node; the first is the head."""
+    def add(self, *flags: str, before: Sequence[str] = ()) -> Node:
+        """A node; the first is the head. `before` comes before its command."""
         index = len(self.nodes)
         where = ["--address", f"127.0.0.1:{self._port}"]
         if index == 0:
@@ -110,7 +110,7 @@ class Nodes:
         environment = self._environment(index)
         log = (self._folder / str(index) / "ray.log").open("wb")
         process = subprocess.Popen(
-            [RAY, "start", *where, "--block", "--disable-usage-stats", *flags],
+            [*before, RAY, "start", *where, "--block", "--disable-usage-stats", *flags],
             env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         self.nodes.append(Node(process, environment[_MARK]))

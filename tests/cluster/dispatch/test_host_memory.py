@@ -25,7 +25,7 @@ from divisi.cluster.seats import GangShape, Membership
 from divisi.kernels.native.loader import load_library
 from tests.support.credentials import CREDENTIALS
 from tests.support.gangs import CPU, gang_groups, membership_of
-from tests.support.namespaces import can_unshare, in_a_mount_namespace
+from tests.support.namespaces import OWN_PIDS, OWN_SHM, can_unshare, in_a_mount_namespace
 
 PAIR = GangShape(1, 1)
 SHARED = HostMemory(4096, 0.001)
@@ -216,21 +216,27 @@ def test_a_killed_process_is_noticed_at_once(other_process: Callable[[int], subp
         other.wait(10)
 
 
-_OWN_SHM = in_a_mount_namespace("mount -t tmpfs none /dev/shm")
-
-
 @pytest.mark.verify
 @pytest.mark.skipif(not can_unshare(), reason="this machine lets nobody have a mount namespace of his own")
-def test_a_process_with_its_own_shm_falls_back_and_serves(
-    other_process: Callable[..., subprocess.Popen[str]],
+@pytest.mark.parametrize(
+    ("namespaces", "way"),
+    [
+        pytest.param(in_a_mount_namespace(OWN_SHM), "gloo", id="own-shm"),
+        pytest.param(in_a_mount_namespace("true", *OWN_PIDS), "shared", id="own-pids"),
+        pytest.param(in_a_mount_namespace(OWN_SHM, *OWN_PIDS), "gloo", id="own-shm-and-pids"),
+    ],
+)
+def test_what_keeps_a_process_from_sharing_memory_is_a_shm_of_its_own(
+    namespaces: tuple[str, ...], way: str, other_process: Callable[..., subprocess.Popen[str]]
 ) -> None:
+    """It serves all the same. Process numbers do not matter: the segment has no name, and comes through the socket."""
     store = StoreServer("127.0.0.1", CREDENTIALS)
-    other = other_process(store.address.port, *_OWN_SHM)
+    other = other_process(store.address.port, *namespaces)
     try:
         group = join_group(in_epoch(store), 0, CPU, 60.0, CREDENTIALS, memory=SHARED)
         assert torch.equal(echo(group, message(5, 7)), message(5, 7))
         assert other.stdout is not None
-        assert other.stdout.readline() == "gloo\n"
+        assert other.stdout.readline() == f"{way}\n"
         group.close()
     finally:
         other.kill()
