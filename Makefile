@@ -10,7 +10,7 @@ SEED ?=
 SERVE_ARGS ?= --topology split --expert-shards 2
 FOLDERS := kernels model cluster deploy benchmarks
 
-.PHONY: help install demo serve test verify chaos check schema bench kernels gpu-test gpu-bench gpu-engine monitoring lock clean
+.PHONY: help install demo serve test verify chaos check schema bench kernels gpu-test gpu-bench gpu-engine gpu-gang monitoring lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +74,9 @@ gpu-engine: $(STAMP) ## on a GPU: the engine in one process, tokens beside the r
 
 gpu-bench: $(STAMP) ## on a GPU: gpu-test, then times and shares of the card's peak, to benchmarks/results/
 	$(BIN)/python -m divisi.benchmarks.gpu bench --out benchmarks/results
+
+gpu-gang: $(STAMP) ## on a GPU: gangs whose rows travel by NCCL, all ranks on one card if need be: tokens, lost shards
+	$(BIN)/pytest -v tests/distributed/test_nccl.py
 
 monitoring: $(STAMP) ## rewrite k8s/monitoring/ (dashboards, alerts) from deploy/monitoring/
 	$(BIN)/python -m divisi.deploy.monitoring k8s/monitoring

@@ -35,6 +35,7 @@ ROOMS = tuple(f"cluster/{room}" for room in ("door", "engine", "dispatch", "gang
 API_ROOMS = tuple(f"deploy/api/{room}" for room in ("schema", "body", "compile", "middleware", "reply"))
 MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",
+    "cluster/dispatch/nccl.py": "reads nothing: it sets what the library takes from nowhere else",
 }
 TORCH_FREE = (
     "divisi.kernels.choice",

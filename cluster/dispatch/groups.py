@@ -4,9 +4,6 @@ A group is made directly from its backend class, without torch.distributed's glo
 can leave a broken group and join the next without a trace of the old one. Groups of different epochs meet under
 different prefixes of one store and cannot hear each other. The store is behind a door; what a backend's own sockets
 carry is neither authenticated nor encrypted, and needs a network of its own.
-
-NCCL has been checked against its documentation only, as no machine with two GPUs was at hand: its waits block the
-host, since that is the only way to a deadline, and a group that failed is aborted, never destroyed.
 """
 
 from __future__ import annotations
@@ -26,6 +23,7 @@ from torch import Tensor
 from divisi.cluster.activity import Activity
 from divisi.cluster.dispatch.gloo_sockets import GlooSockets
 from divisi.cluster.dispatch.host_memory import HostMemory, Segment
+from divisi.cluster.dispatch.nccl import NcclTransfer, nccl_backend
 from divisi.cluster.dispatch.rendezvous import DoorStore
 from divisi.cluster.door import Credentials
 from divisi.cluster.errors import StepAborted
@@ -91,7 +89,7 @@ def join_group(
         sockets = None if device.type == "cuda" else GlooSockets(membership.addresses[rank].host)
         _meet(store, rank, membership, time.monotonic() + timeout_s, check, "" if sockets is None else sockets.told)
         if sockets is None:
-            backend = _nccl(store, rank, membership.size, timeout)
+            backend = nccl_backend(store, rank, membership.size, timeout)
             interrupt = backend.abort
         else:
             backend = _gloo(store, rank, membership, timeout, sockets)
@@ -150,12 +148,6 @@ def _gloo(store: Any, rank: int, membership: Membership, timeout: timedelta, soc
     return _dist.ProcessGroupGloo(store, rank, membership.size, options)
 
 
-def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    options = _dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return _dist.ProcessGroupNCCL(store, rank, size, options)
-
-
 class _BackendGroup:
     def __init__(
         self,
@@ -190,7 +182,8 @@ class _BackendGroup:
             work = (backend.send if sending else backend.recv)([data], rank, _TAG)
         except RuntimeError as error:
             raise StepAborted(f"transfer failed: {error}", seat) from error
-        return _WorkTransfer(work, seat, self._activity)
+        transfer = NcclTransfer if data.is_cuda else _WorkTransfer
+        return transfer(work, seat, self._activity)
 
     def interrupt(self) -> None:
         self._close_segments()

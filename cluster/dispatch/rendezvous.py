@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed
@@ -108,6 +109,7 @@ class DoorStore(_dist.Store):  # type: ignore[misc]  # torch has no types for it
         """Raises RuntimeError, as torch's own stores do, here and elsewhere."""
         super().__init__()
         self._epoch, self._timeout_s = epoch, timeout_s
+        self._clone = partial(DoorStore, place, epoch, credentials, timeout_s)
         try:
             self._line = Line(place, credentials.secret, time.monotonic() + timeout_s, credentials.tls)
         except DoorError as error:
@@ -134,6 +136,10 @@ class DoorStore(_dist.Store):  # type: ignore[misc]  # torch has no types for it
     def check(self, keys: list[str]) -> bool:
         """Whether all were told."""
         return self._look(keys, 0.0)
+
+    def clone(self) -> DoorStore:
+        """Over a connection of its own, for another thread."""
+        return self._clone()
 
     def close(self) -> None:
         """End the connection."""
