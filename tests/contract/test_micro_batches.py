@@ -16,7 +16,7 @@ from divisi.cluster.dispatch.protocol import Peers, WorkerEnd
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import GangShape
-from tests.contract.test_dispatcher import (
+from tests.contract.topologies import (
     LAYERS,
     Batch,
     Topology,
