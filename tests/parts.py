@@ -50,6 +50,7 @@ TABLE = {
     "distributed/test_micro_batches.py": "dispatch",
     "e2e": "serve",
     "e2e/chaos": "deaths",
+    "e2e/test_autoscaling.py": "scale",
     "e2e/test_deaths.py": "deaths",
     "e2e/test_deaths_cut.py": "deaths",
     "e2e/test_deaths_owners.py": "deaths",
