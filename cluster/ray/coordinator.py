@@ -1,4 +1,4 @@
-"""The coordinator as a Ray actor, and the client through which ranks call it. Imports no torch where it is called."""
+"""The coordinator as a Ray actor, and the client through which ranks call it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RaySystemError
 
+from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
 from divisi.cluster.gang.membership.roster import Directive
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _CALL_S = 15.0
 _GATHER_S = 4.0
+_HUNG_AFTER_S = 2.0
+"""Sooner than a rank: its successor adopts what runs, and without one no epoch forms."""
 _LOOK_EVERY_S = 1.0
 _Answer = TypeVar("_Answer")
 
@@ -42,8 +45,7 @@ class CoordinatorActor(Coordinator):
     """Adds the store for process groups, and telemetry. Runs with one thread per blocked poll."""
 
     def __init__(self, spec: GangSpec) -> None:
-        from divisi.cluster.dispatch.rendezvous import StoreServer
-
+        self._watchdog = Watchdog(hung_after_s=_HUNG_AFTER_S)
         end_without_head()
         host = ray.util.get_node_ip_address()
         self._server = StoreServer(host, Credentials(gang_secret(spec), spec.tls))
@@ -64,7 +66,7 @@ class CoordinatorActor(Coordinator):
         if telemetry.port:
             self.own_target = ScrapeTarget("coordinator", 0, host, telemetry.port)
         show_coordinator(telemetry, self.numbers)
-        self._gang, self._watchdog = spec.name, Watchdog()
+        self._gang = spec.name
         threading.Thread(target=self._end_with_the_owner, name="owner", daemon=True).start()
 
     def _end_with_the_owner(self) -> None:
