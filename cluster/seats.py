@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,6 +50,12 @@ class GangShape:
         """Ranks that hold nothing but experts."""
         first = self.attention_workers
         return range(first, first if self.colocated else first + self.expert_shards)
+
+    def suffices(self, filled: Collection[Seat], least_workers: int) -> bool:
+        """Whether those in such seats can be an epoch: all experts, and so many attention workers or more."""
+        workers = sum(seat.role == "attention" for seat in filled)
+        needed = (seat for seat in self.seats if self.colocated or seat.role == "expert")
+        return workers >= least_workers and all(seat in filled for seat in needed)
 
     def seat(self, rank: int) -> Seat:
         """The seat of a rank."""

@@ -93,6 +93,7 @@ class Coordinator:
             shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience, clock()
         )
         self._clock = clock
+        self._follows = gather_s is not None
         self._changed = threading.Condition()
         self._drain = Drain(clock)
         self._refused = RefusedDemand(clock)
@@ -314,7 +315,7 @@ class Coordinator:
                 progress=dict(self._progress),
                 failures=dict(self._failures),
                 workers=0 if membership is None else len(membership.workers),
-                recovering=self._epochs > 0 and not self._drain.begun,
+                recovering=(self._follows or self._epochs > 0) and not self._drain.begun,
                 gathering=self._roster.gathering,
                 streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
                 gang=self._numbers(),

@@ -1,7 +1,8 @@
 """What a coordinator learns of its predecessor's gang: the holders come back, and tell which epoch they are in.
 
-An epoch whose members are all back is adopted and goes on, without any of them having noticed. Plain data, no clock.
-Imports no torch.
+An epoch whose members are all back is adopted and goes on, without any of them having noticed. There can be none once
+those who are back and in no epoch leave too few for one: every epoch has all experts, and a worker. Plain data, no
+clock. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from divisi.cluster.seats import Membership, Seat
+from divisi.cluster.seats import GangShape, Membership, Seat
 
 
 @dataclass(slots=True)
 class Gathering:
     """Goes on until an epoch is whole, or none can become so any more, or `until` (seconds) at most."""
 
+    shape: GangShape
     until: float
     _claimed: dict[int, Membership] = field(default_factory=dict)
 
@@ -31,7 +33,11 @@ class Gathering:
         return None
 
     def hopeless(self, inside: Mapping[str, int], held: Mapping[Seat, str]) -> bool:
-        """Whether every epoch that somebody is in lacks a member: it has left, or another has its seat by now."""
+        """Whether none can become whole: those who are in no epoch leave too few for one, or each that somebody is in
+        lacks a member, which has left it or whose seat another has by now."""
+        left = {seat for seat, holder_id in held.items() if not inside[holder_id]}
+        if not self.shape.suffices(set(self.shape.seats) - left, least_workers=1):
+            return True
         return bool(self._claimed) and all(
             any(
                 held.get(seat, holder_id) != holder_id or inside.get(holder_id, membership.epoch) != membership.epoch

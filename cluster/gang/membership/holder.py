@@ -37,6 +37,11 @@ class Holder:
     out_until: float = 0.0
     """No epoch waits for it before, if it can be without."""
 
+    @property
+    def is_able(self) -> bool:
+        """Whether it can be in the next epoch."""
+        return not (self.epoch or self.loading or self.retiring)
+
     def hear(self, now: float, lease_s: float) -> None:
         """It has said something."""
         self.heard_at, self.lease_until = now, now + lease_s

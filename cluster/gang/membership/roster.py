@@ -6,7 +6,7 @@ and everybody has left the previous epoch. Who is to have died or hung, by a pee
 epoch fences it, and one that turns out to live comes back with the next. An epoch ends between two steps, by its
 leader, when somebody comes or wants to go; and at once when a holder reports that a step could not finish, leaves its
 seat or stops renewing its lease. Late and repeated reports are ignored. Who was told another spec than the coordinator
-gets no seat. A roster that follows on another's gathers first who holds what. Imports no torch.
+gets no seat. A roster that follows on another's gathers first who is in an epoch that goes on. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Literal
 
 from divisi.cluster.gang.membership.gathering import Gathering
 from divisi.cluster.gang.membership.holder import Holder
+from divisi.cluster.gang.membership.selection import note_misses, select, somebody_comes_or_goes
 from divisi.cluster.gang.membership.vacancies import Applicant, Vacancies
 from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
-
-_LONGEST_OUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,9 @@ class Roster:
         """The last epoch has ended in good order, and the next one is about to serve."""
         self._strangers: set[Role] = set()
         """Who was told another spec, and asked for a seat."""
-        self._gathering = None if gather_until is None else Gathering(gather_until)
+        self._gathering = None if gather_until is None else Gathering(shape, gather_until)
+        self._kept_until = gather_until or 0.0
+        """Who held a worker's seat may come back for it until then."""
         self._now = now
         """The last time that this was told."""
         self._vacancies = Vacancies(range(len(shape.shard_ranks)), now)
@@ -112,7 +113,7 @@ class Roster:
                 return None
             if seat in taken:
                 self._remove(taken[seat], f"{seat} was taken over by a new process", now)
-        elif self._gathering is not None:
+        elif now < self._kept_until:
             return None
         else:
             free = [seat for seat in self.shape.seats if seat.role == role and seat not in taken]
@@ -161,7 +162,7 @@ class Roster:
 
     def vacancy(self, applicant: Applicant, now: float) -> int | None:
         """The share of the experts that a process is to load, and then to join for; None where nobody is wanted."""
-        if self._gathering is not None:  # who is not there yet may come back
+        if self._gathering is not None:  # an epoch may go on, with who is not there yet
             return None
         holders = [holder for holder in self._holders.values() if holder.seat.role == "expert"]
         held = {holder.seat.index: holder.address.process for holder in holders}
@@ -250,7 +251,7 @@ class Roster:
         if holder is None or holder.epoch != epoch:
             return
         if self.membership is not None and self.membership.epoch == epoch and self._told_to_change != epoch:
-            self._note_misses(now)
+            note_misses(self._holders.values(), now)
         holder.epoch, holder.told_to_leave, holder.serving, holder.suspected = 0, False, False, False
         if self.membership is not None and self.membership.epoch == epoch:
             self._break(f"{holder.seat}: {reason}", now)
@@ -280,12 +281,10 @@ class Roster:
             return "the coordinator was started anew and looks who is there"
         held = {holder.seat for holder in self._holders.values()}
         missing = [seat for seat in self.shape.seats if seat not in held]
-        workers = sum(seat.role == "attention" for seat in held)
-        too_few = workers < self.min_attention_workers or any(seat.role == "expert" for seat in missing)
         after = f" (epoch {self._epoch} ended: {self.last_break})" if self.last_break else ""
         if self._strangers:
             after += f"; refused for another spec: {', '.join(sorted(self._strangers))}"
-        if too_few:
+        if not self.shape.suffices(held, self.min_attention_workers):
             return f"{len(held)} of {self.shape.size} seats filled, missing {', '.join(map(str, missing))}{after}"
         if loading := sorted(str(holder.seat) for holder in self._holders.values() if holder.loading):
             return f"waiting for {', '.join(loading)} to load{after}"
@@ -321,19 +320,15 @@ class Roster:
         inside = {holder.holder_id: holder.epoch for holder in self._holders.values()}
         self.membership = gathering.whole(inside)
         held = {holder.seat: holder.holder_id for holder in self._holders.values()}
-        if self.membership is not None or gathering.hopeless(inside, held) or len(held) == self.shape.size:
+        if (found := self.membership is not None or len(held) == self.shape.size) or gathering.hopeless(inside, held):
             self._gathering = None
+        if found:
+            self._kept_until = 0.0
 
-    def _note_misses(self, now: float) -> None:
-        """A worker that cannot reach a peer which others reach stays out for a while, twice as long each time.
-
-        Else it would hold up every epoch for as long as ranks wait for each other at its beginning.
-        """
-        workers = [holder for holder in self._holders.values() if holder.epoch and holder.seat.role == "attention"]
-        if any(holder.serving for holder in workers):
-            for holder in workers:
-                holder.misses = 0 if holder.serving else holder.misses + 1
-                holder.out_until = now + min(2.0 ** (holder.misses - 1), _LONGEST_OUT_S) if holder.misses else 0.0
+    def _is_to_change(self, current: Membership) -> bool:
+        """Whether its leader has to be told."""
+        told = self._told_to_change == current.epoch
+        return not told and somebody_comes_or_goes(current, self._holders.values(), self._now)
 
     def _form(self) -> None:
         if self._gathering is not None:
@@ -342,36 +337,17 @@ class Roster:
             return
         if any(holder.epoch and not holder.suspected for holder in self._holders.values()):
             return
-        able = {holder.seat: holder for holder in self._holders.values() if self._is_able(holder)}
-        welcome = {seat: holder for seat, holder in able.items() if holder.out_until <= self._now}
-        if sum(seat.role == "attention" for seat in welcome) >= self.min_attention_workers:
-            able = welcome
-        absent = frozenset(seat for seat in self.shape.seats if seat not in able)
-        workers = sum(seat.role == "attention" for seat in able)
-        if workers < self.min_attention_workers or any(seat.role == "expert" for seat in absent):
+        chosen = select(self._holders.values(), self.shape, self.min_attention_workers, self._now)
+        if chosen is None:
             self._in_order = False
             return
         self._epoch += 1
-        ordered = [able[seat] for seat in self.shape.seats if seat in able]
         self.membership = Membership(
             self._epoch,
             self.shape,
-            holders=tuple(holder.holder_id for holder in ordered),
-            addresses=tuple(holder.address for holder in ordered),
+            holders=tuple(holder.holder_id for holder in chosen.values()),
+            addresses=tuple(holder.address for holder in chosen.values()),
             store=self._store,
-            absent=absent,
+            absent=frozenset(seat for seat in self.shape.seats if seat not in chosen),
             patience=self._patience,
         )
-
-    def _is_able(self, holder: Holder) -> bool:
-        """Whether a holder can be in the next epoch."""
-        return not (holder.epoch or holder.loading or holder.retiring)
-
-    def _is_to_change(self, current: Membership) -> bool:
-        """Whether somebody comes or goes, and the leader does not know."""
-        if self._told_to_change == current.epoch:
-            return False
-        members = [holder for holder in self._holders.values() if holder.holder_id in current.holders]
-        others = [holder for holder in self._holders.values() if holder not in members]
-        comes = any(self._is_able(holder) and holder.out_until <= self._now for holder in others)
-        return comes or any(holder.retiring for holder in members)

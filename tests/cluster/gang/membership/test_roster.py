@@ -8,31 +8,7 @@ import pytest
 
 from divisi.cluster.gang.membership.roster import Roster
 from divisi.cluster.seats import Address, GangShape, Seat
-
-STORE = Address("127.0.0.1", 1)
-
-
-def make_roster(workers: int = 1, shards: int = 2, least: int | None = None) -> Roster:
-    return Roster(GangShape(workers, shards), STORE, lease_s=10.0, grace_s=2.0, min_attention_workers=least)
-
-
-def fill(roster: Roster, now: float = 0.0) -> list[str]:
-    ids = []
-    for seat in roster.shape.seats:
-        holder_id = f"{seat}@{now}"
-        index = seat.index if seat.role == "expert" else None
-        if roster.join(holder_id, seat.role, Address("h"), now, index) is not None:
-            ids.append(holder_id)
-    return ids
-
-
-def enter_all(roster: Roster, ids: list[str]) -> int:
-    directives = [roster.directive(holder_id) for holder_id in ids]
-    assert {d.action for d in directives} == {"enter"}
-    epoch = directives[0].epoch
-    for holder_id in ids:
-        roster.serving(holder_id, epoch)
-    return epoch
+from tests.support.rosters import STORE, enter_all, fill, make_roster
 
 
 def test_ranks_number_workers_first() -> None:
@@ -310,95 +286,6 @@ def test_an_expert_that_is_blamed_is_waited_for() -> None:
     assert roster.membership is None
     roster.left(shard, epoch, "its peers are gone", 1.1)
     assert len(seats_of(roster)) == 4
-
-
-def successor(roster: Roster, until: float = 4.0) -> Roster:
-    """What comes after it, and knows nothing."""
-    return Roster(
-        roster.shape, STORE, lease_s=10.0, grace_s=2.0, first_epoch=100,
-        min_attention_workers=roster.min_attention_workers, gather_until=until,
-    )  # fmt: skip
-
-
-def resume_all(roster: Roster, former: Roster, but: str = "") -> None:
-    for holder in former.holders():
-        if holder.holder_id != but:
-            inside = former.membership if holder.epoch else None
-            assert roster.resume(holder.holder_id, holder.seat, holder.address, 1.0, inside)
-
-
-def test_an_epoch_whose_members_are_all_back_goes_on() -> None:
-    former = make_roster(workers=2, least=1)
-    ids = fill(former)
-    epoch = enter_all(former, ids)
-    roster = successor(former)
-    resume_all(roster, former, but=ids[0])
-    assert (roster.gathering, roster.membership) == (True, None)
-    assert {roster.directive(holder_id).action for holder_id in ids[1:]} == {"stay"}, "nobody is sent away meanwhile"
-    assert roster.join("new", "attention", Address("h"), 1.0) is None, "the seat is another's"
-    resume_all(roster, former)
-    assert not roster.gathering
-    assert roster.membership == former.membership
-    assert not roster.ready(), "who serves says so"
-    for holder_id in ids:
-        roster.serving(holder_id, epoch)
-    assert roster.ready()
-    assert {roster.directive(holder_id).action for holder_id in ids} == {"stay"}
-
-
-def test_an_epoch_that_lacks_a_member_is_waited_for_and_given_up() -> None:
-    former = make_roster(workers=2, least=1)
-    ids = fill(former)
-    epoch = enter_all(former, ids)
-    roster = successor(former)
-    resume_all(roster, former, but=ids[0])
-    roster.expire(3.9)
-    assert roster.gathering
-    roster.expire(4.0)
-    assert not roster.gathering
-    for holder_id in ids[1:]:
-        assert roster.directive(holder_id).action == "leave"
-        roster.left(holder_id, epoch, "told to", 4.1)
-    assert roster.membership is not None
-    assert (roster.membership.epoch, roster.membership.holders) == (100, tuple(ids[1:]))
-
-
-@pytest.mark.parametrize("how", ["it has left the epoch", "a new process has its seat"])
-def test_an_epoch_that_cannot_become_whole_is_given_up_at_once(how: str) -> None:
-    former = make_roster(workers=2, shards=1, least=1)
-    *others, shard = ids = fill(former)
-    enter_all(former, ids)
-    roster = successor(former)
-    resume_all(roster, former, but=shard)
-    if how == "a new process has its seat":
-        assert roster.join("new", "expert", Address("h"), 1.0, index=0) is not None
-        assert not roster.resume(shard, Seat("expert", 0), Address("h"), 1.0, former.membership)
-    else:
-        assert roster.resume(shard, Seat("expert", 0), Address("h"), 1.0, None)
-    assert not roster.gathering
-    assert {roster.directive(holder_id).action for holder_id in others} == {"leave"}
-
-
-def test_a_gang_between_two_epochs_begins_the_next_once_all_are_back() -> None:
-    former = make_roster()
-    fill(former)
-    roster = successor(former)
-    resume_all(roster, former)
-    assert roster.membership is not None
-    assert roster.membership.epoch == 100
-
-
-def test_the_next_epoch_is_above_any_that_somebody_was_in() -> None:
-    """Epochs may follow each other faster than the seconds that they are numbered from."""
-    former = Roster(GangShape(1, 1), STORE, lease_s=10.0, grace_s=2.0, first_epoch=500)
-    ids = fill(former)
-    enter_all(former, ids)
-    roster = successor(former)
-    resume_all(roster, former, but=ids[1])
-    assert roster.resume(ids[1], Seat("expert", 0), Address("h"), 1.0, None)
-    roster.left(ids[0], 500, "told to", 1.0)
-    assert roster.membership is not None
-    assert roster.membership.epoch == 501
 
 
 def test_one_of_another_spec_does_not_resume() -> None:
