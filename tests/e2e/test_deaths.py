@@ -166,6 +166,18 @@ def test_who_hangs_for_good_is_killed(
     wait_for(lambda: not any(process.is_running() for process in hung), 10, "it hangs still")
 
 
+def test_both_shards_die_and_the_coordinator_hangs_before_both_are_replaced(
+    gang: Cluster, measure: Callable[[str, Callable[[], None]], float]
+) -> None:
+    def blow() -> None:
+        for shard in of(gang, "ExpertShardActor"):
+            shard.kill()
+        time.sleep(2.0)  # the spare serves by then, and no process that Ray has started in the place of a shard
+        of(gang, "CoordinatorActor")[0].suspend()
+
+    assert measure("both shards killed, the coordinator stopped for good 2 s later", blow) <= 10.0
+
+
 def test_the_front_comes_back(gang: Cluster, record_result: Record) -> None:
     """HAProxy and what manages it, both at once: new requests are served after so long."""
     outages = []
