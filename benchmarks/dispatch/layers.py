@@ -12,8 +12,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import astuple, dataclass
+from itertools import pairwise
 from multiprocessing.queues import SimpleQueue
 
 import torch
@@ -30,8 +30,7 @@ from divisi.cluster.dispatch.protocol import Peers, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials, Secret
-from divisi.cluster.gang.loops.shard_loop import serve_steps
-from divisi.cluster.passes import Pass, PassKind, PassLayers
+from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership
 
 WIDTH, CHOSEN, EXPERTS, LEAVES, MOST = 2048, 10, 512, 32, 256
@@ -47,11 +46,11 @@ class Work:
     """What all ranks run, one after another: rounds of passes of each mode and number of rows."""
 
     shape: GangShape
-    rows: Sequence[int]
+    rows: tuple[int, ...]
     rounds: int
     sleeps: bool
     """Whether who waits gives up its core at once."""
-    modes: Sequence[Mode] = MODES
+    modes: tuple[Mode, ...] = MODES
 
     def passes(self) -> list[tuple[Mode, int]]:
         """Those of the first round are not measured."""
@@ -106,29 +105,44 @@ class Times:
 class _Clock(Activity):
     """Tells what a rank's thread has worked while it did not wait for others."""
 
-    worked_s = 0.0
+    _worked_s = 0.0
     _since = 0.0
 
     def waiting(self) -> None:
         """See Activity."""
-        self.worked_s += time.thread_time() - self._since
+        self._worked_s += time.thread_time() - self._since
 
     def goes_on(self) -> None:
         """See Activity."""
         self._since = time.thread_time()
 
-    def timed(self, layers: Callable[[], None]) -> tuple[float, float]:
-        """Seconds of a layer: from its begin to its end, and worked in it."""
-        worked_s, begin = self.worked_s, time.perf_counter()
+    @torch.inference_mode()  # as an engine's step is
+    def timed(self, layer: Callable[[int], object]) -> list[tuple[float, float]]:
+        """Go through the layers: the seconds of each, and those worked in it."""
         self.goes_on()
-        layers()
-        self.waiting()
-        return (time.perf_counter() - begin) / _LAYERS, (self.worked_s - worked_s) / _LAYERS
+        times = [(time.perf_counter(), self._worked())]
+        for index in range(_LAYERS):
+            layer(index)
+            times.append((time.perf_counter(), self._worked()))
+        return [(after - before, then - first) for (before, first), (after, then) in pairwise(times)]
+
+    def _worked(self) -> float:
+        return self._worked_s + time.thread_time() - self._since
 
 
 Case = tuple[Mode, int]
 _Told = dict[Case, list[tuple[float, float]]]
-"""Of each pass, see _Clock.timed."""
+"""Of each layer, see _Clock.timed."""
+
+
+def measure_all(works: Sequence[Work], turns: int) -> dict[Work, dict[Case, Times]]:
+    """Times by mode and rows: of each kind the least of some turns, between which the machine may have other work."""
+    found = [{work: measure(work) for work in works} for _ in range(turns)]
+    return {work: {case: _least([turn[work][case] for turn in found]) for case in found[0][work]} for work in works}
+
+
+def _least(times: Sequence[Times]) -> Times:
+    return Times(*(min(of_kind) for of_kind in zip(*map(astuple, times), strict=True)))
 
 
 def measure(work: Work) -> dict[Case, Times]:
@@ -179,37 +193,36 @@ def _run(work: Work, memberships: Sequence[Membership], rank: int, queue: Simple
     walk = _worker(ways, each, seat.index) if seat.role == "attention" else _shard(ways, each)
     told: _Told = {}
     for index, (mode, rows) in enumerate(work.passes()):
-        layers = walk(mode, Pass(PassKind.FULL, dict.fromkeys(range(work.shape.attention_workers), rows)))
-        times = clock.timed(layers)
+        layer = walk(mode, Pass(PassKind.FULL, dict.fromkeys(range(work.shape.attention_workers), rows)))
+        times = clock.timed(layer)
         if index >= len(work.modes) * len(work.rows):
-            told.setdefault((mode, rows), []).append(times)
+            told.setdefault((mode, rows), []).extend(times)
     queue.put((rank, told))
 
 
-_Walk = Callable[[Mode, Pass], Callable[[], None]]
-"""Prepares a pass, and returns what takes it through the layers."""
+_Walk = Callable[[Mode, Pass], Callable[[int], object]]
+"""Begins a pass, and returns what takes it through a layer."""
 
 
 def _shard(ways: Mapping[Mode, ShardedMode], each: Mapping[Mode, Peers]) -> _Walk:
     ends = {name: way.shard_end(each[name], Nothing()) for name, way in ways.items()}
-    return lambda mode, step_pass: partial(serve_steps, [[step_pass]], ends[mode], PassLayers(full=range(_LAYERS)))
+
+    def walk(mode: Mode, step_pass: Pass) -> Callable[[int], object]:
+        ends[mode].begin(step_pass)
+        return ends[mode].serve
+
+    return walk
 
 
 def _worker(ways: Mapping[Mode, ShardedMode], each: Mapping[Mode, Peers], seat: int) -> _Walk:
     ends = {name: way.worker_end(each[name]) for name, way in ways.items()}
     rng = torch.Generator().manual_seed(seat)
 
-    def walk(mode: Mode, step_pass: Pass) -> Callable[[], None]:
+    def walk(mode: Mode, step_pass: Pass) -> Callable[[int], object]:
         rows, end = step_pass.rows(seat), ends[mode]
         x_TD, gates_TK = torch.randn(rows, WIDTH, generator=rng), torch.rand(rows, CHOSEN, generator=rng)
         ids_TK = torch.rand(rows, EXPERTS, generator=rng).argsort(dim=1)[:, :CHOSEN].int().contiguous()
         end.begin(step_pass)
-
-        @torch.inference_mode()  # as an engine's step is
-        def layers() -> None:
-            for layer in range(_LAYERS):
-                end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
-
-        return layers
+        return lambda layer: end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
 
     return walk
