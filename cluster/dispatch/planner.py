@@ -45,7 +45,7 @@ class Link:
 
 
 # measured on two Zen cores, each a rank's own
-MEMORY = Link(0.0, 20e-6, 5.5e9, pick_s=120e-6, picked_bytes_per_s=3e9, count_s=85e-6)
+MEMORY = Link(0.0, 13e-6, 7e9, pick_s=110e-6, picked_bytes_per_s=3.7e9, count_s=47e-6)
 # from data sheets, half of a message at each end; a GPU counts rows where it computes them
 ETHERNET_100G = Link(0.0, 3.5e-6, 12.5e9, pick_s=4e-6, picked_bytes_per_s=1e12, count_s=0.0)
 NVLINK = Link(0.0, 3e-6, 150e9, pick_s=4e-6, picked_bytes_per_s=1e12, count_s=0.0)
