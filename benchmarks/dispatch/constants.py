@@ -6,9 +6,9 @@ held against other numbers of rows, and against gangs of other shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from divisi.benchmarks.dispatch.layers import Case, Times, Work, load_of
+from divisi.benchmarks.dispatch.layers import Times, Work, load_of, measure
 from divisi.cluster.dispatch.planner import Link, Mode
 from divisi.cluster.seats import GangShape
 
@@ -16,14 +16,9 @@ _SHAPE = GangShape(1, 1)
 _FEW, _MANY = 1, 96
 
 
-def work(rounds: int, *, sleeps: bool) -> Work:
-    """What is to be measured for a link of ranks that give up their cores at once when they wait, or do not."""
-    return Work(_SHAPE, (_FEW, _MANY), rounds, sleeps)
-
-
-def link(times: Mapping[Case, Times]) -> Link:
-    """Of ranks that share memory, by the times of such work."""
-    load = load_of(_SHAPE, 1)
+def link(rounds: int, *, sleeps: bool) -> Link:
+    """Of ranks that share memory, and give up their cores at once when they wait, or not."""
+    times, load = measure(Work(_SHAPE, (_FEW, _MANY), rounds, sleeps)), load_of(_SHAPE, 1)
     row_bytes = load.request_bytes + load.reply_bytes
 
     def line(mode: Mode, part: Callable[[Times], float]) -> tuple[float, float]:

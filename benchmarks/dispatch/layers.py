@@ -12,8 +12,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 
 import torch
@@ -30,7 +30,8 @@ from divisi.cluster.dispatch.protocol import Peers, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials, Secret
-from divisi.cluster.passes import Pass, PassKind
+from divisi.cluster.gang.loops.shard_loop import serve_steps
+from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership
 
 WIDTH, CHOSEN, EXPERTS, LEAVES, MOST = 2048, 10, 512, 32, 256
@@ -46,11 +47,11 @@ class Work:
     """What all ranks run, one after another: rounds of passes of each mode and number of rows."""
 
     shape: GangShape
-    rows: tuple[int, ...]
+    rows: Sequence[int]
     rounds: int
     sleeps: bool
     """Whether who waits gives up its core at once."""
-    modes: tuple[Mode, ...] = MODES
+    modes: Sequence[Mode] = MODES
 
     def passes(self) -> list[tuple[Mode, int]]:
         """Those of the first round are not measured."""
@@ -105,44 +106,29 @@ class Times:
 class _Clock(Activity):
     """Tells what a rank's thread has worked while it did not wait for others."""
 
-    _worked_s = 0.0
+    worked_s = 0.0
     _since = 0.0
 
     def waiting(self) -> None:
         """See Activity."""
-        self._worked_s += time.thread_time() - self._since
+        self.worked_s += time.thread_time() - self._since
 
     def goes_on(self) -> None:
         """See Activity."""
         self._since = time.thread_time()
 
-    @torch.inference_mode()  # as an engine's step is
-    def timed(self, layer: Callable[[int], object]) -> list[tuple[float, float]]:
-        """Go through the layers: the seconds of each, and those worked in it."""
+    def timed(self, layers: Callable[[], None]) -> tuple[float, float]:
+        """Seconds of a layer: from its begin to its end, and worked in it."""
+        worked_s, begin = self.worked_s, time.perf_counter()
         self.goes_on()
-        times = [(time.perf_counter(), self._worked())]
-        for index in range(_LAYERS):
-            layer(index)
-            times.append((time.perf_counter(), self._worked()))
-        return [(after - before, then - first) for (before, first), (after, then) in pairwise(times)]
-
-    def _worked(self) -> float:
-        return self._worked_s + time.thread_time() - self._since
+        layers()
+        self.waiting()
+        return (time.perf_counter() - begin) / _LAYERS, (self.worked_s - worked_s) / _LAYERS
 
 
 Case = tuple[Mode, int]
 _Told = dict[Case, list[tuple[float, float]]]
-"""Of each layer, see _Clock.timed."""
-
-
-def measure_all(works: Sequence[Work], turns: int) -> dict[Work, dict[Case, Times]]:
-    """Times by mode and rows: of each kind the least of some turns, between which the machine may have other work."""
-    found = [{work: measure(work) for work in works} for _ in range(turns)]
-    return {work: {case: _least([turn[work][case] for turn in found]) for case in found[0][work]} for work in works}
-
-
-def _least(times: Sequence[Times]) -> Times:
-    return Times(*(min(of_kind) for of_kind in zip(*map(astuple, times), strict=True)))
+"""Of each pass, see _Clock.timed."""
 
 
 def measure(work: Work) -> dict[Case, Times]:
@@ -193,36 +179,37 @@ def _run(work: Work, memberships: Sequence[Membership], rank: int, queue: Simple
     walk = _worker(ways, each, seat.index) if seat.role == "attention" else _shard(ways, each)
     told: _Told = {}
     for index, (mode, rows) in enumerate(work.passes()):
-        layer = walk(mode, Pass(PassKind.FULL, dict.fromkeys(range(work.shape.attention_workers), rows)))
-        times = clock.timed(layer)
+        layers = walk(mode, Pass(PassKind.FULL, dict.fromkeys(range(work.shape.attention_workers), rows)))
+        times = clock.timed(layers)
         if index >= len(work.modes) * len(work.rows):
-            told.setdefault((mode, rows), []).extend(times)
+            told.setdefault((mode, rows), []).append(times)
     queue.put((rank, told))
 
 
-_Walk = Callable[[Mode, Pass], Callable[[int], object]]
-"""Begins a pass, and returns what takes it through a layer."""
+_Walk = Callable[[Mode, Pass], Callable[[], None]]
+"""Prepares a pass, and returns what takes it through the layers."""
 
 
 def _shard(ways: Mapping[Mode, ShardedMode], each: Mapping[Mode, Peers]) -> _Walk:
     ends = {name: way.shard_end(each[name], Nothing()) for name, way in ways.items()}
-
-    def walk(mode: Mode, step_pass: Pass) -> Callable[[int], object]:
-        ends[mode].begin(step_pass)
-        return ends[mode].serve
-
-    return walk
+    return lambda mode, step_pass: partial(serve_steps, [[step_pass]], ends[mode], PassLayers(full=range(_LAYERS)))
 
 
 def _worker(ways: Mapping[Mode, ShardedMode], each: Mapping[Mode, Peers], seat: int) -> _Walk:
     ends = {name: way.worker_end(each[name]) for name, way in ways.items()}
     rng = torch.Generator().manual_seed(seat)
 
-    def walk(mode: Mode, step_pass: Pass) -> Callable[[int], object]:
+    def walk(mode: Mode, step_pass: Pass) -> Callable[[], None]:
         rows, end = step_pass.rows(seat), ends[mode]
         x_TD, gates_TK = torch.randn(rows, WIDTH, generator=rng), torch.rand(rows, CHOSEN, generator=rng)
         ids_TK = torch.rand(rows, EXPERTS, generator=rng).argsort(dim=1)[:, :CHOSEN].int().contiguous()
         end.begin(step_pass)
-        return lambda layer: end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
+
+        @torch.inference_mode()  # as an engine's step is
+        def layers() -> None:
+            for layer in range(_LAYERS):
+                end.dispatch(layer, x_TD, ids_TK, gates_TK).combine()
+
+        return layers
 
     return walk

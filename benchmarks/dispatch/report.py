@@ -14,7 +14,7 @@ import torch
 
 from divisi.benchmarks import machine
 from divisi.benchmarks.dispatch import constants, replies, split_step
-from divisi.benchmarks.dispatch.layers import MODES, Work, load_of, measure_all, shares_cores
+from divisi.benchmarks.dispatch.layers import MODES, Work, load_of, measure, shares_cores
 from divisi.benchmarks.model import bench_model
 from divisi.cluster.cores import usable_cores
 from divisi.cluster.dispatch.planner import ETHERNET_100G, NVLINK, Load, hit_rate, layer_s, plan_mode
@@ -24,9 +24,9 @@ _HEAD = """# Experts elsewhere
 
 `python -m divisi.benchmarks dispatch --out benchmarks/results/dispatch.md`, medians. A step: bench-s, bf16, one thread
 a rank, contenders in turns, greedy tokens compared first. Layers: messages of the 80 B model's rows without experts,
-over shared memory, each rank kept to a core: lower quartiles, the least of three turns, beside the planner's model. Its
-constants are of one worker and one shard with 1 and with 96 rows, in processes of other runs; who waits sleeps where
-ranks share cores. What is called a model is computed from data sheets; nothing was measured there."""
+over shared memory, lower quartiles, each rank kept to a core, beside the planner's model. Its constants are of one
+worker and one shard with 1 and with 96 rows, in processes of another run; who waits sleeps where ranks share cores.
+What is called a model is computed from data sheets; nothing was measured there."""
 _PARTS = ("step", "layers", "crowded", "replies", "model")
 _ROWS = (1, 8, 16, 32, 64)
 _SHAPES = {
@@ -34,7 +34,6 @@ _SHAPES = {
     "crowded": [GangShape(2, 2), GangShape(2, 4), GangShape(2, 8)],
 }
 _MODEL_ROWS = (1, 16, 64)
-_TURNS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +69,7 @@ def _table(part: str, options: argparse.Namespace) -> str:
 def _layers(shapes: list[GangShape], rounds: int) -> str:
     """Measured ratios beside those of the model, with constants of this machine that were measured apart."""
     works = [Work(shape, _ROWS, rounds, shares_cores(shape)) for shape in shapes]
-    pairs = {sleeps: constants.work(rounds, sleeps=sleeps) for sleeps in sorted({work.sleeps for work in works})}
-    found = measure_all([*pairs.values(), *works], _TURNS)
-    links = {sleeps: constants.link(found[pair]) for sleeps, pair in pairs.items()}
+    links = {sleeps: constants.link(rounds, sleeps=sleeps) for sleeps in sorted({work.sleeps for work in works})}
     lines = [
         "| constants | woken, us | a message, us | a byte, at GB/s | picking, us | picked, at GB/s | counting, us |",
         "|---" * 7 + "|",
@@ -88,7 +85,7 @@ def _layers(shapes: list[GangShape], rounds: int) -> str:
         "|---" * 9 + "|",
     ]
     for work in works:
-        times, link = found[work], links[work.sleeps]
+        times, link = measure(work), links[work.sleeps]
         for rows in _ROWS:
             load = load_of(work.shape, rows)
             broadcast, exact = (times[mode, rows].whole_s * 1e6 for mode in MODES)
