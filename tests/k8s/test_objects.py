@@ -14,7 +14,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from tests.k8s.helm import PRESETS, Values, at, fetched, merged, preset, render, service_of
-from tests.k8s.test_release import INCREMENTAL, PREFETCH, REDIS
+from tests.k8s.releases import INCREMENTAL, PREFETCH, REDIS
 
 CRD = "DIVISI_RAYSERVICE_CRD"
 """Names a file with KubeRay's definition of a RayService; it is not ours to ship."""

@@ -9,7 +9,7 @@ import pytest
 from divisi.cluster.telemetry.process import SCRAPE_PORTS
 from tests.k8s.helm import Manifest, Values, at, merged, pods_of, render, settings_of
 from tests.k8s.network import Pod, allowed
-from tests.k8s.test_release import PREFETCH
+from tests.k8s.releases import PREFETCH
 
 ALL = merged(
     PREFETCH,
