@@ -18,13 +18,14 @@ import pytest
 
 from divisi.model.demo import checkpoint_dir
 from tests.support.open_streams import OpenStreams, hurt_in_the_middle
+from tests.support.rounds import rounds
 
 from .conftest import Cluster, running_cluster
 from .test_serve_split import metric, wait_for
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
-MODEL, TOKENS, STREAMS, ROUNDS = "divisi-demo", 200, 4, 3
+MODEL, TOKENS, STREAMS = "divisi-demo", 200, 4
 CALM_S = 3.0
 SIZES = ("--dtype", "float32", "--device", "cpu", "--kv-memory", "64MiB", "--max-seqs", "8", "--max-model-len", "2048")
 SHAPE = ("--attention-workers", "2", "--expert-shards", "2", "--ingress-replicas", "2", "--mtp-max-draft-tokens", "0")
@@ -53,8 +54,9 @@ def measure(gang: Cluster, texts: list[str], record_result: Record) -> Callable[
     """Strike, some times; returns the median of the gaps."""
 
     def measure(what: str, blow: Callable[[], None]) -> float:
-        gaps, loads = [], []
-        for _ in range(ROUNDS):
+        gaps: list[float] = []
+        loads = []
+        for _ in rounds(gaps):
             settle(gang)
             loads.append(round(os.getloadavg()[0], 1))
             gaps.append(round(hurt_in_the_middle(gang.url, MODEL, TOKENS, texts, blow), 2))
@@ -180,8 +182,8 @@ def test_both_shards_die_and_the_coordinator_hangs_before_both_are_replaced(
 
 def test_the_front_comes_back(gang: Cluster, record_result: Record) -> None:
     """HAProxy and what manages it, both at once: new requests are served after so long."""
-    outages = []
-    for _ in range(ROUNDS):
+    outages: list[float] = []
+    for _ in rounds(outages):
         settle(gang)
         victims = [process for process in gang.processes() if process.name() == "haproxy"]
         victims += gang.processes("HAProxyManager")

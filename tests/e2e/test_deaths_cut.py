@@ -19,6 +19,7 @@ import pytest
 from divisi.model.demo import checkpoint_dir
 from tests.support.lab import Lab, Machine, lab
 from tests.support.open_streams import OpenStreams, hurt_in_the_middle
+from tests.support.rounds import rounds
 
 from .conftest import is_shard
 from .test_deaths_owners import DEPLOY
@@ -27,7 +28,7 @@ from .test_serve_split import wait_for
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
 RAY = Path(sys.executable).with_name("ray")
-MODEL, TOKENS, ROUNDS = "divisi-demo", 300, 3
+MODEL, TOKENS = "divisi-demo", 300
 FENCED_S, CUT_S = 3.0, 6.0
 Record = Callable[[str, object], None]
 
@@ -146,8 +147,9 @@ def deployed(folder: Path, homes: int, gang: str = "") -> Iterator[Deployed]:
 def test_a_shard_that_is_cut_off_is_fenced_and_comes_back(tmp_path: Path, record_result: Record) -> None:
     """Where there is no spare: to its own seat, as often as that happens."""
     with deployed(tmp_path, 1, '"spare_shards": False, ') as gang:
-        (_, shard), told, gaps = gang.home, [], []
-        for _ in range(ROUNDS):
+        (_, shard), told = gang.home, []
+        gaps: list[float] = []
+        for _ in rounds(gaps):
             gaps.append(gang.gap(lambda: told.append(gang.cut_off(gang.homes[0]))))
             assert gang.home == (gang.homes[0], shard), "another process has its seat"
         record(record_result, f"the only shard cut off for {CUT_S:g} s", told, gaps)
@@ -157,8 +159,9 @@ def test_a_shard_that_is_cut_off_is_fenced_and_comes_back(tmp_path: Path, record
 def test_a_shard_that_is_cut_off_is_the_spare_when_it_comes_back(tmp_path: Path, record_result: Record) -> None:
     """Its seat has the spare of another machine by then; and it serves again when that one is cut off."""
     with deployed(tmp_path, 2) as gang:
-        told, gaps = [], []
-        for _ in range(ROUNDS):
+        told = []
+        gaps: list[float] = []
+        for _ in rounds(gaps):
             machine, shard, other = *gang.home, gang.other
             wait_for(lambda: bool(spares_of(other)), 60, "no spare on the other machine")  # noqa: B023 - at once
             gaps.append(gang.gap(lambda: told.append(gang.cut_off(machine))))  # noqa: B023 - at once

@@ -20,6 +20,7 @@ import pytest
 from divisi.model.demo import checkpoint_dir
 from tests.support.open_streams import OpenStreams, hurt_in_the_middle
 from tests.support.ports import free_port
+from tests.support.rounds import rounds
 
 from .conftest import is_shard
 from .test_serve_split import wait_for
@@ -225,12 +226,13 @@ def test_a_raylet_of_another_node_dies(record_result: Record) -> None:
     """Streams are read one after another for 60 s: no gap is long, and the old shard is gone at the end."""
     with cluster_of_nodes() as nodes:
         nodes.add("--num-cpus", "8", "--labels", "role=head")
-        homes, gaps, loads = [nodes.add(*HOME)], [], []
+        homes, loads = [nodes.add(*HOME)], []
+        gaps: list[float] = []
         head = '{"labels": {"role": "head"}}'
         placement = f'"attention": {head}, "ingress": {head}, "experts": {{"resources": {{"experts": 1}}}}'
         nodes.deploy("one", placement=f'{{"placement": {{{placement}}}}}')
         want = nodes.texts("one", 600)
-        for _ in range(3):
+        for _ in rounds(gaps):
             homes.append(nodes.add(*HOME))
             (victim,) = [home for home in homes if any(map(is_shard, home.processes(SHARD)))]
             (other,) = [home for home in homes if home is not victim]
