@@ -47,7 +47,7 @@ max_seqs = 3
 max_queued_requests = 2
 """
 PROBE_S, LOAD_S = 6, 45
-TIMES = 1.4
+TIMES = 2.2
 """As many requests a second as two users at once get answered: too many for one worker, not for two."""
 SERVES_S, GONE_S, PAUSE_S = 15.0, 20.0, 0.5
 
