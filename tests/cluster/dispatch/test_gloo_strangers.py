@@ -103,7 +103,7 @@ def test_who_comes_first_takes_a_peers_place_and_hears_what_is_meant_for_it(
     def beaten(self: GlooSockets, host: str) -> None:
         listening(self, host)
         for number in range(4):
-            strangers.append(socket.create_connection((HOST, listeners[-1]), timeout=5))
+            strangers.append(socket.create_connection((HOST, int(self.told)), timeout=5))
             strangers[-1].sendall(place(number))
 
     with monkeypatch.context() as patch:
