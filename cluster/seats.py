@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
+from divisi.model.placement import Layout
+
 Role = Literal["attention", "expert"]
 
 
@@ -141,8 +143,14 @@ class Membership:
     store: Address
     """The key-value store through which process groups meet."""
     absent: frozenset[Seat] = frozenset()
-    """Attention workers' seats that nobody fills."""
+    """Seats that have no part: attention workers' that nobody fills, and expert seats that serve nothing."""
     patience: Patience = field(default_factory=Patience)
+    layout: Layout | None = None
+    """Which virtual shards each expert seat serves; None: dealt evenly, as always where workers hold the experts."""
+
+    def __post_init__(self) -> None:
+        if self.layout is not None and tuple(sorted(self.shards)) != self.layout.seats:
+            raise ValueError(f"the expert seats {sorted(self.shards)} take part, and {self.layout.seats} serve experts")
 
     @property
     def seats(self) -> tuple[Seat, ...]:

@@ -1,14 +1,14 @@
 """Which rank of a gang holds what: the attention side, and which of the routed experts. Free of torch.
 
 The experts of a layer are dealt, interleaved, to a fixed number of *virtual shards*: the leaves of a binary tree in
-which a token's experts are summed, whatever the number of real shards. A real shard serves consecutive virtual shards,
-and so whole subtrees.
+which a token's experts are summed, whatever the number of real shards. Which of them a real shard serves is said by an
+epoch's layout; where nothing else is wanted, consecutive ones, and so few whole subtrees.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -50,6 +50,43 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Which virtual shards each expert seat serves in an epoch; never changes. Raises ValueError unless it is whole."""
+
+    leaves: int
+    """Of the tree: how many virtual shards there are."""
+    served: tuple[tuple[int, ...], ...]
+    """By the index of the seat, ascending, together each leaf once; who serves none has no part in the epoch."""
+
+    def __post_init__(self) -> None:
+        served = sorted(leaf for own in self.served for leaf in own)
+        if served != list(range(self.leaves)) or any(list(own) != sorted(own) for own in self.served):
+            raise ValueError(f"a layout names each of {self.leaves} virtual shards once, in ascending order: {self}")
+
+    @classmethod
+    def even(cls, leaves: int, num_shards: int) -> Self:
+        """Consecutive leaves for each of so many shards; their numbers differ by one at most, the larger ones first."""
+        size, extra = divmod(leaves, num_shards)
+        bounds = [i * size + min(i, extra) for i in range(num_shards + 1)]
+        return cls(leaves, tuple(tuple(range(low, high)) for low, high in itertools.pairwise(bounds)))
+
+    def subtrees(self, seat: int) -> tuple[range, ...]:
+        """The largest that cover what a seat serves; it returns one sum for each of them."""
+        return subtrees(self.leaves, self.served[seat])
+
+    @property
+    def server(self) -> list[int]:
+        """The seat that serves each leaf."""
+        seat_of = {leaf: seat for seat, own in enumerate(self.served) for leaf in own}
+        return [seat_of[leaf] for leaf in range(self.leaves)]
+
+    @property
+    def seats(self) -> tuple[int, ...]:
+        """Those that serve any leaf, ascending."""
+        return tuple(seat for seat, own in enumerate(self.served) if own)
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertShare:
     """The experts that one rank holds, and where they are in the tree."""
 
@@ -81,39 +118,27 @@ def deal(num_experts: int, num_shards: int, virtual_shards: int = VIRTUAL_SHARDS
             f"cannot share {num_experts} experts in {leaves} virtual shards among {num_shards} shards; "
             f"use 1 to {leaves} expert shards, or more virtual shards (at most one for each expert)"
         )
-    held = [tuple(e for e in range(num_experts) if e % leaves in own) for own in _shares_of(leaves, num_shards)]
-    trees = subtrees(leaves, num_shards)
-    return tuple(ExpertShare(ids, leaves, own) for ids, own in zip(held, trees, strict=True))
+    served = Layout.even(leaves, num_shards).served
+    return tuple(share_of(num_experts, leaves, own) for own in served)
 
 
-def _shares_of(leaves: int, num_shards: int) -> tuple[range, ...]:
-    """The virtual shards of each shard, consecutive; their numbers differ by one at most, the larger ones first."""
-    size, extra = divmod(leaves, num_shards)
-    bounds = [i * size + min(i, extra) for i in range(num_shards + 1)]
-    return tuple(range(low, high) for low, high in itertools.pairwise(bounds))
+def share_of(num_experts: int, leaves: int, own: Collection[int]) -> ExpertShare:
+    """The share that some of so many leaves are."""
+    return ExpertShare(tuple(e for e in range(num_experts) if e % leaves in own), leaves, subtrees(leaves, own))
 
 
-def shard_of_leaf(leaves: int, num_shards: int) -> list[int]:
-    """The shard that serves each virtual shard."""
-    return [shard for shard, own in enumerate(_shares_of(leaves, num_shards)) for _ in own]
+def subtrees(leaves: int, own: Collection[int]) -> tuple[range, ...]:
+    """The largest subtrees that cover some of so many leaves and no other, from left to right."""
 
+    def cover(tree: range) -> Iterator[range]:
+        there = [leaf in own for leaf in tree if leaf < leaves]
+        if there and all(there):
+            yield tree
+        elif any(there):
+            half = len(tree) // 2
+            yield from (*cover(tree[:half]), *cover(tree[half:]))
 
-def subtrees(leaves: int, num_shards: int) -> tuple[tuple[range, ...], ...]:
-    """Of each shard, the largest subtrees that cover its virtual shards; it returns one sum for each of them."""
-    whole = 1 << (leaves - 1).bit_length()
-    return tuple(
-        tuple(t for t in _aligned(share.start, whole if share.stop == leaves else share.stop) if t.start < leaves)
-        for share in _shares_of(leaves, num_shards)
-    )
-
-
-def _aligned(first: int, last: int) -> Iterator[range]:
-    while first < last:
-        size = (first & -first) or 1 << (last - 1).bit_length()
-        while first + size > last:
-            size //= 2
-        yield range(first, first + size)
-        first += size
+    return tuple(cover(range(1 << (leaves - 1).bit_length())))
 
 
 def additions(trees: Sequence[range]) -> list[tuple[int, int]]:

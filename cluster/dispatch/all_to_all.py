@@ -22,11 +22,10 @@ from torch import Tensor
 
 from divisi.cluster.dispatch.broadcast import ShardBatch, ShardSum, wait_for
 from divisi.cluster.dispatch.groups import Transfer
-from divisi.cluster.dispatch.planner import hit_rate
+from divisi.cluster.dispatch.planner import visit_rate
 from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.passes import Pass
-from divisi.model.placement import shard_of_leaf, subtrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +56,15 @@ class _WorkerEnd:
     """One message to each shard per layer, and one from each that has rows."""
 
     def __init__(self, peers: Peers, transport: Transport, spare: float) -> None:
-        wire, most, shards = transport.wire, transport.max_pass_rows, len(peers.shards)
+        wire, most = transport.wire, transport.max_pass_rows
         self._seat, self._transport = peers.seat, transport
-        self._group = peers.join(transport.largest(shards))
-        self._ranks = [rank for _, rank in sorted(peers.shards.items())]
-        self._trees = subtrees(wire.leaves, shards)
-        self._shard_L = torch.tensor(shard_of_leaf(wire.leaves, shards), device=transport.device)
-        self._hit, self._spare = hit_rate(wire.experts_per_token, wire.leaves, shards), spare
+        layout = peers.layout_of(wire.leaves)
+        self._group = peers.join(transport.largest(layout))
+        self._ranks = [peers.shards[seat] for seat in layout.seats]
+        self._trees = [layout.subtrees(seat) for seat in layout.seats]
+        self._shard_L = torch.tensor([layout.seats.index(seat) for seat in layout.server], device=transport.device)
+        shares = [len(layout.served[seat]) / wire.leaves for seat in layout.seats]
+        self._hits, self._spare = [visit_rate(wire.experts_per_token, share) for share in shares], spare
         self._requests_B = [transport.buffer(wire.counted_bytes(most)) for _ in self._ranks]
         self._replies_B = [transport.buffer(wire.reply_bytes(most, len(trees))) for trees in self._trees]
         self._sums_B = [transport.buffer(wire.reply_bytes(most, len(trees))) for trees in self._trees]
@@ -74,7 +75,8 @@ class _WorkerEnd:
         """See WorkerEnd."""
         self._transport.check(step_pass)
         rows, wire = step_pass.rows(self._seat), self._transport.wire
-        self._room = rows if self._full or not rows else capacity(rows, self._hit, self._spare)
+        whole = self._full or not rows
+        self._room = [rows if whole else capacity(rows, hit, self._spare) for hit in self._hits]
         sums = zip(self._sums_B, self._trees, strict=True)
         self._sums_TSD = [wire.reply(sums_B, rows, len(trees)) for sums_B, trees in sums]
         if rows:
@@ -89,8 +91,8 @@ class _WorkerEnd:
         transfers, visitors = [], []
         for shard, rank in enumerate(self._ranks):
             rows_N = self._visits_ET[shard].nonzero().squeeze(1)
-            if len(rows_N) > self._room:
-                self._overflowed, rows_N = True, rows_N[: self._room]
+            if len(rows_N) > self._room[shard]:
+                self._overflowed, rows_N = True, rows_N[: self._room[shard]]
             request = wire.counted(self._requests_B[shard], len(rows_N))
             request.gather(rows_N, x_TD, expert_ids_TK, gates_TK)
             transfers.append(self._group.send(request.bytes_B, rank))
@@ -136,12 +138,10 @@ class _ShardEnd:
     """Receives the visitors of every worker, and answers each worker that has any."""
 
     def __init__(self, peers: Peers, experts: Experts, transport: Transport) -> None:
-        most, shards = transport.max_pass_rows, len(peers.shards)
-        size = transport.wire.counted_bytes(most)
-        self._transport, self._group = transport, peers.join(transport.largest(shards))
+        size, layout = transport.wire.counted_bytes(transport.max_pass_rows), peers.layout_of(transport.wire.leaves)
+        self._transport, self._group = transport, peers.join(transport.largest(layout))
         self._workers = [(seat, rank, transport.buffer(size)) for seat, rank in sorted(peers.workers.items())]
-        sums = len(subtrees(transport.wire.leaves, shards)[peers.seat])
-        self._batch = ShardBatch(experts, transport, len(self._workers), sums)
+        self._batch = ShardBatch(experts, transport, len(self._workers), len(layout.subtrees(peers.seat)))
 
     def begin(self, step_pass: Pass) -> None:
         """See ShardEnd."""

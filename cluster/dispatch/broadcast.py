@@ -19,7 +19,7 @@ from divisi.cluster.dispatch.groups import Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
 from divisi.cluster.dispatch.wire import ShardRequest, Transport
 from divisi.cluster.passes import Pass
-from divisi.model.placement import additions, subtrees
+from divisi.model.placement import additions
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,10 @@ class _WorkerEnd:
     def __init__(self, peers: Peers, transport: Transport) -> None:
         wire, max_rows = transport.wire, transport.max_pass_rows
         self._seat, self._transport = peers.seat, transport
-        self._group = peers.join(transport.largest(len(peers.shards)))
-        self._ranks = [rank for _, rank in sorted(peers.shards.items())]
-        self._trees = subtrees(wire.leaves, len(self._ranks))
+        layout = peers.layout_of(wire.leaves)
+        self._group = peers.join(transport.largest(layout))
+        self._ranks = [peers.shards[seat] for seat in layout.seats]
+        self._trees = [layout.subtrees(seat) for seat in layout.seats]
         self._request_B = transport.buffer(wire.request_bytes(max_rows))
         self._replies_B = [transport.buffer(wire.reply_bytes(max_rows, len(trees))) for trees in self._trees]
         self._sum = ShardSum(transport, self._trees)
@@ -91,10 +92,10 @@ class _ShardEnd:
 
     def __init__(self, peers: Peers, experts: Experts, transport: Transport) -> None:
         size = transport.wire.request_bytes(transport.max_pass_rows)
-        self._transport, self._group = transport, peers.join(transport.largest(len(peers.shards)))
+        layout = peers.layout_of(transport.wire.leaves)
+        self._transport, self._group = transport, peers.join(transport.largest(layout))
         self._workers = [(seat, rank, transport.buffer(size)) for seat, rank in sorted(peers.workers.items())]
-        sums = len(subtrees(transport.wire.leaves, len(peers.shards))[peers.seat])
-        self._batch = ShardBatch(experts, transport, len(self._workers), sums)
+        self._batch = ShardBatch(experts, transport, len(self._workers), len(layout.subtrees(peers.seat)))
 
     def begin(self, step_pass: Pass) -> None:
         self._transport.check(step_pass)
@@ -129,11 +130,14 @@ class ShardSum:
         """`trees` are the subtrees of each shard."""
         shape = transport.max_pass_rows, transport.wire.hidden_size
         self._y_TD = torch.empty(shape, dtype=torch.float32, device=transport.device)
-        self._additions = additions([tree for of_shard in trees for tree in of_shard])
+        all_trees = [tree for of_shard in trees for tree in of_shard]
+        self._in_order = sorted(range(len(all_trees)), key=lambda index: all_trees[index].start)
+        self._additions = additions([all_trees[index] for index in self._in_order])
 
     def begin(self, replies_TSD: Sequence[Tensor]) -> None:
         """A pass's replies will be found here, in the order of the shards; their memory is added up in."""
-        sums_TD = [sum_TD for reply_TSD in replies_TSD for sum_TD in reply_TSD.unbind(1)]
+        as_they_come_TD = [sum_TD for reply_TSD in replies_TSD for sum_TD in reply_TSD.unbind(1)]
+        sums_TD = [as_they_come_TD[index] for index in self._in_order]
         self._pairs = [(sums_TD[left], sums_TD[right]) for left, right in self._additions]
         self._sum_TD = self._y_TD[: replies_TSD[0].shape[0]] if self._pairs else sums_TD[0]
 

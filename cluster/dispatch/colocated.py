@@ -21,7 +21,6 @@ from divisi.cluster.dispatch.groups import Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, WorkerEnd
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.passes import Pass
-from divisi.model.placement import subtrees
 
 _Exchange = tuple[Callable[[Tensor, int], Transfer], Tensor, int]
 
@@ -44,10 +43,11 @@ class ColocatedEnd:
     def __init__(self, peers: Peers, experts: Experts, transport: Transport) -> None:
         wire, max_rows = transport.wire, transport.max_pass_rows
         self._seat, self._transport = peers.seat, transport
-        self._group = peers.join(transport.largest(len(peers.shards)))
+        layout = peers.layout_of(wire.leaves)
+        self._group = peers.join(transport.largest(layout))
         self._ranks = dict(sorted(peers.workers.items()))
         self._requests_B = {seat: transport.buffer(wire.request_bytes(max_rows)) for seat in self._ranks}
-        trees = subtrees(wire.leaves, len(peers.shards))
+        trees = [layout.subtrees(seat) for seat in layout.seats]
         self._sums = {seat: len(own) for seat, own in enumerate(trees)}
         self._replies_B = {
             seat: transport.buffer(wire.reply_bytes(max_rows, self._sums[seat]))

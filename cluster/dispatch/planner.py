@@ -69,8 +69,13 @@ class Load:
 
 
 def hit_rate(experts_per_token: int, leaves: int, shards: int) -> float:
-    """Mean share of rows that visit a shard, where each of a row's experts is on any leaf alike."""
-    return 1.0 - (1.0 - 1.0 / min(shards, leaves)) ** experts_per_token
+    """Mean share of rows that visit a shard, where shards serve alike."""
+    return visit_rate(experts_per_token, 1.0 / min(shards, leaves))
+
+
+def visit_rate(experts_per_token: int, share: float) -> float:
+    """Share of rows that visit who serves such a share of the leaves, where each expert is on any leaf alike."""
+    return 1.0 - (1.0 - share) ** experts_per_token
 
 
 def layer_s(mode: Mode, load: Load, link: Link) -> float:

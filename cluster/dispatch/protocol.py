@@ -22,6 +22,7 @@ from divisi.cluster.seats import Membership
 from divisi.kernels.mixture.layout import Routed
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.experts import ExpertBank
+from divisi.model.placement import Layout
 
 
 class Experts(Protocol):
@@ -62,11 +63,17 @@ class Peers:
     join: Callable[[int], PeerGroup]
     """Meets all ranks in a process group, which the epoch's end closes, given the bytes of the longest message. All
     ranks of an epoch call it, with the same number, or none."""
+    layout: Layout | None = None
+    """Which virtual shards each shard serves; None: dealt evenly."""
 
     @classmethod
     def of(cls, membership: Membership, rank: int, join: Callable[[int], PeerGroup]) -> Self:
         """As a rank of an epoch sees them."""
-        return cls(membership.seats[rank].index, membership.workers, membership.shards, join)
+        return cls(membership.seats[rank].index, membership.workers, membership.shards, join, membership.layout)
+
+    def layout_of(self, leaves: int) -> Layout:
+        """Which of so many virtual shards each shard serves."""
+        return self.layout or Layout.even(leaves, len(self.shards))
 
 
 class WorkerEnd(Dispatcher, Protocol):

@@ -2,8 +2,8 @@
 
 To a shard, in one message: ``[ids int32 TK | gates fp32 TK | x TD in the wire dtype]``, for all-to-all behind the
 number of rows; back: ``y TSD`` in fp32. Neither way rounds: x travels in what the experts take, and sums as they are.
-Shapes: T rows, D model width, K experts per row, S subtrees that a shard sums (one where shards are a power of two), B
-bytes.
+Shapes: T rows, D model width, K experts per row, S subtrees that a shard sums (one where it serves leaves of an aligned
+power of two), B bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass
-from divisi.model.placement import subtrees
+from divisi.model.placement import Layout
 
 _COUNT = 8  # bytes in front of a message that says how many rows it holds
 
@@ -111,9 +111,9 @@ class Transport:
     compute_dtype: torch.dtype
     """What the experts take their input in."""
 
-    def largest(self, shards: int) -> int:
-        """Bytes of the longest message in a gang of so many shards."""
-        most = max(len(trees) for trees in subtrees(self.wire.leaves, shards))
+    def largest(self, layout: Layout) -> int:
+        """Bytes of the longest message in an epoch of such a layout."""
+        most = max(len(layout.subtrees(seat)) for seat in layout.seats)
         return max(self.wire.counted_bytes(self.max_pass_rows), self.wire.reply_bytes(self.max_pass_rows, most))
 
     def check(self, step_pass: Pass) -> None:

@@ -19,7 +19,7 @@ from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import GangShape
-from divisi.model.placement import deal
+from divisi.model.placement import Layout, deal
 from tests.contract.topologies import (
     EACH_MODE,
     EXPERTS,
@@ -166,7 +166,7 @@ def test_bytes_on_the_wire(mode: str, shards: int, record_result: Callable[[str,
             return x_TD
 
     step_pass, topology = full_pass(rows), Topology(mode, shape)
-    with gang_groups(shape, memory=HostMemory(transport.largest(shards), 0.0)) as plain:
+    with gang_groups(shape, memory=HostMemory(transport.largest(Layout.even(32, shards)), 0.0)) as plain:
         groups = [Counting(group) for group in plain]
         peers = peers_of(shape, groups)
         shares = deal(experts, shards)

@@ -7,7 +7,7 @@ import torch
 
 from divisi.kernels.experts.layout import Tree
 from divisi.kernels.select import Kernels
-from divisi.model.placement import additions, subtrees
+from divisi.model.placement import Layout, additions
 from tests.kernels.conftest import expect_close, packs
 
 WEIGHT_DTYPES = [torch.float32, torch.bfloat16]
@@ -153,7 +153,8 @@ def test_subtrees_of_experts_add_up_to_the_whole_bit_for_bit(kernels: Kernels, d
     ids = torch.stack([torch.randperm(experts)[:chosen] for _ in range(tokens)]).int()
     whole = kernels.routed_experts(x, ids, gates, Tree.of(range(experts), leaves), gate_up, down)
     for shards in {1, 2, 3, 4, leaves} & set(range(1, leaves + 1)):
-        trees = [tree for of_shard in subtrees(leaves, shards) for tree in of_shard]
+        layout = Layout.even(leaves, shards)
+        trees = [tree for seat in layout.seats for tree in layout.subtrees(seat)]
         sums = []
         for own in trees:
             held = [e for e in range(experts) if e % leaves in own]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 import pytest
 
 from divisi.model.config import ModelConfig
-from divisi.model.placement import additions, runs_of, shard_experts, subtrees, whole_share
+from divisi.model.placement import Layout, additions, runs_of, shard_experts, whole_share
 from divisi.model.random_checkpoint import SMALL_CONFIG
 
 
@@ -46,20 +49,52 @@ def test_experts_are_dealt_in_turn() -> None:
     assert whole_share(config_of(64)).subtrees == (range(32),)
 
 
+def layouts(leaves: int) -> Iterator[Layout]:
+    """The even ones, and seeded others: uneven, in pieces, with seats that serve nothing."""
+    yield from (Layout.even(leaves, shards) for shards in range(1, leaves + 1))
+    rng = random.Random(leaves)
+    for _ in range(40):
+        seat_of = [rng.randrange(1, 9) for _ in range(leaves)]
+        yield Layout(leaves, tuple(tuple(leaf for leaf in range(leaves) if seat_of[leaf] == seat) for seat in range(9)))
+
+
+@pytest.mark.parametrize("leaves", [1, 5, 7, 8, 32])
+def test_a_layout_says_who_serves_each_leaf(leaves: int) -> None:
+    for layout in layouts(leaves):
+        assert all(leaf in layout.served[seat] for leaf, seat in enumerate(layout.server))
+        assert layout.seats == tuple(sorted(set(layout.server)))
+
+
+@pytest.mark.parametrize("served", [((0, 1), (1, 2)), ((0,), (2,)), ((0, 1, 2, 3),), ((1, 0), (2,)), ()], ids=str)
+def test_a_layout_with_a_leaf_twice_nowhere_or_out_of_order_is_refused(served: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="each of 3 virtual shards once"):
+        Layout(3, served)
+
+
+def test_the_even_layout_is_consecutive_with_the_larger_shares_first() -> None:
+    assert Layout.even(8, 3).served == ((0, 1, 2), (3, 4, 5), (6, 7))
+    assert Layout.even(8, 3).subtrees(1) == (range(3, 4), range(4, 6))
+    assert Layout.even(6, 4).subtrees(3) == (range(5, 6),)
+    assert Layout.even(5, 5).subtrees(4) == (range(4, 8),), "nothing is beyond the fifth leaf"
+
+
 @pytest.mark.parametrize("leaves", [1, 5, 7, 8, 32])
 def test_subtrees_are_whole_and_few(leaves: int) -> None:
-    for shards in range(1, leaves + 1):
-        of_shard = subtrees(leaves, shards)
-        trees = [tree for own in of_shard for tree in own]
-        assert [leaf for tree in trees for leaf in tree][:leaves] == list(range(leaves))
-        assert all(tree.start % len(tree) == 0 and len(tree).bit_count() == 1 for tree in trees)
-        if shards.bit_count() == 1 and leaves % shards == 0:
-            assert all(len(own) == 1 for own in of_shard)
+    for layout in layouts(leaves):
+        for seat, own in enumerate(layout.served):
+            trees = layout.subtrees(seat)
+            assert tuple(leaf for tree in trees for leaf in tree if leaf < leaves) == own
+            assert all(tree.start % len(tree) == 0 and len(tree).bit_count() == 1 for tree in trees)
+            twins = {(tree.start ^ len(tree), len(tree)) for tree in trees}
+            assert not twins & {(tree.start, len(tree)) for tree in trees}, "two that make up a larger one"
+    for shards in (1, 2, 4, 8):
+        if leaves % shards == 0:
+            assert all(len(Layout.even(leaves, shards).subtrees(seat)) == 1 for seat in range(shards))
 
 
 @pytest.mark.parametrize("leaves", [1, 6, 8, 32])
 def test_sums_are_added_in_the_same_tree_however_it_is_cut(leaves: int) -> None:
-    """Additions as brackets: those of the whole tree, whatever the shards."""
+    """Additions as brackets: those of the whole tree, whoever serves which leaves."""
 
     def brackets(tree: range) -> str:
         if len(tree) == 1:
@@ -69,9 +104,9 @@ def test_sums_are_added_in_the_same_tree_however_it_is_cut(leaves: int) -> None:
         return f"({left}+{right})" if right else left
 
     whole = brackets(range(1 << (leaves - 1).bit_length()))
-    for shards in range(1, leaves + 1):
-        trees = [tree for own in subtrees(leaves, shards) for tree in own]
+    for layout in layouts(leaves):
+        trees = sorted((tree for seat in layout.seats for tree in layout.subtrees(seat)), key=lambda tree: tree.start)
         sums = [brackets(tree) for tree in trees]
         for left, right in additions(trees):
             sums[left] = f"({sums[left]}+{sums[right]})"
-        assert sums[0] == whole, f"{shards} shards"
+        assert sums[0] == whole, str(layout)

@@ -15,7 +15,7 @@ from divisi.cluster.dispatch.broadcast import wait_for
 from divisi.cluster.dispatch.groups import PeerGroup, Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
 from divisi.cluster.passes import Pass
-from divisi.model.placement import additions, subtrees
+from divisi.model.placement import additions
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Plain:
 class _WorkerEnd:
     def __init__(self, mode: Plain, peers: Peers, group: PeerGroup) -> None:
         self._mode, self._shards, self._group = mode, sorted(peers.shards.items()), group
-        self._trees = subtrees(mode.leaves, len(self._shards))
+        layout = peers.layout_of(mode.leaves)
+        self._trees = [layout.subtrees(seat) for seat, _ in self._shards]
 
     def begin(self, step_pass: Pass) -> None:
         pass
@@ -67,8 +68,10 @@ class _Pending:
 
     def combine(self) -> Tensor:
         wait_for(self.transfers, self.mode.deadline_s)
-        sums_TD = list(torch.cat(list(self.sums_TSD), dim=1).unbind(1))
-        for left, right in additions(self.trees):
+        as_they_come = zip(self.trees, torch.cat(list(self.sums_TSD), dim=1).unbind(1), strict=True)
+        trees, in_order = zip(*sorted(as_they_come, key=lambda pair: pair[0].start), strict=True)
+        sums_TD = list(in_order)
+        for left, right in additions(trees):
             sums_TD[left] = sums_TD[left] + sums_TD[right]
         return sums_TD[0]
 
