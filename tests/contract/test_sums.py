@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,19 +11,14 @@ from torch import Tensor
 from divisi.cluster.dispatch.groups import PeerGroup
 from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
-from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.seats import GangShape
-from divisi.model.placement import VIRTUAL_SHARDS, deal
 from tests.contract.topologies import (
-    CHOSEN,
     COLOCATED,
     EXACT,
     EXPERTS,
     QUICK,
     SIZES,
     SPLIT,
-    WIDTH,
-    Batch,
     Topology,
     each_mode,
     every_topology,
@@ -36,7 +30,7 @@ from tests.contract.topologies import (
     peers_of,
     run_all,
 )
-from tests.support.gangs import CPU, SHARED, DenseExperts, full_pass, gang_groups, serving_shards
+from tests.support.gangs import SHARED, DenseExperts
 
 
 @every_topology
@@ -125,67 +119,3 @@ def test_rows_and_sums_go_by_seat_whatever_the_ranks(shape: GangShape, monkeypat
     plain, other = (run_all(topology, torch.float32, per_worker, seats=seats) for seats in (peers_of, renumbered))
     for want, got in zip(plain, other, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
-
-
-WIDE = [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8), (2, 8)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["split", "all_to_all"])
-@pytest.mark.parametrize(
-    ("workers", "shards"), [pytest.param(*s, marks=() if s == (2, 8) else pytest.mark.verify) for s in WIDE]
-)
-@pytest.mark.parametrize("leaves", ["default", "4E"])
-def test_any_number_of_virtual_shards(workers: int, shards: int, mode: str, leaves: str, dtype: torch.dtype) -> None:
-    """Empty, uneven and overflowing counts: the sums of `local` with as many, bit for bit."""
-    experts, virtual = 40, VIRTUAL_SHARDS if leaves == "default" else 4 * shards
-    shape, topology = GangShape(workers, shards), Topology(mode, GangShape(workers, shards), spare=1.0)
-    weights = torch.randn(1, experts, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3)) / WIDTH**0.5
-    transport = Transport(WireFormat(WIDTH, CHOSEN, dtype, virtual), 64, 10.0, CPU, torch.float32)
-    whole = DenseExperts(weights, deal(experts, 1, virtual)[0])
-    counts = [(3, 1), (20, 0), (1, 33), (20, 20)][: None if workers == 2 else 3]
-    rng = torch.Generator().manual_seed(9)
-
-    def batch(rows: int, *, crowded: bool) -> Batch:
-        ids_TK = torch.rand(rows, experts, generator=rng).argsort(dim=1)[:, :CHOSEN].int().contiguous()
-        x_TD, gates_TK = torch.randn(rows, WIDTH, generator=rng), torch.rand(rows, CHOSEN, generator=rng)
-        return x_TD, torch.zeros_like(ids_TK) if crowded else ids_TK, gates_TK
-
-    batches = [
-        [batch(row[w], crowded=i == 3) if row[w] else None for w in range(workers)] for i, row in enumerate(counts)
-    ]
-    passes = [full_pass(*row[:workers]) for row in counts]
-    with gang_groups(shape) as groups:
-        peers = peers_of(shape, groups)
-        shares = deal(experts, shards, virtual)
-        steps = [[step_pass] for step_pass in passes for _ in range(2)]
-        with (
-            serving_shards(
-                peers[workers:],
-                topology.sharded_mode(transport),
-                lambda shard: DenseExperts(weights, shares[shard]),
-                steps,
-                range(1),
-            ),
-            ThreadPoolExecutor(workers) as pool,
-        ):
-
-            def run(each: Peers) -> None:
-                end = topology.worker_mode(0, transport).worker_end(each)
-                for step_pass, of_workers in zip(passes, batches, strict=True):
-                    own = of_workers[each.seat]
-                    carried = []
-                    for _ in range(2):  # who has not carried all does so the second time
-                        end.begin(step_pass)
-                        if own is None:
-                            end.idle(0)
-                            continue
-                        y_TD = end.dispatch(0, *own).combine().clone()
-                        if end.carried_all():
-                            carried.append(y_TD)
-                    if own is not None:
-                        want_TD = whole.partial_sum(0, own[0].to(dtype), *own[1:])
-                        assert carried
-                        assert all(torch.equal(y_TD, want_TD) for y_TD in carried)
-
-            list(pool.map(run, peers[:workers]))

@@ -21,7 +21,7 @@ from divisi.cluster.dispatch.protocol import DispatchMode, Peers, ShardedMode, W
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.passes import Pass
 from divisi.cluster.seats import Address, GangShape
-from divisi.model.placement import deal
+from divisi.model.placement import Layout, deal
 from tests.support.gangs import CPU, SHARED, DenseExperts, full_pass, gang_groups, membership_of, serving_shards
 from tests.support.plain_mode import Plain
 
@@ -107,9 +107,9 @@ def make_transport(dtype: torch.dtype = torch.float32, deadline_s: float = 10.0)
     return Transport(WireFormat(WIDTH, CHOSEN, dtype, EXPERTS), 64, deadline_s, CPU, torch.float32)
 
 
-def peers_of(shape: GangShape, groups: Sequence[PeerGroup]) -> list[Peers]:
+def peers_of(shape: GangShape, groups: Sequence[PeerGroup], layout: Layout | None = None) -> list[Peers]:
     """By rank."""
-    membership = membership_of(shape, Address("127.0.0.1"))
+    membership = membership_of(shape, Address("127.0.0.1"), layout=layout)
     return [Peers.of(membership, rank, lambda _, group=group: group) for rank, group in enumerate(groups)]  # type: ignore[misc]
 
 

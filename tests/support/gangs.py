@@ -18,10 +18,10 @@ from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.loops.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind, PassLayers
-from divisi.cluster.seats import Address, GangShape, Membership
+from divisi.cluster.seats import Address, GangShape, Membership, Seat
 from divisi.kernels.experts.reference import sum_in_tree
 from divisi.kernels.native.loader import load_library
-from divisi.model.placement import ExpertShare
+from divisi.model.placement import ExpertShare, Layout
 from tests.support.credentials import CREDENTIALS
 
 CPU = torch.device("cpu")
@@ -54,23 +54,29 @@ class DenseExperts:
         return self.partial_sum(layer, x_TD, expert_ids_TK, gates_TK)
 
 
-def membership_of(shape: GangShape, store: Address, epoch: int = 1) -> Membership:
-    """Of all seats."""
-    return Membership(epoch, shape, tuple(map(str, shape.seats)), (Address("127.0.0.1"),) * shape.size, store)
+def membership_of(shape: GangShape, store: Address, epoch: int = 1, layout: Layout | None = None) -> Membership:
+    """Of all seats but those that serve nothing."""
+    served = range(shape.expert_shards) if layout is None else layout.seats
+    absent = frozenset(Seat("expert", index) for index in range(len(shape.shard_ranks)) if index not in served)
+    holders = tuple(str(seat) for seat in shape.seats if seat not in absent)
+    addresses = (Address("127.0.0.1"),) * len(holders)
+    return Membership(epoch, shape, holders, addresses, store, absent, layout=layout)
 
 
 @contextmanager
-def gang_groups(shape: GangShape, epoch: int = 1, memory: HostMemory | None = SHARED) -> Iterator[list[PeerGroup]]:
+def gang_groups(
+    shape: GangShape, epoch: int = 1, memory: HostMemory | None = SHARED, layout: Layout | None = None
+) -> Iterator[list[PeerGroup]]:
     """The groups of all ranks, in rank order: shared memory, or gloo where there is none."""
     load_library()  # compiles where nothing is compiled yet, for longer than ranks wait for each other
     with closing(StoreServer("127.0.0.1", CREDENTIALS)) as store:
-        membership = membership_of(shape, store.address, epoch)
+        membership = membership_of(shape, store.address, epoch, layout)
 
         def join(rank: int) -> PeerGroup:
             return join_group(membership, rank, CPU, 20.0, CREDENTIALS, memory=memory)
 
-        with ThreadPoolExecutor(shape.size) as pool:
-            groups = list(pool.map(join, range(shape.size)))
+        with ThreadPoolExecutor(membership.size) as pool:
+            groups = list(pool.map(join, range(membership.size)))
         try:
             yield groups
         finally:
