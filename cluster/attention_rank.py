@@ -29,7 +29,7 @@ from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang.control.peer import listen
 from divisi.cluster.gang.loops.inbox import EpochInbox
 from divisi.cluster.gang.loops.worker_loop import WorkerLoop
-from divisi.cluster.gang.membership.coordinator import Stats
+from divisi.cluster.gang.membership.status import Stats
 from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
 from divisi.cluster.loading import load_in_thread
 from divisi.cluster.post import Post

@@ -22,8 +22,9 @@ from divisi.cluster.dispatch.protocol import ShardedMode
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.loops.inbox import EpochInbox
 from divisi.cluster.gang.membership.client import CoordinatorClient
-from divisi.cluster.gang.membership.coordinator import CoordinatorLost, Stats
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost
 from divisi.cluster.gang.membership.neighbours import Neighbours, own_process
+from divisi.cluster.gang.membership.status import Stats
 from divisi.cluster.gang.membership.vacancies import Applicant
 from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
 from divisi.cluster.loading import load_in_thread
@@ -175,12 +176,12 @@ class ExpertRank:
                 try:
                     client = self._post.connect()
                     while not self._closed.is_set():
-                        index = client.vacancy(self._applicant, _WAIT_S)
+                        share = client.vacancy(self._applicant, _WAIT_S)
                         self._asked_at = self._heard_at = time.monotonic()
                         if self._orphaned():
                             self._closed.wait()  # asking again would keep from others what was promised
-                        elif index is not None and self._confirms(client, index):
-                            return index
+                        elif share is not None and self._confirms(client, share.index):
+                            return share.index
                         neighbours.watch(client.neighbours(self._post.host))
                 except CoordinatorLost:
                     self._closed.wait(_RETRY_S)
@@ -191,7 +192,8 @@ class ExpertRank:
 
     def _confirms(self, client: CoordinatorClient, index: int) -> bool:
         """Ask again at once: what is promised to who may have died meanwhile is soon another's."""
-        return client.vacancy(self._applicant, 0.0) == index
+        share = client.vacancy(self._applicant, 0.0)
+        return share is not None and share.index == index
 
     def _is_wanted(self, index: int) -> bool:
         """Whether what was loaded is still to be served: its last holder may have come back."""

@@ -51,7 +51,8 @@ class GangSpec:
     """Whether fewer are drafted where that makes more tokens per second."""
     telemetry: TelemetrySpec = field(default_factory=TelemetrySpec)
     virtual_shards: int = VIRTUAL_SHARDS
-    """Into how many the experts are cut for good: tokens are the same for any number of shards up to it."""
+    """Into how many the experts are cut for good, at most one for each: tokens are the same for any number of shards up
+    to it."""
     dispatch: Literal["auto", "broadcast", "all_to_all"] = "auto"
     """How rows reach expert shards; auto: by `divisi.cluster.dispatch.planner`."""
     micro_batches: Literal["auto", "never", "always"] = "auto"

@@ -20,7 +20,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from divisi.cluster.cores import CorePlan, usable_cores
-from divisi.cluster.gang.membership.coordinator import CoordinatorLost, CoordinatorStatus
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost
+from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.draining import drain_gang
 from divisi.cluster.ray.identity import named

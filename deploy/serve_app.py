@@ -266,7 +266,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         kernels=gang.kernels,
         deterministic=gang.deterministic,
         shape=gang.shape,
-        virtual_shards=gang.virtual_shards,
+        virtual_shards=min(gang.virtual_shards, config.num_experts),
         dispatch=gang.dispatch,
         micro_batches=gang.micro_batches,
         min_attention_workers=gang.least_workers,

@@ -16,7 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from divisi.cluster.errors import AnswerLost, GangNotReady, WorkerLeft, WorkerLost
-from divisi.cluster.gang.membership.coordinator import CoordinatorLost, CoordinatorStatus
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost
+from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.secret import gang_secret
 from divisi.cluster.request import Request, TokenEvent

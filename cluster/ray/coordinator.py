@@ -15,9 +15,10 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayS
 
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials
-from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost, CoordinatorStatus, Stats
-from divisi.cluster.gang.membership.roster import Directive
-from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost
+from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
+from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.gang.membership.watchdog import Watchdog
 from divisi.cluster.nodes import NodeChoice
 from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, end_actors, end_own_actor
@@ -60,6 +61,7 @@ class CoordinatorActor(Coordinator):
             gather_s=_GATHER_S if again else None,
             owner_lease_s=ORPHANED_S,
             patience=spec.patience,
+            virtual_shards=spec.virtual_shards,
         )
         telemetry = Telemetry(spec.telemetry, "coordinator", host)
         self._tracer = telemetry.tracer
@@ -126,9 +128,11 @@ class RayCoordinatorClient:
         index: int | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> Seat | None:
         """See CoordinatorClient."""
-        seat: Seat | None = self._get(self._actor.join.remote(holder_id, role, address, index, loading, spec))
+        asked: Any = self._actor.join.remote(holder_id, role, address, index, loading, spec, held)
+        seat: Seat | None = self._get(asked)
         return seat
 
     def resume(
@@ -139,14 +143,20 @@ class RayCoordinatorClient:
         membership: Membership | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> bool:
         """See CoordinatorClient."""
-        return bool(self._get(self._actor.resume.remote(holder_id, seat, address, membership, loading, spec)))
+        asked: Any = self._actor.resume.remote(holder_id, seat, address, membership, loading, spec, held)
+        return bool(self._get(asked))
 
-    def vacancy(self, applicant: Applicant, wait_s: float) -> int | None:
+    def vacancy(self, applicant: Applicant, wait_s: float) -> Share | None:
         """See CoordinatorClient."""
-        index: int | None = self._get(self._actor.vacancy.remote(applicant, wait_s))
-        return index
+        share: Share | None = self._get(self._actor.vacancy.remote(applicant, wait_s))
+        return share
+
+    def prepared(self, holder_id: str, order: int) -> None:
+        """See CoordinatorClient."""
+        self._get(self._actor.prepared.remote(holder_id, order))
 
     def neighbours(self, host: str) -> Mapping[str, LocalProcess]:
         """See CoordinatorClient."""

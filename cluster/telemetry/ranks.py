@@ -9,7 +9,7 @@ from typing import Protocol
 
 from divisi.cluster.engine.stats import EngineStats
 from divisi.cluster.gang.control.header import Header
-from divisi.cluster.gang.membership.coordinator import Stats
+from divisi.cluster.gang.membership.status import Stats
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.requests import RequestTimes
 from divisi.cluster.telemetry.rows import StatRow, rank_rows

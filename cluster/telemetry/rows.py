@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from divisi.cluster.gang.membership.coordinator import Stats
+from divisi.cluster.gang.membership.status import Stats
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
 from tests.support.credentials import CREDENTIALS
 from tests.support.gang_processes import coordinator_server, rank_processes
-from tests.support.thread_gang import HOST, Shard, Worker, new_coordinator, small_spec, thread_gang
+from tests.support.thread_gang import HOST, Shard, Worker, leaves_of, new_coordinator, small_spec, thread_gang
 
 TOKENS = 400
 ASKED = [Request(f"r{i}", (7 + i, 8, 9), TOKENS, Sampling(0.8, seed=i)) for i in range(2)]
@@ -79,7 +79,7 @@ def test_steps_go_on_without_a_coordinator_and_under_the_next(small_model: Path,
         next_store = StoreServer(HOST, CREDENTIALS)
         relay.current = latter = Coordinator(
             spec.shape, next_store.address, first_epoch=10_000, min_attention_workers=1, spec=spec.fingerprint,
-            gather_s=60.0,
+            gather_s=60.0, virtual_shards=leaves_of(spec),
         )  # fmt: skip
         wait_for(lambda: latter.status().ready, "the epoch is not adopted")
         assert latter.status().epoch == epoch

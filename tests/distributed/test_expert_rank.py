@@ -13,7 +13,7 @@ from divisi.cluster import expert_rank
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.expert_rank import ExpertRank
 from divisi.cluster.gang.membership.coordinator import Coordinator
-from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.seats import Address, GangShape, Seat
 from tests.support.credentials import CREDENTIALS
 from tests.support.thread_gang import HOST, new_coordinator, post_of, small_spec
@@ -65,7 +65,7 @@ def test_who_loads_keeps_what_is_promised_to_it(
     asked: list[float] = []
     vacancy = coordinator.vacancy
 
-    def count(applicant: Applicant, wait_s: float) -> int | None:
+    def count(applicant: Applicant, wait_s: float) -> Share | None:
         asked.append(wait_s)
         return vacancy(applicant, wait_s)
 

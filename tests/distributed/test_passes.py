@@ -220,7 +220,7 @@ class Gang:
 def counted_gang(shape: GangShape, fault: Fault | None) -> Iterator[Gang]:
     """Two workers whose engines have the plans of COUNTS, and their shards."""
     store = StoreServer(HOST, CREDENTIALS)  # serves for as long as it is referred to
-    coordinator = Coordinator(shape, store.address)
+    coordinator = Coordinator(shape, store.address, virtual_shards=EXPERTS)
     shares = deal(EXPERTS, max(shape.expert_shards, 1))
     gang = Gang([], [], [], threading.Semaphore(0))
     with contextlib.ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from divisi.cluster.gang.membership.roster import Roster
+from divisi.cluster.gang.membership.vacancies import Applicant
 from divisi.cluster.seats import Address, GangShape
 
 STORE = Address("127.0.0.1", 1)
@@ -31,6 +32,12 @@ def enter_all(roster: Roster, ids: list[str]) -> int:
     return epoch
 
 
+def wanted(roster: Roster, applicant: Applicant, now: float) -> int | None:
+    """The seat that an applicant is to load for."""
+    share = roster.vacancy(applicant, now)
+    return None if share is None else share.index
+
+
 def successor(roster: Roster, until: float = 4.0) -> Roster:
     """What comes after it, and knows nothing."""
     return Roster(
@@ -43,4 +50,4 @@ def resume_all(roster: Roster, former: Roster, but: str = "") -> None:
     for holder in former.holders():
         if holder.holder_id != but:
             inside = former.membership if holder.epoch else None
-            assert roster.resume(holder.holder_id, holder.seat, holder.address, 1.0, inside)
+            assert roster.resume(holder.holder_id, holder.seat, holder.address, 1.0, inside, held=holder.held)

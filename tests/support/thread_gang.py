@@ -51,6 +51,11 @@ def small_spec(path: Path, shape: GangShape, **changes: object) -> GangSpec:
     return GangSpec(**(fields | changes))  # type: ignore[arg-type]
 
 
+def leaves_of(spec: GangSpec) -> int:
+    """Into how many virtual shards its experts are cut."""
+    return min(spec.virtual_shards, ModelConfig.load(spec.model_dir).num_experts)
+
+
 def post_of(coordinator: Coordinator, process: str = "") -> Post:
     """Of a rank in this process."""
     return Post(HOST, CREDENTIALS.secret, lambda: coordinator, lambda who: contextlib.nullcontext(), process)
@@ -157,6 +162,7 @@ def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, g
         min_attention_workers=spec.min_attention_workers,
         spec=spec.fingerprint,
         patience=spec.patience,
+        virtual_shards=leaves_of(spec),
     )
 
 

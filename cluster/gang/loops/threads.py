@@ -13,9 +13,8 @@ from divisi.cluster.gang.loops.inbox import Assignment
 
 log = logging.getLogger(__name__)
 
-SPIN_S = 0.02
-"""As long as a peer needs for a layer of a full batch. Who slept meanwhile is slow for a while: with 2 ms a decode step
-of 16 rows took a fifteenth longer."""
+_SPIN_S = 0.002
+"""As long as a peer needs for a layer of a small batch; to be woken takes 50 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +27,17 @@ class CoreShare:
     def take(self, assignment: Assignment) -> float:
         """Set torch's threads in the calling thread: fixed, or the cores over the epoch's ranks on this machine.
 
-        With a plan, this whole process keeps to its rank's cores, and has as many threads. Anew in each epoch, since a
-        rank that was replaced may run elsewhere. Returns for how many seconds who waits for a peer may keep its core:
-        0 where ranks share cores, or those that wait would take them from those that compute.
+        With a plan, this whole process keeps to its rank's cores, and has as many threads; a shard that was not planned
+        for has no cores of its own. Anew in each epoch, since a rank that was replaced may run elsewhere. Returns for
+        how many seconds who waits for a peer may keep its core: 0 where ranks share cores, or those that wait would
+        take them from those that compute.
         """
         membership, rank = assignment.membership, assignment.rank
-        if self.plan is None:
+        place = membership.shape.rank(membership.seats[rank])
+        if self.plan is None or place >= len(self.plan.ranks):
             beside = membership.ranks_beside(rank)
-            cores, alone = usable_cores() // beside, usable_cores() >= beside
+            cores, alone = usable_cores() // beside, usable_cores() >= beside and self.plan is None
         else:
-            place = membership.shape.rank(membership.seats[rank])
             own = self.plan.ranks[place]
             others = {core for at, of_rank in enumerate(self.plan.ranks) if at != place for core in of_rank}
             keep_to(own)
@@ -51,4 +51,4 @@ class CoreShare:
             ", ".join(map(str, sorted(os.sched_getaffinity(0)))),
             "" if alone else ", which other ranks need too",
         )
-        return SPIN_S if alone else 0.0
+        return _SPIN_S if alone else 0.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from divisi.cluster.gang.membership.coordinator import Stats
-from divisi.cluster.gang.membership.roster import Directive
-from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.status import Stats
+from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.seats import Address, LocalProcess, Membership, Role, Seat
 
 
@@ -22,10 +22,11 @@ class CoordinatorClient(Protocol):
         index: int | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> Seat | None:
         """Take a seat; None when all of the role are held, or when the gang has another spec than that fingerprint's.
 
-        `loading`: to load the weights of that seat first.
+        `loading`: to load the weights of that seat first. `held`: the virtual shards that a shard holds.
         """
         ...
 
@@ -37,10 +38,11 @@ class CoordinatorClient(Protocol):
         membership: Membership | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> bool:
         """Go on in a seat that this coordinator has given, or a former one; False when it is another's by now.
 
-        `membership`: of the epoch that the holder is in.
+        `membership`: of the epoch that the holder is in. `held`: see `join`.
         """
         ...
 
@@ -48,8 +50,12 @@ class CoordinatorClient(Protocol):
         """Report to have the seat's weights."""
         ...
 
-    def vacancy(self, applicant: Applicant, wait_s: float) -> int | None:
+    def vacancy(self, applicant: Applicant, wait_s: float) -> Share | None:
         """Wait up to `wait_s` for a share of the experts that the applicant is to load, and then to join for."""
+        ...
+
+    def prepared(self, holder_id: str, order: int) -> None:
+        """Report to hold what a `prepare` with that order has told."""
         ...
 
     def neighbours(self, host: str) -> Mapping[str, LocalProcess]:

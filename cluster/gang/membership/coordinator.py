@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from divisi.cluster.gang.drain import Drain
+from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.figures import Figures
 from divisi.cluster.gang.membership.lease import OwnerLease
-from divisi.cluster.gang.membership.ordinals import Ordinals
-from divisi.cluster.gang.membership.roster import Directive, Roster
-from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.gang.membership.roster import Roster
+from divisi.cluster.gang.membership.scaling import ScaleStatus, Scaling
+from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
+from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.gang.refused_demand import RefusedDemand
 from divisi.cluster.seats import (
     Address,
@@ -26,43 +28,15 @@ from divisi.cluster.seats import (
     Role,
     ScrapeTarget,
     Seat,
-    StreamAddress,
 )
+from divisi.model.placement import VIRTUAL_SHARDS
 
 _LOOK_S = 0.2
 """After so long who waits for a seat looks whether a lease has lapsed, which nobody tells."""
-Stats = Mapping[str, float | Mapping[str, float]]
-"""Of one rank, by name; some are by one or two more keys, written `chat 1`."""
 
 
 class CoordinatorLost(ConnectionError):
     """The coordinator's process is gone or cannot be reached."""
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinatorStatus:
-    """What the gang looks like now. `stats` and `progress` are keyed by seat."""
-
-    ready: bool
-    reason: str
-    epoch: int
-    stats: Mapping[str, Stats] = field(default_factory=dict)
-    progress: Mapping[str, str] = field(default_factory=dict)
-    """Last word of each rank while it loads, for instance `expert:1` -> `120 MB read`."""
-    failures: Mapping[str, str] = field(default_factory=dict)
-    """Ranks that could not load, and why."""
-    streams: tuple[StreamAddress, ...] = ()
-    """Where the ingresses reach the attention workers."""
-    gang: Stats = field(default_factory=dict)
-    """Seats and epochs in numbers."""
-    targets: tuple[ScrapeTarget, ...] = ()
-    """Whose metrics can be scraped."""
-    workers: int = 0
-    """Attention workers of the epoch; 0 between epochs."""
-    recovering: bool = False
-    """The gang has had an epoch, and is to have another soon."""
-    gathering: bool = False
-    """The coordinator was started anew and does not know yet whether the gang serves."""
 
 
 class Coordinator:
@@ -81,29 +55,28 @@ class Coordinator:
         gather_s: float | None = None,
         owner_lease_s: float = 30.0,
         patience: Patience | None = None,
+        virtual_shards: int = VIRTUAL_SHARDS,
+        copies: int = 0,
     ) -> None:
         """`first_epoch` must be above every epoch of a former coordinator of the gang.
 
         `gather_s`: how long to look for the gang of a former one, before it is formed anew; None: there was none.
         `owner_lease_s`: how long the gang lasts without an owner. `patience`: of each epoch's ranks with each other.
-        `min_attention_workers` and `spec`: see Roster.
+        `min_attention_workers`, `spec`, `virtual_shards` and `copies`: see Roster.
         """
         gather_until = None if gather_s is None else clock() + gather_s
         self._roster = Roster(
-            shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience, clock()
-        )
+            shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience, clock(),
+            virtual_shards, copies,
+        )  # fmt: skip
         self._clock = clock
         self._follows = gather_s is not None
         self._changed = threading.Condition()
         self._drain = Drain(clock)
         self._refused = RefusedDemand(clock)
+        self._scaling = Scaling()
         self._owner = OwnerLease(owner_lease_s, clock)
-        self._stats: dict[str, Stats] = {}
-        self._progress: dict[str, str] = {}
-        self._failures: dict[str, str] = {}
-        self._ingresses = Ordinals()
-        self._joins: Counter[str] = Counter()
-        self._epochs, self._last_epoch = 0, 0
+        self._figures = Figures()
         self.own_target: ScrapeTarget | None = None
         """Where this process is scraped."""
         self._unplaced = ""
@@ -116,15 +89,16 @@ class Coordinator:
         index: int | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> Seat | None:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.expire(self._clock())
             known = {holder.holder_id for holder in self._roster.holders()}
-            seat = self._roster.join(holder_id, role, address, self._clock(), index, loading, spec)
+            seat = self._roster.join(holder_id, role, address, self._clock(), index, loading, spec, held)
             if seat is not None and holder_id not in known:
-                self._joins[str(seat)] += 1
-            self._count_epochs()
+                self._figures.joins[str(seat)] += 1
+            self._note_changes()
             self._changed.notify_all()
         return seat
 
@@ -136,12 +110,13 @@ class Coordinator:
         membership: Membership | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> bool:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.expire(self._clock())
-            resumed = self._roster.resume(holder_id, seat, address, self._clock(), membership, loading, spec)
-            self._count_epochs()
+            resumed = self._roster.resume(holder_id, seat, address, self._clock(), membership, loading, spec, held)
+            self._note_changes()
             self._changed.notify_all()
         return resumed
 
@@ -149,10 +124,10 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.loaded(holder_id)
-            self._count_epochs()
+            self._note_changes()
             self._changed.notify_all()
 
-    def vacancy(self, applicant: Applicant, wait_s: float) -> int | None:
+    def vacancy(self, applicant: Applicant, wait_s: float) -> Share | None:
         """See CoordinatorClient."""
         until = self._clock() + wait_s
         with self._changed:
@@ -160,11 +135,58 @@ class Coordinator:
             while True:
                 if self._expired():
                     self._changed.notify_all()
-                index = self._roster.vacancy(applicant, self._clock())
+                share = self._roster.vacancy(applicant, self._clock())
                 left_s = until - self._clock()
-                if index is not None or left_s <= 0:
-                    return index
+                if share is not None:
+                    self._scaling.asked(applicant, self._clock())
+                if share is not None or left_s <= 0:
+                    return share
                 self._changed.wait(min(left_s, _LOOK_S))
+
+    def prepared(self, holder_id: str, order: int) -> None:
+        """See CoordinatorClient."""
+        with self._changed:
+            self._roster.prepared(holder_id, order)
+            self._note_changes()
+            self._changed.notify_all()
+
+    def scale(self, expert_shards: int) -> ScaleStatus:
+        """Have so many expert shards: each loads what it lacks while the others serve, and then one epoch has them all.
+
+        Raises ValueError, for people, where there cannot be so many.
+        """
+        with self._changed:
+            before, now = self._roster.plan.wanted_shards, self._clock()
+            self._roster.scale(expert_shards, now)
+            if expert_shards != before:
+                self._scaling.begin(self._roster.plan.served_shape.expert_shards, self._figures.weights_read(), now)
+            self._note_changes()
+            self._changed.notify_all()
+            return self._scale_status()
+
+    def wanted_shards(self, known: int, wait_s: float) -> int:
+        """How many expert shards there are to be: at once where that is not what is `known`, else after `wait_s`."""
+        until = self._clock() + wait_s
+        with self._changed:
+            while self._roster.plan.wanted_shards == known and (left_s := until - self._clock()) > 0:
+                self._changed.wait(left_s)
+            self._scaling.told(self._clock())
+            return self._roster.plan.wanted_shards
+
+    def _scale_status(self) -> ScaleStatus:
+        waits_for = self._lacking() or []
+        if not waits_for and not self._scaling.is_over:
+            waits_for = ["the next epoch"]
+        return ScaleStatus(
+            self._roster.plan.served_shape.expert_shards,
+            self._roster.plan.wanted_shards,
+            tuple(waits_for),
+            self._scaling.seconds(),
+            self._scaling.bytes_read(self._figures.weights_read()),
+        )
+
+    def _lacking(self) -> list[str] | None:
+        return self._roster.plan.lacking(list(self._roster.holders()))
 
     def neighbours(self, host: str) -> Mapping[str, LocalProcess]:
         """See CoordinatorClient."""
@@ -177,7 +199,7 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.ended(holder_id, self._clock())
-            self._count_epochs()
+            self._note_changes()
             self._changed.notify_all()
 
     def poll(self, holder_id: str, wait_s: float, stats: Stats | None = None) -> Directive:
@@ -186,7 +208,7 @@ class Coordinator:
         with self._changed:
             self._roster.beat(holder_id, self._clock())
             if stats is not None:
-                self._stats[holder_id] = stats
+                self._figures.stats[holder_id] = stats
             while True:
                 if self._expired():
                     self._changed.notify_all()
@@ -200,12 +222,13 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.serving(holder_id, epoch)
+            self._note_changes()
 
     def left(self, holder_id: str, epoch: int, reason: str, suspect: str | None = None) -> None:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.left(holder_id, epoch, reason, self._clock(), suspect)
-            self._count_epochs()
+            self._note_changes()
             self._changed.notify_all()
 
     def retire(self, holder_id: str) -> bool:
@@ -219,13 +242,13 @@ class Coordinator:
         """See CoordinatorClient."""
         with self._changed:
             self._roster.leave(holder_id, reason, self._clock())
-            self._count_epochs()
+            self._note_changes()
             self._changed.notify_all()
 
     def push_stats(self, holder_id: str, stats: Stats) -> None:
         """See CoordinatorClient."""
         with self._changed:
-            self._stats[holder_id] = stats
+            self._figures.stats[holder_id] = stats
 
     def bound(self, least_workers: int) -> None:
         """Have epochs form with so many attention workers from now on; the one that runs goes on."""
@@ -236,13 +259,13 @@ class Coordinator:
     def report_progress(self, who: str, text: str) -> None:
         """Note what a rank that holds no seat yet is doing."""
         with self._changed:
-            self._progress[who] = text
-            self._failures.pop(who, None)
+            self._figures.progress[who] = text
+            self._figures.failures.pop(who, None)
 
     def report_failure(self, who: str, text: str) -> None:
         """Note that a rank could not load."""
         with self._changed:
-            self._failures[who] = text
+            self._figures.failures[who] = text
 
     def report_unplaced(self, text: str) -> None:
         """Note which processes have no node to run on, for people; empty where all have."""
@@ -289,7 +312,7 @@ class Coordinator:
     def register_ingress(self, ingress_id: str, host: str, port: int, former: int | None = None) -> int:
         """An ingress replica is there, scraped on that port; returns its number. To be called every few seconds."""
         with self._changed:
-            return self._ingresses.renew(ingress_id, host, port, self._clock(), former)
+            return self._figures.ingresses.renew(ingress_id, host, port, self._clock(), former)
 
     def open_answers(self) -> int:
         """Answers that the ingress replicas have open, by their last reports."""
@@ -304,22 +327,20 @@ class Coordinator:
         with self._changed:
             if self._expired():
                 self._changed.notify_all()
-            seats = {holder.holder_id: str(holder.seat) for holder in self._roster.holders()}
-            self._stats = {holder_id: stats for holder_id, stats in self._stats.items() if holder_id in seats}
-            membership = self._roster.membership
+            figures, membership = self._figures, self._roster.membership
             return CoordinatorStatus(
                 ready=self._roster.ready() and not self._drain.begun,
                 reason=self._explain(),
                 epoch=membership.epoch if membership is not None else 0,
-                stats={seats[holder_id]: stats for holder_id, stats in self._stats.items()},
-                progress=dict(self._progress),
-                failures=dict(self._failures),
+                stats=figures.by_seat(self._roster.holders()),
+                progress=dict(figures.progress),
+                failures=dict(figures.failures),
                 workers=0 if membership is None else len(membership.workers),
-                recovering=(self._follows or self._epochs > 0) and not self._drain.begun,
+                recovering=(self._follows or figures.epochs > 0) and not self._drain.begun,
                 gathering=self._roster.gathering,
                 streams=tuple(holder.address.streams for holder in self._roster.holders() if holder.address.streams),
                 gang=self._numbers(),
-                targets=self._targets(),
+                targets=figures.targets(self.own_target, self._roster.holders(), self._clock()),
             )
 
     def numbers(self) -> Stats:
@@ -329,30 +350,14 @@ class Coordinator:
             return {"ready": float(ready), **self._numbers()}
 
     def _numbers(self) -> Stats:
-        membership = self._roster.membership
-        return {
-            "seats": self._roster.shape.size,
-            "seats_filled": sum(1 for _ in self._roster.holders()),
-            "epoch": 0 if membership is None else membership.epoch,
-            "epochs": self._epochs,
-            "seat_joins": dict(self._joins),
-            "refused_tokens": self._refused.tokens(),
-        }
+        roster = self._roster
+        filled = sum(1 for _ in roster.holders())
+        of_gang = self._figures.of_gang(roster.shape, filled, roster.membership)
+        return {**of_gang, "refused_tokens": self._refused.tokens()}
 
-    def _targets(self) -> tuple[ScrapeTarget, ...]:
-        targets = [] if self.own_target is None else [self.own_target]
-        targets += [ScrapeTarget("ingress", *known) for known in self._ingresses.all(self._clock()) if known[2]]
-        for holder in sorted(self._roster.holders(), key=lambda holder: holder.seat):
-            if holder.address.metrics:
-                seat, address = holder.seat, holder.address
-                targets.append(ScrapeTarget(seat.role, seat.index, address.host, address.metrics))
-        return tuple(targets)
-
-    def _count_epochs(self) -> None:
-        membership = self._roster.membership
-        if membership is not None and membership.epoch != self._last_epoch:
-            self._last_epoch = membership.epoch
-            self._epochs += 1
+    def _note_changes(self) -> None:
+        self._scaling.look(self._lacking(), self._roster.ready(), self._clock())
+        self._figures.count(self._roster.membership)
 
     def _explain(self) -> str:
         if self._drain.begun:
@@ -363,5 +368,5 @@ class Coordinator:
     def _expired(self) -> bool:
         before = self._roster.membership
         self._roster.expire(self._clock())
-        self._count_epochs()
+        self._note_changes()
         return self._roster.membership is not before

@@ -8,9 +8,10 @@ clock. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from divisi.cluster.seats import GangShape, Membership, Seat
+from divisi.model.placement import Layout
 
 
 @dataclass(slots=True)
@@ -18,8 +19,19 @@ class Gathering:
     """Goes on until an epoch is whole, or none can become so any more, or `until` (seconds) at most."""
 
     shape: GangShape
+    """Seats that every epoch has filled, but for its workers: of those it has some."""
     until: float
     _claimed: dict[int, Membership] = field(default_factory=dict)
+
+    @property
+    def last_layout(self) -> Layout | None:
+        """That of the last epoch that somebody is in."""
+        return self._claimed[max(self._claimed)].layout if self._claimed else None
+
+    def need(self, expert_shards: int) -> None:
+        """It is known that there are to be so many: no more are in every epoch."""
+        if not self.shape.colocated:
+            self.shape = replace(self.shape, expert_shards=min(self.shape.expert_shards, expert_shards))
 
     def claim(self, membership: Membership) -> None:
         """A holder is in that epoch."""

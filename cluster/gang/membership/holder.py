@@ -36,6 +36,12 @@ class Holder:
     """Epochs in a row whose peers it did not reach, though other workers did."""
     out_until: float = 0.0
     """No epoch waits for it before, if it can be without."""
+    held: frozenset[int] = frozenset()
+    """The virtual shards that it has, and is not about to drop."""
+    told: frozenset[int] = frozenset()
+    """Those that it was last told to have."""
+    order: int = 0
+    """By which it was told so; 0: it came with them."""
 
     @property
     def is_able(self) -> bool:
@@ -45,6 +51,19 @@ class Holder:
     def hear(self, now: float, lease_s: float) -> None:
         """It has said something."""
         self.heard_at, self.lease_until = now, now + lease_s
+
+    def has(self, leaves: frozenset[int]) -> None:
+        """It comes with these."""
+        self.held, self.told, self.order = leaves, leaves, 0
+
+    def tell(self, leaves: frozenset[int], order: int) -> None:
+        """It is told to have these, and drops what else it has at once."""
+        self.told, self.held, self.order = leaves, self.held & leaves, order
+
+    def prepared(self, order: int) -> None:
+        """It has what it was told to have by that order; an older one says nothing of what it has dropped since."""
+        if order == self.order:
+            self.held = self.told
 
     def suspect(self, now: float) -> None:
         """A peer could not go on for its sake: it keeps the seat if it says something soon."""

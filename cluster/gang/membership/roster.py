@@ -12,28 +12,17 @@ gets no seat. A roster that follows on another's gathers first who is in an epoc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
+from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.explanation import whom_it_waits_for
 from divisi.cluster.gang.membership.gathering import Gathering
 from divisi.cluster.gang.membership.holder import Holder
-from divisi.cluster.gang.membership.selection import note_misses, select, somebody_comes_or_goes
-from divisi.cluster.gang.membership.vacancies import Applicant, Vacancies
+from divisi.cluster.gang.membership.seat_plan import SeatPlan
+from divisi.cluster.gang.membership.selection import note_misses
+from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
-
-
-@dataclass(frozen=True, slots=True)
-class Directive:
-    """What a holder shall do next. `membership` comes with `enter`, `epoch` with `leave` and `change`.
-
-    `change` is for the leader: end the epoch between two steps.
-    """
-
-    action: Literal["stay", "enter", "leave", "change", "rejoin"]
-    membership: Membership | None = None
-    epoch: int = 0
-    refused_tokens: int = 0
-    """Beside it: what the whole gang has no room for now."""
+from divisi.model.placement import VIRTUAL_SHARDS
 
 
 class Roster:
@@ -51,12 +40,15 @@ class Roster:
         gather_until: float | None = None,
         patience: Patience | None = None,
         now: float = 0.0,
+        virtual_shards: int = VIRTUAL_SHARDS,
+        copies: int = 0,
     ) -> None:
         """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's.
 
         `gather_until`: when to begin anew, unless an epoch of a former roster's is whole before; None: there was none.
+        `shape` has as many expert shards as there are at first, `copies` of each virtual shard are held beside it.
         """
-        self.shape = shape
+        self.plan = SeatPlan(shape, virtual_shards, copies, now)
         self.spec = spec
         self.min_attention_workers = min_attention_workers or shape.attention_workers
         self.membership: Membership | None = None
@@ -67,19 +59,32 @@ class Roster:
         self._lease_s = lease_s
         self._grace_s = grace_s
         self._holders: dict[str, Holder] = {}
-        self._epoch = first_epoch - 1
+        self._epoch = self._order = first_epoch - 1
         self._told_to_change = 0
         """The epoch whose leader was told."""
         self._in_order = False
         """The last epoch has ended in good order, and the next one is about to serve."""
         self._strangers: set[Role] = set()
         """Who was told another spec, and asked for a seat."""
-        self._gathering = None if gather_until is None else Gathering(shape, gather_until)
+        needed = replace(shape, expert_shards=0) if copies else shape
+        self._gathering = None if gather_until is None else Gathering(needed, gather_until)
         self._kept_until = gather_until or 0.0
         """Who held a worker's seat may come back for it until then."""
         self._now = now
         """The last time that this was told."""
-        self._vacancies = Vacancies(range(len(shape.shard_ranks)), now)
+
+    @property
+    def shape(self) -> GangShape:
+        """All seats, with those that are to come and those that are to go."""
+        return self.plan.shape
+
+    def scale(self, expert_shards: int, now: float) -> None:
+        """Have so many expert shards, from when they have loaded what they are to serve. Raises ValueError."""
+        self.plan.scale(expert_shards, self._holders.values(), now)
+        if self._gathering is not None:
+            self._gathering.need(expert_shards)
+        self._remove_surplus(now)
+        self._form()
 
     def join(
         self,
@@ -90,13 +95,15 @@ class Roster:
         index: int | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> Seat | None:
         """Take a seat: the one with `index`, or the lowest free one of the role. Joining twice gives the same seat.
 
         Returns None when it is held. A shard takes it nevertheless, since it is its former process started anew.
         Returns None, too, for one of another `spec`, which shares no epoch with the others; and for a worker that wants
         any seat, while those who have one may still come back.
-        No epoch begins while a holder that joined as `loading` has not `loaded`.
+        No epoch begins while a holder that joined as `loading` has not `loaded`. `held`: the virtual shards that a
+        shard holds; None: what it was to load.
         """
         if (known := self._holders.get(holder_id)) is not None:
             known.hear(now, self._lease_s)
@@ -120,7 +127,9 @@ class Roster:
             if not free:
                 return None
             seat = free[0]
-        self._holders[holder_id] = Holder(holder_id, seat, address, now, now + self._lease_s, loading)
+        holder = Holder(holder_id, seat, address, now, now + self._lease_s, loading)
+        self._holders[holder_id] = holder
+        self.plan.note_held(holder, held)
         self._form()
         return seat
 
@@ -133,6 +142,7 @@ class Roster:
         membership: Membership | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> bool:
         """Go on in a seat that this roster has given, or a former one.
 
@@ -146,11 +156,14 @@ class Roster:
             if known.epoch not in (0, inside):
                 self.left(holder_id, known.epoch, "its report was lost", now)
             known.epoch, known.told_to_leave, known.loading = inside, False, loading
+            self.plan.note_held(known, held)
             self._form()
             return True
-        if spec != self.spec or seat not in self.shape.seats or any(seat == h.seat for h in self._holders.values()):
+        if spec != self.spec or not self._may_have(seat) or any(seat == h.seat for h in self._holders.values()):
             return False
-        self._holders[holder_id] = Holder(holder_id, seat, address, now, now + self._lease_s, loading, inside)
+        holder = Holder(holder_id, seat, address, now, now + self._lease_s, loading, inside)
+        self._holders[holder_id] = holder
+        self.plan.note_held(holder, held)
         if membership is not None and self._gathering is not None:
             self._gathering.claim(membership)
         self._form()
@@ -158,15 +171,19 @@ class Roster:
 
     def waits(self, applicant: Applicant, until: float) -> None:
         """A process that could serve experts has asked whether it is wanted, and asks again after `until`."""
-        self._vacancies.waits(applicant, until)
+        self.plan.vacancies.waits(applicant, until)
 
-    def vacancy(self, applicant: Applicant, now: float) -> int | None:
+    def vacancy(self, applicant: Applicant, now: float) -> Share | None:
         """The share of the experts that a process is to load, and then to join for; None where nobody is wanted."""
         if self._gathering is not None:  # an epoch may go on, with who is not there yet
             return None
-        holders = [holder for holder in self._holders.values() if holder.seat.role == "expert"]
-        held = {holder.seat.index: holder.address.process for holder in holders}
-        return self._vacancies.find(applicant, held, now)
+        return self.plan.vacancy(applicant, self._holders.values(), now)
+
+    def prepared(self, holder_id: str, order: int) -> None:
+        """A shard has what it was told to have by that order."""
+        if (holder := self._holders.get(holder_id)) is not None:
+            holder.prepared(order)
+            self._form()
 
     def ended(self, holder_id: str, now: float) -> None:
         """A holder's process has ended, as one of its machine has seen; no need to wait for its lease."""
@@ -208,7 +225,7 @@ class Roster:
         """Take the seats of holders whose lease has lapsed; a former roster's are waited for as long as agreed."""
         self._now = now
         if self._gathering is not None and now >= self._gathering.until:
-            self._gathering = None
+            self._settle(self._gathering)
         for holder in [h for h in self._holders.values() if h.lease_until <= now]:
             self._remove(holder, f"{holder.seat} was not heard of for too long", now)
         self._form()
@@ -232,6 +249,10 @@ class Roster:
         if current is not None and holder_id == current.holders[0] and self._is_to_change(current):
             self._told_to_change = current.epoch
             return Directive("change", epoch=current.epoch)
+        if (leaves := self.plan.order(holder, current if self._serves() else None)) is not None:
+            self._order += 1
+            holder.tell(leaves, self._order)
+            return Directive("prepare", leaves=leaves, order=self._order)
         return Directive("stay")
 
     def serving(self, holder_id: str, epoch: int) -> None:
@@ -279,21 +300,12 @@ class Roster:
             return f"epoch {self._epoch} serves" + (f", without {absent}" if absent else "")
         if self._gathering is not None:
             return "the coordinator was started anew and looks who is there"
-        held = {holder.seat for holder in self._holders.values()}
-        missing = [seat for seat in self.shape.seats if seat not in held]
         after = f" (epoch {self._epoch} ended: {self.last_break})" if self.last_break else ""
         if self._strangers:
             after += f"; refused for another spec: {', '.join(sorted(self._strangers))}"
-        if not self.shape.suffices(held, self.min_attention_workers):
-            return f"{len(held)} of {self.shape.size} seats filled, missing {', '.join(map(str, missing))}{after}"
-        if loading := sorted(str(holder.seat) for holder in self._holders.values() if holder.loading):
-            return f"waiting for {', '.join(loading)} to load{after}"
-        if self.membership is None:
-            staying = sorted(str(holder.seat) for holder in self._holders.values() if holder.epoch)
-            return f"waiting for {', '.join(staying)} to leave epoch {self._epoch}{after}"
-        members = [self._holders[holder_id] for holder_id in self.membership.holders]
-        slow = sorted(str(holder.seat) for holder in members if not holder.serving)
-        return f"epoch {self._epoch} is forming, waiting for {', '.join(slow)}{after}"
+        holders = self._holders.values()
+        enough = self.plan.suffice(holders, self.min_attention_workers)
+        return whom_it_waits_for(self.plan.served_shape, holders, enough, self.membership, self._epoch) + after
 
     def holders(self) -> Iterator[Holder]:
         """All holders, in no particular order."""
@@ -302,7 +314,7 @@ class Roster:
     def _remove(self, holder: Holder, reason: str, now: float) -> None:
         del self._holders[holder.holder_id]
         if holder.seat.role == "expert":
-            self._vacancies.freed(holder.seat.index, holder.address.host, now)
+            self.plan.vacancies.freed(holder.seat.index, holder.address.host, now)
         if self.membership is not None and holder.holder_id in self.membership.holders:
             self._break(reason, now)
 
@@ -320,15 +332,21 @@ class Roster:
         inside = {holder.holder_id: holder.epoch for holder in self._holders.values()}
         self.membership = gathering.whole(inside)
         held = {holder.seat: holder.holder_id for holder in self._holders.values()}
-        if (found := self.membership is not None or len(held) == self.shape.size) or gathering.hopeless(inside, held):
-            self._gathering = None
+        if (found := self.membership is not None or len(held) >= self.shape.size) or gathering.hopeless(inside, held):
+            self._settle(gathering)
         if found:
             self._kept_until = 0.0
+
+    def _settle(self, gathering: Gathering) -> None:
+        """Look for no former epoch any more."""
+        self._gathering = None
+        self.plan.settle(gathering.last_layout, self._holders.values(), self._now)
+        self._remove_surplus(self._now)
 
     def _is_to_change(self, current: Membership) -> bool:
         """Whether its leader has to be told."""
         told = self._told_to_change == current.epoch
-        return not told and somebody_comes_or_goes(current, self._holders.values(), self._now)
+        return not told and self.plan.is_to_change(current, self._holders.values(), self._now)
 
     def _form(self) -> None:
         if self._gathering is not None:
@@ -337,17 +355,32 @@ class Roster:
             return
         if any(holder.epoch and not holder.suspected for holder in self._holders.values()):
             return
-        chosen = select(self._holders.values(), self.shape, self.min_attention_workers, self._now)
+        chosen = self.plan.select(self._holders.values(), self.min_attention_workers, self._now)
         if chosen is None:
             self._in_order = False
             return
         self._epoch += 1
+        members = chosen.members
         self.membership = Membership(
             self._epoch,
-            self.shape,
-            holders=tuple(holder.holder_id for holder in chosen.values()),
-            addresses=tuple(holder.address for holder in chosen.values()),
+            chosen.shape,
+            holders=tuple(holder.holder_id for holder in members.values()),
+            addresses=tuple(holder.address for holder in members.values()),
             store=self._store,
-            absent=frozenset(seat for seat in self.shape.seats if seat not in chosen),
+            absent=frozenset(seat for seat in chosen.shape.seats if seat not in members),
             patience=self._patience,
+            layout=chosen.layout,
         )
+        self.plan.begin(chosen.layout, members.values(), self._now)
+        self._remove_surplus(self._now)
+
+    def _remove_surplus(self, now: float) -> None:
+        """Who has a seat that there is no more is no holder any more, once no epoch needs it."""
+        members = () if self.membership is None else self.membership.holders
+        for holder in self.plan.surplus(self._holders.values()) if self._gathering is None else ():
+            if holder.holder_id not in members:
+                self._remove(holder, f"there is no {holder.seat} any more", now)
+
+    def _may_have(self, seat: Seat) -> bool:
+        """Whether there is such a seat; of experts' there may turn out to be more while a former gang is looked for."""
+        return seat in self.shape.seats or (self._gathering is not None and seat.role == "expert")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 _ELSEWHERE_S = 5.0
 """Longer than a process takes to start: a seat that is free for so long has lost its machine."""
+_ROOM_S = 60.0
+"""A seat that is new waits so long for a process that is started for it; then it is anybody's."""
 _SILENT_S = 0.3
 """Who waits asks again before, once the time that it wanted to wait is over."""
 _CONFIRM_S = 0.5
@@ -32,6 +34,17 @@ class Applicant:
     """The share that it was created for; None: it is a spare."""
     returned: bool = False
     """It has had a seat, which another process took: nobody's that has its name is its own any more."""
+    age_s: float = 0.0
+    """Since the process began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a process is to load first, and for which seat."""
+
+    index: int
+    leaves: frozenset[int]
+    """Virtual shards."""
 
 
 @dataclass(slots=True)
@@ -48,6 +61,12 @@ class Vacancies:
     """To which process, and until when: it is loading."""
     _waiting: dict[str, tuple[str, float]] = field(default_factory=dict)
     """Where each spare waits, and until when it is heard of at the latest, unless it is lost."""
+
+    def resize(self, seats: int, now: float) -> None:
+        """There are so many seats; for a new one Ray is to find room, which takes as long as it takes."""
+        for index in range(len(self.seats), seats):
+            self._freed.setdefault(index, ("", now + _ROOM_S - _ELSEWHERE_S))
+        self.seats = range(seats)
 
     def freed(self, index: int, host: str, now: float) -> None:
         """The holder of a seat is gone; it was on that host."""

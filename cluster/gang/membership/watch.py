@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from divisi.cluster.gang.loops.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.membership.client import CoordinatorClient
-from divisi.cluster.gang.membership.coordinator import CoordinatorLost, Stats
+from divisi.cluster.gang.membership.coordinator import CoordinatorLost
+from divisi.cluster.gang.membership.status import Stats
 from divisi.cluster.seats import Address, Membership, Role, Seat
 
 log = logging.getLogger(__name__)

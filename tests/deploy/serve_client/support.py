@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from divisi.cluster.gang.membership.coordinator import CoordinatorStatus
+from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.request import EndReason, Request, Sampling, TokenEvent
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.deploy.serve_client import ServeEngineClient

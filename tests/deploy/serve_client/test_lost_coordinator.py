@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import RayError
 
 from divisi.cluster.errors import GangNotReady
-from divisi.cluster.gang.membership.coordinator import CoordinatorStatus
+from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.deploy import serve_client
 from tests.deploy.serve_client.support import (
     Coordinator,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from divisi.cluster.errors import AnswerLost, GangNotReady
-from divisi.cluster.gang.membership.coordinator import CoordinatorStatus
+from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.spec import TelemetrySpec

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
-from divisi.cluster.gang.membership.coordinator import CoordinatorStatus
+from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.seats import StreamAddress
 from divisi.cluster.streams.wire import Report
 from divisi.deploy import serve_client

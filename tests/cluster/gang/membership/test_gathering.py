@@ -11,7 +11,7 @@ from divisi.cluster.gang.membership.gathering import Gathering
 from divisi.cluster.gang.membership.roster import Roster
 from divisi.cluster.gang.membership.vacancies import Applicant
 from divisi.cluster.seats import Address, GangShape, Seat
-from tests.support.rosters import STORE, enter_all, fill, make_roster, resume_all, successor
+from tests.support.rosters import STORE, enter_all, fill, make_roster, resume_all, successor, wanted
 
 
 def test_an_epoch_whose_members_are_all_back_goes_on() -> None:
@@ -98,15 +98,15 @@ def test_two_shards_died_at_once_and_the_coordinator_hung_before_both_seats_were
     for holder_id in shards:
         former.ended(holder_id, 0.1)
     spare, cold = Applicant("spare", "h"), Applicant("expert:1", "h", 1)
-    assert [former.vacancy(spare, 0.1), former.vacancy(spare, 0.1)] == [0, 0], "h is where who held it was"
+    assert [wanted(former, spare, 0.1), wanted(former, spare, 0.1)] == [0, 0], "h is where who held it was"
     assert former.join("warm", "expert", Address("h", process="spare"), 0.4, index=0) is not None
     assert former.membership is None, "one is missing"
     roster = successor(former, until=14.0)
     roster.expire(10.0)
     assert roster.resume(first, Seat("attention", 0), Address("h"), 10.1)
-    assert (roster.gathering, roster.vacancy(cold, 10.1)) == (True, None), "the other worker may be in an epoch"
+    assert (roster.gathering, wanted(roster, cold, 10.1)) == (True, None), "the other worker may be in an epoch"
     assert roster.resume("warm", Seat("expert", 0), Address("h", process="spare"), 10.2)
-    assert (roster.gathering, roster.vacancy(cold, 10.2)) == (False, 1), "no epoch is without its experts"
+    assert (roster.gathering, wanted(roster, cold, 10.2)) == (False, 1), "no epoch is without its experts"
     assert roster.join("seatless", "attention", Address("h"), 10.2) is None, "the other worker may come back"
     assert roster.resume(second, Seat("attention", 1), Address("h"), 10.3)
     assert roster.join("cold", "expert", Address("h", process="expert:1"), 10.4, index=1) is not None
@@ -183,7 +183,7 @@ def _follow_on(rng: random.Random, history: str) -> None:
             assert roster.join("another", "attention", Address("h"), 1.0) is None, f"{history}: it takes a seat"
         inside = former.membership if holder.epoch and not (broken and rng.random() < 0.5) else None
         late += [holder.holder_id] if broken and inside else []
-        resumed = roster.resume(holder.holder_id, holder.seat, holder.address, 1.0, inside)
+        resumed = roster.resume(holder.holder_id, holder.seat, holder.address, 1.0, inside, held=holder.held)
         assert resumed, f"{history}: its seat is gone"
         action = roster.directive(holder.holder_id).action
         assert broken or action in ("stay", "change"), f"{history}: {action}, though nobody died"

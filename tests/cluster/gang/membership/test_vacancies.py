@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from divisi.cluster.gang.membership.roster import Directive, Roster
+from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.roster import Roster
 from divisi.cluster.gang.membership.vacancies import Applicant, Vacancies
 from divisi.cluster.seats import Address, GangShape, Membership
+from tests.support.rosters import wanted
 
 FIRST, SECOND = Applicant("expert:0", "a", 0), Applicant("expert:1", "b", 1)
 BESIDE_FIRST, BESIDE_SECOND = Applicant("spare:a", "a"), Applicant("spare:b", "b")
@@ -133,7 +135,7 @@ class Gang:
 
     def wants(self, now: float) -> int | None:
         self.roster.expire(now)
-        return self.roster.vacancy(BESIDE_FIRST, now)
+        return wanted(self.roster, BESIDE_FIRST, now)
 
 
 def test_a_seat_is_free_as_soon_as_a_neighbour_has_seen_its_holder_die() -> None:
@@ -182,6 +184,6 @@ def test_a_last_word_is_enough() -> None:
 
 def test_nobody_is_wanted_while_a_former_gang_may_come_back() -> None:
     roster = Roster(GangShape(1, 1), Address("s"), 10.0, 4.0, gather_until=4.0)
-    assert roster.vacancy(FIRST, 1.0) is None
+    assert wanted(roster, FIRST, 1.0) is None
     roster.expire(4.0)
-    assert roster.vacancy(FIRST, 4.0) == 0
+    assert wanted(roster, FIRST, 4.0) == 0

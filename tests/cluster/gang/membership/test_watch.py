@@ -11,8 +11,9 @@ import pytest
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.loops.inbox import EpochInbox
 from divisi.cluster.gang.membership import watch as watch_module
-from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost, Stats
-from divisi.cluster.gang.membership.roster import Directive
+from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost
+from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.status import Stats
 from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
 from divisi.cluster.seats import Address, GangShape, Role, Seat
 
