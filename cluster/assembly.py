@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from divisi.cluster.dispatch.costs import layer_of
 from divisi.cluster.dispatch.local import Local, LocalEnd
 from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.micro_batches import MicroBatches
-from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, Experts, ShardedMode
+from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, HeldExperts, ShardedMode
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials
 from divisi.cluster.drafting import FixedDepth, MostTokensPerSecond
@@ -43,7 +43,7 @@ from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
 from divisi.model.experts import ExpertBank
-from divisi.model.placement import shard_experts, whole_share
+from divisi.model.placement import Layout, share_of, whole_share
 from divisi.model.runner import ModelRunner
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.state import StateStore
@@ -74,6 +74,11 @@ def compute_dtype(spec: GangSpec) -> torch.dtype:
     return torch_dtype(spec) if spec.device == "cuda" else torch.float32
 
 
+def num_leaves(spec: GangSpec, config: ModelConfig) -> int:
+    """Virtual shards of a gang."""
+    return min(spec.virtual_shards, config.num_experts)
+
+
 def transport(spec: GangSpec, config: ModelConfig) -> Transport:
     """How rows travel between the ranks of a gang."""
     return Transport(
@@ -81,7 +86,7 @@ def transport(spec: GangSpec, config: ModelConfig) -> Transport:
             config.hidden_size,
             config.num_experts_per_tok,
             compute_dtype(spec),
-            leaves=min(spec.virtual_shards, config.num_experts),
+            leaves=num_leaves(spec, config),
         ),
         max_pass_rows=spec.max_worker_step_tokens,
         deadline_s=spec.step_deadline_s,
@@ -148,12 +153,15 @@ def pass_layers(config: ModelConfig) -> PassLayers:
     return PassLayers(full=config.moe_layers, draft=config.draft_moe_layers)
 
 
-def metered(spec: GangSpec, config: ModelConfig, experts: AllExperts, index: int) -> MeteredExperts:
-    """The experts of the `index`-th share, or all of them, with a meter."""
+def even_layout(spec: GangSpec, config: ModelConfig) -> Layout:
+    """Who serves what where nothing else is wanted."""
+    return Layout.even(num_leaves(spec, config), spec.shape.expert_shards)
+
+
+def metered(spec: GangSpec, config: ModelConfig, bank: ExpertBank) -> MeteredExperts:
+    """The experts of a rank with a meter."""
     layers = (*config.moe_layers, *config.draft_moe_layers)
-    shares = spec.shape.expert_shards
-    held = shard_experts(config, shares, spec.virtual_shards)[index] if shares else whole_share(config)
-    return MeteredExperts(experts, layers, held.expert_ids, config.num_experts, torch.device(spec.device))
+    return MeteredExperts(bank, layers, config.num_experts, torch.device(spec.device))
 
 
 def memory_units(spec: GangSpec, config: ModelConfig) -> tuple[int, int]:
@@ -173,11 +181,15 @@ def worker_network(
 
 
 def load_shard(
-    spec: GangSpec, config: ModelConfig, checkpoint: Checkpoint, index: int, progress: Progress | None = None
+    spec: GangSpec,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    leaves: Collection[int],
+    progress: Progress | None = None,
 ) -> ExpertBank:
-    """The experts of one shard. Raises CheckpointError."""
+    """The experts of some virtual shards. Raises CheckpointError."""
     device = torch.device(spec.device)
-    share = shard_experts(config, spec.shape.expert_shards, spec.virtual_shards)[index]
+    share = share_of(config.num_experts, num_leaves(spec, config), leaves)
     kernels = select_kernels(device, spec.kernels, deterministic=spec.deterministic)
     bank = ExpertBank.load(checkpoint, config, share, kernels, torch_dtype(spec), device, progress)
     if _compiles(spec):
@@ -191,7 +203,7 @@ def shard_loop(
     spec: GangSpec,
     config: ModelConfig,
     mode: ShardedMode,
-    experts: Experts,
+    experts: HeldExperts,
     credentials: Credentials,
     inbox: EpochInbox,
     reports: EpochReports,
@@ -239,7 +251,7 @@ def build_engine(
     grammars = load_grammars(spec.model_dir, config)
     with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
         if spec.shape.colocated:
-            experts = load_shard(spec, config, checkpoint, index, progress)
+            experts = load_shard(spec, config, checkpoint, even_layout(spec, config).served[index], progress)
         elif not spec.shape.expert_shards:
             share = whole_share(config, spec.virtual_shards)
             experts = ExpertBank.load(checkpoint, config, share, kernels, dtype, device, progress)

@@ -94,7 +94,7 @@ class AttentionRank:
                 build = partial(build_engine, spec, config, index, report, self._inbox.wake.set)
                 self._engine, self._experts = load_in_thread(spec, build)
             self._open = stack.pop_all()
-        meter = None if self._experts is None else metered(spec, config, self._experts, index)
+        meter = None if self._experts is None else metered(spec, config, self._experts)
         credentials = Credentials(post.secret, spec.tls)
         mode, network = new_mode(spec, config, meter), worker_network(spec, config, listener, credentials)
         observer = show_worker(telemetry, meter, self)

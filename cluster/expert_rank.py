@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from divisi.cluster.activity import StuckCheck
-from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop, sharded_mode
+from divisi.cluster.assembly import even_layout, load_shard, metered, served_config, shard_loop, sharded_mode
 from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import ShardedMode
 from divisi.cluster.door import Credentials
@@ -99,10 +99,10 @@ class ExpertRank:
             contextlib.closing(Checkpoint.open(self._spec.model_dir)) as checkpoint,
         ):
             progress = partial(self._progress, report)
-            load = partial(load_shard, self._spec, self._config, checkpoint, index, progress)
-            experts = load_in_thread(self._spec, load)
-        self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(experts.nbytes)}
-        self.experts = metered(self._spec, self._config, experts, index)
+            own = even_layout(self._spec, self._config).served[index]
+            bank = load_in_thread(self._spec, partial(load_shard, self._spec, self._config, checkpoint, own, progress))
+        self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(bank.nbytes)}
+        self.experts = metered(self._spec, self._config, bank)
 
     def serve(self) -> None:
         """Take the seat of what was loaded, and serve in its epochs until it is closed or has lost the seat."""

@@ -17,7 +17,15 @@ from typing import Literal
 import torch
 
 from divisi.benchmarks.contenders import CONTEXT, DivisiEngine, gang_spec, prompts
-from divisi.cluster.assembly import build_engine, cuts, load_shard, pass_layers, served_config, sharded_mode
+from divisi.cluster.assembly import (
+    build_engine,
+    cuts,
+    even_layout,
+    load_shard,
+    pass_layers,
+    served_config,
+    sharded_mode,
+)
 from divisi.cluster.dispatch.groups import PeerGroup, join_group
 from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
@@ -143,7 +151,7 @@ def _serve_shard(spec: GangSpec, membership: Membership, spin_s: float | None, p
     torch.set_num_threads(1)
     config = served_config(spec)
     with contextlib.closing(Checkpoint.open(spec.model_dir)) as checkpoint:
-        experts = load_shard(spec, config, checkpoint, 0)
+        experts = load_shard(spec, config, checkpoint, even_layout(spec, config).served[0])
     peers = Peers.of(membership, 1, lambda largest: _join(membership, 1, largest, spin_s))
     end = sharded_mode(spec, config).shard_end(peers, experts)
     serve_steps(iter(pipe.recv, ()), end, pass_layers(config))

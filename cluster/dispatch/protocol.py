@@ -50,6 +50,19 @@ class AllExperts(Experts, Protocol):
         ...
 
 
+class HeldExperts(Protocol):
+    """The routed experts that a shard's process holds: what it serves of them is an epoch's."""
+
+    @property
+    def num_leaves(self) -> int:
+        """Virtual shards of the model."""
+        ...
+
+    def serving(self, layout: Layout, seat: int) -> Experts:
+        """Those that a seat serves in a layout. Raises LeavesNotHeld."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Peers:
     """The ranks of one epoch as one of them sees them."""

@@ -56,9 +56,12 @@ _BY_KEY: Mapping[str, tuple[str, Literal["counter", "gauge"], tuple[str, ...], s
     "accepted_tokens": ("accepted_tokens", "counter", ("slice", "position"), "Proposed tokens that stood"),
     "memory_bytes": ("memory_bytes", "gauge", ("pool",), "Bytes for KV pages and state slots"),
     "memory_free_bytes": ("memory_free_bytes", "gauge", ("pool",), "Bytes of KV pages and state slots that are free"),
-    "expert_tokens": ("expert_tokens", "counter", ("layer",), "Rows of the experts held here, in measured steps"),
-    "expert_busiest": ("expert_busiest_ratio", "gauge", ("layer",), "Rows of the busiest expert held, over the mean"),
+    "expert_tokens": ("expert_tokens", "counter", ("layer",), "Rows of the experts served here, in measured steps"),
+    "expert_busiest": ("expert_busiest_ratio", "gauge", ("layer",), "Rows of the busiest expert served, over the mean"),
     "expert_spread": ("expert_spread_ratio", "gauge", ("layer",), "Standard deviation of the rows, over the mean"),
+    "leaf_rows": (
+        "virtual_shard_tokens", "counter", ("virtual_shard",), "Rows of experts served here, in measured steps",
+    ),
     "seat_joins": ("seat_joins", "counter", ("seat",), "Processes that have taken a seat"),
 }  # fmt: skip
 

@@ -5,11 +5,14 @@ Shapes: E matrices of a stack, N outputs, K inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 from torch import Tensor
+
+from divisi.kernels.native.memory import advise_huge_pages
 
 LANES = 16
 
@@ -90,3 +93,29 @@ def plain_rows(matrix: Matrix) -> Tensor:
 def packed_values(outputs: int, inputs: int) -> int:
     """Values that a packed matrix holds."""
     return -(-outputs // LANES) * LANES * 2 * -(-inputs // 2)
+
+
+def restacked(stacks: Sequence[Matrix], picks: Sequence[tuple[int, int]]) -> Matrix:
+    """The stack of matrices that are each given as one of these stacks, all alike, and the place in it.
+
+    A copy, unless it is one of them as it is.
+    """
+    first = stacks[0]
+    if isinstance(first, Tensor):
+        return _picked([stack for stack in stacks if isinstance(stack, Tensor)], picks)
+    if isinstance(first, PackedMatrix):
+        return replace(first, data=_picked([stack.data for stack in stacks if isinstance(stack, PackedMatrix)], picks))
+    stored = [stack for stack in stacks if isinstance(stack, StoredMatrix)]
+    scales = [stack.scales for stack in stored if stack.scales is not None]
+    values = _picked([stack.values for stack in stored], picks)
+    return replace(first, values=values, scales=_picked(scales, picks) if scales else None)
+
+
+def _picked(stacks: Sequence[Tensor], picks: Sequence[tuple[int, int]]) -> Tensor:
+    """One by one: nothing is there a third time."""
+    if len(stacks) == 1 and [place for _, place in picks] == list(range(len(stacks[0]))):
+        return stacks[0]
+    out = advise_huge_pages(stacks[0].new_empty((len(picks), *stacks[0].shape[1:])))
+    for target, (stack, place) in zip(out, picks, strict=True):
+        target.copy_(stacks[stack][place])
+    return out

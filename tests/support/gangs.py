@@ -21,7 +21,7 @@ from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership, Seat
 from divisi.kernels.experts.reference import sum_in_tree
 from divisi.kernels.native.loader import load_library
-from divisi.model.placement import ExpertShare, Layout
+from divisi.model.placement import ExpertShare, Layout, share_of
 from tests.support.credentials import CREDENTIALS
 
 CPU = torch.device("cpu")
@@ -47,6 +47,13 @@ class DenseExperts:
                         parts_TKD[t, k] = gates_TK[t, k] * y_D
             sums.append(sum_in_tree(parts_TKD, expert_ids_TK % leaves, size))
         return torch.cat(sums, dim=1)
+
+    @property
+    def num_leaves(self) -> int:
+        return self.share.leaves
+
+    def serving(self, layout: Layout, seat: int) -> DenseExperts:
+        return DenseExperts(self.weights_LEDD, share_of(self.weights_LEDD.shape[1], layout.leaves, layout.served[seat]))
 
     bank = None
 

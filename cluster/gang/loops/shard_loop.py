@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from divisi.cluster.dispatch.protocol import Experts, ShardedMode, ShardEnd
+from divisi.cluster.dispatch.protocol import Experts, HeldExperts, Peers, ShardedMode, ShardEnd
 from divisi.cluster.door import Credentials
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.control.header import Header
@@ -18,6 +18,7 @@ from divisi.cluster.gang.loops.observer import ShardObserver
 from divisi.cluster.gang.loops.reports import EpochReports, level_of
 from divisi.cluster.gang.loops.threads import CoreShare
 from divisi.cluster.passes import Pass, PassLayers
+from divisi.model.experts import LeavesNotHeld
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def serve_steps(steps: Iterable[Iterable[Pass]], end: ShardEnd, layers: PassLaye
 class ShardLoop:
     """Runs a shard in the thread that calls `run`, until the inbox is stopped."""
 
-    experts: Experts
+    experts: HeldExperts
+    """Which of them are served is settled at each epoch's beginning."""
     mode: ShardedMode
     layers: PassLayers
     device: torch.device
@@ -69,9 +71,15 @@ class ShardLoop:
         self.inbox.check(epoch)
         spin_s = self.cores.take(assignment)
         with shard_links(assignment, self.inbox, self.device, self.credentials, spin_s) as links:
-            end = self.mode.shard_end(links.peers, self.experts)
+            end = self.mode.shard_end(links.peers, self._served(links.peers))
             self.reports.serving(epoch)
             serve_steps(_observed(links.mesh.headers(), self.observer), end, self.layers)
+
+    def _served(self, peers: Peers) -> Experts:
+        try:
+            return self.experts.serving(peers.layout_of(self.experts.num_leaves), peers.seat)
+        except LeavesNotHeld as error:
+            raise StepAborted(str(error)) from None
 
 
 def _observed(headers: Iterable[Header], observer: ShardObserver | None) -> Iterator[Iterable[Pass]]:

@@ -62,3 +62,55 @@ def test_a_shard_takes_its_share(
         measured = load(shards - 1, shards)
         assert measured["read"] == measured["kept"] == experts // shards
         assert measured["rss"] < experts // shards + 12 * MIB
+
+
+GROW = LOAD.partition("path, shard")[0] + """
+import threading
+from divisi.model.placement import share_of
+
+config, device = ModelConfig.load(sys.argv[1]), torch.device("cpu")
+checkpoint, told, done = Checkpoint.open(sys.argv[1]), [], threading.Event()
+before = resident()
+
+def watch():
+    while not done.wait(0.0005):
+        told.append(resident() - before)
+
+def peak(leaves):
+    del told[:]
+    bank.hold(checkpoint, config, leaves)
+    return max(told)
+
+half, whole = range(16), range(32)
+bank = ExpertBank.load(
+    checkpoint, config, share_of(config.num_experts, 32, half), select_kernels(device), torch.bfloat16, device
+)
+thread = threading.Thread(target=watch)
+thread.start()
+try:
+    measured = {"kept": bank.nbytes, "growing": peak(whole), "grown": resident() - before}
+    measured |= {"shrinking": peak(half), "shrunk": resident() - before}
+finally:
+    done.set()
+    thread.join()
+print(json.dumps(measured))
+"""
+
+
+@pytest.mark.verify
+def test_while_experts_come_and_go_one_layer_is_there_twice(
+    tmp_path: Path, record_result: Callable[[str, object], None]
+) -> None:
+    config = write_random_checkpoint(tmp_path, CONFIG_JSON, tokenizer=False)
+    layer = config.num_experts * 3 * config.hidden_size * config.moe_intermediate_size * 2
+    whole = config.num_hidden_layers * layer
+    done = subprocess.run(
+        [sys.executable, "-c", GROW, str(tmp_path)], check=True, capture_output=True, text=True, timeout=100
+    )
+    measured: dict[str, int] = json.loads(done.stdout)
+    record_result("half of the experts, all, and half again, MiB", {k: round(v / MIB, 1) for k, v in measured.items()})
+    assert measured["kept"] == whole // 2
+    assert measured["growing"] < whole + layer + 12 * MIB
+    assert measured["grown"] < whole + 12 * MIB
+    assert measured["shrinking"] < whole + layer + 12 * MIB
+    assert measured["shrunk"] < whole // 2 + 12 * MIB

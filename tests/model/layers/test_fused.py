@@ -115,7 +115,7 @@ def test_a_measured_step_goes_layer_by_layer(checkpoint: Path) -> None:
     """Whoever counts the rows of experts sees them; between two measurements nothing is asked of it."""
     kernels = select_kernels(CPU, "native")
     model = load(checkpoint, kernels, torch.float32)
-    meter = MeteredExperts(model.dispatcher._experts, range(5), range(16), 16, CPU)
+    meter = MeteredExperts(model.dispatcher._experts, range(5), 16, CPU)
     model.dispatcher = LocalEnd(meter)
     model.step({}, {0: [3, 4, 5]})
     model.step({0: [6]}, {})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from divisi.cluster.dispatch.broadcast import Broadcast
+from divisi.cluster.dispatch.protocol import Experts
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.errors import GangNotReady, RequestRejected
@@ -20,6 +21,7 @@ from divisi.cluster.passes import PassLayers
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.model.dispatcher import Dispatcher
+from divisi.model.placement import Layout
 from tests.support.credentials import CREDENTIALS
 
 CPU = torch.device("cpu")
@@ -170,9 +172,9 @@ def test_a_shard_reports_to_have_left_an_epoch_that_was_over_before_it_began() -
     class NoExperts:
         """Never asked."""
 
-        def partial_sum(
-            self, layer: int, x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, gates_TK: torch.Tensor
-        ) -> torch.Tensor:
+        num_leaves = 1
+
+        def serving(self, layout: Layout, seat: int) -> Experts:
             raise AssertionError
 
     inbox, reports = EpochInbox(), Reports()
