@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
-import httpx
+import psutil
 import pytest
 
-from divisi.deploy.cli.remote import RemoteError
-from divisi.deploy.cli.top.snapshot import Snapshot, read
-from divisi.deploy.routing import TOKENS_PER_REQUEST
 from divisi.model.demo import checkpoint_dir
-from tests.support.open_streams import OpenStream
+from tests.support.open_streams import StreamApart
+from tests.support.scaling import ServerLog, Watch, bench, serving, waiting
 
-from .conftest import running_cluster
+from .conftest import Cluster, running_cluster
 from .test_serve_split import wait_for
 
-pytestmark = [pytest.mark.verify, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.verify, pytest.mark.timeout(500)]
 
 MARK = 288
 """Tokens that wait for each worker: three answers run, and one waits."""
@@ -46,65 +41,76 @@ max_seqs = 3
 [limits]
 max_queued_requests = 6
 """
-PROBE_S, LOAD_S = 6, 45
+ROUNDS, PROBE_S, LOAD_S = 3, 6, 25
 TIMES = 2.2
 """As many requests a second as two users at once get answered: too many for one worker, not for two."""
 SERVES_S, GONE_S, PAUSE_S = 15.0, 20.0, 0.5
+WORKER = "AttentionWorker"
 
 
-class Watch:
-    """What the server tells of itself, four times a second."""
+@dataclass(frozen=True)
+class Round:
+    """A load, and what came of it. All in seconds."""
 
-    def __init__(self, url: str) -> None:
-        self._url, self._ends = url, threading.Event()
-        self.seen: list[Snapshot] = []
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        with httpx.Client(timeout=10) as client:
-            while not self._ends.wait(0.25):
-                with suppress(RemoteError):
-                    self.seen.append(read(client, self._url))
-
-    def close(self) -> None:
-        self._ends.set()
-        self._thread.join(20)
-
-    def workers(self) -> int:
-        """That serve now."""
-        return serving(self.seen[-1]) if self.seen else 0
-
-    def first(self, condition: Callable[[Snapshot], bool], since: float = 0.0) -> float:
-        """When it was first so; time is what `Snapshot.at` is in."""
-        return next(seen.at for seen in self.seen if seen.at >= since and condition(seen))
+    serves: float
+    """From the mark until the second worker serves."""
+    gone: float
+    """From the load's end until it is gone."""
+    pauses: list[float]
+    """A stream's longest at each epoch change."""
+    starting: float
+    """Its longest while the second worker's process starts, on the same cores."""
+    anywhere: float
+    """Its longest at all."""
+    refused: tuple[float, float]
+    """The parts of what was sent that got a 429, before the second worker served and after."""
+    parts: dict[str, float]
 
 
-def serving(seen: Snapshot) -> int:
-    """Workers in the epoch that serves."""
-    return len(seen.labels("requests_running", "worker"))
+def run_round(cluster: Cluster, watch: Watch, folder: Path, rate: float) -> Round:
+    """From one worker to two and back."""
+    (first,) = cluster.processes(WORKER)
+    stream = StreamApart(cluster.url, "divisi-demo", "Tell me a story.", 16000, folder / "stream.txt")
+    begun = time.monotonic()
+    with ThreadPoolExecutor(1) as beside:
+        load = beside.submit(bench, cluster.url, folder, LOAD_S, "--rate", f"{rate:.2f}", "--warmup", "0")
+        wait_for(lambda: watch.workers() == 2, LOAD_S, "no second worker")
+        (second,) = (process for process in cluster.processes(WORKER) if process.pid != first.pid)
+        told, ended = load.result()["records"], time.monotonic()
+    wait_for(lambda: watch.workers() == 1 and alone(cluster, first), 60, "the second worker stays")
+    times, problem = stream.close()
+    assert not problem
+    assert not [each for each in told if each["status"] not in ("ok", "rejected")]
+    two, gone = watch.first(lambda seen: serving(seen) == 2, begun), watch.last(lambda seen: serving(seen) == 2)
+    marked = watch.first(lambda seen: waiting(seen) > MARK, begun)
+    log, gaps = ServerLog.read(folder / "divisi"), [gap for gap in pairwise(times) if gap[0] > begun]
+    changes = log.changes(first, begun)
+    assert len(changes) > 1, "it came, and it went"
+    return Round(
+        serves=two - marked,
+        gone=gone - ended,
+        pauses=[longest(gaps, *change) for change in changes],
+        starting=longest(gaps, marked, changes[0][0]),
+        anywhere=longest(gaps, begun, gone),
+        refused=(refused(told, 0, two - begun), refused(told, two - begun + 3, LOAD_S)),
+        parts=log.parts(second, marked),
+    )
 
 
-def waiting(seen: Snapshot) -> float:
-    """Tokens, as the policy counts them."""
-    unfinished = sum(seen.sum(name) or 0.0 for name in ("requests_running", "requests_waiting"))
-    queued, turned_away = (seen.sum(name) or 0.0 for name in ("queued_tokens", "refused_tokens"))
-    return queued + TOKENS_PER_REQUEST * unfinished + turned_away
+def longest(gaps: Sequence[tuple[float, float]], begin: float, end: float) -> float:
+    """Of those that have to do with a span of time."""
+    return max(after - before for before, after in gaps if before <= end and after >= begin)
+
+
+def alone(cluster: Cluster, first: psutil.Process) -> bool:
+    """Whether no other worker's process is there, nor one that starts."""
+    return [process.pid for process in cluster.processes(WORKER)] == [first.pid]
 
 
 def refused(records: list[dict[str, Any]], begin: float, end: float) -> float:
     """The part of what was sent in a span of the load that got a 429."""
     sent = [record["status"] == "rejected" for record in records if begin <= record["sent"] < end]
     return mean(sent) if sent else 0.0
-
-
-def bench(url: str, folder: Path, *load: str) -> dict[str, Any]:
-    """What `divisi bench` has measured."""
-    report = folder / "bench.json"
-    command = [sys.executable, "-m", "divisi.deploy.cli", "bench", "--base-url", f"{url}/v1", "--quiet", *load]
-    command += ["--input-tokens", "32", "--output-tokens", "64", "--json", str(report), "--records"]
-    subprocess.run(command, check=True, timeout=LOAD_S + 60, stdout=subprocess.DEVNULL)
-    return dict(json.loads(report.read_text()))
 
 
 def test_a_second_worker_comes_with_the_queue_and_goes_after_it(
@@ -114,31 +120,25 @@ def test_a_second_worker_comes_with_the_queue_and_goes_after_it(
     with running_cluster(checkpoint_dir(), tmp_path / "log", "--config", str(config)) as cluster:
         watch = Watch(cluster.url)
         wait_for(lambda: watch.workers() == 1, 30, "not one worker")
-        stream = OpenStream(cluster.url, "divisi-demo", "Tell me a story.", 8000)
-        asked = bench(cluster.url, tmp_path, "--concurrency", "2", "--duration", str(PROBE_S))["records"]
+        asked = bench(cluster.url, tmp_path, PROBE_S, "--concurrency", "2")["records"]
         rate = TIMES * sum(each["status"] == "ok" for each in asked) / PROBE_S
-        begun = time.monotonic()
-        told = bench(cluster.url, tmp_path, "--rate", f"{rate:.2f}", "--duration", str(LOAD_S), "--warmup", "0")
-        ended = time.monotonic()
-        wait_for(lambda: watch.workers() == 1, 60, "the second worker stays")
+        rounds = [run_round(cluster, watch, tmp_path, rate) for _ in range(ROUNDS)]
         watch.close()
-        times, problem = list(stream.times), stream.problem
-    assert not problem
-    broken = [each for each in told["records"] if each["status"] not in ("ok", "rejected")]
-    assert not broken
-    marked = watch.first(lambda seen: waiting(seen) > MARK, since=begun)
-    two = watch.first(lambda seen: serving(seen) == 2)
-    gone = watch.first(lambda seen: serving(seen) == 1, since=max(ended, two))
-    pauses = [after - before for before, after in pairwise(times) if before > begun]
-    changes = [max((b - a for a, b in pairwise(times) if abs(b - at) < 3), default=0.0) for at in (two, gone)]
-    before, after = refused(told["records"], 0, two - begun), refused(told["records"], two - begun + 3, LOAD_S)
-    record_result("seconds from the mark until the second serves", round(two - marked, 1))
-    record_result("seconds from the load's end until it is gone", round(gone - ended, 1))
-    record_result("a stream's longest pause at either epoch change, s", [round(pause, 2) for pause in changes])
-    record_result("its longest pause at all, s", round(max(pauses), 2))
-    record_result("refused before and after, %", [round(100 * before, 1), round(100 * after, 1)])
-    assert two - marked <= SERVES_S
-    assert gone - ended <= GONE_S
-    assert after < before
-    if max(changes) > PAUSE_S:
-        pytest.xfail(f"a stream paused for {max(changes):.2f} s while a worker came, and {PAUSE_S} are wanted")
+    record = {
+        "seconds from the mark until the second serves": [round(each.serves, 1) for each in rounds],
+        "seconds from the load's end until it is gone": [round(each.gone, 1) for each in rounds],
+        "a stream's longest pause at each epoch change, s": [[round(p, 2) for p in each.pauses] for each in rounds],
+        "its longest while the second worker starts, and at all, s": [
+            [round(each.starting, 2), round(each.anywhere, 2)] for each in rounds
+        ],
+        "refused before and after, %": [[round(100 * part, 1) for part in each.refused] for each in rounds],
+        "parts of its coming, medians, s": {
+            part: round(median(each.parts[part] for each in rounds), 2) for part in rounds[0].parts
+        },
+    }
+    for what, found in record.items():
+        record_result(what, found)
+    assert median(each.serves for each in rounds) <= SERVES_S
+    assert median(each.gone for each in rounds) <= GONE_S
+    assert max(max(each.pauses) for each in rounds) <= PAUSE_S
+    assert mean(each.refused[1] for each in rounds) < mean(each.refused[0] for each in rounds)

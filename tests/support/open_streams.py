@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import httpx
 
@@ -51,6 +54,11 @@ class OpenStream:
         if finished != "length":
             self.problem = f"it ended by {finished!r} after {len(self.times)} pieces"
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether more may come."""
+        return self._thread.is_alive()
+
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -59,6 +67,28 @@ class OpenStream:
     def longest_gap(self, since: float) -> float:
         """Seconds, of the gaps that end after a time."""
         return max((after - before for before, after in pairwise(self.times) if after > since), default=0.0)
+
+
+class StreamApart:
+    """An `OpenStream` in a process of its own: nothing else that a test does delays the times that it takes."""
+
+    def __init__(self, url: str, model: str, prompt: str, tokens: int, file: Path) -> None:
+        """`file`: where the process writes; returns once the first piece has come."""
+        self._file = file
+        command = [sys.executable, "-m", __name__, url, model, prompt, str(tokens)]
+        with file.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, cwd=Path(__file__).parents[2])
+        until = time.monotonic() + 30
+        while not file.stat().st_size:
+            assert time.monotonic() < until, "the stream does not begin"
+            time.sleep(0.05)
+
+    def close(self) -> tuple[list[float], str]:
+        """Give it up; returns when its pieces came, and what ended it before."""
+        self._process.terminate()
+        self._process.wait(20)
+        told = [json.loads(line) for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [piece for piece in told if isinstance(piece, float)], "".join(p for p in told if isinstance(p, str))
 
 
 class OpenStreams:
@@ -107,3 +137,20 @@ def hurt_in_the_middle(
     assert streams.texts == list(want)
     assert all(stream.times[-1] > struck_at for stream in streams.all), "too late to show anything"
     return streams.longest_gap(struck_at)
+
+
+def _read_apart() -> None:
+    """What a `StreamApart` starts: a line of JSON for each piece's time, and one for what ended the stream."""
+    url, model, prompt, tokens = sys.argv[1:]
+    stream, told, more = OpenStream(url, model, prompt, int(tokens)), 0, True
+    while more:
+        more = stream.goes_on
+        times = stream.times[told:]
+        told += len(times)
+        print(*map(json.dumps, times), sep="\n", end="\n" * bool(times), flush=True)
+        time.sleep(0.1)
+    print(json.dumps(stream.problem or "it ended"), flush=True)
+
+
+if __name__ == "__main__":
+    _read_apart()
