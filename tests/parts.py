@@ -55,6 +55,7 @@ TABLE = {
     "e2e/test_deaths_cut.py": "deaths",
     "e2e/test_deaths_owners.py": "deaths",
     "e2e/test_demo.py": "faults",
+    "e2e/test_fake_nodes.py": "scale",
     "e2e/test_front.py": "faults",
     "e2e/test_more_workers.py": "deaths",
     "e2e/test_mtp.py": "mtp",

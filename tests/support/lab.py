@@ -66,16 +66,30 @@ class Machine:
             (found,) = found.children()
         return found
 
+    def start_beside(
+        self, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Run a command in the /tmp of the machine's first; it ends with that one."""
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [*self._enter(), *command], env=dict(environment or os.environ),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/",
+            )  # fmt: skip
+        self.processes.append(process)
+        return process
+
     def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None, timeout_s: float = 60) -> str:
         """Run a command beside the machine's others, in their /tmp; returns what it prints."""
-        there = self.inside(self.processes[0])
-        enter = ["nsenter", "--target", str(there.pid), "--mount", "--pid", "--net"]
         done = subprocess.run(
-            [*enter, *command], env=dict(environment or os.environ), capture_output=True, text=True, check=False,
-            timeout=timeout_s, cwd="/",
+            [*self._enter(), *command], env=dict(environment or os.environ), capture_output=True, text=True,
+            check=False, timeout=timeout_s, cwd="/",
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.tail()}"
         return done.stdout
+
+    def _enter(self) -> list[str]:
+        there = self.inside(self.processes[0])
+        return ["nsenter", "--target", str(there.pid), "--mount", "--pid", "--net"]
 
     def tail(self) -> str:
         """The end of the log."""
