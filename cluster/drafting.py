@@ -152,11 +152,11 @@ class MostTokensPerSecond:
 
     def note(self, drafter: Drafter, drafted: int, accepted: int) -> None:
         """See DraftPolicy."""
+        drafter.survival.fade()
         if not drafted:
             drafter.idle_steps += 1
             return
         drafter.idle_steps = 0
-        drafter.survival.fade()
         drafter.survival.note(drafted, accepted)
         self._all.note(drafted, accepted)
 

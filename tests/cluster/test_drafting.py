@@ -151,6 +151,22 @@ def test_who_does_not_draft_is_tried_again_now_and_then() -> None:
     assert 2 <= sum(depths) <= 4
 
 
+def test_one_whose_drafts_failed_for_a_while_is_trusted_again() -> None:
+    """Where those of all others stand: no trial is needed for it."""
+    policy = MostTokensPerSecond(times_by(lambda rows: 10.0 + rows, lambda rows: 1.0))
+    others = [Drafter(limit=3) for _ in range(4)]
+    failed = taught(policy, [0] * 12, drafted=3, limit=3)
+    for step in range(40):
+        depths = policy.depths([*others, failed], ALONE)
+        if step == 0:
+            assert depths[-1] == 0
+        for drafter, depth in zip(others, depths, strict=False):
+            policy.note(drafter, depth, depth)
+        policy.note(failed, 0, 0)
+    assert failed.survival.chance(0, 0.9) > 0.8
+    assert policy.depths([*others, failed], ALONE)[-1] > 0
+
+
 def test_nobody_is_tried_where_even_the_best_drafts_would_not_pay() -> None:
     policy = MostTokensPerSecond(dear())
     drafter = taught(policy, [4] * 10, limit=3)

@@ -29,6 +29,8 @@ from divisi.model.sampling.sampler import ChooseTokens, Sampled, Sampler, Sampli
 
 _BUDGET_S = 6.0
 """For the whole table; what is left out then is estimated from the rest."""
+_SETTLED_S = 0.03
+"""Of a cell's steps, after which further ones are no faster."""
 _ROUNDS, _MORE_S = 3, 2.0
 """Times that all kinds of step have their turn, and the seconds after which no further round begins: what disturbs
 a machine for a moment then disturbs one turn.
@@ -79,8 +81,8 @@ class Calibration:
         self._cells, self._samples = list(cells(config)), Samples()
         self._turns = self._in_turn()
         self._cell: Cell | None = None
-        self._enough = 0
-        """Steps of the cell, after which comes the next."""
+        self._turn: list[float] = []
+        """Seconds of the cell's steps in this turn."""
         self._begun = self._spent_s = 0.0
 
     @property
@@ -92,8 +94,7 @@ class Calibration:
         """See Rehearsal."""
         while self._spent_s < _BUDGET_S:
             self._begun = perf_counter()
-            unfinished = self._cell is not None and self._samples.count(self._cell) < self._enough
-            if unfinished and (plan := self._engine.plan()) is not None:
+            if self._goes_on() and (plan := self._engine.plan()) is not None:
                 return plan
             self._end_cell()
             if not self._begin(next(self._turns, None)):
@@ -113,8 +114,15 @@ class Calibration:
         self._spent_s += seconds
         if cell is None or plan.scans or plan.num_rows != cell.rows:
             return
+        self._turn.append(seconds)
         drafted_s = self._engine.draft_seconds
         self._samples.add(cell, seconds - sum(drafted_s), drafted_s)
+
+    def _goes_on(self) -> bool:
+        """Whether the cell's turn is not over."""
+        if self._cell is None:
+            return False
+        return len(self._turn) < (STEPS if sum(self._turn) >= _SETTLED_S else self._cell.most_steps)
 
     def _in_turn(self) -> Iterator[Cell]:
         for _ in range(_ROUNDS):
@@ -127,7 +135,7 @@ class Calibration:
         self._cell = cell
         if cell is None:
             return False
-        self._enough = self._samples.count(cell) + STEPS
+        self._turn.clear()
         self._drafting.most = cell.drafts
         for number in range(cell.sequences):
             prompt = tuple(token % self._vocab_size for token in range(cell.prompt))

@@ -14,6 +14,8 @@ _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _DRAFTS = (0, 1, 2, 3, 5, 8)
 STEPS = 5
 """Of each kind, each time that it has its turn."""
+_FEW, _MORE_STEPS = 4, 20
+"""Sequences whose steps may be so short that more of them are taken: the first ones after a prefill are slower."""
 _SPARE_STEPS = 3
 """In which sequences may be admitted one after the other."""
 _LONG = 1024
@@ -35,9 +37,14 @@ class Cell:
         return self.sequences * (1 + self.drafts)
 
     @property
+    def most_steps(self) -> int:
+        """Each time that it has its turn, however short they are."""
+        return _MORE_STEPS if self.sequences <= _FEW else STEPS
+
+    @property
     def answer(self) -> int:
         """Tokens that each sequence may generate."""
-        return 1 + (STEPS + _SPARE_STEPS) * (1 + self.drafts)
+        return 1 + (self.most_steps + _SPARE_STEPS) * (1 + self.drafts)
 
     def fits(self, config: SchedulerConfig) -> bool:
         """Whether all its sequences have room at once."""

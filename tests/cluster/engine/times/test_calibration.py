@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,19 @@ def test_an_aborted_trial_is_run_again(spec: GangSpec) -> None:
     assert engine.stats().aborted_steps == 0
     assert engine._times is not None
     assert engine._times.is_known
+
+
+@pytest.mark.parametrize(("settled_s", "each"), [(0.0, STEPS), (60.0, 20)])
+def test_short_steps_are_taken_until_they_settle(
+    spec: GangSpec, monkeypatch: pytest.MonkeyPatch, settled_s: float, each: int
+) -> None:
+    monkeypatch.setattr("divisi.cluster.engine.times.calibration._SETTLED_S", settled_s)
+    taken: list[Cell] = []
+    add = Samples.add
+    monkeypatch.setattr(Samples, "add", lambda samples, cell, *times: (taken.append(cell), add(samples, cell, *times)))
+    started(spec)
+    counts = Counter(taken)
+    assert {count % each for count in counts.values()} == {0}
 
 
 def test_without_time_drafts_go_all_the_way(spec: GangSpec, monkeypatch: pytest.MonkeyPatch) -> None:
