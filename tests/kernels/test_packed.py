@@ -9,7 +9,7 @@ import torch
 
 from divisi.kernels.attention.layout import KvPool
 from divisi.kernels.experts.layout import Tree
-from divisi.kernels.linear.layout import PackedMatrix
+from divisi.kernels.linear.layout import PackedMatrix, restacked
 from divisi.kernels.native.variants import VARIANTS, runnable_variants
 from divisi.kernels.select import Kernels, select_kernels
 
@@ -82,6 +82,19 @@ def test_experts(kernels: Kernels, tokens: int, chosen: int, experts: int, width
     expected = torch.einsum("ted,te->td", outputs_TED, weight_TE[:, :experts])
     scale = outputs_TED.abs().max() if tokens else torch.tensor(1.0)
     torch.testing.assert_close(actual / scale, expected / scale, atol=2**-8, rtol=0)  # one activation a step apart
+
+
+def test_stacks_of_experts_are_cut_and_joined_as_they_lie(kernels: Kernels) -> None:
+    """Those of two stacks put together are packed as one stack of them would be."""
+    torch.manual_seed(3)
+    gate_up, down = rounded(6, 2 * 23, 40), rounded(6, 40, 23)
+    first, second = (kernels.pack_experts(gate_up[part], down[part]) for part in (slice(4), slice(4, 6)))
+    wanted = kernels.pack_experts(gate_up[[5, 3, 0]].contiguous(), down[[5, 3, 0]].contiguous())
+    for pair, whole in zip(zip(first, second, strict=True), wanted, strict=True):
+        joined = restacked(pair, [(1, 1), (0, 3), (0, 0)])
+        assert isinstance(joined, PackedMatrix)
+        assert isinstance(whole, PackedMatrix)
+        assert torch.equal(joined.data, whole.data)
 
 
 def test_strangers_are_not_read(kernels: Kernels) -> None:
