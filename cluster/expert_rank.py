@@ -1,6 +1,7 @@
 """An expert shard: waits for a share of the experts that nobody serves, loads it, takes its seat. Knows no Ray.
 
-Where another process has taken its seat meanwhile, since it was silent for too long, it waits for a share again.
+While it serves it may be told to hold others besides, or fewer. Where another process has taken its seat meanwhile,
+since it was silent for too long, or there is no such seat any more, it waits for a share again.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from functools import partial
 import torch
 
 from divisi.cluster.activity import StuckCheck
-from divisi.cluster.assembly import even_layout, load_shard, metered, served_config, shard_loop, sharded_mode
+from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop, sharded_mode
 from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import ShardedMode
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.loops.inbox import EpochInbox
 from divisi.cluster.gang.membership.client import CoordinatorClient
 from divisi.cluster.gang.membership.coordinator import CoordinatorLost
-from divisi.cluster.gang.membership.neighbours import Neighbours, own_process
+from divisi.cluster.gang.membership.neighbours import Neighbours, own_process, process_age_s
 from divisi.cluster.gang.membership.status import Stats
-from divisi.cluster.gang.membership.vacancies import Applicant
+from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.gang.membership.watch import Candidate, SeatWatch
+from divisi.cluster.holdings import Holdings
 from divisi.cluster.loading import load_in_thread
 from divisi.cluster.post import Post
 from divisi.cluster.seats import Address
@@ -36,6 +38,7 @@ from divisi.cluster.telemetry.ranks import show_shard
 from divisi.kernels.select import select_kernels
 from divisi.model.checkpoint import Checkpoint
 from divisi.model.config import ModelConfig
+from divisi.model.experts import ExpertBank
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class ExpertRank:
         self._waiting = True
         self._watch: SeatWatch | None = None
         self._index: int | None = None
+        self._bank: ExpertBank | None = None
         self._weights: dict[str, float] = {}
         self._told = False
         self.experts: MeteredExperts | None = None
@@ -84,45 +88,59 @@ class ExpertRank:
 
         Raises CheckpointError.
         """
-        while (index := self._vacancy()) is not None:
-            self._index, self._waiting = index, False
-            self._load(index)
-            if self._is_wanted(index):
+        while (share := self._vacancy()) is not None:
+            self._index, self._waiting = share.index, False
+            self._load(share)
+            if self._is_wanted(share.index):
                 return True
             self._forget()
         return False
 
-    def _load(self, index: int) -> None:
-        who = f"expert:{index}"
+    def _load(self, share: Share) -> None:
+        who = f"expert:{share.index}"
         with (
             self._post.reported(who) as report,
             contextlib.closing(Checkpoint.open(self._spec.model_dir)) as checkpoint,
         ):
             progress = partial(self._progress, report)
-            own = even_layout(self._spec, self._config).served[index]
-            bank = load_in_thread(self._spec, partial(load_shard, self._spec, self._config, checkpoint, own, progress))
+            load = partial(load_shard, self._spec, self._config, checkpoint, share.leaves, progress)
+            self._bank = bank = load_in_thread(self._spec, load)
         self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(bank.nbytes)}
         self.experts = metered(self._spec, self._config, bank)
 
     def serve(self) -> None:
         """Take the seat of what was loaded, and serve in its epochs until it is closed or has lost the seat."""
         assert self.experts is not None, "load comes first"
+        assert self._bank is not None
         address = Address(
             self._post.host, metrics=self._telemetry.port, process=self._post.process, local=own_process()
         )
         candidate = Candidate("expert", address, self._index, spec=self._spec.fingerprint)
-        self._watch = SeatWatch(self._post.connect, candidate, self._inbox, self._stats)
+        holdings = Holdings(self._bank, self._spec.model_dir, self._config, self._prepared)
+        self._watch = SeatWatch(self._post.connect, candidate, self._inbox, self._stats, holdings)
         observer = show_shard(self._telemetry, self.experts, f"expert:{self._index}", self._weights)
         credentials = Credentials(self._post.secret, self._spec.tls)
         loop = shard_loop(
             self._spec, self._config, self._mode, self.experts, credentials, self._inbox, self._watch, observer
         )
         self._watch.start()
-        loop.run()
+        with contextlib.closing(holdings):
+            loop.run()
         if not self._closed.is_set():
-            log.warning("another process has taken the seat of expert:%s; this one is a spare from now on", self._index)
+            log.warning("expert:%s is another's seat, or there is none; this one is a spare from now on", self._index)
             self._inbox.reopen()
             self._forget()
+
+    def _prepared(self, order: int, bytes_read: int) -> None:
+        """For the thread that loads: what the coordinator has ordered is held."""
+        watch, bank = self._watch, self._bank
+        if watch is None or bank is None:
+            return
+        self._weights["weight_bytes_read"] += bytes_read
+        self._weights["weight_bytes"] = float(bank.nbytes)
+        watch.push_stats(dict(self._weights))
+        self._told = False
+        watch.prepared(order)
 
     def _forget(self) -> None:
         """What was loaded, which another process serves."""
@@ -130,7 +148,7 @@ class ExpertRank:
         self._telemetry.metrics.forget()
         self._asked_at = self._heard_at = time.monotonic()
         self._waiting, self._told = True, False
-        self._watch = self._index = self.experts = None
+        self._watch = self._index = self._bank = self.experts = None
         if self._spec.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -170,18 +188,18 @@ class ExpertRank:
             return time.monotonic() - watch.heard_at
         return time.monotonic() - self._heard_at if self._waiting else 0.0
 
-    def _vacancy(self) -> int | None:
+    def _vacancy(self) -> Share | None:
         with contextlib.closing(Neighbours(self._tell_end)) as neighbours:
             while not self._closed.is_set():
                 try:
                     client = self._post.connect()
                     while not self._closed.is_set():
-                        share = client.vacancy(self._applicant, _WAIT_S)
+                        share = client.vacancy(replace(self._applicant, age_s=process_age_s()), _WAIT_S)
                         self._asked_at = self._heard_at = time.monotonic()
                         if self._orphaned():
                             self._closed.wait()  # asking again would keep from others what was promised
                         elif share is not None and self._confirms(client, share.index):
-                            return share.index
+                            return share
                         neighbours.watch(client.neighbours(self._post.host))
                 except CoordinatorLost:
                     self._closed.wait(_RETRY_S)

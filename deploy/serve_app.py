@@ -92,7 +92,7 @@ class Ingress:
         presence = Presence(spec.name, ingress_id, host, self._telemetry.port)
         presence.start()
         text, api = TextCodec.load(spec.model_dir), api_settings(settings, spec)
-        return build_app(client, text, api, gate, keys, self._telemetry, presence)
+        return build_app(client, text, api, gate, keys, self._telemetry, presence, client)
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """For Serve: take new limits and another log level."""

@@ -13,10 +13,11 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from divisi.cluster.errors import AnswerLost, GangNotReady, WorkerLeft, WorkerLost
 from divisi.cluster.gang.membership.coordinator import CoordinatorLost
+from divisi.cluster.gang.membership.scaling import ScaleStatus
 from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.secret import gang_secret
@@ -135,6 +136,26 @@ class ServeEngineClient:
             self._status = GangStatus(ready, "; ".join(reasons), rows, found.targets)
         self._checked_at = asked_at
         return self._status
+
+    async def scale(self, expert_shards: int) -> ScaleStatus:
+        """See GangAdmin."""
+        return await self._ask("scale", expert_shards)
+
+    async def scale_status(self) -> ScaleStatus:
+        """See GangAdmin."""
+        return await self._ask("scale_status")
+
+    async def _ask(self, method: str, *arguments: int) -> ScaleStatus:
+        try:
+            coordinator = self._coordinator or await asyncio.to_thread(find_coordinator, self._spec.name)
+            status: ScaleStatus = await getattr(coordinator, method).remote(*arguments)
+        except CoordinatorLost as error:
+            raise GangNotReady(str(error)) from None
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError:
+            raise GangNotReady("the coordinator has stopped") from None
+        return status
 
     def _without_coordinator(self, reason: str) -> GangStatus:
         """While it is replaced the gang goes on: as it was, where a worker says that it takes requests."""

@@ -29,7 +29,7 @@ CLI_MAY_IMPORT = (
     "divisi.model.scratch",
 )  # fmt: skip
 MAY_IMPORT_RAY = re.compile(
-    r"cluster/ray/|deploy/(leave_node|redeployed|serve_app|serve_client|local_run|worker_count|ray/instance|ray/shared_cluster)\.py"
+    r"cluster/ray/|deploy/(leave_node|redeployed|serve_app|serve_client|local_run|scale|worker_count|ray/instance|ray/shared_cluster)\.py"
 )
 ROOMS = tuple(f"cluster/{room}" for room in ("door", "engine", "dispatch", "gang", "ray", "streams", "telemetry"))
 API_ROOMS = tuple(f"deploy/api/{room}" for room in ("schema", "body", "compile", "middleware", "reply"))

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -17,6 +18,7 @@ from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost
 from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.scaling import ScaleStatus
 from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
 from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.gang.membership.watchdog import Watchdog
@@ -25,6 +27,7 @@ from divisi.cluster.ray.actors import NAMESPACE, ORPHANED_S, coordinator_name, e
 from divisi.cluster.ray.head import end_without_head
 from divisi.cluster.ray.nodes import actor_options
 from divisi.cluster.ray.secret import gang_secret
+from divisi.cluster.ray.shard_count import keep_shard_count, kept_shard_count
 from divisi.cluster.seats import Address, LocalProcess, Membership, Role, ScrapeTarget, Seat
 from divisi.cluster.spec import GangSpec
 from divisi.cluster.telemetry.context import below, parse
@@ -50,10 +53,12 @@ class CoordinatorActor(Coordinator):
         end_without_head()
         host = ray.util.get_node_ip_address()
         self._server = StoreServer(host, Credentials(gang_secret(spec), spec.tls))
+        self._spec = spec
+        self._kept = served, wanted = kept_shard_count(spec)
         again = ray.get_runtime_context().was_current_actor_reconstructed
         # Seconds as the first epoch: above every epoch of a coordinator that this one replaces.
         super().__init__(
-            spec.shape,
+            spec.shape if spec.shape.colocated else replace(spec.shape, expert_shards=served),
             self._server.address,
             first_epoch=int(time.time()),
             min_attention_workers=spec.min_attention_workers,
@@ -63,6 +68,8 @@ class CoordinatorActor(Coordinator):
             patience=spec.patience,
             virtual_shards=spec.virtual_shards,
         )
+        if wanted != served:
+            super().scale(wanted)
         telemetry = Telemetry(spec.telemetry, "coordinator", host)
         self._tracer = telemetry.tracer
         if telemetry.port:
@@ -74,10 +81,23 @@ class CoordinatorActor(Coordinator):
     def _end_with_the_owner(self) -> None:
         while not self.orphaned:
             threading.Event().wait(_LOOK_EVERY_S)  # a lease lapses without anything happening
+            self._keep_count(self.scale_status())
         log.warning("the gang has no owner any more, and ends")
         with contextlib.suppress(Exception):  # whatever Ray says: each shard ends by itself, too
             end_actors(self._gang, but=(coordinator_name(self._gang),))
         end_own_actor()
+
+    def scale(self, expert_shards: int) -> ScaleStatus:
+        """See Coordinator."""
+        status = super().scale(expert_shards)
+        self._keep_count(status)
+        return status
+
+    def _keep_count(self, status: ScaleStatus) -> None:
+        """For a coordinator in this one's place. That more or fewer serve by now may be told late."""
+        if (count := (status.expert_shards, status.wanted)) != self._kept:
+            keep_shard_count(self._spec, *count)
+            self._kept = count
 
     def status(self, traceparent: str = "") -> CoordinatorStatus:
         """See Coordinator; a traced request's question gets a span."""
@@ -98,7 +118,7 @@ def start_coordinator(spec: GangSpec) -> ActorHandle[Any]:
         "lifetime": "detached",
         "max_restarts": -1,
         "num_cpus": 0,
-        "max_concurrency": 4 * spec.shape.size + 32,
+        "max_concurrency": 4 * spec.shape.size + spec.virtual_shards + 32,  # as many shards may come
         **actor_options(NodeChoice(spec.placement.ingress.labels)),
     }
     handle: ActorHandle[Any] = actor.options(**options).remote(spec)

@@ -16,12 +16,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
+from divisi.cluster.gang.membership.scaling import ScaleStatus
 from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.nodes import empty_groups
 from divisi.cluster.ray.actors import coordinator_name, end_actors, shards_prefix
 from divisi.cluster.ray.coordinator import start_coordinator
 from divisi.cluster.ray.nodes import living_nodes
-from divisi.cluster.ray.shards import start_shard
+from divisi.cluster.ray.shard_count import kept_shard_count
+from divisi.cluster.ray.shards import end_surplus, homeless, start_shard
 from divisi.cluster.spec import GangSpec
 
 log = logging.getLogger(__name__)
@@ -46,13 +48,17 @@ class GangOwner:
         self._least_workers = spec.min_attention_workers
         self._closed = threading.Event()
         self._coordinator = self._adopt_or_start()
-        self._seats = [spec.shape.seat(rank) for rank in spec.shape.shard_ranks]
+        self._served, self._wanted = kept_shard_count(spec) if spec.shape.shard_ranks else (0, 0)
+        """So many shards serve, and are to; `_follow` hears of others."""
+        self._may_be_surplus = True
         end_actors(spec.name, but=(coordinator_name(spec.name), shards_prefix(spec)))
         self._start_shards()
         self._tell_unplaced()
         self.displaced = False
         """Whether another process has become the owner."""
         threading.Thread(target=self._keep, name="gang-lease", daemon=True).start()
+        if self._wanted:
+            threading.Thread(target=self._follow, name="gang-shards", daemon=True).start()
 
     def check(self) -> None:
         """Raise GangLost if a shard could not load; start what is missing.
@@ -64,8 +70,8 @@ class GangOwner:
             status: CoordinatorStatus = ray.get(reply, timeout=_ANSWER_S)
         except RayActorError:
             return  # it is being started anew, by Ray or by `_keep`
-        seats = {str(seat) for seat in self._seats}
-        if failed := [f"{who}: {text}" for who, text in status.failures.items() if who in seats]:
+        needed = {f"expert:{index}" for index in range(self._served)}
+        if failed := [f"{who}: {text}" for who, text in status.failures.items() if who in needed]:
             raise GangLost("; ".join(failed))
         if not status.ready and not self.displaced:
             self._start_shards()
@@ -117,11 +123,34 @@ class GangOwner:
                 log.exception("the gang's lease was not renewed")
                 self._closed.wait(_RETRY_S)
 
+    def _follow(self) -> None:
+        """The other standing call: how many shards there are to be. Starts those that are missing, ends the rest."""
+        while not self._closed.is_set() and not self.displaced:
+            try:
+                wanted: Any = self._coordinator.wanted_shards.remote(self._wanted, _KEEP_S)
+                found = ray.get(wanted, timeout=_KEEP_S + _ANSWER_S)
+                self._may_be_surplus, self._wanted = self._may_be_surplus or found != self._wanted, found
+                status: Any = self._coordinator.scale_status.remote()
+                self._bring_to(ray.get(status, timeout=_ANSWER_S))
+            except Exception as error:  # noqa: BLE001 - whatever it was: a number that was asked for is asked for again
+                log.info("how many shards there are to be is not known now: %s", error)
+                self._closed.wait(_RETRY_S)
+
+    def _bring_to(self, status: ScaleStatus) -> None:
+        self._served = status.expert_shards
+        if self._closed.is_set() or self.displaced:
+            return
+        if status.waits_for:
+            self._start_shards()
+            self._tell_unplaced()
+        elif self._may_be_surplus:
+            self._may_be_surplus = end_surplus(self._spec, status.wanted, status.processes)
+
     def _start_shards(self) -> None:
         """Those that are not there."""
-        for seat in self._seats:
-            start_shard(self._spec, seat.index)
+        for index in range(max(self._served, self._wanted)):
+            start_shard(self._spec, index)
 
     def _tell_unplaced(self) -> None:
-        found = empty_groups(self._spec.placement, len(self._seats), living_nodes())
-        self._coordinator.report_unplaced.remote("; ".join(found))
+        found = empty_groups(self._spec.placement, self._wanted, living_nodes())
+        self._coordinator.report_unplaced.remote("; ".join(found or homeless(self._spec)))

@@ -17,6 +17,17 @@ def named(spec: GangSpec, application: str) -> GangSpec:
 
     Ray's head keeps the id, as long as it lives: what another cluster's head has left somewhere is never this gang's.
     """
-    key = f"gang/{application}".encode()
-    _internal_kv_put(key, secrets.token_hex(4).encode(), overwrite=False, namespace=_NAMESPACE)
-    return replace(spec, name=f"{application}:{_internal_kv_get(key, namespace=_NAMESPACE).decode()}")
+    _internal_kv_put(_key(application), secrets.token_hex(4).encode(), overwrite=False, namespace=_NAMESPACE)
+    name = gang_of(application)
+    assert name is not None, "it has just been put there"
+    return replace(spec, name=name)
+
+
+def gang_of(application: str) -> str | None:
+    """The name of an application's gang; None where the cluster has never had one."""
+    drawn = _internal_kv_get(_key(application), namespace=_NAMESPACE)
+    return None if drawn is None else f"{application}:{drawn.decode()}"
+
+
+def _key(application: str) -> bytes:
+    return f"gang/{application}".encode()

@@ -21,12 +21,13 @@ from divisi.cluster.errors import DivisiError
 from divisi.cluster.seats import ScrapeTarget
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.slices import slice_of
+from divisi.deploy.api.admin import AdminApi
 from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from divisi.deploy.api.body.reading import BodyT, read_parsed
 from divisi.deploy.api.body.replayed import Dropped
 from divisi.deploy.api.compile.call import Call, Compiler, check_model
 from divisi.deploy.api.compile.formats import UNENFORCED, unenforced_formats
-from divisi.deploy.api.engine_client import EngineClient, GangStatus
+from divisi.deploy.api.engine_client import EngineClient, GangAdmin, GangStatus
 from divisi.deploy.api.errors import no_such_route, to_reply
 from divisi.deploy.api.metrics import CountRequests, Metrics, RequestClock
 from divisi.deploy.api.middleware.auth import HEALTH, METRICS, Authenticate, key_of
@@ -43,6 +44,7 @@ from divisi.deploy.api.schema.openapi import (
     chat_docs,
     completion_docs,
     detokenize_docs,
+    gang_docs,
     reading_docs,
     ready_docs,
     tokenize_docs,
@@ -232,8 +234,11 @@ def build_app(
     keys: KeyFile | None = None,
     telemetry: Telemetry | None = None,
     presence: Presence | None = None,
+    admin: GangAdmin | None = None,
 ) -> FastAPI:
     """The ASGI application of one HTTP process. Without a gate everything is let in; without keys, everybody.
+
+    `admin`: the gang whose shards can be scaled, if any.
 
     Without `telemetry` its metrics are on `/metrics` alone, and nothing is traced.
     """
@@ -254,6 +259,10 @@ def build_app(
     route("/v1/completions", api.completion, methods=["POST"], response_class=Response, openapi_extra=completion_docs())
     route("/tokenize", api.tokenize, methods=["POST"], openapi_extra=tokenize_docs())
     route("/detokenize", api.detokenize, methods=["POST"], openapi_extra=detokenize_docs())
+    if admin is not None:
+        gang = AdminApi(admin, keys is not None)
+        route("/v1/admin/gang", gang.scale, methods=["POST"], openapi_extra=gang_docs())
+        _get(app, "/v1/admin/gang", gang.show, operation_id="gang", docs=reading_docs)
     _get(app, "/version", api.version)
     _get(app, "/v1/version", api.version, operation_id="v1_version")
     _get(app, "/v1/metadata", api.metadata)

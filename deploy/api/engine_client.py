@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from divisi.cluster.gang.membership.scaling import ScaleStatus
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import ScrapeTarget
 from divisi.cluster.telemetry.rows import StatRow
@@ -40,4 +41,16 @@ class EngineClient(Protocol):
 
     async def status(self) -> GangStatus:
         """Answers at once, also while nothing is loaded."""
+        ...
+
+
+class GangAdmin(Protocol):
+    """The gang as those who run it see it. Both raise `GangNotReady` where nobody can be asked."""
+
+    async def scale(self, expert_shards: int) -> ScaleStatus:
+        """Have so many expert shards; answers at once. Raises ValueError, for people, where there cannot be so many."""
+        ...
+
+    async def scale_status(self) -> ScaleStatus:
+        """How that goes."""
         ...

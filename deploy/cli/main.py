@@ -8,7 +8,7 @@ from typing import Any
 
 # Each of these adds flags with little more than argparse and imports the rest when it runs: `divisi --help` and the
 # shell's completion answer at once.
-from divisi.deploy.cli import bench, chat, checkpoint, completion, inspect, keys, monitor, report, serve, top
+from divisi.deploy.cli import bench, chat, checkpoint, completion, inspect, keys, monitor, report, scale, serve, top
 from divisi.deploy.cli.status import exit_status
 
 EXAMPLES = """\
@@ -20,6 +20,7 @@ examples:
   divisi chat                                       talk to it from another terminal
   divisi bench --concurrency 8 --requests 100       measure it
   divisi top                                        who sits where and does what, live
+  divisi scale --expert-shards 3                    another shard, while it serves
   divisi report                                     what it has seen: percentiles, memory, drafts, balance
   source <(divisi completion bash)                  complete commands and flags with TAB
 
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, chat, bench, top, report, monitor, inspect, checkpoint, keys, completion):
+    for command in (serve, chat, bench, top, scale, report, monitor, inspect, checkpoint, keys, completion):
         command.add_parser(commands)
     parser.set_defaults(root=parser)
     return parser

@@ -12,6 +12,9 @@ YAML (.yaml, .yml), with limits:
         hash: sha256:9f86d0...
         max_concurrent: 8
         tokens_per_minute: 60000
+      - name: who-runs-it
+        hash: sha256:6b86b2...
+        admin: true             # may change the gang, by /v1/admin/gang
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class _Entry(BaseModel):
     hash: str
     max_concurrent: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
+    admin: bool = False
 
 
 class _Document(BaseModel):
@@ -143,7 +147,7 @@ def _from_yaml(path: Path, text: str) -> list[ApiKey]:
                 f"{path}: the hash of {entry.name!r} is not 'sha256:' and 64 hexadecimal digits; "
                 "make a key with: divisi keys new"
             )
-    return [ApiKey(e.name, e.hash, e.max_concurrent, e.tokens_per_minute) for e in document.keys]
+    return [ApiKey(e.name, e.hash, e.max_concurrent, e.tokens_per_minute, e.admin) for e in document.keys]
 
 
 def _check(path: Path, keys: Sequence[ApiKey]) -> None:

@@ -28,6 +28,8 @@ class ApiKey:
     """Requests at once."""
     tokens_per_minute: int | None = None
     """Prompt and generated tokens; as many may be used in a burst."""
+    admin: bool = False
+    """Whether it may change the gang."""
 
 
 def new_key() -> str:

@@ -173,8 +173,16 @@ class Coordinator:
             self._scaling.told(self._clock())
             return self._roster.plan.wanted_shards
 
+    def scale_status(self) -> ScaleStatus:
+        """How far the last change of the number of expert shards has come."""
+        with self._changed:
+            self._note_changes()
+            return self._scale_status()
+
     def _scale_status(self) -> ScaleStatus:
         waits_for = self._lacking() or []
+        waits_for += [f"{who} could not load: {text}" for who, text in self._figures.failures.items() if waits_for]
+        waits_for += [self._unplaced] if waits_for and self._unplaced else []
         if not waits_for and not self._scaling.is_over:
             waits_for = ["the next epoch"]
         return ScaleStatus(
@@ -183,6 +191,7 @@ class Coordinator:
             tuple(waits_for),
             self._scaling.seconds(),
             self._scaling.bytes_read(self._figures.weights_read()),
+            frozenset(holder.address.process for holder in self._roster.holders() if holder.seat.role == "expert"),
         )
 
     def _lacking(self) -> list[str] | None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from divisi.cluster.seats import LocalProcess
 def own_process() -> LocalProcess:
     """This one."""
     return LocalProcess(os.getpid(), _born(os.getpid()))
+
+
+def process_age_s() -> float:
+    """Since this process began."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - _born(os.getpid()) / os.sysconf("SC_CLK_TCK")
 
 
 def _born(pid: int) -> int:

@@ -28,6 +28,8 @@ class ScaleStatus:
     """By the name of the part, of those that have ended."""
     bytes_read: int = 0
     """Of weights, since the change was asked for."""
+    processes: frozenset[str] = frozenset()
+    """Names of those that hold expert seats."""
 
 
 @dataclass(slots=True)
@@ -39,12 +41,13 @@ class Scaling:
     """Of so many shards there are processes already."""
     _at: dict[str, float] = field(default_factory=dict)
     """When each part ended."""
+    _asked: set[str] = field(default_factory=set)
     _read: Mapping[str, float] = field(default_factory=dict)
 
     def begin(self, shards: int, read: Mapping[str, float], now: float) -> None:
         """A change is asked for. `shards`: as many there are; `read`: bytes of weights that each holder has read."""
         self._begun, self._known, self._read = now, shards, dict(read)
-        self._at = {}
+        self._at, self._asked = {}, set()
 
     def told(self, now: float) -> None:
         """Who starts processes knows."""
@@ -52,8 +55,10 @@ class Scaling:
             self._at.setdefault("decision", now)
 
     def asked(self, applicant: Applicant, now: float) -> None:
-        """A process has asked for the first time whether it is wanted."""
-        if self._begun is not None and "load" not in self._at and (applicant.own or 0) >= self._known:
+        """A process is wanted; how it began is in its first question."""
+        new = (applicant.own or 0) >= self._known and applicant.process not in self._asked
+        if self._begun is not None and "load" not in self._at and new:
+            self._asked.add(applicant.process)
             self._at["process"] = max(now - applicant.age_s, self._at.get("decision", self._begun))
             self._at["imports"] = now
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from divisi.cluster.gang.loops.inbox import Assignment, EpochInbox
 from divisi.cluster.gang.membership.client import CoordinatorClient
@@ -39,6 +40,18 @@ class Candidate:
     """The fingerprint of its spec."""
 
 
+class HeldLeaves(Protocol):
+    """The virtual shards that a shard's process holds; neither call waits for any to be loaded."""
+
+    def stand(self) -> frozenset[int]:
+        """Those that are held; what was ordered is void."""
+        ...
+
+    def prepare(self, order: int, leaves: frozenset[int]) -> None:
+        """Hold these and no others, and then say so by the number of the order."""
+        ...
+
+
 class SeatWatch:
     """Holds a seat for a loop until stopped, through lost leases and coordinators that come and go.
 
@@ -51,8 +64,12 @@ class SeatWatch:
         candidate: Candidate,
         inbox: EpochInbox,
         stats: Callable[[], Stats | None],
+        leaves: HeldLeaves | None = None,
     ) -> None:
-        """`connect` raises CoordinatorLost while there is no coordinator; `stats` gives None when nothing changed."""
+        """`connect` raises CoordinatorLost while there is no coordinator; `stats` gives None when nothing changed.
+
+        `leaves`: what a shard holds.
+        """
         self._connect = connect
         self._candidate = candidate
         self._index = candidate.index
@@ -61,6 +78,7 @@ class SeatWatch:
         self._wanting_since: float | None = None
         self._inbox = inbox
         self._stats = stats
+        self._leaves = leaves
         self._stop = threading.Event()
         self._unheard = threading.Event()
         self._telling = threading.Lock()
@@ -128,6 +146,10 @@ class SeatWatch:
                 self._inside = None
                 self._outside.set()
             self._tell(lambda client: client.left(self._holder_id, epoch, reason, suspect))
+
+    def prepared(self, order: int) -> None:
+        """What was ordered by a `prepare` is held."""
+        self._tell(lambda client: client.prepared(self._holder_id, order))
 
     def retire(self, within_s: float) -> None:
         """Leave the gang between two steps, so that none is aborted; done when the loop is in no epoch any more."""
@@ -208,6 +230,8 @@ class SeatWatch:
                     self._inbox.change(directive.epoch)
                 case "leave":
                     self._inbox.interrupt(directive.epoch)
+                case "prepare" if self._leaves is not None:
+                    self._leaves.prepare(directive.order, directive.leaves)
                 case "rejoin":
                     return
 
@@ -217,7 +241,9 @@ class SeatWatch:
         candidate = self._candidate
         with self._telling:
             inside = self._inside
-            held = client.resume(self._holder_id, seat, candidate.address, inside, self._loading, candidate.spec)
+            held = client.resume(
+                self._holder_id, seat, candidate.address, inside, self._loading, candidate.spec, self._held_leaves()
+            )
             if held and inside is not None and self._served == inside.epoch:
                 client.serving(self._holder_id, inside.epoch)
             if held and self._told is not None:
@@ -234,10 +260,15 @@ class SeatWatch:
     def _loading(self) -> bool:
         return self._candidate.loads_for_seat and not self._loaded.is_set()
 
+    def _held_leaves(self) -> frozenset[int] | None:
+        return None if self._leaves is None else self._leaves.stand()
+
     def _join(self, client: CoordinatorClient) -> Seat | None:
         candidate = self._candidate
         loads = candidate.loads_for_seat
-        seat = client.join(self._holder_id, candidate.role, candidate.address, self._index, loads, candidate.spec)
+        seat = client.join(
+            self._holder_id, candidate.role, candidate.address, self._index, loads, candidate.spec, self._held_leaves()
+        )
         if seat is None:
             self._wanting_since = self._wanting_since or time.monotonic()
             return None

@@ -241,6 +241,13 @@ class TokenizeBody(Body):
         return self
 
 
+class GangBody(Body):
+    """POST /v1/admin/gang."""
+
+    expert_shards: int = Field(ge=1)
+    """As many are to serve. Each loads what it lacks while the others serve."""
+
+
 class DetokenizeBody(Body):
     """POST /detokenize."""
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from divisi.deploy.api.body.protocol import ChatBody, CompletionBody, DetokenizeBody, GangBody, TokenizeBody
 from divisi.deploy.api.body.surface import HARMLESS, NEUTRAL, UNSUPPORTED
 from divisi.deploy.api.schema.chunks import ChatChunk, CompletionChunk
-from divisi.deploy.api.schema.replies import ChatCompletion, Completion, Detokenized, ErrorBody, Tokenized
+from divisi.deploy.api.schema.replies import ChatCompletion, Completion, Detokenized, ErrorBody, GangState, Tokenized
 
 
 def chat_docs() -> dict[str, Any]:
@@ -32,10 +32,19 @@ def detokenize_docs() -> dict[str, Any]:
     return _docs(DetokenizeBody, Detokenized)
 
 
+def gang_docs() -> dict[str, Any]:
+    """Request and replies of POST /v1/admin/gang."""
+    docs = _docs(GangBody, GangState)
+    error = {"application/json": {"schema": _schema(ErrorBody)}}
+    accepted = {"description": "Accepted; GET shows how it goes.", "content": docs["responses"]["200"]["content"]}
+    refused = {"description": "No key that is marked as an admin's.", "content": error}
+    return docs | {"responses": docs["responses"] | {"202": accepted, "403": refused}}
+
+
 def reading_docs() -> dict[int | str, dict[str, Any]]:
     """Refusals of the paths that are only read."""
     content = {"application/json": {"schema": _schema(ErrorBody)}}
-    return {"4XX": {"description": "Refused: no such model, or no valid API key.", "content": content}}
+    return {"4XX": {"description": "Refused: no such model, or no API key that may.", "content": content}}
 
 
 def ready_docs() -> dict[int | str, dict[str, Any]]:

@@ -177,3 +177,13 @@ class Detokenized(Reply):
     """The body of /detokenize."""
 
     prompt: str
+
+
+class GangState(Reply):
+    """How many expert shards a gang has."""
+
+    expert_shards: int
+    wanted: int
+    waits_for: list[str]
+    seconds: dict[str, float]
+    bytes_read: int

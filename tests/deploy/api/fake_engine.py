@@ -14,6 +14,7 @@ from divisi.cluster.errors import GangNotReady
 from divisi.cluster.request import EndReason, Request, TokenEvent, TokenLogprob
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.deploy.api import ApiSettings, GangStatus, StatRow, build_app
+from divisi.deploy.api.engine_client import GangAdmin
 from divisi.deploy.limits import Gate, KeyFile
 from divisi.model.text import TextCodec, Tokenizer
 
@@ -127,12 +128,13 @@ def serve(
     gate: Gate | None = None,
     keys: KeyFile | None = None,
     telemetry: Telemetry | None = None,
+    admin: GangAdmin | None = None,
 ) -> Iterator[str]:
     """The API on a free port, under uvicorn in a thread; yields its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)
-        app = build_app(engine, text, settings, gate, keys, telemetry)
+        app = build_app(engine, text, settings, gate, keys, telemetry, admin=admin)
         config = uvicorn.Config(app, log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

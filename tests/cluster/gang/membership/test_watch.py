@@ -117,10 +117,11 @@ class SlowToJoin(Coordinator):
         index: int | None = None,
         loading: bool = False,
         spec: str = "",
+        held: frozenset[int] | None = None,
     ) -> Seat | None:
         self.joining.set()
         assert self.given_up.wait(10)
-        return super().join(holder_id, role, address, index, loading, spec)
+        return super().join(holder_id, role, address, index, loading, spec, held)
 
     def leave(self, holder_id: str, reason: str) -> None:
         super().leave(holder_id, reason)

@@ -1,0 +1,80 @@
+"""Expert shards come and go under load: 2, 3 and 2 again, and eight streams notice nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from divisi.model.demo import checkpoint_dir
+from tests.support.open_streams import OpenStream
+
+from .conftest import Cluster, running_cluster
+from .test_serve_split import wait_for
+
+pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
+
+STREAMS, TOKENS, ROUNDS, PAUSE_S = 8, 1500, 3, 0.5
+PARTS = re.compile(r"(decision|process|imports|load|epoch) ([\d.]+) s")
+
+
+def address_of(cluster: Cluster) -> str:
+    """Of its Ray's head."""
+    told = (re.match(r"--gcs-address=(.+)", part) for ray in cluster.processes("raylet") for part in ray.cmdline())
+    return next(found.group(1) for found in told if found)
+
+
+def scale(cluster: Cluster, shards: int) -> str:
+    """By the command line, as a user does; what it says."""
+    command = [sys.executable, "-m", "divisi.deploy.cli", "scale", "--expert-shards", str(shards)]
+    ran = subprocess.run(
+        [*command, "--ray-address", address_of(cluster), "--within", "60"], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout.splitlines()[-1]
+
+
+def streams_of(cluster: Cluster) -> list[OpenStream]:
+    prompts = [f"Tell me a story about the number {number}." for number in range(STREAMS)]
+    return [OpenStream(cluster.url, "divisi-demo", prompt, TOKENS) for prompt in prompts]
+
+
+def test_two_shards_become_three_and_two_under_eight_streams(
+    tmp_path: Path, record_result: Callable[[str, object], None]
+) -> None:
+    flags = ("--expert-shards", "2", "--device", "cpu")
+    with running_cluster(checkpoint_dir(), tmp_path / "log", *flags) as cluster:
+        calm = streams_of(cluster)
+        for stream in calm:
+            stream.join(120)
+        pauses: list[float] = []
+        told: dict[int, list[str]] = {3: [], 2: []}
+        for _ in range(ROUNDS):
+            streams = streams_of(cluster)
+            wait_for(lambda streams=streams: all(len(stream.times) > 20 for stream in streams), 30, "nobody answers")
+            begun = time.monotonic()
+            for shards, lines in told.items():
+                lines.append(scale(cluster, shards))
+                wait_for(lambda shards=shards: len(cluster.shards()) == shards, 30, f"not {shards} shards")
+            ended = time.monotonic()
+            for stream, before in zip(streams, calm, strict=True):
+                stream.join(120)
+                assert not stream.problem
+                assert stream.text == before.text, "scaling has changed an answer"
+                assert stream.times[-1] > ended, "it ended before the last change"
+            gaps = [b - a for stream in streams for a, b in pairwise(stream.times) if begun < b < ended + 1]
+            pauses.append(max(gaps))
+    for shards, lines in told.items():
+        parts = [dict(PARTS.findall(line)) for line in lines]
+        medians = {part: round(median(float(each[part]) for each in parts), 2) for part in parts[0]}
+        record_result(f"seconds to {shards} shards, by part, medians", medians)
+        record_result(f"weights read for {shards} shards", [line.rpartition("; ")[2] for line in lines])
+    record_result("longest pause of eight streams in each round, s", [round(pause, 2) for pause in pauses])
+    assert median(pauses) <= PAUSE_S
