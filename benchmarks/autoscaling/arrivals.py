@@ -1,7 +1,8 @@
-"""Requests as they come: made up, seeded, or read from the log of a server."""
+"""Requests as they come: made up, seeded, or read from what was recorded."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
@@ -61,17 +62,50 @@ def _length(rng: random.Random, mean: int) -> int:
     return max(1, min(round(rng.expovariate(1 / mean)), 8 * mean))
 
 
-def recorded(log: Path) -> list[Arrival]:
-    """The answered requests in a server's JSON log, in the order in which they came; the first at 0."""
-    found = sorted(_read(log), key=lambda arrival: arrival.at)
+def recorded(file: Path) -> list[Arrival]:
+    """What somebody has recorded, in the order in which requests came; the first at 0.
+
+    A file that ends in .csv is a trace: when each request came, in seconds or as ISO 8601, the tokens of its prompt,
+    and of its answer, after a line of names if there is one. One that ends in .json is the report of `divisi bench
+    --records`. Any other is the JSON log of a server. Of the last two, what was answered counts. Raises ValueError.
+    """
+    read = {".csv": _of_trace, ".json": _of_report}.get(file.suffix, _of_log)
+    found = sorted(read(file), key=lambda arrival: arrival.at)
     if not found:
-        raise ValueError(f"{log}: no line of an answered request in it; the server's log.format has to be json")
-    first = found[0].at
-    return [Arrival(arrival.at - first, arrival.prompt, arrival.answer) for arrival in found]
+        raise ValueError(f"{file}: no line of an answered request in it; the server's log.format has to be json")
+    return [Arrival(arrival.at - found[0].at, arrival.prompt, arrival.answer) for arrival in found]
 
 
-def _read(log: Path) -> Iterator[Arrival]:
-    for line in log.read_text(encoding="utf-8").splitlines():
+def _of_trace(file: Path) -> Iterator[Arrival]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        for number, line in enumerate(csv.reader(lines), start=1):
+            try:
+                at, prompt, answer = line
+                yield Arrival(_seconds(at), int(prompt), int(answer))
+            except ValueError as error:
+                if number > 1:
+                    wanted = "the time, the prompt's tokens, the answer's"
+                    raise ValueError(f"{file}:{number}: {','.join(line)!r} is not {wanted}") from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return datetime.fromisoformat(text).timestamp()
+
+
+def _of_report(file: Path) -> Iterator[Arrival]:
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if "records" not in report:
+        raise ValueError(f"{file}: there is no request in it; give `divisi bench` --records")
+    for record in report["records"]:
+        if record["status"] == "ok":
+            yield Arrival(record["sent"], record["input_tokens"], record["output_tokens"])
+
+
+def _of_log(file: Path) -> Iterator[Arrival]:
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             fields = json.loads(line)
             if fields.get("status") == 200 and (answer := fields.get("completion_tokens")):

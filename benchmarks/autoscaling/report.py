@@ -104,7 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hours", type=float, default=HOURS, help=f"of each pattern (default {HOURS:g})")
     parser.add_argument("--seed", type=int, default=1, help="of arrivals and lengths (default 1)")
     parser.add_argument("--start", type=float, default=Model.start_s, help="seconds until a new worker serves")
-    parser.add_argument("--log", type=Path, help="recorded arrivals, too: the JSON log of a server")
+    parser.add_argument(
+        "--log", type=Path, help="recorded arrivals, too: a server's JSON log, a trace in CSV, a report of bench"
+    )
     parser.add_argument("--log-size", type=int, default=4, help="workers that the log's peak needs (default 4)")
     parser.add_argument("--processes", type=int, default=1, help="runs beside each other (default 1)")
     parser.add_argument("--out", type=Path, help="folder for autoscaling.md and autoscaling.svg")

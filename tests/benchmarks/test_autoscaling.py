@@ -92,6 +92,35 @@ def test_arrivals_are_read_from_a_log(tmp_path: Path) -> None:
         recorded(log)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12.5,7,9\n12,5,2\n",
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:47.5,7,9\n2023-11-16 18:15:47,5,2\n",
+    ],
+    ids=["seconds", "times"],
+)
+def test_arrivals_are_read_from_a_trace(tmp_path: Path, text: str) -> None:
+    (trace := tmp_path / "trace.csv").write_text(text)
+    assert recorded(trace) == [Arrival(0.0, 5, 2), Arrival(0.5, 7, 9)]
+    trace.write_text(text + "13,many,2\n")
+    with pytest.raises(ValueError, match=r"trace.csv:[34]: '13,many,2' is not the time"):
+        recorded(trace)
+
+
+def test_arrivals_are_read_from_a_report_of_bench(tmp_path: Path) -> None:
+    records = [
+        {"status": "ok", "sent": 1.5, "input_tokens": 7, "output_tokens": 9},
+        {"status": "rejected", "sent": 1.2, "input_tokens": None, "output_tokens": None},
+        {"status": "ok", "sent": 1.0, "input_tokens": 5, "output_tokens": 2},
+    ]
+    (report := tmp_path / "bench.json").write_text(json.dumps({"records": records}))
+    assert recorded(report) == [Arrival(0.0, 5, 2), Arrival(0.5, 7, 9)]
+    report.write_text("{}")
+    with pytest.raises(ValueError, match="give `divisi bench` --records"):
+        recorded(report)
+
+
 def test_the_command_writes_a_table_and_a_plot(tmp_path: Path) -> None:
     assert _run("autoscaling", ["--sizes", "2", "--hours", "0.05", "--out", str(tmp_path)]) == 0
     table = (tmp_path / "autoscaling.md").read_text().splitlines()
