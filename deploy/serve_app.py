@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from divisi.cluster.cores import keep_to
 from divisi.cluster.door import TlsFiles
 from divisi.cluster.gang.membership.watchdog import Watchdog
-from divisi.cluster.newcomer import import_beside_others
+from divisi.cluster.newcomer import made_to_last
 from divisi.cluster.nodes import NodeChoice, empty_groups
 from divisi.cluster.ray.head import end_without_head
 from divisi.cluster.ray.identity import named
@@ -113,9 +113,9 @@ class AttentionWorker:
     def __init__(self, settings: Settings, spec: GangSpec) -> None:
         """When the replica is told to end, its open answers have the settings' grace."""
         begin = time.monotonic()
-        import_beside_others("divisi.cluster.attention_rank")
-        from divisi.cluster.attention_rank import AttentionRank
-        from divisi.cluster.ray.post import ray_post
+        with made_to_last():
+            from divisi.cluster.attention_rank import AttentionRank
+            from divisi.cluster.ray.post import ray_post
 
         end_without_head()
         spec = _named_here(spec)

@@ -1,41 +1,34 @@
-"""What a rank imports as it starts disturbs neither those that serve nor itself later."""
+"""What a rank imports as it starts is kept from the collector of garbage."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import gc
+from collections.abc import Iterator
 
 import pytest
 
-PROGRAM = """
-import gc, os, sys
-from divisi.cluster.newcomer import import_beside_others
-
-try:
-    module = import_beside_others(sys.argv[1])
-except ImportError:
-    module = None
-here = os.getpriority(os.PRIO_PROCESS, 0)
-if module is not None:
-    assert not any(each is module.MADE for each in gc.get_objects()), "the collector would look at it"
-    print(module.COLLECTED, module.PRIORITY - here)
-print(here - int(sys.argv[2]), gc.isenabled())
-"""
-MODULE = """
-import gc, os
-
-MADE, COLLECTED, PRIORITY = [[]], gc.isenabled(), os.getpriority(os.PRIO_PROCESS, 0)
-"""
+from divisi.cluster.newcomer import made_to_last
 
 
-@pytest.mark.parametrize(("name", "said"), [("heavy", "False 10\n0 True\n"), ("missing", "0 True\n")])
-def test_it_gives_way_and_leaves_nothing_to_collect(tmp_path: Path, name: str, said: str) -> None:
-    (tmp_path / "heavy.py").write_text(MODULE)
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    command = [sys.executable, "-c", PROGRAM, name, str(own)]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout == said
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    """As for the other tests."""
+    yield
+    gc.unfreeze()
+
+
+def test_no_collection_looks_at_what_was_made() -> None:
+    with made_to_last():
+        assert not gc.isenabled(), "it would look at it again and again meanwhile"
+        made: list[list[int]] = [[]]
+    assert gc.isenabled()
+    later: list[list[int]] = [[]]
+    looked_at = gc.get_objects()
+    assert all(each is not made for each in looked_at)
+    assert any(each is later for each in looked_at)
+
+
+def test_what_fails_leaves_the_collector_on() -> None:
+    with pytest.raises(ImportError), made_to_last():
+        raise ImportError("no such module")
+    assert gc.isenabled()
