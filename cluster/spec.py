@@ -61,6 +61,8 @@ class GangSpec:
     """With how many an epoch forms; None: all of the shape's."""
     suspect_after_s: float = 2.0
     """After how much silence a rank is suspected."""
+    expert_copies: int = 0
+    """By how many expert shards each virtual shard is held besides the one that serves it."""
     spare_shards: bool = False
     """Whether each node with expert shards has a process with everything loaded but weights, for one that dies."""
 

@@ -90,6 +90,10 @@ class GangSettings(Group):
     """None: there are always `attention_workers`, which is `autoscaling.max` otherwise."""
     expert_shards: int = Field(default=0, ge=0, le=512)
     """Processes that hold nothing but experts; a colocated gang has none."""
+    expert_copies: int = Field(default=0, ge=0, le=8)
+    """By so many other expert shards each virtual shard is held, on other nodes where there are several, so that what a
+    shard served that dies is served by those in the next epoch, without waiting for another process. Each copy takes as
+    much memory as all experts do, shared among the shards."""
     virtual_shards: int = Field(default=32, ge=1, le=512)
     """Into how many the experts are cut for good: tokens are the same bit for bit for any number of shards up to it."""
     dispatch: Literal["auto", "broadcast", "all_to_all"] = "auto"
@@ -167,6 +171,11 @@ class GangSettings(Group):
             raise ValueError(
                 f"topology 'local' is one process, got attention_workers={self.attention_workers}; "
                 "use topology 'colocated', or 'split' with expert shards"
+            )
+        if self.expert_copies and self.expert_copies >= self.expert_shards:
+            raise ValueError(
+                f"expert_copies={self.expert_copies} needs as many expert shards of their own, and one more, got "
+                f"expert_shards={self.expert_shards} with topology {self.topology!r}; lower it, or give more shards"
             )
         if self.min_attention_workers is not None and self.least_workers != self.min_attention_workers:
             raise ValueError(

@@ -67,6 +67,7 @@ class CoordinatorActor(Coordinator):
             owner_lease_s=ORPHANED_S,
             patience=spec.patience,
             virtual_shards=spec.virtual_shards,
+            copies=spec.expert_copies,
         )
         if wanted != served:
             super().scale(wanted)

@@ -89,6 +89,12 @@ class Gang:
         """Bytes that each shard has read so far."""
         return [shard.rank._weights["weight_bytes_read"] for shard in self.shards]
 
+    def served(self) -> list[float]:
+        """Virtual shards that each seat serves in the epoch of now."""
+        membership = self.coordinator._roster.membership
+        layout = None if membership is None else membership.layout
+        return [] if layout is None else [len(own) for own in layout.served]
+
     def stored(self) -> list[float]:
         """Bytes of weights that each had in memory when it was last done with loading and giving up."""
         return [shard.rank._weights["weight_bytes"] if shard.rank.experts else 0.0 for shard in self.shards]
@@ -175,3 +181,19 @@ def test_a_coordinator_that_follows_goes_on_with_the_change(small_model: Path, a
         gang.coordinator.scale(1)
         gang.scaled(1)
         assert gang.worker.finish("late") == alone["r0"]
+
+
+def test_copies_serve_at_once_what_a_dead_shard_served(small_model: Path, alone: dict[str, list[int]]) -> None:
+    """Nobody comes in its place meanwhile; once somebody does, it serves its share again."""
+    with gang_of(small_spec(small_model, GangShape(1, 2), expert_copies=1)) as gang:
+        whole = sum(gang.stored())
+        wait_for(lambda: sum(gang.stored()) == 2 * whole, "each is to hold a copy of what the other serves")
+        gang.ask()
+        gang.shards[1].close()
+        wait_for(lambda: gang.served() == [leaves_of(gang.spec), 0], "the other does not serve it all")
+        wait_for(lambda: gang.coordinator.status().ready, "it does not serve")
+        seen = len(gang.worker.tokens("r0"))
+        gang.worker.wait_for_tokens("r0", seen + 5)
+        gang.start(1)
+        wait_for(lambda: gang.served() == [leaves_of(gang.spec) / 2] * 2, "it does not serve its share again")
+        same(gang.worker, alone)

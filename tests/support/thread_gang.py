@@ -163,6 +163,7 @@ def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, g
         spec=spec.fingerprint,
         patience=spec.patience,
         virtual_shards=leaves_of(spec),
+        copies=spec.expert_copies,
     )
 
 
