@@ -25,6 +25,11 @@ _KEPT_STEPS = 4
 """For which a decision holds while the same sequences draft: it takes longer to compute than a small model's layer."""
 _PROBE_EVERY = 32
 """Steps after which those that draft nothing draft one: where nothing is drafted, nothing is learnt."""
+_EXPLORE_EVERY, _EXPLORED_FIRST = 64, (6, 12, 18, 24, 48)
+"""Steps after which all draft as far as they may: what the table says of steps that are never taken is never put
+right. Between the steps in which one draft more is tried."""
+_NEARLY = 0.75
+"""Of the best rate, that such a step must promise."""
 _WORTHWHILE = 1.03
 """Times as many tokens per second must be expected of drafts as of none: what isn't known of them is to their harm."""
 _LENT = 0.5
@@ -142,6 +147,9 @@ class MostTokensPerSecond:
             return limits
         self._steps += 1
         self._all.fade(_FADE_OF_ALL)
+        if self._is_to_explore(company):
+            self._decided = (), (), ALONE
+            return self._explored(drafters, company)
         if self._steps % _PROBE_EVERY == 0:
             self._decided = (), (), ALONE
             return self._probed(self._chosen(drafters, company), drafters, company)
@@ -160,17 +168,31 @@ class MostTokensPerSecond:
         drafter.survival.note(drafted, accepted)
         self._all.note(drafted, accepted)
 
+    def _is_to_explore(self, company: Company) -> bool:
+        """Where nobody has to wait for it who drafts nothing."""
+        due = self._steps in _EXPLORED_FIRST or self._steps % _EXPLORE_EVERY == _EXPLORED_FIRST[-1]
+        return due and not company.plain and not company.elsewhere
+
     def _chosen(self, drafters: Sequence[Drafter], company: Company) -> list[int]:
+        slots = self._likely(drafters, company)
+        return _deep(slots[: self._best(slots, drafters, company)], len(drafters))
+
+    def _explored(self, drafters: Sequence[Drafter], company: Company) -> list[int]:
+        """All drafts that may be, where that promises nearly as much as the best of them."""
+        slots = self._likely(drafters, company)
+        best = slots[: self._best(slots, drafters, company)]
+        promised = self._rate(slots, drafters, company)
+        tried = slots if promised >= _NEARLY * self._rate(best, drafters, company) else best
+        return _deep(tried, len(drafters))
+
+    def _likely(self, drafters: Sequence[Drafter], company: Company) -> list[_Slot]:
+        """The slots, by what is known of each sequence's drafts."""
         priors = [_PRIOR * self._all.chance(place, _FIRST_GUESS) for place in range(MOST_DRAFTS)]
         chances = []
         for drafter in drafters:
             stood, tried = drafter.survival.stood, drafter.survival.tried
             chances.append([(stood[at] + priors[at]) / (tried[at] + _PRIOR) for at in range(drafter.limit)])
-        slots = self._slots(drafters, chances, company)
-        depths = [0] * len(drafters)
-        for slot in slots[: self._best(slots, drafters, company)]:
-            depths[slot.drafter] += 1
-        return depths
+        return self._slots(drafters, chances, company)
 
     def _slots(self, drafters: Sequence[Drafter], chances: Sequence[Sequence[float]], company: Company) -> list[_Slot]:
         """All drafts that could be made, the best first; of one sequence always the earlier before the later.
@@ -195,9 +217,7 @@ class MostTokensPerSecond:
         """How many of the slots to take. Costs jump, so that every number of them is looked at."""
         times, sequences = self._times, len(drafters) + company.plain
         full, draft = times.full(sequences, len(slots)), times.draft(len(drafters))
-        others = sequences + company.elsewhere
-        read = (company.context + sum([drafter.context for drafter in drafters])) * times.reading.first
-        alone = full[0] + read + times.prefill(company.prefill_rows)
+        others, alone = sequences + company.elsewhere, self._without_s(drafters, company)
         best, taken, tokens, seconds = _WORTHWHILE * others / alone, 0, float(others), alone
         passes, lent, before = [0] * MOST_DRAFTS, _LENT * alone, full[0]
         for count, (_, place, _, chance, reading) in enumerate(slots, 1):
@@ -209,6 +229,22 @@ class MostTokensPerSecond:
             if tokens > best * seconds and (seconds - alone) * (others - passes[0]) <= lent * passes[0]:
                 best, taken = tokens / seconds, count
         return taken
+
+    def _rate(self, slots: Sequence[_Slot], drafters: Sequence[Drafter], company: Company) -> float:
+        """Expected tokens per second with those drafts."""
+        times, sequences, most = self._times, len(drafters) + company.plain, len(slots)
+        full, draft = times.full(sequences, most), times.draft(len(drafters))
+        rows = [sum([slot.place == place for slot in slots]) for place in range(MOST_DRAFTS)]
+        seconds = self._without_s(drafters, company) + full[most] - full[0] + sum([draft[count] for count in rows])
+        tokens = sequences + company.elsewhere + sum([slot.chance for slot in slots])
+        return tokens / (seconds + sum([slot.seconds for slot in slots]))
+
+    def _without_s(self, drafters: Sequence[Drafter], company: Company) -> float:
+        """Seconds of a step without drafts."""
+        times = self._times
+        read = (company.context + sum([drafter.context for drafter in drafters])) * times.reading.first
+        prefill = times.prefill(company.prefill_rows)
+        return times.full(len(drafters) + company.plain, 0)[0] + read + prefill
 
     def _probed(self, depths: list[int], drafters: Sequence[Drafter], company: Company) -> list[int]:
         """With one draft more for those that draft, and one for those that had none for long, if drafts that all stand
@@ -222,3 +258,11 @@ class MostTokensPerSecond:
             return depths
         hoped = self._slots(drafters, [[1.0] * drafter.limit for drafter in drafters], company)
         return tried if self._best(hoped, drafters, company) else depths
+
+
+def _deep(slots: Sequence[_Slot], drafters: int) -> list[int]:
+    """How many of them each drafter has."""
+    depths = [0] * drafters
+    for slot in slots:
+        depths[slot.drafter] += 1
+    return depths

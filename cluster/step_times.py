@@ -18,7 +18,9 @@ _WEIGHT = 0.1
 _WILDEST = 2.0
 """Times the expected that one step may count as: a process that was put aside for a while says nothing of steps."""
 _CORRECTION = 0.1
-"""Of what an unusual step took beside what was expected of it, in the table."""
+"""Of what an unusual step took beside what was expected of it, in the table; more where few steps have been."""
+_MEASURED_STEPS = 2
+"""Steps at a place that its measurement counts for."""
 _ANEW_EVERY = 16
 """Steps after which corrections count: until then lists of times are kept."""
 
@@ -156,7 +158,9 @@ class StepTimes:
         ratio = min(max(ratio, 1 / _WILDEST), _WILDEST)
         blame = {at: share / (1 + self._full[at[0]].steps[at[1]]) for at, share in around.items()}
         for (known, index), part in blame.items():
-            self._full[known].seconds[index] *= 1 + _CORRECTION * part / sum(blame.values()) * (ratio - 1)
+            curve = self._full[known]
+            followed = max(_CORRECTION, 1 / (_MEASURED_STEPS + curve.steps[index]))
+            curve.seconds[index] *= 1 + followed * part / sum(blame.values()) * (ratio - 1)
 
     def _table(self, sequences: int, rows: int) -> float:
         each, last = rows / sequences, next(reversed(self._full))

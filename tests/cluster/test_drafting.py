@@ -140,7 +140,7 @@ def test_no_choice_beats_the_one_made(seed: int) -> None:
 
 
 def test_who_does_not_draft_is_tried_again_now_and_then() -> None:
-    policy = MostTokensPerSecond(times_by(lambda rows: 10.0 + rows, lambda rows: 1.0))
+    policy = MostTokensPerSecond(times_by(lambda rows: 10.0 + 2 * rows, lambda rows: 2.0))
     drafter = taught(policy, [0] * 60, limit=3)
     depths = []
     for _ in range(100):
@@ -168,7 +168,7 @@ def test_one_whose_drafts_failed_for_a_while_is_trusted_again() -> None:
 
 
 def test_nobody_is_tried_where_even_the_best_drafts_would_not_pay() -> None:
-    policy = MostTokensPerSecond(dear())
+    policy = MostTokensPerSecond(times_by(lambda rows: float(rows), lambda rows: 0.6 * rows))
     drafter = taught(policy, [4] * 10, limit=3)
     for _ in range(100):
         (depth,) = policy.depths([drafter], ALONE)
@@ -220,5 +220,28 @@ def test_a_table_that_makes_drafts_too_dear_is_found_out() -> None:
         policy.note(drafter, depth, depth)
         times.note_full(1, 1 + depth, 0, 0, true.full(1, depth)[depth])
         times.note_drafts([1] * depth, 0, 0.02 * depth)
-    assert max(found[:20]) == 1
+    assert max(found[:5]) == 1
     assert sorted(found[-100:])[50] == 5
+
+
+def test_a_table_that_makes_only_many_drafts_too_dear_is_found_out() -> None:
+    """The first of them never pays, so that going one further shows nothing: now and then all are drafted."""
+    rows = {1: 1.0, 2: 2.1, 3: 2.2, 4: 2.3, 6: 2.4}
+    wrong = Measured({1: rows | {3: 3.6, 4: 4.4, 6: 4.9}}, {1: 0.02})
+    times, true = StepTimes(wrong), StepTimes(Measured({1: rows}, {1: 0.02}))
+    policy, drafter, found = MostTokensPerSecond(times), Drafter(limit=5), []
+    for _ in range(200):
+        (depth,) = policy.depths([drafter], ALONE)
+        found.append(depth)
+        policy.note(drafter, 5, 3)
+        times.note_full(1, 1 + depth, 0, 0, true.full(1, depth)[depth])
+        times.note_drafts([1] * depth, 0, 0.02 * depth)
+    assert set(found[:5]) == {0}
+    assert sorted(found[-100:])[50] >= 3
+
+
+def test_nobody_explores_while_others_would_have_to_wait() -> None:
+    policy = MostTokensPerSecond(dear())
+    drafter = taught(policy, [4] * 10, limit=3)
+    explored = [max(policy.depths([drafter], Company(elsewhere=1))) for _ in range(130)]
+    assert set(explored) == {0}

@@ -31,7 +31,7 @@ _BUDGET_S = 6.0
 """For the whole table; what is left out then is estimated from the rest."""
 _SETTLED_S = 0.03
 """Of a cell's steps, after which further ones are no faster."""
-_ROUNDS, _MORE_S = 3, 2.0
+_ROUNDS, _MORE_S = 3, 3.0
 """Times that all kinds of step have their turn, and the seconds after which no further round begins: what disturbs
 a machine for a moment then disturbs one turn.
 """
