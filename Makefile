@@ -39,8 +39,8 @@ test: $(STAMP) ## the quick, seeded tier
 verify: $(STAMP) ## everything, or PART=faults, step, ... (tests/parts.py), with results in tests/results/
 	$(BIN)/pytest --verify $(if $(PART),--part=$(PART))
 
-chaos: $(STAMP) ## 50 random blows on a running server, every answer judged (SEED=N for a known plan), 8 minutes
-	$(BIN)/python -m tests.e2e.chaos $(if $(SEED),--seed $(SEED)) --out tests/results
+chaos: $(STAMP) ## 50 random blows on a running server, every answer judged (SEED=N for a known plan, COPIES=1 for copies of the experts), 8 minutes
+	$(BIN)/python -m tests.e2e.chaos $(if $(SEED),--seed $(SEED)) $(if $(COPIES),--copies $(COPIES)) --out tests/results
 
 check: $(STAMP) build/typecheck ## ruff and mypy
 	$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e '.[test,dev]'

@@ -26,14 +26,15 @@ def main() -> int:
     parser.add_argument("--blows", type=int, default=50)
     parser.add_argument("--kinds", default=",".join(KINDS), help="of what is struck")
     parser.add_argument("--openings", type=int, default=2, help="prompts of each kind of stream")
-    parser.add_argument("--out", type=Path, help="folder for chaos.md and chaos.svg")
+    parser.add_argument("--copies", type=int, default=0, help="of each shard's experts, on the other one")
+    parser.add_argument("--out", type=Path, help="folder for chaos.md and chaos.svg, or chaos-copies")
     options = parser.parse_args()
     begin = time.monotonic()
     print(f"seed {options.seed}", flush=True)
     blows = plan(options.seed, options.blows, options.kinds.split(","))
     asked, record, left = asks(options.openings), None, ""
     try:
-        with tempfile.TemporaryDirectory() as folder, served(Path(folder) / "log.txt") as cluster:
+        with tempfile.TemporaryDirectory() as folder, served(Path(folder) / "log.txt", options.copies) as cluster:
             print(f"ready after {cluster.ready_after_s:.1f} s", flush=True)
             record = asyncio.run(Chaos(cluster, blows, lambda line: print(line, flush=True)).run(asked))
     except AssertionError as error:  # it has not ended in good order, or left something
@@ -47,14 +48,16 @@ def main() -> int:
     lines = [*summary(record, verdict), "", *table(found), "", f"{time.monotonic() - begin:.0f} s in all"]
     print("\n".join(lines))
     if options.out is not None:
+        name = "chaos-copies" if options.copies else "chaos"
+        with_copies = ", with copies of the experts" if options.copies else ""
         head = [
-            f"# {options.blows} random blows, seed {options.seed}",
+            f"# {options.blows} random blows, seed {options.seed}{with_copies}",
             "",
             *(str(hit.blow) for hit in record.struck),
             "",
         ]
-        (options.out / "chaos.md").write_text("\n".join([*head, *lines, "", "![gaps](chaos.svg)"]) + "\n")
-        (options.out / "chaos.svg").write_text(plot(found))
+        (options.out / f"{name}.md").write_text("\n".join([*head, *lines, "", f"![gaps]({name}.svg)"]) + "\n")
+        (options.out / f"{name}.svg").write_text(plot(found))
     return bool(verdict.faults)
 
 

@@ -26,9 +26,12 @@ _READY_S = 200.0
 
 
 @contextmanager
-def served(log: Path) -> Iterator[Cluster]:
-    """Two workers, two shards, two ingresses; nothing of it may be left at the end."""
+def served(log: Path, copies: int = 0) -> Iterator[Cluster]:
+    """Two workers, two shards, with copies of each other's experts or none, two ingresses; nothing of it may be left at
+    the end."""
+    (config := log.with_name("divisi.toml")).write_text(f"[gang]\nexpert_copies = {copies}\n")
     flags = (*_SHAPE, *_SIZES, *_DRAFTS, "--max-model-len", "4096", "--max-queued-requests", "64")
+    flags += ("--config", str(config))
     with running_cluster(checkpoint_dir(), log, *flags, ready_within_s=_READY_S) as cluster:
         yield cluster
 
