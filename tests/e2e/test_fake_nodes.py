@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not can_unshare(), reason="this machine lets nobody have namespaces of his own"),
 ]
 
-WITHIN_S, LOAD_S = 60.0, 25
+WITHIN_S, LOAD_S = 60.0, 30
 SETTINGS = """
 [gang]
 expert_shards = 1
