@@ -138,7 +138,7 @@ class ExpertRank:
             return
         self._weights["weight_bytes_read"] += bytes_read
         self._weights["weight_bytes"] = float(bank.nbytes)
-        watch.push_stats(dict(self._weights))
+        watch.push_stats(self._numbers())
         self._told = False
         watch.prepared(order)
 
@@ -235,7 +235,12 @@ class ExpertRank:
                 self._post.connect().vacancy(self._applicant, 0.0)
 
     def _stats(self) -> Stats | None:
-        if self._told:
+        if self._told and not self._spec.rebalance:
             return None
         self._told = True
-        return self._weights
+        return self._numbers()
+
+    def _numbers(self) -> Stats:
+        if not self._spec.rebalance or (experts := self.experts) is None:
+            return dict(self._weights)
+        return {**self._weights, "leaf_rows": experts.rows_by_leaf()}

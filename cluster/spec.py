@@ -63,6 +63,8 @@ class GangSpec:
     """After how much silence a rank is suspected."""
     expert_copies: int = 0
     """By how many expert shards each virtual shard is held besides the one that serves it."""
+    rebalance: bool = False
+    """Whether virtual shards are moved to other expert shards, where rows are shared unevenly."""
     spare_shards: bool = False
     """Whether each node with expert shards has a process with everything loaded but weights, for one that dies."""
 

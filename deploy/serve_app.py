@@ -270,6 +270,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         shape=gang.shape,
         virtual_shards=min(gang.virtual_shards, config.num_experts),
         expert_copies=gang.expert_copies,
+        rebalance=gang.rebalance,
         dispatch=gang.dispatch,
         micro_batches=gang.micro_batches,
         min_attention_workers=gang.least_workers,

@@ -94,6 +94,10 @@ class GangSettings(Group):
     """By so many other expert shards each virtual shard is held, on other nodes where there are several, so that what a
     shard served that dies is served by those in the next epoch, without waiting for another process. Each copy takes as
     much memory as all experts do, shared among the shards."""
+    rebalance: bool = False
+    """Whether virtual shards are moved from the busiest expert shard to the idlest, one at a time, where rows are
+    shared unevenly for long. A shard may then hold half as many again as its even share. Off by default: unevenness is
+    mostly chance, and what a shard serves in several pieces takes a reply for each."""
     virtual_shards: int = Field(default=32, ge=1, le=512)
     """Into how many the experts are cut for good: tokens are the same bit for bit for any number of shards up to it."""
     dispatch: Literal["auto", "broadcast", "all_to_all"] = "auto"
@@ -176,6 +180,11 @@ class GangSettings(Group):
             raise ValueError(
                 f"expert_copies={self.expert_copies} needs as many expert shards of their own, and one more, got "
                 f"expert_shards={self.expert_shards} with topology {self.topology!r}; lower it, or give more shards"
+            )
+        if self.rebalance and self.expert_shards < 2:
+            raise ValueError(
+                f"rebalance needs two expert shards of their own, or more, got expert_shards={self.expert_shards} "
+                f"with topology {self.topology!r}; leave it out, or give more shards"
             )
         if self.min_attention_workers is not None and self.least_workers != self.min_attention_workers:
             raise ValueError(

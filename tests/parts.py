@@ -34,6 +34,7 @@ TABLE = {
     "cluster/test_step_times.py": "mtp",
     "cluster/telemetry": "telemetry",
     "cluster/dispatch": "dispatch",
+    "cluster/gang/membership/test_rebalancing.py": "scale",
     "cluster/gang/test_refused_demand.py": "scale",
     "contract": "dispatch",
     "deploy": "serve",

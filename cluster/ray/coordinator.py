@@ -68,6 +68,7 @@ class CoordinatorActor(Coordinator):
             patience=spec.patience,
             virtual_shards=spec.virtual_shards,
             copies=spec.expert_copies,
+            rebalance=spec.rebalance,
         )
         if wanted != served:
             super().scale(wanted)

@@ -30,6 +30,9 @@ _TOTALS = {
     "prefill_tokens": "Tokens computed in prefill chunks",
     "generated_tokens": "Tokens sampled",
     "epochs": "Epochs that have begun",
+    "expert_moves": "Moves and swaps of virtual shards for the sake of balance",
+    "expert_moves_given_up": "Of moves those that were not loaded in time",
+    "expert_moved_bytes": "Bytes of weights that were read for moves",
 }
 _GAUGES = {
     "running": ("requests_running", "Sequences that run"),
@@ -44,6 +47,7 @@ _GAUGES = {
     "seats": ("seats", "Seats of the gang"),
     "seats_filled": ("seats_filled", "Seats that a process holds"),
     "refused_tokens": ("refused_tokens", "Tokens of requests that had no room and may come again"),
+    "expert_imbalance": ("expert_imbalance_ratio", "Rows of the busiest shard over the mean, in the last window"),
     "ready": ("ready", "1 when the gang can serve"),
     "epoch": ("epoch", "Number of the epoch that runs, 0 between epochs"),
 }

@@ -164,6 +164,7 @@ def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, g
         patience=spec.patience,
         virtual_shards=leaves_of(spec),
         copies=spec.expert_copies,
+        rebalance=spec.rebalance,
     )
 
 

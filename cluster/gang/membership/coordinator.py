@@ -14,6 +14,7 @@ from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.membership.directive import Directive
 from divisi.cluster.gang.membership.figures import Figures
 from divisi.cluster.gang.membership.lease import OwnerLease
+from divisi.cluster.gang.membership.rebalancing import Rebalancing
 from divisi.cluster.gang.membership.roster import Roster
 from divisi.cluster.gang.membership.scaling import ScaleStatus, Scaling
 from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
@@ -57,17 +58,18 @@ class Coordinator:
         patience: Patience | None = None,
         virtual_shards: int = VIRTUAL_SHARDS,
         copies: int = 0,
+        rebalance: bool = False,
     ) -> None:
         """`first_epoch` must be above every epoch of a former coordinator of the gang.
 
         `gather_s`: how long to look for the gang of a former one, before it is formed anew; None: there was none.
         `owner_lease_s`: how long the gang lasts without an owner. `patience`: of each epoch's ranks with each other.
-        `min_attention_workers`, `spec`, `virtual_shards` and `copies`: see Roster.
+        `min_attention_workers`, `spec`, `virtual_shards`, `copies` and `rebalance`: see Roster.
         """
         gather_until = None if gather_s is None else clock() + gather_s
         self._roster = Roster(
             shape, store, lease_s, grace_s, first_epoch, min_attention_workers, spec, gather_until, patience, clock(),
-            virtual_shards, copies,
+            virtual_shards, copies, rebalance,
         )  # fmt: skip
         self._clock = clock
         self._follows = gather_s is not None
@@ -75,6 +77,7 @@ class Coordinator:
         self._drain = Drain(clock)
         self._refused = RefusedDemand(clock)
         self._scaling = Scaling()
+        self._rebalancing = Rebalancing(virtual_shards) if rebalance else None
         self._owner = OwnerLease(owner_lease_s, clock)
         self._figures = Figures()
         self.own_target: ScrapeTarget | None = None
@@ -217,7 +220,7 @@ class Coordinator:
         with self._changed:
             self._roster.beat(holder_id, self._clock())
             if stats is not None:
-                self._figures.stats[holder_id] = stats
+                self._note_stats(holder_id, stats)
             while True:
                 if self._expired():
                     self._changed.notify_all()
@@ -257,7 +260,7 @@ class Coordinator:
     def push_stats(self, holder_id: str, stats: Stats) -> None:
         """See CoordinatorClient."""
         with self._changed:
-            self._figures.stats[holder_id] = stats
+            self._note_stats(holder_id, stats)
 
     def bound(self, least_workers: int) -> None:
         """Have epochs form with so many attention workers from now on; the one that runs goes on."""
@@ -362,9 +365,24 @@ class Coordinator:
         roster = self._roster
         filled = sum(1 for _ in roster.holders())
         of_gang = self._figures.of_gang(roster.shape, filled, roster.membership)
-        return {**of_gang, "refused_tokens": self._refused.tokens()}
+        moved = {} if self._rebalancing is None else self._rebalancing.numbers()
+        return {**of_gang, **moved, "refused_tokens": self._refused.tokens()}
+
+    def _note_stats(self, holder_id: str, stats: Stats) -> None:
+        self._figures.stats[holder_id] = stats
+        rows = stats.get("leaf_rows")
+        if self._rebalancing is not None and isinstance(rows, Mapping):
+            self._rebalancing.report(holder_id, rows, self._clock())
+
+    def _rebalance(self) -> None:
+        moves = self._roster.plan.moves
+        if self._rebalancing is not None and moves is not None:
+            read, now = self._figures.weights_read(), self._clock()
+            if self._rebalancing.look(moves, self._roster.settled, read, now):
+                self._changed.notify_all()
 
     def _note_changes(self) -> None:
+        self._rebalance()
         self._scaling.look(self._lacking(), self._roster.ready(), self._clock())
         self._figures.count(self._roster.membership)
 

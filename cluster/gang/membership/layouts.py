@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from divisi.cluster.gang.membership.balance import most_leaves
 from divisi.model.placement import Layout
 
 NOTHING: frozenset[int] = frozenset()
@@ -31,9 +32,10 @@ Holdings = Mapping[int, Held]
 class Layouts:
     """Of one gang whose experts are on ranks of their own."""
 
-    def __init__(self, leaves: int, seats: int, copies: int = 0) -> None:
-        """`leaves`: of the tree; `copies`: by how many other seats each is to be held."""
-        self._leaves, self._copies = leaves, copies
+    def __init__(self, leaves: int, seats: int, copies: int = 0, uneven: bool = False) -> None:
+        """`leaves`: of the tree; `copies`: by how many other seats each is to be held; `uneven`: whether seats may be
+        given more than their share, for the sake of balance."""
+        self._leaves, self._copies, self._uneven = leaves, copies, uneven
         self.primary = Layout.even(leaves, seats)
         self.goal: Layout | None = None
         self._extra: dict[int, frozenset[int]] = {}
@@ -60,11 +62,19 @@ class Layouts:
             served = {seat: Held(frozenset(own)) for seat, own in enumerate(self.primary.served)}
             self.goal = None if seats == len(self.primary.served) else nearest(self._leaves, seats, served, holdings)
 
+    def aim(self, layout: Layout) -> None:
+        """Have this one of as many seats, from when each of them holds what it is to serve."""
+        self.goal = layout
+
+    def give_up(self) -> None:
+        """Have no goal any more: what was loaded for its sake is dropped."""
+        self.goal = None
+
     def settle(self, former: Layout | None, holdings: Holdings) -> None:
         """Go on from what a gang has that another coordinator has known: the layout of its last epoch, if anybody was
         in it, and what its shards hold."""
         wanted = self.wanted_seats
-        if former is not None and _is_even(former):
+        if former is not None and (_is_even(former) or (self._uneven and _is_fair(former))):
             self.primary = former
         else:
             seats = len(self.primary.served) if former is None else len(former.served)
@@ -158,6 +168,12 @@ def spread(layout: Layout, copies: int, holdings: Holdings) -> dict[int, frozens
 def _is_even(layout: Layout) -> bool:
     sizes = [len(own) for own in layout.served]
     return max(sizes) - min(sizes) <= 1
+
+
+def _is_fair(layout: Layout) -> bool:
+    """Whether it may have been made for the sake of balance; what covers for a missing seat leaves that one out."""
+    sizes = [len(own) for own in layout.served]
+    return min(sizes) > 0 and max(sizes) <= most_leaves(layout.leaves, len(sizes))
 
 
 def _cost(held: Held, leaf: int, hosts: set[str], load: int) -> tuple[bool, bool, int]:

@@ -18,6 +18,7 @@ from divisi.cluster.gang.membership.directive import Directive
 from divisi.cluster.gang.membership.explanation import whom_it_waits_for
 from divisi.cluster.gang.membership.gathering import Gathering
 from divisi.cluster.gang.membership.holder import Holder
+from divisi.cluster.gang.membership.rebalancing import Settled
 from divisi.cluster.gang.membership.seat_plan import SeatPlan
 from divisi.cluster.gang.membership.selection import note_misses
 from divisi.cluster.gang.membership.vacancies import Applicant, Share
@@ -42,13 +43,15 @@ class Roster:
         now: float = 0.0,
         virtual_shards: int = VIRTUAL_SHARDS,
         copies: int = 0,
+        rebalance: bool = False,
     ) -> None:
         """`min_attention_workers`: with how many an epoch forms; None: all. `spec`: the fingerprint of the gang's.
 
         `gather_until`: when to begin anew, unless an epoch of a former roster's is whole before; None: there was none.
         `shape` has as many expert shards as there are at first, `copies` of each virtual shard are held beside it.
+        `rebalance`: whether virtual shards may be moved, so that some seats have more than others.
         """
-        self.plan = SeatPlan(shape, virtual_shards, copies, now)
+        self.plan = SeatPlan(shape, virtual_shards, copies, now, rebalance)
         self.spec = spec
         self.min_attention_workers = min_attention_workers or shape.attention_workers
         self.membership: Membership | None = None
@@ -286,6 +289,12 @@ class Roster:
     def ready(self) -> bool:
         """Whether every rank of the current epoch has reached its peers, or will have in a moment."""
         return self._in_order or self._serves()
+
+    @property
+    def settled(self) -> Settled | None:
+        """What there is to move, where the epoch serves and nothing else is under way."""
+        current = self.membership
+        return None if current is None or not self._serves() else self.plan.settled(current, self._holders.values())
 
     def _serves(self) -> bool:
         current = self.membership

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from divisi.cluster.gang.membership.holder import Holder
 from divisi.cluster.gang.membership.layouts import Layouts
+from divisi.cluster.gang.membership.rebalancing import Moves, Settled
 from divisi.cluster.gang.membership.selection import Selection, held_by, is_to_change, select
 from divisi.cluster.gang.membership.vacancies import Applicant, Share, Vacancies
 from divisi.cluster.seats import GangShape, Membership
@@ -20,12 +21,14 @@ Holders = Collection[Holder]
 class SeatPlan:
     """The seats of one gang; holders are handed in."""
 
-    def __init__(self, shape: GangShape, virtual_shards: int, copies: int, now: float) -> None:
+    def __init__(
+        self, shape: GangShape, virtual_shards: int, copies: int, now: float, rebalance: bool = False
+    ) -> None:
         """`shape`: as it is at first; `copies`: how many seats hold each virtual shard besides the one that serves
         it."""
         apart = shape.expert_shards and not shape.colocated
         self._first = shape
-        self._layouts = Layouts(virtual_shards, shape.expert_shards, copies) if apart else None
+        self._layouts = Layouts(virtual_shards, shape.expert_shards, copies, rebalance) if apart else None
         self.vacancies = Vacancies(range(len(shape.shard_ranks)), now)
 
     @property
@@ -50,6 +53,23 @@ class SeatPlan:
             raise ValueError(f"expert_shards={expert_shards}: {kind} the experts; use gang.topology 'split'")
         self._layouts.scale(expert_shards, held_by(holders))
         self.vacancies.resize(self._layouts.seats, now)
+
+    @property
+    def moves(self) -> Moves | None:
+        """What virtual shards are moved by; None where no seat has experts alone."""
+        return self._layouts
+
+    def settled(self, serves: Membership, holders: Holders) -> Settled | None:
+        """What there is to move, by whom; None while anything else is under way."""
+        shards = [holder for holder in holders if holder.seat.role == "expert"]
+        layouts = self._layouts
+        if layouts is None or layouts.goal is not None or serves.layout != layouts.primary:
+            return None
+        if any(holder.held != holder.told or self.order(holder, serves) is not None for holder in shards):
+            return None
+        members = [holder for holder in shards if holder.holder_id in serves.holders]
+        held = {holder.seat.index: holder.held for holder in members}
+        return Settled(frozenset(holder.holder_id for holder in members), held)
 
     def lacking(self, holders: Holders) -> list[str] | None:
         """What the goal waits for, for people; None where there is none."""
