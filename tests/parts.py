@@ -53,6 +53,7 @@ TABLE = {
     "e2e": "serve",
     "e2e/chaos": "deaths",
     "e2e/test_autoscaling.py": "scale",
+    "e2e/test_copies.py": "scale",
     "e2e/test_scaling.py": "scale",
     "e2e/test_deaths.py": "deaths",
     "e2e/test_deaths_cut.py": "deaths",

@@ -50,14 +50,22 @@ def texts(gang: Cluster) -> list[str]:
 
 
 @pytest.fixture
-def measure(gang: Cluster, texts: list[str], record_result: Record) -> Callable[[str, Callable[[], None]], float]:
+def spares() -> int:
+    """That are there while nobody is missing."""
+    return 1
+
+
+@pytest.fixture
+def measure(
+    gang: Cluster, texts: list[str], spares: int, record_result: Record
+) -> Callable[[str, Callable[[], None]], float]:
     """Strike, some times; returns the median of the gaps."""
 
     def measure(what: str, blow: Callable[[], None]) -> float:
         gaps: list[float] = []
         loads = []
         for _ in rounds(gaps):
-            settle(gang)
+            settle(gang, spares)
             loads.append(round(os.getloadavg()[0], 1))
             gaps.append(round(hurt_in_the_middle(gang.url, MODEL, TOKENS, texts, blow), 2))
         median = statistics.median(gaps)
@@ -69,14 +77,14 @@ def measure(gang: Cluster, texts: list[str], record_result: Record) -> Callable[
     return measure
 
 
-def settle(gang: Cluster) -> None:
+def settle(gang: Cluster, spares: int = 1) -> None:
     """Until everybody is back, and nothing has changed for a while: the seat of a dead worker counts for a moment."""
     gang.wait_until_ready(60)
     since, until, seen = time.monotonic(), time.monotonic() + 90, None
     while time.monotonic() - since < CALM_S:
         now = metric(gang, "epoch"), len(gang.spares()), len(gang.processes("ServeReplica:divisi:Gang"))
         whole = metric(gang, "seats_filled") == [4.0] and len(gang.processes("ServeReplica:divisi:Ingress")) == 2
-        if now != seen or not whole or now[1:] != (1, 1):
+        if now != seen or not whole or now[1:] != (spares, 1):
             since, seen = time.monotonic(), now
         assert time.monotonic() < until, f"somebody is missing: epoch, spares, owners {now}, all seats {whole}"
         time.sleep(0.2)
