@@ -49,6 +49,7 @@ TABLE = {
     "distributed": "step",
     "distributed/test_drafting_gang.py": "mtp",
     "distributed/test_micro_batches.py": "dispatch",
+    "distributed/test_rebalancing.py": "scale",
     "distributed/test_scaling.py": "scale",
     "e2e": "serve",
     "e2e/chaos": "deaths",
