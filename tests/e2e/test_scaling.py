@@ -21,7 +21,7 @@ from .test_serve_split import wait_for
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
-STREAMS, TOKENS, ROUNDS, PAUSE_S = 8, 1500, 3, 0.5
+STREAMS, TOKENS, ROUNDS, PAUSE_S = 8, 2500, 3, 0.5
 PARTS = re.compile(r"(decision|process|imports|load|epoch) ([\d.]+) s")
 
 
@@ -71,10 +71,11 @@ def test_two_shards_become_three_and_two_under_eight_streams(
                 assert stream.times[-1] > ended, "it ended before the last change"
             gaps = [b - a for stream in streams for a, b in pairwise(stream.times) if begun < b < ended + 1]
             pauses.append(max(gaps))
+            wait_for(lambda: len(cluster.spares()) == 1, 30, "the third process is kept")
     for shards, lines in told.items():
-        parts = [dict(PARTS.findall(line)) for line in lines]
-        medians = {part: round(median(float(each[part]) for each in parts), 2) for part in parts[0]}
-        record_result(f"seconds to {shards} shards, by part, medians", medians)
+        parts = [(part, float(seconds)) for line in lines for part, seconds in PARTS.findall(line)]
+        by_part = {name: [seconds for part, seconds in parts if part == name] for name, _ in parts}
+        record_result(f"seconds to {shards} shards, by part", by_part)  # the node's spare may be the third at once
         record_result(f"weights read for {shards} shards", [line.rpartition("; ")[2] for line in lines])
     record_result("longest pause of eight streams in each round, s", [round(pause, 2) for pause in pauses])
     assert median(pauses) <= PAUSE_S
