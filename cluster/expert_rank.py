@@ -20,6 +20,7 @@ from divisi.cluster.activity import StuckCheck
 from divisi.cluster.assembly import load_shard, metered, served_config, shard_loop, sharded_mode
 from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import ShardedMode
+from divisi.cluster.dispatch.row_reports import RowReports
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.loops.inbox import EpochInbox
 from divisi.cluster.gang.membership.client import CoordinatorClient
@@ -80,6 +81,7 @@ class ExpertRank:
         self._bank: ExpertBank | None = None
         self._weights: dict[str, float] = {}
         self._told = False
+        self._reports: RowReports | None = None
         self.experts: MeteredExperts | None = None
         """What it serves; None before `load`."""
 
@@ -107,6 +109,8 @@ class ExpertRank:
             self._bank = bank = load_in_thread(self._spec, load)
         self._weights = {"weight_bytes_read": float(checkpoint.bytes_read), "weight_bytes": float(bank.nbytes)}
         self.experts = metered(self._spec, self._config, bank)
+        if self._spec.rebalance:
+            self._reports = RowReports(self.experts, torch.device(self._spec.device))
 
     def serve(self) -> None:
         """Take the seat of what was loaded, and serve in its epochs until it is closed or has lost the seat."""
@@ -138,7 +142,7 @@ class ExpertRank:
             return
         self._weights["weight_bytes_read"] += bytes_read
         self._weights["weight_bytes"] = float(bank.nbytes)
-        watch.push_stats(self._numbers())
+        watch.push_stats(dict(self._weights))
         self._told = False
         watch.prepared(order)
 
@@ -148,7 +152,7 @@ class ExpertRank:
         self._telemetry.metrics.forget()
         self._asked_at = self._heard_at = time.monotonic()
         self._waiting, self._told = True, False
-        self._watch = self._index = self._bank = self.experts = None
+        self._watch = self._index = self._bank = self.experts = self._reports = None
         if self._spec.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -241,6 +245,5 @@ class ExpertRank:
         return self._numbers()
 
     def _numbers(self) -> Stats:
-        if not self._spec.rebalance or (experts := self.experts) is None:
-            return dict(self._weights)
-        return {**self._weights, "leaf_rows": experts.rows_by_leaf()}
+        reports = self._reports
+        return dict(self._weights) if reports is None else {**self._weights, "leaf_rows": reports.rows()}

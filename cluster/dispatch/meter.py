@@ -106,12 +106,6 @@ class MeteredExperts:
         rows_LV = self._counts_LE.new_zeros(len(self._rows), self.num_leaves)
         return rows_LV.index_add_(1, self._leaf_E, self._counts_LE)
 
-    def rows_by_leaf(self) -> Mapping[str, float]:
-        """Rows in all layers by virtual shard, of those that were served here at any time."""
-        with torch.inference_mode():
-            rows_V = self.leaf_rows().sum(0).tolist()
-        return {str(leaf): float(rows) for leaf, rows in enumerate(rows_V) if rows or leaf in self._leaves}
-
     def stats(self) -> Mapping[str, Mapping[str, float]]:
         """By layer: rows of the experts served, those of the busiest over the mean, their spread over the mean, both of
         what came since others were served. By virtual shard: rows in all layers.
@@ -125,9 +119,11 @@ class MeteredExperts:
                 "expert_busiest": counts_LE.amax(1) / mean_L,
                 "expert_spread": counts_LE.std(1, correction=0) / mean_L,
             }
+            rows_V = self.leaf_rows().sum(0).tolist()
         names = [str(layer) for layer in self._rows]
+        of_leaves = {str(leaf): float(rows) for leaf, rows in enumerate(rows_V) if rows or leaf in self._leaves}
         by_layer = {name: dict(zip(names, of_L.tolist(), strict=True)) for name, of_L in found.items()}
-        return {**by_layer, "leaf_rows": self.rows_by_leaf()}
+        return {**by_layer, "leaf_rows": of_leaves}
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ def test_sizes(text: str, size: int) -> None:
         ({"model": {"model_dir": "/m"}, "gang": {"attention_workers": 2}}, ["gang", "one process", "'colocated'"]),
         ({"model": {"model_dir": "/m"}, "gang": {"kernels": "rout=native"}}, ["gang.kernels", "'rout'", "use one of"]),
         ({"model": {"model_dir": "/m"}, "gang": {"kernels": "fast"}}, ["gang.kernels", "'fast'", "use 'auto'"]),
+        ({"model": {"model_dir": "/m"}, "gang": {"expert_shards": 1, "rebalance": True}}, ["rebalance", "two expert"]),
         (
             {"model": {"model_dir": "/m"}, "gang": {"topology": "colocated", "expert_shards": 2}},
             ["gang", "expert_shards=2", "leave it out"],

@@ -17,6 +17,7 @@ from divisi.cluster.telemetry import ranks
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from tests.support.thread_gang import Worker, small_spec, thread_gang
 
+from .test_adoption import wait_for
 from .test_scaling import Gang, gang_of
 
 TOKENS = 200
@@ -67,6 +68,7 @@ def test_a_hot_set_is_shared_out_beside_answers(
     with thread_gang(small_spec(hot_model, GangShape(1, 0))) as (worker,):
         alone = answered(worker, 0)
     with gang_of(small_spec(hot_model, GangShape(1, shards), rebalance=True, expert_copies=copies)) as gang:
+        wait_for(lambda: gang.coordinator._roster.settled is not None, "copies are not loaded")
         first, epoch = gang.read(), gang.coordinator.status().epoch
         seen = []
         for batch in range(60):
@@ -80,7 +82,7 @@ def test_a_hot_set_is_shared_out_beside_answers(
         assert seen[-1] < 1.2
         assert 1 <= number(gang, "expert_moves") <= gang.coordinator.status().epoch - epoch <= 20
         assert gang.worker.engine.stats().aborted_steps == 0, "each change was between two steps"
-        whole = sum(first)
-        read = sum(gang.read()) - whole
-        assert number(gang, "expert_moved_bytes") == (0 if copies else read)
-        assert read == whole if copies else 0 < read < whole
+        wait_for(lambda: gang.coordinator._roster.settled is not None, "a move does not end")
+        read = sum(gang.read()) - sum(first)
+        wait_for(lambda: number(gang, "expert_moved_bytes") == read, f"{read} bytes were read")
+        assert read == 0 if copies else 0 < read < sum(first)
