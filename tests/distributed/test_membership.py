@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from divisi.cluster.dispatch.groups import join_group
-from divisi.cluster.dispatch.protocol import AllExperts
+from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
@@ -55,15 +54,15 @@ class HeldShard(Shard):
         self.go_on, self.asked = threading.Event(), threading.Event()
         super().__init__(*args)
 
-    def loaded(self, experts: AllExperts) -> None:
-        compute = experts.partial_sum
+    def loaded(self, experts: MeteredExperts) -> None:
+        compute = experts.measured
 
-        def partial_sum(*args: Any) -> Tensor:
+        def measured(*args: Any) -> Any:
             self.asked.set()
             assert self.go_on.wait(60)
             return compute(*args)
 
-        experts.partial_sum = partial_sum  # type: ignore[method-assign]
+        experts.measured = measured  # type: ignore[method-assign]
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

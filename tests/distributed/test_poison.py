@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
-from divisi.cluster.dispatch.protocol import AllExperts
+from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.cluster.errors import StepAborted
@@ -37,17 +36,17 @@ class Mortal(Shard):
         self.dies, self.deaths = threading.Event(), 0
         super().__init__(*args)
 
-    def loaded(self, experts: AllExperts) -> None:
-        compute = experts.partial_sum
+    def loaded(self, experts: MeteredExperts) -> None:
+        compute = experts.measured
 
-        def partial_sum(*args: Any) -> Tensor:
+        def measured(*args: Any) -> Any:
             if self.dies.is_set():
                 self.dies.clear()
                 self.deaths += 1
                 raise StepAborted("died in a layer")
             return compute(*args)
 
-        experts.partial_sum = partial_sum  # type: ignore[method-assign]
+        experts.measured = measured  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

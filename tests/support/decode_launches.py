@@ -115,6 +115,8 @@ class WithoutCuda(TorchFunctionMode):
             if _by_tensor(index):
                 return torch.ops.aten.index_put_(target, [torch.as_tensor(index, device=target.device)], value)
             return torch.ops.aten.copy_(_indexed(target, index), value)
+        if func.__name__ == "tensor" and isinstance(args[0], list) and not args[0]:
+            return torch.empty(0, **(kwargs or {}))
         if func.__name__ == "contiguous":
             return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if func.__name__ == "copy_":

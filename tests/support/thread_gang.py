@@ -12,6 +12,7 @@ import torch
 
 from divisi.cluster.assembly import dispatch_mode, sharded_mode, transport
 from divisi.cluster.attention_rank import AttentionRank
+from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, ShardedMode
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport
@@ -138,7 +139,7 @@ class Shard:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def loaded(self, experts: AllExperts) -> None:
+    def loaded(self, experts: MeteredExperts) -> None:
         """For tests that change what it serves."""
 
     def _run(self) -> None:
