@@ -31,13 +31,13 @@ from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials, Secret
 from divisi.cluster.gang.loops.shard_loop import serve_steps
+from divisi.cluster.gang.loops.threads import SPIN_S
 from divisi.cluster.passes import Pass, PassKind, PassLayers
 from divisi.cluster.seats import Address, GangShape, Membership
 
 WIDTH, CHOSEN, EXPERTS, LEAVES, MOST = 2048, 10, 512, 32, 256
 MODES: tuple[Mode, ...] = ("broadcast", "all_to_all")
 _LAYERS = 48
-_SPIN_S = 0.002
 _CREDENTIALS = Credentials(Secret(bytes(32)))
 _CPU = torch.device("cpu")
 
@@ -169,7 +169,7 @@ def _run(work: Work, memberships: Sequence[Membership], rank: int, queue: Simple
 
     def peers(membership: Membership) -> Peers:
         def join(largest: int) -> PeerGroup:
-            memory = HostMemory(largest, 0.0 if work.sleeps else _SPIN_S)
+            memory = HostMemory(largest, 0.0 if work.sleeps else SPIN_S)
             return join_group(membership, rank, _CPU, 120.0, _CREDENTIALS, activity=clock, memory=memory)
 
         return Peers.of(membership, rank, join)

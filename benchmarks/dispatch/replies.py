@@ -16,6 +16,7 @@ from divisi.cluster.dispatch.groups import PeerGroup, join_group
 from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials, Secret
+from divisi.cluster.gang.loops.threads import SPIN_S
 from divisi.cluster.seats import Address, GangShape, Membership
 
 _ROWS, _WIDTH, _LEAVES, _TURNS = 64, 2048, 8, 200
@@ -39,7 +40,7 @@ def report() -> str:
 def _measure(store: StoreServer, epoch: int, sizes: list[int], *, shared: bool) -> list[float]:
     names = tuple(map(str, _SHAPE.seats))
     membership = Membership(epoch, _SHAPE, names, (Address("127.0.0.1"),) * 2, store.address)
-    memory = HostMemory(max(*sizes, _REQUEST), 0.002) if shared else None
+    memory = HostMemory(max(*sizes, _REQUEST), SPIN_S) if shared else None
 
     def join(rank: int) -> PeerGroup:
         return join_group(membership, rank, torch.device("cpu"), 60.0, _CREDENTIALS, memory=memory)

@@ -33,6 +33,7 @@ from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials, Secret
 from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.gang.loops.shard_loop import serve_steps
+from divisi.cluster.gang.loops.threads import SPIN_S
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import Address, GangShape, Membership
 from divisi.cluster.spec import GangSpec
@@ -42,10 +43,9 @@ _SHAPE = GangShape(1, 1)
 _CPU = torch.device("cpu")
 _BATCHES = (1, 16, 32)
 _STEPS = 32
-_SPIN_S = 0.002
 _SPLIT: tuple[tuple[str, Literal["never", "always"], float | None], ...] = (
-    ("shared memory", "never", _SPIN_S),
-    ("shared memory, two micro-batches", "always", _SPIN_S),
+    ("shared memory", "never", SPIN_S),
+    ("shared memory, two micro-batches", "always", SPIN_S),
     ("gloo", "never", None),
     ("gloo, two micro-batches", "always", None),
 )

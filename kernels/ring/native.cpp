@@ -1,5 +1,5 @@
 // Messages of one process to another through memory that both have mapped: a ring of slots, with one writer and one reader.
-// Who waits spins for a while and then sleeps in the kernel, waking every few milliseconds to see whether the other lives.
+// Who waits spins for a while and then sleeps in the kernel; every few milliseconds it looks whether the other lives.
 #include <atomic>
 #include <climits>
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Ring {
 static_assert(sizeof(Ring) <= 256, "Ring.HEADER in ring.py");
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared between processes");
 
-constexpr long LOOK_NS = 5000000;  // how long a sleeper trusts that the other process lives
+constexpr long LOOK_NS = 5000000;  // how long who waits trusts that the other process lives
 
 static long now_ns() {
   timespec t;
@@ -53,10 +53,17 @@ static Outcome await(Ring& ring, Count& count, uint32_t old, int fd, long spin_n
   auto changed = [&] { return count.value.load(std::memory_order_acquire) != old; };
   if (changed()) return DONE;
   if (wait_ns <= 0) return LATE;
-  long begin = now_ns();
+  long begin = now_ns(), looked = begin;
   for (long turn = 1; spin_ns > 0; turn++) {
     if (changed()) return DONE;
-    if (turn % 64 == 0 && (ring.closed.load() || now_ns() - begin > spin_ns)) break;
+    if (turn % 64 == 0) {
+      long now = now_ns();
+      if (ring.closed.load() || now - begin > spin_ns) break;
+      if (now - looked > LOOK_NS) {
+        if (hung_up(fd)) return changed() ? DONE : GONE;
+        looked = now;
+      }
+    }
     relax();
   }
   while (true) {

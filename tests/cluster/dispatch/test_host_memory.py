@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import GangShape, Membership
 from divisi.kernels.native.loader import load_library
+from divisi.kernels.ring.ring import Outcome, Ring
 from tests.support.credentials import CREDENTIALS
 from tests.support.gangs import CPU, gang_groups, membership_of
 from tests.support.namespaces import OWN_PIDS, OWN_SHM, can_unshare, in_a_mount_namespace
@@ -88,6 +91,20 @@ def test_who_waits_notices_that_the_other_has_left(spin_s: float) -> None:
         groups[1].close()
         with pytest.raises(StepAborted, match="expert:0"):
             waits.result(5)
+
+
+@pytest.mark.parametrize("spin_s", [0.0, 10.0])
+def test_who_waits_notices_that_the_other_has_died(spin_s: float) -> None:
+    """Nobody has closed the ring: only the connection says it."""
+    library = load_library()
+    assert library is not None
+    near, far = socket.socketpair()
+    with near:
+        ring = Ring(library, mmap.mmap(-1, Ring.size(64)), 0, 64, near.fileno(), spin_s)
+        far.close()
+        begin = time.monotonic()
+        assert ring.take(message(8, 0).data_ptr(), 8, wait_s=30.0) is Outcome.GONE
+        assert time.monotonic() - begin < 5.0
 
 
 def test_what_is_too_long_ends_the_epoch_and_is_not_cut() -> None:
