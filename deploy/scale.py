@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from divisi.cluster.errors import DivisiError
 from divisi.cluster.gang.membership.coordinator import CoordinatorLost
-from divisi.cluster.gang.membership.scaling import PARTS, ScaleStatus
+from divisi.cluster.gang.membership.layout.scaling import PARTS, ScaleStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.identity import gang_of
 from divisi.deploy.ray.address import ClusterAddress, find_cluster

@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from divisi.cluster.errors import AnswerLost, GangNotReady, WorkerLeft, WorkerLost
 from divisi.cluster.gang.membership.coordinator import CoordinatorLost
-from divisi.cluster.gang.membership.scaling import ScaleStatus
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
 from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.secret import gang_secret

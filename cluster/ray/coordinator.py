@@ -18,7 +18,7 @@ from divisi.cluster.dispatch.rendezvous import StoreServer
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost
 from divisi.cluster.gang.membership.directive import Directive
-from divisi.cluster.gang.membership.scaling import ScaleStatus
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
 from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
 from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.gang.membership.watchdog import Watchdog

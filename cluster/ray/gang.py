@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
-from divisi.cluster.gang.membership.scaling import ScaleStatus
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
 from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.nodes import empty_groups
 from divisi.cluster.ray.actors import coordinator_name, end_actors, shards_prefix

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from divisi.cluster.gang.membership.scaling import ScaleStatus
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
 from divisi.deploy.api.body.protocol import GangBody
 from divisi.deploy.api.body.reading import read_parsed
 from divisi.deploy.api.body.replayed import Dropped

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from divisi.cluster.gang.membership.scaling import ScaleStatus
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.seats import ScrapeTarget
 from divisi.cluster.telemetry.rows import StatRow

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from divisi.cluster.gang.membership import leaf_loads, watch
+from divisi.cluster.gang.membership import watch
+from divisi.cluster.gang.membership.layout import leaf_loads
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.telemetry import ranks

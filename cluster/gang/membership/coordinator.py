@@ -13,10 +13,10 @@ from dataclasses import replace
 from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.membership.directive import Directive
 from divisi.cluster.gang.membership.figures import Figures
+from divisi.cluster.gang.membership.layout.rebalancing import Rebalancing
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus, Scaling
 from divisi.cluster.gang.membership.lease import OwnerLease
-from divisi.cluster.gang.membership.rebalancing import Rebalancing
 from divisi.cluster.gang.membership.roster import Roster
-from divisi.cluster.gang.membership.scaling import ScaleStatus, Scaling
 from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
 from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.gang.refused_demand import RefusedDemand

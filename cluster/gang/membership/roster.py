@@ -18,9 +18,9 @@ from divisi.cluster.gang.membership.directive import Directive
 from divisi.cluster.gang.membership.explanation import whom_it_waits_for
 from divisi.cluster.gang.membership.gathering import Gathering
 from divisi.cluster.gang.membership.holder import Holder
-from divisi.cluster.gang.membership.rebalancing import Settled
-from divisi.cluster.gang.membership.seat_plan import SeatPlan
-from divisi.cluster.gang.membership.selection import note_misses
+from divisi.cluster.gang.membership.layout.rebalancing import Settled
+from divisi.cluster.gang.membership.layout.seat_plan import SeatPlan
+from divisi.cluster.gang.membership.layout.selection import note_misses
 from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.seats import Address, GangShape, Membership, Patience, Role, Seat
 from divisi.model.placement import VIRTUAL_SHARDS

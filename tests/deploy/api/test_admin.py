@@ -12,7 +12,7 @@ import pytest
 
 from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang.membership.coordinator import Coordinator
-from divisi.cluster.gang.membership.scaling import ScaleStatus
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
 from divisi.cluster.seats import Address, GangShape
 from divisi.deploy.limits import KeyFile
 from divisi.deploy.limits.keys import hash_key

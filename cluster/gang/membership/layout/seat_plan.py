@@ -8,9 +8,9 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from divisi.cluster.gang.membership.holder import Holder
-from divisi.cluster.gang.membership.layouts import Layouts
-from divisi.cluster.gang.membership.rebalancing import Moves, Settled
-from divisi.cluster.gang.membership.selection import Selection, held_by, is_to_change, select
+from divisi.cluster.gang.membership.layout.layouts import Layouts
+from divisi.cluster.gang.membership.layout.rebalancing import Moves, Settled
+from divisi.cluster.gang.membership.layout.selection import Selection, held_by, is_to_change, select
 from divisi.cluster.gang.membership.vacancies import Applicant, Share, Vacancies
 from divisi.cluster.seats import GangShape, Membership
 from divisi.model.placement import Layout

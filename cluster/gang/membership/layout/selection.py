@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from divisi.cluster.gang.membership.holder import Holder
-from divisi.cluster.gang.membership.layouts import Held, Layouts
+from divisi.cluster.gang.membership.layout.layouts import Held, Layouts
 from divisi.cluster.seats import GangShape, Membership, Seat
 from divisi.model.placement import Layout
 

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from divisi.cluster.gang.membership.balance import LEAST_GAIN, better, shares
-from divisi.cluster.gang.membership.leaf_loads import LeafLoads, Rows
+from divisi.cluster.gang.membership.layout.balance import LEAST_GAIN, better, shares
+from divisi.cluster.gang.membership.layout.leaf_loads import LeafLoads, Rows
 from divisi.model.placement import Layout
 
 MARK = 1.2
@@ -28,7 +28,7 @@ _LONGEST_REST_S = 3600.0
 
 
 class Moves(Protocol):
-    """What layouts there are; see `divisi.cluster.gang.membership.layouts.Layouts`."""
+    """What layouts there are; see `divisi.cluster.gang.membership.layout.layouts.Layouts`."""
 
     primary: Layout
     goal: Layout | None

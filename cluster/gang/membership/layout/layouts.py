@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from divisi.cluster.gang.membership.balance import most_leaves
+from divisi.cluster.gang.membership.layout.balance import most_leaves
 from divisi.model.placement import Layout
 
 NOTHING: frozenset[int] = frozenset()

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from divisi.cluster.gang.membership.balance import better, most_leaves
-from divisi.cluster.gang.membership.layouts import Layouts
+from divisi.cluster.gang.membership.layout.balance import better, most_leaves
+from divisi.cluster.gang.membership.layout.layouts import Layouts
 from divisi.cluster.gang.membership.roster import Roster
 from divisi.cluster.seats import GangShape
 from tests.support.rosters import STORE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from divisi.cluster.gang.membership.layouts import Held, Layouts, nearest, spread
+from divisi.cluster.gang.membership.layout.layouts import Held, Layouts, nearest, spread
 from divisi.model.placement import Layout
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from divisi.cluster.gang.membership import rebalancing
-from divisi.cluster.gang.membership.balance import most_leaves, shares
-from divisi.cluster.gang.membership.layouts import Holdings, Layouts
-from divisi.cluster.gang.membership.rebalancing import Rebalancing
+from divisi.cluster.gang.membership.layout import rebalancing
+from divisi.cluster.gang.membership.layout.balance import most_leaves, shares
+from divisi.cluster.gang.membership.layout.layouts import Holdings, Layouts
+from divisi.cluster.gang.membership.layout.rebalancing import Rebalancing
 from divisi.model.placement import Layout
 from tests.support.balance_sim import LEAF_BYTES, SimGang
 

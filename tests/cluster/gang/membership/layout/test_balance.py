@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from divisi.cluster.gang.membership.balance import LEAST_GAIN, better, most_leaves, shares
-from divisi.cluster.gang.membership.layouts import Layouts
-from divisi.cluster.gang.membership.leaf_loads import ROWS_PER_LEAF, WINDOW_S, LeafLoads
+from divisi.cluster.gang.membership.layout.balance import LEAST_GAIN, better, most_leaves, shares
+from divisi.cluster.gang.membership.layout.layouts import Layouts
+from divisi.cluster.gang.membership.layout.leaf_loads import ROWS_PER_LEAF, WINDOW_S, LeafLoads
 from divisi.model.placement import Layout
 
 EVEN = Layout.even(8, 2)

@@ -11,7 +11,7 @@ import pytest
 
 from divisi.cluster.gang.membership.directive import Directive
 from divisi.cluster.gang.membership.holder import Holder
-from divisi.cluster.gang.membership.layouts import Holdings, Layouts
+from divisi.cluster.gang.membership.layout.layouts import Holdings, Layouts
 from divisi.cluster.gang.membership.roster import Roster
 from divisi.cluster.gang.membership.vacancies import Applicant
 from divisi.cluster.seats import Address, GangShape, Membership, Seat
