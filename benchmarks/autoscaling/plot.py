@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BETWEEN = 900, 190, 50, 24, 46
@@ -11,7 +11,7 @@ _COLOURS = ("#888888", "#c9a227", "#1f5fa8", "#b23a48", "#7b4fa3")
 
 @dataclass
 class Panel:
-    """One pattern."""
+    """One case."""
 
     title: str
     rates: Sequence[tuple[float, float]]
@@ -22,22 +22,22 @@ class Panel:
 
 def plot(panels: Sequence[Panel]) -> str:
     """All of them below each other, with a legend."""
-    names = list(panels[0].lines) if panels else []
+    colours = dict(zip(panels[0].lines, _COLOURS, strict=False)) if panels else {}
     height = _TOP + len(panels) * (_HEIGHT + _BETWEEN) + 30
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif" '
         'font-size="12"><rect width="100%" height="100%" fill="white"/>'
     ]
     for number, panel in enumerate(panels):
-        parts += _panel(panel, _TOP + number * (_HEIGHT + _BETWEEN))
-    for number, name in enumerate(names):
+        parts += _panel(panel, _TOP + number * (_HEIGHT + _BETWEEN), colours)
+    for number, (name, colour) in enumerate(colours.items()):
         x = _LEFT + number * 168
-        parts.append(f'<rect x="{x}" y="{height - 22}" width="10" height="10" fill="{_COLOURS[number]}"/>')
+        parts.append(f'<rect x="{x}" y="{height - 22}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{x + 14}" y="{height - 13}" font-size="10">{name}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(panel: Panel, top: float) -> list[str]:
+def _panel(panel: Panel, top: float, colours: Mapping[str, str]) -> list[str]:
     end = max(at for at, _ in panel.rates) or 1.0
     most = max(number for line in panel.lines.values() for _, number in line)
     peak = max(rate for _, rate in panel.rates) or 1.0
@@ -59,9 +59,11 @@ def _panel(panel: Panel, top: float) -> list[str]:
     for quarter in range(5):
         at = end * quarter / 4
         parts.append(f'<text x="{x(at):.1f}" y="{y(0) + 15:.1f}" text-anchor="middle">{at / 60:.0f} min</text>')
-    for colour, line in zip(_COLOURS, panel.lines.values(), strict=False):
+    for name, line in panel.lines.items():
         corners = []
         for (at, number), (until, _) in zip(line, [*line[1:], (end, 0)], strict=True):
             corners += [f"{x(at):.1f},{y(number / most):.1f}", f"{x(until):.1f},{y(number / most):.1f}"]
-        parts.append(f'<polyline points="{" ".join(corners)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        parts.append(
+            f'<polyline points="{" ".join(corners)}" fill="none" stroke="{colours[name]}" stroke-width="1.6"/>'
+        )
     return parts

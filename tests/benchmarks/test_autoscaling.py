@@ -11,9 +11,10 @@ import pytest
 
 from divisi.benchmarks.__main__ import _run
 from divisi.benchmarks.autoscaling.arrivals import PATTERNS, Arrival, made, recorded
+from divisi.benchmarks.autoscaling.cases import PEAK_PER_WORKER, Case, recorded_cases
 from divisi.benchmarks.autoscaling.deciders import ByServe, Fixed, Seen
 from divisi.benchmarks.autoscaling.gang import Model, Outcome, SimulatedGang
-from divisi.benchmarks.autoscaling.report import PEAK_PER_WORKER, Case, deciders, ran
+from divisi.benchmarks.autoscaling.report import deciders, ran
 
 HOURS, SIZE = 0.25, 4
 
@@ -97,8 +98,9 @@ def test_arrivals_are_read_from_a_log(tmp_path: Path) -> None:
     [
         "12.5,7,9\n12,5,2\n",
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:47.5,7,9\n2023-11-16 18:15:47,5,2\n",
+        "TIMESTAMP,Context,Generated\r\n2023-11-16 18:15:47.0000000,5,2\r\n2023-11-16 18:15:47.5000000,7,9\r\n",
     ],
-    ids=["seconds", "times"],
+    ids=["seconds", "times", "as Azure writes them"],
 )
 def test_arrivals_are_read_from_a_trace(tmp_path: Path, text: str) -> None:
     (trace := tmp_path / "trace.csv").write_text(text)
@@ -119,6 +121,35 @@ def test_arrivals_are_read_from_a_report_of_bench(tmp_path: Path) -> None:
     report.write_text("{}")
     with pytest.raises(ValueError, match="give `divisi bench` --records"):
         recorded(report)
+
+
+def test_a_share_of_what_was_recorded_is_for_a_smaller_gang() -> None:
+    """A minute with two requests a second, and one with half as many."""
+    arrivals = [Arrival(second / 2, 5, 2) for second in range(120)] + [Arrival(60.0 + n, 5, 2) for n in range(60)]
+    cold, warm, third, _ = recorded_cases(arrivals, [6, 2], 0, Model())
+    assert cold.peak == 2.0
+    assert third.arrivals == arrivals[::3]
+    assert third.peak == pytest.approx(2.0 / 3)
+    firsts = [decider.first for decider in deciders(cold).values()]
+    assert firsts == [6, 5, 1, 1, 1], "the mean is three quarters of the peak, and a little for the last second"
+    assert [decider.first for decider in deciders(warm).values()] == [6, 6, 6]
+    with pytest.raises(ValueError, match="6 workers are not a number of gangs of 4"):
+        list(recorded_cases(arrivals, [6, 4], 0, Model()))
+
+
+def test_the_command_writes_what_was_recorded_below(tmp_path: Path) -> None:
+    (trace := tmp_path / "trace.csv").write_text("".join(f"{at / 4},{9 + at % 3},5\n" for at in range(400)))
+    (about := tmp_path / "about.md").write_text("From nowhere.\n")
+    arguments = ["--log", str(trace), "--log-size", "2", "1", "--log-about", str(about), "--out", str(tmp_path)]
+    assert _run("autoscaling", ["--sizes", "1", "--hours", "0.02", *arguments]) == 0
+    made_up, found = (tmp_path / "autoscaling.md").read_text().split("## Recorded\n")
+    assert "--log trace.csv --log-size 2 1" in made_up
+    assert "| recorded" not in made_up
+    assert "From nowhere.\n\n400 requests in 1.7 minutes: 4.01 a second, 4.00 in the busiest minute" in found
+    assert sum(line.startswith("| recorded") for line in found.splitlines()) == 2 * (5 + 3)
+    plot = ElementTree.fromstring((tmp_path / "autoscaling.svg").read_text())
+    lines = [line.get("stroke") for line in plot.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert lines == [*lines[:5]] * 4 + lines[2:5], "a policy's colour is the same in all panels"
 
 
 def test_the_command_writes_a_table_and_a_plot(tmp_path: Path) -> None:
