@@ -187,7 +187,10 @@ class MostTokensPerSecond:
 
     def _likely(self, drafters: Sequence[Drafter], company: Company) -> list[_Slot]:
         """The slots, by what is known of each sequence's drafts."""
-        priors = [_PRIOR * self._all.chance(place, _FIRST_GUESS) for place in range(MOST_DRAFTS)]
+        priors, guess = [], _FIRST_GUESS
+        for place in range(MOST_DRAFTS):  # where few were tried, a draft is as likely to stand as the one before it
+            guess = self._all.chance(place, guess)
+            priors.append(_PRIOR * guess)
         chances = []
         for drafter in drafters:
             stood, tried = drafter.survival.stood, drafter.survival.tried

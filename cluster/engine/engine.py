@@ -201,12 +201,17 @@ class Engine:
         self._events += [self._event(outcome, error=_POISON) for outcome in given_up or ()]
         return given_up is not None
 
-    @torch.inference_mode()
     def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """Run pass `index` of `plan.counts`. When this raises (StepAborted), run all passes of the plan again."""
         if self._rehearsal is not None:
             self._rehearsal.run_pass(plan, index, dispatcher)
             return
+        if 0 < index < len(plan.counts) - 1 and self._drafts.told is not None:
+            return  # the first pass has drawn its drafts, too
+        with torch.inference_mode():
+            self._run_pass(plan, index, dispatcher)
+
+    def _run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         self._stopwatch.start()
         if index == 0:
             self._drafts, self._logits_RV = Drafts(), None
@@ -226,20 +231,18 @@ class Engine:
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """One more draft of each sequence that drafts so far; or all that the step is to have, with the first."""
-        if self._drafts.told is not None:
-            return
         batch = self._builder.build_draft(plan, index, self._drafts)
-        if index == 0 and self._draft_at_once(plan, dispatcher):
-            self._clock.mark(len(plan.counts) - 1)
-            return
+        if index == 0:
+            draws = self._sampler.draws(plan.drafting)
+            self._clock.start()  # a step is laid out once for all of its passes
+            if draws is not None and self._draft_at_once(plan, dispatcher, draws):
+                self._clock.mark(len(plan.counts) - 1)
+                return
         self._draft_one(plan.drafting[: plan.counts[index]], index, batch, dispatcher)
         self._clock.mark()
 
-    def _draft_at_once(self, plan: StepPlan, dispatcher: Dispatcher) -> bool:
-        """Where nothing but the drafts before it decides about a draft, and the model is in this process."""
-        draws = self._sampler.draws(plan.drafting)
-        if draws is None:
-            return False
+    def _draft_at_once(self, plan: StepPlan, dispatcher: Dispatcher, draws: Draws) -> bool:
+        """Where nothing but the drafts before it decides about a draft, if the model is in this process."""
         self._stopwatch.lap("scheduler")
         passes = self._runner.draft_all(self._builder.draft_passes, dispatcher, draws)
         if passes is None:

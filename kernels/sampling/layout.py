@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -31,20 +32,39 @@ class Draws:
     """The parameters of some rows as arrays. Lives as long as the rows stay the same."""
 
     def __init__(self, rows: Sequence[Draw]) -> None:
-        self.seeds_R = np.array([row.seed & _SEED_MASK for row in rows], dtype=np.uint64)
-        self.temperature_R = np.array([row.temperature for row in rows], dtype=np.float32)
-        self.top_k_R = np.array([row.top_k for row in rows], dtype=np.int64)
-        self.top_p_R = np.array([row.top_p for row in rows], dtype=np.float64)
-        log_min_p = [math.log(row.min_p) if row.min_p > 0 else -math.inf for row in rows]
+        seeds, temperature, top_k, top_p, min_p = zip(*rows, strict=True) if rows else [()] * 5
+        self.seeds_R = np.array([seed & _SEED_MASK for seed in seeds], dtype=np.uint64)
+        self.temperature_R = np.array(temperature, dtype=np.float32)
+        self.top_k_R = np.array(top_k, dtype=np.int64)
+        self.top_p_R = np.array(top_p, dtype=np.float64)
+        log_min_p = [math.log(least) if least > 0 else -math.inf for least in min_p]
         self.log_min_p_R = np.array(log_min_p, dtype=np.float32)
         arrays = self.seeds_R, self.temperature_R, self.top_k_R, self.top_p_R, self.log_min_p_R
-        self.addresses = tuple(int(array.ctypes.data) for array in arrays)
+        self.addresses = tuple([array.ctypes.data for array in arrays])
         """Of seeds, temperatures, top_k, top_p and log min_p."""
-        noisy = self.temperature_R > 0
-        filtered = noisy & ((self.top_k_R > 0) | (self.top_p_R < 1))
-        self.plain = self._group(noisy & ~filtered)
-        self.filtered = self._group(filtered)
-        self.any_greedy = not noisy.all()
+
+    @cached_property
+    def plain(self) -> Group | None:
+        """Rows that are drawn from all tokens."""
+        return self._group(self._noisy & ~self._limited)
+
+    @cached_property
+    def filtered(self) -> Group | None:
+        """Rows that are drawn from some of the most likely ones."""
+        return self._group(self._noisy & self._limited)
+
+    @property
+    def any_greedy(self) -> bool:
+        """Whether some row takes the most likely token."""
+        return not bool(self._noisy.all())
+
+    @property
+    def _noisy(self) -> NDArray[np.bool_]:
+        return self.temperature_R > 0
+
+    @property
+    def _limited(self) -> NDArray[np.bool_]:
+        return (self.top_k_R > 0) | (self.top_p_R < 1)
 
     def __len__(self) -> int:
         return len(self.seeds_R)

@@ -74,7 +74,8 @@ class SamplingBatch:
         free = [index for index, row in enumerate(rows) if row.rules is None]
         self.size = len(rows)
         self.free_rows, self.ruled_rows = np.array(free, dtype=np.int64), np.array(ruled, dtype=np.int64)
-        self.free, self.ruled = (Draws([rows[index].draw for index in part]) for part in (free, ruled))
+        draws = [sequence.draw for sequence in sequences]
+        self.free, self.ruled = (Draws([draws[owners[index]] for index in part]) for part in (free, ruled))
         self.rules = None
         if ruled:
             place = {owner: place for place, owner in enumerate(sorted({owners[row] for row in ruled}))}

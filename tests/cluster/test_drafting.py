@@ -80,6 +80,12 @@ def test_what_gains_next_to_nothing_is_left() -> None:
     assert policy.depths([taught(policy, [4] * 60)], ALONE) == [0]
 
 
+def test_a_draft_that_nobody_has_tried_is_as_likely_to_stand_as_the_one_before_it() -> None:
+    """The first two have always stood; a third would not pay if it stood no more often than is guessed of any."""
+    policy = MostTokensPerSecond(times_by(lambda rows: 0.42 + rows, lambda rows: 0.0))
+    assert policy.depths([taught(policy, [2] * 60, drafted=2, limit=3)], ALONE) == [3]
+
+
 def test_who_is_right_more_often_drafts_further() -> None:
     policy = MostTokensPerSecond(times_by(lambda rows: 4.0 + rows, lambda rows: 0.05))
     right, wrong = taught(policy, [4] * 40), taught(policy, [0] * 40)

@@ -67,10 +67,19 @@ class BatchBuilder:
         """Where numpy moves page tables: few numbers take it a fraction of the time."""
         self._page_tables = self._page_tables_MN.numpy() if self._on_host else np.empty((0, 0), dtype=np.int32)
         self._host_tables: dict[str, NDArray[np.int32]] = {}
+        self._grown = 0
+        """How often page tables have changed."""
+        self._taken: dict[str, tuple[list[int], int, int]] = {}
+        """Which tables lie side by side on the host, how wide, and what had changed by then."""
 
     def grow(self, growths: tuple[PageGrowth, ...]) -> None:
         """Write the pages that sequences got since the last call."""
         if not growths:
+            return
+        self._grown += 1
+        if self._on_host:
+            for table, start, pages in growths:
+                self._page_tables[table, start : start + len(pages)] = pages
             return
         width = self._page_tables_MN.shape[1]
         entries: list[int] = []
@@ -137,22 +146,23 @@ class BatchBuilder:
         runs, ints, page_size = plan.drafting, self._ints, self._page_size
         sizes = tuple([bucket(n, self._most_sequences) if self._padded else n for n in plan.counts[:-1]])
         ints.clear()
-        slots = ints.put(_filled([run.source for run in runs], sizes[0], -1))
-        tables = ints.put(_filled([run.sequence.holding.table for run in runs], sizes[0], 0))
-        parts = []
+        arrays = [
+            _filled([run.source for run in runs], sizes[0], -1),
+            _filled([run.sequence.holding.table for run in runs], sizes[0], 0),
+        ]
         for index, (count, size) in enumerate(zip(plan.counts, sizes, strict=False)):
-            starts = ints.put(_filled([*range(count)], size + 1, count)) if self._padded else slice(0)
-            positions = ints.put(_filled([run.start + index for run in runs[:count]], size, 0))
-            written = [_kv_row(run, run.start + index, page_size) for run in runs[:count]]
-            parts.append((starts, positions, ints.put(_filled(written, size, -1))))
+            arrays.append(_filled([*range(count)], size + 1, count) if self._padded else [])
+            arrays.append(_filled([run.start + index for run in runs[:count]], size, 0))
+            arrays.append(_filled([_kv_row(run, run.start + index, page_size) for run in runs[:count]], size, -1))
+        slots, tables, *of_passes = ints.put_all(arrays)
         on_device = ints.on_device()
         width = self._take_tables("draft", runs, tables, on_device)
         if (known := self._drafts.get((sizes, width))) is not None:
             return known
         pages_SN = self._tables["draft"][: sizes[0] * width].view(sizes[0], width)
         passes = [
-            self._draft_pass(on_device[starts], on_device[positions], on_device[kv_rows], on_device[slots], pages_SN)
-            for starts, positions, kv_rows in parts
+            self._draft_pass(*(on_device[part] for part in of_passes[first : first + 3]), on_device[slots], pages_SN)
+            for first in range(0, len(of_passes), 3)
         ]
         _keep(self._drafts, (sizes, width), passes)
         return passes
@@ -200,13 +210,13 @@ class BatchBuilder:
 
     def _decode_slices(self, runs: Sequence[Run], sequences: int) -> list[slice]:
         """Page tables first, then as in DecodeRows."""
-        put = self._ints.put
-        return [
-            put(_filled([run.sequence.holding.table for run in runs], sequences, 0)),
-            put(_filled([run.row for run in runs], sequences + 1, _end(runs))),
-            put(_filled([run.start for run in runs], sequences, 0)),
-            put(_filled([run.source for run in runs], sequences, -1)),
+        arrays = [
+            _filled([run.sequence.holding.table for run in runs], sequences, 0),
+            _filled([run.row for run in runs], sequences + 1, _end(runs)),
+            _filled([run.start for run in runs], sequences, 0),
+            _filled([run.source for run in runs], sequences, -1),
         ]
+        return self._ints.put_all(arrays)
 
     def _decode_rows(self, width: int, parts: Sequence[Tensor]) -> DecodeRows:
         starts_S1, lengths_S, slots_S, *slots_T = parts
@@ -248,8 +258,11 @@ class BatchBuilder:
                 self._host_tables[kind] = self._tables[kind].numpy()
         count = tables.stop - tables.start
         if self._on_host:
-            taken = self._host_tables[kind][: count * width].reshape(count, width)
-            taken[:] = self._page_tables[self._ints[tables], :width]
+            wanted = [run.sequence.holding.table for run in runs], width, self._grown
+            if self._taken.get(kind) != wanted:
+                self._taken[kind] = wanted
+                taken = self._host_tables[kind][: count * width].reshape(count, width)
+                taken[:] = self._page_tables[self._ints[tables], :width]
         else:
             pages_SN = self._tables[kind][: count * width].view(count, width)
             torch.index_select(self._page_tables_MN[:, :width], 0, on_device[tables], out=pages_SN)
@@ -298,6 +311,16 @@ class _IntBuffer:
         part = self.reserve(len(values))
         self._values[part] = values
         return part
+
+    def put_all(self, arrays: Sequence[list[int]]) -> list[slice]:
+        """Several at once, which takes little longer than one."""
+        first, parts, values = self._used, [], []
+        for array in arrays:
+            parts.append(self.reserve(len(array)))
+            values += array
+            values += [0] * (self._used - first - len(values))
+        self._values[first : self._used] = values
+        return parts
 
     def __getitem__(self, part: slice) -> NDArray[np.int32]:
         return self._values[part]

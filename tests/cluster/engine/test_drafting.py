@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from torch import Tensor
 from divisi.cluster.assembly import build_engine, served_config
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.scheduler import Scheduler
+from divisi.cluster.engine.step import clock
 from divisi.cluster.engine.step.drafts import Drafts
-from divisi.cluster.engine.step.plan import Run
+from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.cluster.request import Request, Sampling, TokenEvent
 from divisi.cluster.seats import GangShape
 from divisi.cluster.telemetry.rows import stat_rows
@@ -91,6 +93,28 @@ class Worker:
             rows = [sequence.holding.pages[at // size] * size + at % size for at in range(first, length)]
             found += [pool.key_PJD[rows], pool.value_PJD[rows]]
         return found
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_laying_out_a_step_is_no_part_of_its_drafts(
+    checkpoint: Path, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes as long for one as for many: counted with them, it would make each further one look dear."""
+    worker = Worker(checkpoint, 3)
+    if one_by_one:
+        monkeypatch.setattr(worker.runner, "draft_all", lambda *_: None)
+    waited, lay_out = [0.0], worker.engine._builder._lay_out_drafting
+
+    def slowly(plan: StepPlan) -> list[StepBatch]:
+        waited[0] += 1000.0
+        return lay_out(plan)
+
+    monkeypatch.setattr(worker.engine._builder, "_lay_out_drafting", slowly)
+    monkeypatch.setattr(clock, "perf_counter", lambda: perf_counter() + waited[0])
+    worker.engine.submit(Request("0", (1, 2, 3), 12, Sampling(temperature=0.0)))
+    while worker.step():
+        assert sum(worker.engine.draft_seconds) < 500.0
+    assert waited[0] >= 3000.0, "no drafts"
 
 
 class ScriptedRunner:

@@ -65,6 +65,24 @@ def test_on_the_hosts_device_page_tables_are_as_wide_as_needed() -> None:
     assert next(decode_steps(torch.device("cpu"))).positions_T.tolist() == [5, 9, 17]
 
 
+def test_page_tables_are_those_of_the_sequences_whoever_comes_and_goes() -> None:
+    """They are taken side by side only when they have changed: here sequences end, others come, and all grow."""
+    scheduler, builder = Scheduler(CONFIG), BatchBuilder(CONFIG, torch.device("cpu"))
+    for index, (length, answer) in enumerate(((5, 3), (9, 14), (17, 7), (3, 9), (8, 12), (6, 2))):
+        scheduler.submit(Request(str(index), tuple(range(1, length + 1)), answer, Sampling(temperature=0.0)), None)
+    looked = 0
+    while (plan := scheduler.plan()) is not None:
+        builder.grow(plan.growths)
+        batch = builder.build(plan, Drafts())
+        if batch.decode is not None:
+            for run, pages in zip(plan.rings, batch.decode.pages_SN.tolist(), strict=True):
+                own = run.sequence.holding.pages
+                assert pages[: len(own)] == own[: len(pages)]
+                looked += 1
+        scheduler.commit(plan, [[7] if run.chooses else [] for run in plan.runs], {})
+    assert looked >= 30
+
+
 def test_padding_comes_last_and_is_nobodys() -> None:
     exact, filled = (next(decode_steps(torch.device("cpu"), padded=padded)) for padded in (False, True))
     one, other = exact.decode, filled.decode
