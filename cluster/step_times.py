@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 _WEIGHT = 0.1
 """Of one step in the factors that follow what steps take."""
-_WILDEST = 2.0
+_LONGEST, _SHORTEST = 1.5, 0.5
 """Times the expected that one step may count as: a process that was put aside for a while says nothing of steps."""
+_DISTURBED = 0.25
+"""What a correction to longer times counts for, beside one to shorter: whatever disturbs a machine makes steps longer."""
 _CORRECTION = 0.1
 """Of what an unusual step took beside what was expected of it, in the table; more where few steps have been."""
 _MEASURED_STEPS = 2
@@ -62,8 +64,10 @@ class StepTimes:
         """Of the full pass by sequences, then by rows past the first of each; without the factor."""
         self._drafts: list[float] = [0.0]
         """Of a draft pass by rows; without the factor."""
-        self._before: list[tuple[int, int]] | None = None
-        """Between which places of the table the last step was."""
+        self._before: _Places | None = None
+        """Of the last step."""
+        self._known: dict[tuple[int, int], _Places] = {}
+        """By sequences and rows."""
         self._noted = 0
         self.measured = Measured()
         self.learn(measured or Measured())
@@ -85,6 +89,7 @@ class StepTimes:
         self._full = {sequences: _Curve(by_rows) for sequences, by_rows in sorted(measured.full.items()) if by_rows}
         self._draft = _Curve(measured.draft)
         self._rows.clear()
+        self._known.clear()
         self._drafts = [0.0]
         self._before = None
 
@@ -111,15 +116,17 @@ class StepTimes:
         """
         if not self.is_known:
             return
-        reading, more, around = self.measured.reading, rows - sequences, self._around(sequences, rows / sequences)
+        reading, more = self.measured.reading, rows - sequences
+        if (places := self._known.get((sequences, rows))) is None:
+            places = self._known[sequences, rows] = self._places(sequences, rows / sequences)
         expected = self._of(sequences, more)[more] + reading.first * read_first + reading.more * read_more
-        if self._before not in (None, [*around]):
-            self._correct(around, seconds / (self._full_scale * expected))
-        else:
+        if self._before is None or self._before.between == places.between:
             self._full_scale = _followed(self._full_scale, seconds / expected)
-        self._before = [*around]
-        for (known, index), share in around.items():
-            self._full[known].steps[index] += share
+        else:
+            self._correct(places, seconds / (self._full_scale * expected))
+        self._before = places
+        for steps, index, share in places.steps:
+            steps[index] += share
         self._noted += 1
         if self._noted % _ANEW_EVERY == 0:
             self._rows.clear()
@@ -145,22 +152,23 @@ class StepTimes:
         known += [self._draft.at(rows) for rows in range(len(known), most + 1)]
         return known
 
-    def _around(self, sequences: int, each: float) -> dict[tuple[int, int], float]:
-        """What was measured around a step: numbers of sequences, places on their curves, and how much each counts."""
-        return {
+    def _places(self, sequences: int, each: float) -> _Places:
+        around = {
             (known, index): share * part
             for known, share in self._curves(sequences).items()
             for index, part in _around(self._full[known].places, each).items()
         }
+        return _Places([*around], [(self._full[known].steps, index, share) for (known, index), share in around.items()])
 
-    def _correct(self, around: Mapping[tuple[int, int], float], ratio: float) -> None:
+    def _correct(self, places: _Places, ratio: float) -> None:
         """`ratio`: what a step took to what was expected of it. Places that few steps were at are to blame first."""
-        ratio = min(max(ratio, 1 / _WILDEST), _WILDEST)
-        blame = {at: share / (1 + self._full[at[0]].steps[at[1]]) for at, share in around.items()}
-        for (known, index), part in blame.items():
+        ratio = min(max(ratio, _SHORTEST), _LONGEST)
+        trusted = _DISTURBED if ratio > 1 else 1.0
+        blame = [share / (1 + steps[index]) for steps, index, share in places.steps]
+        for (known, index), part in zip(places.between, blame, strict=True):
             curve = self._full[known]
-            followed = max(_CORRECTION, 1 / (_MEASURED_STEPS + curve.steps[index]))
-            curve.seconds[index] *= 1 + followed * part / sum(blame.values()) * (ratio - 1)
+            followed = trusted * max(_CORRECTION, 1 / (_MEASURED_STEPS + curve.steps[index]))
+            curve.seconds[index] *= 1 + followed * part / sum(blame) * (ratio - 1)
 
     def _table(self, sequences: int, rows: int) -> float:
         each, last = rows / sequences, next(reversed(self._full))
@@ -171,6 +179,15 @@ class StepTimes:
         """The numbers of sequences that were measured around this one, and how much each counts."""
         known = [*self._full]
         return {known[index]: share for index, share in _around(known, sequences).items()}
+
+
+class _Places(NamedTuple):
+    """What was measured around a kind of step."""
+
+    between: list[tuple[int, int]]
+    """Numbers of sequences, and places on their curves."""
+    steps: list[tuple[list[float], int, float]]
+    """For each, where its steps are counted, and how much of one counts."""
 
 
 class _Curve:
@@ -205,4 +222,4 @@ def _around(places: Sequence[int], place: float) -> dict[int, float]:
 
 
 def _followed(scale: float, ratio: float) -> float:
-    return scale + _WEIGHT * (min(max(ratio, scale / _WILDEST), scale * _WILDEST) - scale)
+    return scale + _WEIGHT * (min(max(ratio, scale * _SHORTEST), scale * _LONGEST) - scale)
