@@ -21,7 +21,8 @@ _FADE = 0.93
 _FADE_OF_ALL = 0.99
 """The same for what is known of all sequences, from which each begins."""
 _FIRST_GUESS = 0.85
-_KEPT_STEPS = 4
+_LARGEST_UNIT = 1e9
+_KEPT_STEPS = 8
 """For which a decision holds while the same sequences draft: it takes longer to compute than a small model's layer."""
 _PROBE_EVERY = 32
 """Steps after which those that draft nothing draft one: where nothing is drafted, nothing is learnt."""
@@ -42,21 +43,39 @@ class Survival:
 
     stood: list[float] = field(default_factory=lambda: [0.0] * MOST_DRAFTS)
     tried: list[float] = field(default_factory=lambda: [0.0] * MOST_DRAFTS)
+    unit: float = 1.0
+    """What a trial counts as in both: more with each step, in place of less for all before it."""
 
     def note(self, drafted: int, accepted: int) -> None:
         """So many were drafted in a step, and the first of them accepted."""
         for place in range(min(accepted + 1, drafted)):
-            self.tried[place] += 1.0
-            self.stood[place] += place < accepted
+            self.tried[place] += self.unit
+            if place < accepted:
+                self.stood[place] += self.unit
 
     def fade(self, kept: float = _FADE) -> None:
         """A step has passed."""
-        self.tried = [count * kept for count in self.tried]
-        self.stood = [count * kept for count in self.stood]
+        self.unit /= kept
+        if self.unit > _LARGEST_UNIT:
+            self.tried = [count / self.unit for count in self.tried]
+            self.stood = [count / self.unit for count in self.stood]
+            self.unit = 1.0
 
-    def chance(self, place: int, prior: float) -> float:
-        """That the draft at a position stands if those before it do; `prior` is how likely that is in general."""
-        return (self.stood[place] + _PRIOR * prior) / (self.tried[place] + _PRIOR)
+    def chances(self, priors: Sequence[float]) -> list[float]:
+        """That the draft at each position stands if those before it do; `priors`: how likely that is in general."""
+        weight = _PRIOR * self.unit
+        return [
+            (stood + weight * prior) / (tried + weight)
+            for stood, tried, prior in zip(self.stood, self.tried, priors, strict=False)
+        ]
+
+    def chances_in_turn(self, guess: float) -> list[float]:
+        """The same, where a position's prior is the chance of the one before it, and the first one's a guess."""
+        weight, found = _PRIOR * self.unit, []
+        for stood, tried in zip(self.stood, self.tried, strict=True):
+            guess = (stood + weight * guess) / (tried + weight)
+            found.append(guess)
+        return found
 
 
 @dataclass(slots=True, eq=False)
@@ -187,14 +206,8 @@ class MostTokensPerSecond:
 
     def _likely(self, drafters: Sequence[Drafter], company: Company) -> list[_Slot]:
         """The slots, by what is known of each sequence's drafts."""
-        priors, guess = [], _FIRST_GUESS
-        for place in range(MOST_DRAFTS):  # where few were tried, a draft is as likely to stand as the one before it
-            guess = self._all.chance(place, guess)
-            priors.append(_PRIOR * guess)
-        chances = []
-        for drafter in drafters:
-            stood, tried = drafter.survival.stood, drafter.survival.tried
-            chances.append([(stood[at] + priors[at]) / (tried[at] + _PRIOR) for at in range(drafter.limit)])
+        priors = self._all.chances_in_turn(_FIRST_GUESS)
+        chances = [drafter.survival.chances(priors[: drafter.limit]) for drafter in drafters]
         return self._slots(drafters, chances, company)
 
     def _slots(self, drafters: Sequence[Drafter], chances: Sequence[Sequence[float]], company: Company) -> list[_Slot]:
@@ -213,8 +226,7 @@ class MostTokensPerSecond:
             for place, chance in enumerate(of_one):
                 all_stand *= chance
                 slots.append(_Slot(-all_stand / cost, place, index, all_stand, seconds))
-        slots.sort()
-        return slots
+        return slots if len(drafters) == 1 else sorted(slots)
 
     def _best(self, slots: Sequence[_Slot], drafters: Sequence[Drafter], company: Company) -> int:
         """How many of the slots to take. Costs jump, so that every number of them is looked at."""

@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from divisi.cluster.drafting import ALONE, Company, Drafter, FixedDepth, MostTokensPerSecond, Survival
+from divisi.cluster.drafting import (
+    ALONE,
+    MOST_DRAFTS,
+    Company,
+    Drafter,
+    FixedDepth,
+    MostTokensPerSecond,
+    Survival,
+)
 from divisi.cluster.step_times import Measured, Reading, StepTimes
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
@@ -37,29 +45,46 @@ def taught(policy: MostTokensPerSecond, stood: list[int], drafted: int = 4, limi
     return drafter
 
 
+def chance(survival: Survival, place: int, prior: float) -> float:
+    return survival.chances([prior] * MOST_DRAFTS)[place]
+
+
 def test_survival_is_learnt_by_position_and_forgets() -> None:
     survival = Survival()
-    assert survival.chance(0, 0.7) == 0.7
+    assert chance(survival, 0, 0.7) == 0.7
     for _ in range(40):
         survival.fade()
         survival.note(4, 2)
-    assert survival.chance(1, 0.5) > 0.8
-    assert survival.chance(2, 0.5) < 0.2
-    assert survival.chance(3, 0.5) == 0.5, "a draft behind a rejected one was not tried"
+    assert chance(survival, 1, 0.5) > 0.8
+    assert chance(survival, 2, 0.5) < 0.2
+    assert chance(survival, 3, 0.5) == 0.5, "a draft behind a rejected one was not tried"
     for _ in range(40):
         survival.fade()
         survival.note(4, 0)
-    assert survival.chance(0, 0.5) < 0.2
+    assert chance(survival, 0, 0.5) < 0.2
 
 
 def test_what_is_no_longer_tried_is_forgotten() -> None:
     survival = Survival()
     for _ in range(10):
         survival.note(2, 1)
-    assert survival.chance(1, 0.9) < 0.3
+    assert chance(survival, 1, 0.9) < 0.3
     for _ in range(60):
         survival.fade()
-    assert survival.chance(1, 0.9) > 0.85
+    assert chance(survival, 1, 0.9) > 0.85
+
+
+def test_survival_is_the_same_after_any_number_of_steps() -> None:
+    early, late = Survival(), Survival()
+    for _ in range(100_000):
+        late.fade()
+    for survival in (early, late):
+        for accepted in (3, 1, 4, 0, 2):
+            survival.fade()
+            survival.note(4, accepted)
+    priors = [0.9, 0.8, 0.7, 0.6, 0.5]
+    assert late.chances(priors) == pytest.approx(early.chances(priors))
+    assert late.chances_in_turn(0.85) == pytest.approx(early.chances_in_turn(0.85))
 
 
 def test_cheap_rows_are_taken_and_dear_ones_are_not() -> None:
@@ -126,12 +151,14 @@ def test_no_choice_beats_the_one_made(seed: int) -> None:
     limits = [drafter.limit for drafter in drafters]
     assert all(0 <= depth <= limit for depth, limit in zip(depths, limits, strict=True))
 
+    priors = policy._all.chances_in_turn(0.85)
+
     def rate(chosen: list[int]) -> float:
         tokens = float(len(drafters))
         for drafter, depth in zip(drafters, chosen, strict=True):
             all_stand = 1.0
-            for place in range(depth):
-                all_stand *= drafter.survival.chance(place, policy._all.chance(place, 0.85))
+            for one in drafter.survival.chances(priors)[:depth]:
+                all_stand *= one
                 tokens += all_stand
         draft, full = times.draft(8), times.full(8, sum(chosen))
         drafting = sum(draft[sum(depth > at for depth in chosen)] for at in range(5))
@@ -169,7 +196,7 @@ def test_one_whose_drafts_failed_for_a_while_is_trusted_again() -> None:
         for drafter, depth in zip(others, depths, strict=False):
             policy.note(drafter, depth, depth)
         policy.note(failed, 0, 0)
-    assert failed.survival.chance(0, 0.9) > 0.8
+    assert chance(failed.survival, 0, 0.9) > 0.8
     assert policy.depths([*others, failed], ALONE)[-1] > 0
 
 
