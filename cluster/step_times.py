@@ -18,7 +18,7 @@ _WEIGHT = 0.1
 _LONGEST, _SHORTEST = 1.5, 0.5
 """Times the expected that one step may count as: a process that was put aside for a while says nothing of steps."""
 _DISTURBED = 0.25
-"""What a correction to longer times counts for, beside one to shorter: whatever disturbs a machine makes steps longer."""
+"""What a correction to longer times counts for, beside one to shorter: whatever disturbs a step makes it longer."""
 _CORRECTION = 0.1
 """Of what an unusual step took beside what was expected of it, in the table; more where few steps have been."""
 _MEASURED_STEPS = 2
