@@ -8,6 +8,7 @@ from typing import Literal
 
 from divisi.cluster.cores import CorePlan
 from divisi.cluster.door import TlsFiles
+from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
 from divisi.cluster.nodes import Placement
 from divisi.cluster.seats import GangShape, Patience
 from divisi.cluster.telemetry.spec import TelemetrySpec
@@ -65,6 +66,8 @@ class GangSpec:
     """By how many expert shards each virtual shard is held besides the one that serves it."""
     rebalance: bool = False
     """Whether virtual shards are moved to other expert shards, where rows are shared unevenly."""
+    wait_rule: WaitRule | None = None
+    """By what there are more expert shards or fewer; None: as many as are asked for."""
     spare_shards: bool = False
     """Whether each node with expert shards has a process with everything loaded but weights, for one that dies."""
 

@@ -48,6 +48,12 @@ def fit(settings: Settings, config: ModelConfig, num_gpus: float) -> Fit:
             f"gang.{field}: {shape.expert_shards} is more than the {gang.virtual_shards} of gang.virtual_shards; raise "
             "that, which changes tokens in the last bits"
         )
+    scaling = gang.expert_autoscaling
+    if scaling is not None and scaling.max > config.num_experts:
+        raise SettingsError(
+            f"gang.expert_autoscaling.max: {scaling.max} is more than the model's {config.num_experts} experts; lower "
+            "it"
+        )
     if gang.deterministic and gang.device == "cuda":
         raise SettingsError(
             "gang.deterministic: True needs kernels that only CPUs have, and gang.device is 'cuda'; use device 'cpu', "

@@ -54,7 +54,7 @@ def serve_until_stopped(settings: Settings, orders: Orders, *, replace: bool = F
     surroundings = Surroundings.read()
     plan, cores = core_plan(settings), usable_cores()
     wish = Wish(
-        APP, settings.http, settings.gang.shape.size, replace, settings.limits.request_timeout_s,
+        APP, settings.http, settings.gang.most_ranks, replace, settings.limits.request_timeout_s,
         plan.service if plan else (), waiting_policy(settings, cores),
     )  # fmt: skip
     told = Told(partial(_tell, orders), lambda folder: orders.report(folder=str(folder)), say)
@@ -95,7 +95,7 @@ def _settle(settings: Settings, instance: RayInstance, plan: CorePlan | None) ->
     """What is to be served on this Ray. Raises StartFailed and SettingsError."""
     if plan is not None and not instance.own:
         raise SettingsError(JOINED)
-    ranks, gpus = settings.gang.shape.size, ray.cluster_resources().get("GPU", 0)
+    ranks, gpus = settings.gang.most_ranks, ray.cluster_resources().get("GPU", 0)
     spec = named(replace_fields(gang_spec(settings, gpus), core_plan=plan), APP)
     if instance.own and spec.device == "cuda" and gpus < ranks:
         raise StartFailed(f"device cuda takes a GPU for each rank, {ranks} in all, but Ray finds {gpus:.0f} here")
@@ -235,7 +235,9 @@ def _describe(spec: GangSpec, first_workers: int) -> str:
     if shape.colocated:
         ranks += f" with {'all' if shape.size == 1 else 'a share of'} the experts{'' if shape.size == 1 else ' each'}"
     elif shape.expert_shards:
-        ranks += f" and {_count(shape.expert_shards, 'expert shard')}"
+        rule = spec.wait_rule
+        shards = _count(shape.expert_shards if rule is None else rule.most, "expert shard")
+        ranks += f" and {shards}" if rule is None else f" and {rule.least} to {shards}"
     else:
         ranks += ", all in one process"
     deterministic = " deterministic (prefill takes 1.25 to 1.7 times as long)," if spec.deterministic else ""

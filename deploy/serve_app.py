@@ -160,13 +160,15 @@ class Gang:
         spec = _named_here(spec)
         self._name = spec.name
         self._settings = settings
+        configure_logs(settings.log, "gang")
         self._owner = GangOwner(spec)
         keep_told(serve.get_replica_context().app_name, spec.name, told(settings))
         self._grace_s = settings.limits.shutdown_grace_s
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """For Serve: take another least number of attention workers."""
+        """For Serve: take another least number of attention workers, and another log level."""
         if (settings := _reconfigured(self._settings, user_config)) is not None:
+            configure_logs(settings.log, "gang")
             self._owner.bound(settings.gang.least_workers)
 
     def check_health(self) -> None:
@@ -271,6 +273,7 @@ def gang_spec(settings: Settings, num_gpus: float) -> GangSpec:
         virtual_shards=min(gang.virtual_shards, config.num_experts),
         expert_copies=gang.expert_copies,
         rebalance=gang.rebalance,
+        wait_rule=gang.wait_rule,
         dispatch=gang.dispatch,
         micro_batches=gang.micro_batches,
         min_attention_workers=gang.least_workers,

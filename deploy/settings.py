@@ -26,11 +26,11 @@ from typing import Any, Self, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from divisi.deploy.gang_settings import GangSettings
 from divisi.deploy.routing import TOKENS_PER_REQUEST
 from divisi.deploy.setting_groups import (
     AuthSettings,
     CacheSettings,
-    GangSettings,
     Group,
     HttpSettings,
     LimitSettings,

@@ -50,6 +50,7 @@ TABLE = {
     "deploy/report": "telemetry",
     "distributed": "step",
     "distributed/test_drafting_gang.py": "mtp",
+    "distributed/test_expert_policy.py": "scale",
     "distributed/test_micro_batches.py": "dispatch",
     "distributed/test_rebalancing.py": "scale",
     "distributed/test_scaling.py": "scale",

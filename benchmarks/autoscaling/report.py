@@ -15,8 +15,8 @@ from divisi.benchmarks.autoscaling.cases import PEAK_PER_WORKER, SIZES, Case, ma
 from divisi.benchmarks.autoscaling.deciders import ByQueue, ByServe, Decider, Fixed
 from divisi.benchmarks.autoscaling.gang import Model, Outcome, SimulatedGang
 from divisi.benchmarks.autoscaling.plot import Panel, plot
+from divisi.deploy.gang_settings import AutoscalingSettings
 from divisi.deploy.queue_policy import QueueRule
-from divisi.deploy.setting_groups import AutoscalingSettings
 from divisi.deploy.settings import Settings
 
 

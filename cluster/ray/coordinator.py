@@ -69,6 +69,7 @@ class CoordinatorActor(Coordinator):
             virtual_shards=spec.virtual_shards,
             copies=spec.expert_copies,
             rebalance=spec.rebalance,
+            wait_rule=spec.wait_rule,
         )
         if wanted != served:
             super().scale(wanted)

@@ -129,9 +129,13 @@ class GangOwner:
             try:
                 wanted: Any = self._coordinator.wanted_shards.remote(self._wanted, _KEEP_S)
                 found = ray.get(wanted, timeout=_KEEP_S + _ANSWER_S)
-                self._may_be_surplus, self._wanted = self._may_be_surplus or found != self._wanted, found
-                status: Any = self._coordinator.scale_status.remote()
-                self._bring_to(ray.get(status, timeout=_ANSWER_S))
+                changed, self._wanted = found != self._wanted, found
+                self._may_be_surplus = self._may_be_surplus or changed
+                asked: Any = self._coordinator.scale_status.remote()
+                status: ScaleStatus = ray.get(asked, timeout=_ANSWER_S)
+                if changed:
+                    log.info("expert shards: %d wanted, %d serve: %s", found, status.expert_shards, status.why)
+                self._bring_to(status)
             except Exception as error:  # noqa: BLE001 - whatever it was: a number that was asked for is asked for again
                 log.info("how many shards there are to be is not known now: %s", error)
                 self._closed.wait(_RETRY_S)

@@ -61,4 +61,5 @@ def _shown(status: ScaleStatus) -> dict[str, object]:
         "waits_for": list(status.waits_for),
         "seconds": {part: round(seconds, 3) for part, seconds in status.seconds.items()},
         "bytes_read": status.bytes_read,
+        "why": status.why,
     }

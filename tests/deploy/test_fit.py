@@ -40,6 +40,12 @@ def test_gpus_for_the_workers_of_the_beginning_are_enough(gpus: int, device: str
     assert fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, gpus).device == device
 
 
+def test_no_policy_has_more_shards_than_the_model_has_experts() -> None:
+    gang = {"expert_autoscaling": {"max": 17}}
+    with pytest.raises(SettingsError, match=r"expert_autoscaling\.max: 17 is more than the model's 16 experts; lower"):
+        fit(Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}), CONFIG, 0)
+
+
 @pytest.mark.parametrize(("workers", "told"), [(1, False), (8, False), (16, True)])
 def test_a_budget_that_leaves_prompts_nothing_is_told(workers: int, told: bool) -> None:
     gang = {"expert_shards": 1, "attention_workers": workers, "device": "cpu"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
 from divisi.cluster.seats import GangShape
 from divisi.deploy.setting_values import parse_bytes
 from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, Surroundings, read_config_file
@@ -115,9 +116,45 @@ def test_sizes(text: str, size: int) -> None:
             },
             ["min_attention_workers=2", "autoscaling.min=1", "lower it"],
         ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"expert_autoscaling": {"min": 3, "max": 2}}},
+            ["gang.expert_autoscaling", "min=3", "max=2", "lower it"],
+        ),
+        (
+            {
+                "model": {"model_dir": "/m"},
+                "gang": {"expert_autoscaling": {"max": 2, "wait_share_high": 0.3, "wait_share_low": 0.3}},
+            },
+            ["gang.expert_autoscaling", "wait_share_low=0.3", "wait_share_high=0.3", "for ever", "lower it"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"topology": "colocated", "expert_autoscaling": {"max": 2}}},
+            ["expert_autoscaling", "'colocated'", "no expert shards of their own", "use topology 'split'"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"topology": "local", "expert_autoscaling": {"max": 2}}},
+            ["expert_autoscaling", "'local'", "use topology 'split'"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"expert_shards": 3, "expert_autoscaling": {"max": 2}}},
+            ["expert_shards=3", "expert_autoscaling.min=1 to max=2", "leave it out"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"virtual_shards": 4, "expert_autoscaling": {"max": 5}}},
+            ["expert_autoscaling.max=5", "virtual_shards=4", "lower it"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"expert_shards": 2, "expert_copies": 1,
+                                                    "expert_autoscaling": {"max": 2}}},
+            ["expert_copies=1", "expert_autoscaling.min=1", "lower it"],
+        ),
+        (
+            {"model": {"model_dir": "/m"}, "gang": {"pin_cores": True, "expert_autoscaling": {"max": 2}}},
+            ["pin_cores", "expert_autoscaling", "leave one of them out"],
+        ),
         ({"model": {"model_dir": "/m"}, "cache": {"max_seqs": 64, "max_step_tokens": 8}}, ["max_step_tokens=8"]),
     ],
-)
+)  # fmt: skip
 def test_errors_name_field_value_and_remedy(overrides: dict[str, dict[str, object]], parts: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load(None, overrides)
@@ -284,3 +321,26 @@ def test_tls_needs_all_its_files(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('key = "/k.pem"', ""))
     with pytest.raises(SettingsError, match=r"gang\.tls\.key: "):
         Settings.load(path)
+
+
+@pytest.mark.parametrize(
+    ("gang", "begins", "most_ranks"),
+    [
+        ({"expert_autoscaling": {"max": 4}}, 1, 5),
+        ({"expert_autoscaling": {"min": 2, "max": 4}}, 2, 5),
+        ({"expert_autoscaling": {"min": 2, "max": 4}, "expert_shards": 3, "attention_workers": 2}, 3, 6),
+        ({"expert_shards": 3}, 3, 4),
+    ],
+)
+def test_a_gang_begins_with_the_least_shards_of_the_policy(
+    gang: dict[str, object], begins: int, most_ranks: int
+) -> None:
+    found = Settings.from_args({"model": {"model_dir": "/m"}, "gang": gang}).gang
+    assert (found.topology, found.expert_shards, found.most_ranks) == ("split", begins, most_ranks)
+
+
+def test_the_policy_of_shards_is_told_to_the_gang() -> None:
+    scaling = {"max": 4, "wait_share_high": 0.6, "downscale_delay_s": 60}
+    gang = Settings.from_args({"model": {"model_dir": "/m"}, "gang": {"expert_autoscaling": scaling}}).gang
+    assert gang.wait_rule == WaitRule(1, 4, high=0.6, low=0.25, upscale_delay_s=30, downscale_delay_s=60)
+    assert Settings.from_args({"model": {"model_dir": "/m"}}).gang.wait_rule is None

@@ -36,6 +36,8 @@ def alone(small_model: Path) -> dict[str, list[int]]:
 class Gang:
     """A worker and shards, of which there can be more."""
 
+    shard_type = Shard
+
     def __init__(self, spec: GangSpec, stack: contextlib.ExitStack) -> None:
         self.spec, self._stack = spec, stack
         self._first_epoch = 1000
@@ -68,7 +70,7 @@ class Gang:
         wait_for(lambda: latter.status().ready, "the epoch is not adopted")
 
     def start(self, index: int | None) -> Shard:
-        shard = Shard(self.spec, index, self._relay)
+        shard = self.shard_type(self.spec, index, self._relay)
         self._stack.callback(shard.close)
         self.shards.append(shard)
         return shard

@@ -1,4 +1,4 @@
-"""Expert shards come and go under load: 2, 3 and 2 again, and eight streams notice nothing."""
+"""Expert shards come and go under load, by hand and by the policy, and eight streams notice nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ import pytest
 
 from divisi.model.demo import checkpoint_dir
 from tests.support.open_streams import OpenStream
+from tests.support.scaling import ServerLog
 
 from .conftest import Cluster, running_cluster
-from .test_serve_split import wait_for
+from .test_serve_split import metric, wait_for
 
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
 STREAMS, TOKENS, ROUNDS, PAUSE_S = 8, 2500, 3, 0.5
+POLICY = """
+[gang.expert_autoscaling]
+max = 2
+wait_share_high = 0.05
+wait_share_low = 0.01
+upscale_delay_s = 5
+downscale_delay_s = 5
+"""
 PARTS = re.compile(r"(decision|process|imports|load|epoch) ([\d.]+) s")
 
 
@@ -79,3 +88,28 @@ def test_two_shards_become_three_and_two_under_eight_streams(
         record_result(f"weights read for {shards} shards", [line.rpartition("; ")[2] for line in lines])
     record_result("longest pause of eight streams in each round, s", [round(pause, 2) for pause in pauses])
     assert median(pauses) <= PAUSE_S
+
+
+def test_the_policy_has_a_second_shard_come_under_load_and_go_after_it(
+    tmp_path: Path, record_result: Callable[[str, object], None]
+) -> None:
+    (config := tmp_path / "divisi.toml").write_text(POLICY)
+    flags = ("--config", str(config), "--device", "cpu")
+    with running_cluster(checkpoint_dir(), tmp_path / "log", *flags) as cluster:
+        calm = streams_of(cluster)[0]
+        calm.join(120)
+        begun = time.monotonic()
+        streams = streams_of(cluster)
+        wait_for(lambda: metric(cluster, "expert_shards") == [2.0], 60, "no shard more")
+        record_result("the second shard served after, s", round(time.monotonic() - begun, 1))
+        record_result("share of waiting when it came", metric(cluster, "expert_wait_ratio"))
+        for stream in streams:
+            stream.join(120)
+            assert not stream.problem
+        assert streams[0].text == calm.text, "scaling has changed an answer"
+        wait_for(lambda: len(cluster.shards()) == 1, 60, "it does not go")
+        assert metric(cluster, "expert_shards") == metric(cluster, "expert_shards_wanted") == [1.0]
+    told = [said for _, process, said in ServerLog.read(tmp_path / "divisi").lines if process.startswith("gang:")]
+    told = [said for said in told if said.startswith("expert shards: ")]
+    assert told[0].startswith("expert shards: 2 wanted, 1 serve: in the last 5 s attention workers were in steps for")
+    assert told[-1].startswith("expert shards: 1 wanted, 2 serve: ")

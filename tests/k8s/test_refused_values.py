@@ -35,6 +35,10 @@ REFUSED = [
     ("divisi.gang.expert_shards", at("divisi.gang", {"topology": "colocated", "expert_shards": 2})),
     ("divisi.gang.attention_workers", at("divisi.gang", {"topology": "local", "attention_workers": 2})),
     ("divisi.gang.autoscaling", at("divisi.gang", {"topology": "colocated", "autoscaling": {"max": 2}})),
+    ("divisi.gang.expert_autoscaling", at("divisi.gang", {"topology": "colocated", "expert_autoscaling": {"max": 2}})),
+    ("groups.experts.maxReplicas", merged(
+        at("groups.experts.maxReplicas", 2), at("divisi.gang.expert_autoscaling", {"max": 3}),
+    )),
     ("divisi/gang/autoscaling", at("divisi.gang.autoscaling", {"min": 0, "max": 2})),
     ("groups.attention.maxReplicas", merged(
         at("groups.attention.maxReplicas", 2), at("divisi.gang.autoscaling", {"max": 3}),

@@ -95,6 +95,25 @@ def test_pods_for_as_many_workers_as_may_come(scaling: bool, pods: tuple[int, in
     assert Settings.from_args(settings_of(manifests)).gang.attention_workers == 7
 
 
+@pytest.mark.parametrize(
+    ("given", "scaling", "pods"),
+    [({}, False, (4, 4, 4)), ({}, True, (1, 1, 4)), ({"expert_shards": 3}, True, (2, 1, 4))],
+    ids=["without Ray's autoscaler", "with it", "begun with three"],
+)
+def test_pods_for_as_many_shards_as_may_come(
+    given: dict[str, int], scaling: bool, pods: tuple[int, int, int]
+) -> None:
+    values = merged(
+        at("divisi.gang", {"expert_autoscaling": {"min": 2, "max": 7}, **given}),
+        at("groups.experts.ranksPerPod", 2),
+        SCALING if scaling else {},
+    )
+    manifests = render(values)
+    group = groups_of(manifests)["experts"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == pods
+    assert Settings.from_args(settings_of(manifests)).gang.expert_shards == given.get("expert_shards", 2)
+
+
 def test_a_pod_can_hold_several_ranks() -> None:
     ranks = {"attention": {"ranksPerPod": 2}, "experts": {"ranksPerPod": 4}}
     manifests = render(CUDA, at("divisi.gang", {"attention_workers": 3, "expert_shards": 8}), at("groups", ranks))

@@ -166,6 +166,7 @@ def new_coordinator(spec: GangSpec, store: StoreServer, lease_s: float = 10.0, g
         virtual_shards=leaves_of(spec),
         copies=spec.expert_copies,
         rebalance=spec.rebalance,
+        wait_rule=spec.wait_rule,
     )
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from divisi.cluster.gang.drain import Drain
 from divisi.cluster.gang.membership.directive import Directive
+from divisi.cluster.gang.membership.expert_changes import ExpertChanges
 from divisi.cluster.gang.membership.figures import Figures
-from divisi.cluster.gang.membership.layout.rebalancing import Rebalancing
-from divisi.cluster.gang.membership.layout.scaling import ScaleStatus, Scaling
+from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
+from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
 from divisi.cluster.gang.membership.lease import OwnerLease
 from divisi.cluster.gang.membership.roster import Roster
 from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
@@ -59,12 +60,14 @@ class Coordinator:
         virtual_shards: int = VIRTUAL_SHARDS,
         copies: int = 0,
         rebalance: bool = False,
+        wait_rule: WaitRule | None = None,
     ) -> None:
         """`first_epoch` must be above every epoch of a former coordinator of the gang.
 
         `gather_s`: how long to look for the gang of a former one, before it is formed anew; None: there was none.
         `owner_lease_s`: how long the gang lasts without an owner. `patience`: of each epoch's ranks with each other.
-        `min_attention_workers`, `spec`, `virtual_shards`, `copies` and `rebalance`: see Roster.
+        `min_attention_workers`, `spec`, `virtual_shards`, `copies` and `rebalance`: see Roster. `wait_rule`: by what
+        there are more expert shards or fewer; None: as many as are asked for.
         """
         gather_until = None if gather_s is None else clock() + gather_s
         self._roster = Roster(
@@ -76,10 +79,9 @@ class Coordinator:
         self._changed = threading.Condition()
         self._drain = Drain(clock)
         self._refused = RefusedDemand(clock)
-        self._scaling = Scaling()
-        self._rebalancing = Rebalancing(virtual_shards) if rebalance else None
         self._owner = OwnerLease(owner_lease_s, clock)
         self._figures = Figures()
+        self._experts = ExpertChanges(self._roster, self._figures, virtual_shards, rebalance, wait_rule)
         self.own_target: ScrapeTarget | None = None
         """Where this process is scraped."""
         self._unplaced = ""
@@ -141,7 +143,7 @@ class Coordinator:
                 share = self._roster.vacancy(applicant, self._clock())
                 left_s = until - self._clock()
                 if share is not None:
-                    self._scaling.asked(applicant, self._clock())
+                    self._experts.asked(applicant, self._clock())
                 if share is not None or left_s <= 0:
                     return share
                 self._changed.wait(min(left_s, _LOOK_S))
@@ -159,13 +161,10 @@ class Coordinator:
         Raises ValueError, for people, where there cannot be so many.
         """
         with self._changed:
-            before, now = self._roster.plan.wanted_shards, self._clock()
-            self._roster.scale(expert_shards, now)
-            if expert_shards != before:
-                self._scaling.begin(self._roster.plan.served_shape.expert_shards, self._figures.weights_read(), now)
+            self._experts.scale(expert_shards, self._clock())
             self._note_changes()
             self._changed.notify_all()
-            return self._scale_status()
+            return self._experts.status(self._unplaced)
 
     def wanted_shards(self, known: int, wait_s: float) -> int:
         """How many expert shards there are to be: at once where that is not what is `known`, else after `wait_s`."""
@@ -173,32 +172,14 @@ class Coordinator:
         with self._changed:
             while self._roster.plan.wanted_shards == known and (left_s := until - self._clock()) > 0:
                 self._changed.wait(left_s)
-            self._scaling.told(self._clock())
+            self._experts.told(self._clock())
             return self._roster.plan.wanted_shards
 
     def scale_status(self) -> ScaleStatus:
         """How far the last change of the number of expert shards has come."""
         with self._changed:
             self._note_changes()
-            return self._scale_status()
-
-    def _scale_status(self) -> ScaleStatus:
-        waits_for = self._lacking() or []
-        waits_for += [f"{who} could not load: {text}" for who, text in self._figures.failures.items() if waits_for]
-        waits_for += [self._unplaced] if waits_for and self._unplaced else []
-        if not waits_for and not self._scaling.is_over:
-            waits_for = ["the next epoch"]
-        return ScaleStatus(
-            self._roster.plan.served_shape.expert_shards,
-            self._roster.plan.wanted_shards,
-            tuple(waits_for),
-            self._scaling.seconds(),
-            self._scaling.bytes_read(self._figures.weights_read()),
-            frozenset(holder.address.process for holder in self._roster.holders() if holder.seat.role == "expert"),
-        )
-
-    def _lacking(self) -> list[str] | None:
-        return self._roster.plan.lacking(list(self._roster.holders()))
+            return self._experts.status(self._unplaced)
 
     def neighbours(self, host: str) -> Mapping[str, LocalProcess]:
         """See CoordinatorClient."""
@@ -365,25 +346,15 @@ class Coordinator:
         roster = self._roster
         filled = sum(1 for _ in roster.holders())
         of_gang = self._figures.of_gang(roster.shape, filled, roster.membership)
-        moved = {} if self._rebalancing is None else self._rebalancing.numbers()
-        return {**of_gang, **moved, "refused_tokens": self._refused.tokens()}
+        return {**of_gang, **self._experts.numbers(), "refused_tokens": self._refused.tokens()}
 
     def _note_stats(self, holder_id: str, stats: Stats) -> None:
         self._figures.stats[holder_id] = stats
-        rows = stats.get("leaf_rows")
-        if self._rebalancing is not None and isinstance(rows, Mapping):
-            self._rebalancing.report(holder_id, rows, self._clock())
-
-    def _rebalance(self) -> None:
-        moves = self._roster.plan.moves
-        if self._rebalancing is not None and moves is not None:
-            read, now = self._figures.weights_read(), self._clock()
-            if self._rebalancing.look(moves, self._roster.settled, read, now):
-                self._changed.notify_all()
+        self._experts.note_stats(holder_id, stats, self._clock())
 
     def _note_changes(self) -> None:
-        self._rebalance()
-        self._scaling.look(self._lacking(), self._roster.ready(), self._clock())
+        if self._experts.look(self._clock()):
+            self._changed.notify_all()
         self._figures.count(self._roster.membership)
 
     def _explain(self) -> str:

@@ -187,3 +187,4 @@ class GangState(Reply):
     waits_for: list[str]
     seconds: dict[str, float]
     bytes_read: int
+    why: str

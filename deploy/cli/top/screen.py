@@ -24,7 +24,16 @@ def _head(server: str, now: Snapshot) -> Text:
     state = ("ready", "green") if now.ready else (f"not ready: {now.reason}", "yellow")
     seats = f"  seats {_number(now.sum('seats_filled'))} of {_number(now.sum('seats'))}"
     epochs = f"  epoch {_number(now.sum('epoch'))}, the {_number(now.sum('epochs_total'))}. of this coordinator"
-    return Text.assemble((server, "bold"), "  ", state, seats, epochs)
+    return Text.assemble((server, "bold"), "  ", state, seats, epochs, _experts(now))
+
+
+def _experts(now: Snapshot) -> str:
+    """How many shards there are, and how much of a step waits for them; empty where no rank holds experts alone."""
+    shards, wanted, share = (now.sum(f"expert_{name}") for name in ("shards", "shards_wanted", "wait_ratio"))
+    if shards is None:
+        return ""
+    coming = "" if wanted in (None, shards) else f", {_number(wanted)} wanted"
+    return f"  expert shards {_number(shards)}{coming}, waited for in {share or 0.0:.0%} of steps' time"
 
 
 def _requests(now: Snapshot, before: Snapshot | None) -> Text:

@@ -3,7 +3,7 @@
 {{/* The groups of pods that the topology has, and the processes of each, as JSON. */}}
 {{- define "divisi.groups" -}}
 {{- $gang := .Values.divisi.gang -}}
-{{- $shards := int (get $gang "expert_shards" | default 0) -}}
+{{- $shards := int (($gang.expert_autoscaling | default dict).max | default (get $gang "expert_shards") | default 0) -}}
 {{- $topology := $gang.topology | default (ternary "split" "local" (gt $shards 0)) -}}
 {{- $workers := int (($gang.autoscaling | default dict).max | default (get $gang "attention_workers") | default 1) -}}
 {{- $http := .Values.divisi.http | default dict -}}
@@ -99,8 +99,11 @@
 {{- if and (eq ($gang.topology | default "split") "local") (gt (int (get $gang "attention_workers" | default 1)) 1) -}}
 {{- fail "divisi.gang.attention_workers: topology 'local' is one process; use 'colocated' or 'split'" -}}
 {{- end -}}
-{{- if and $gang.autoscaling (has ($gang.topology | default (ternary "split" "local" (gt (int (get $gang "expert_shards" | default 0)) 0))) (list "local" "colocated")) -}}
+{{- if and $gang.autoscaling (has ($gang.topology | default (ternary "split" "local" (or (gt (int (get $gang "expert_shards" | default 0)) 0) (not (empty $gang.expert_autoscaling))))) (list "local" "colocated")) -}}
 {{- fail "divisi.gang.autoscaling: only topology 'split' can do with fewer attention workers; use it, or leave autoscaling out" -}}
+{{- end -}}
+{{- if and $gang.expert_autoscaling (has ($gang.topology | default "split") (list "local" "colocated")) -}}
+{{- fail (printf "divisi.gang.expert_autoscaling: topology '%s' has the experts in its attention workers; use 'split', or leave it out" $gang.topology) -}}
 {{- end -}}
 {{- $groups := include "divisi.groups" . | fromJson -}}
 {{- $model := .Values.model -}}
@@ -181,18 +184,22 @@
 {{- end }}
 
 {{/* Of a group: pods that the settings may need, those of the beginning, at least and at most, as JSON. Ray's autoscaler starts
-     what autoscaling asks for; without it the pods of all workers are there, some without one. */}}
+     what autoscaling and expert_autoscaling ask for; without it the pods of all ranks are there, some without one. */}}
 {{- define "divisi.pods" -}}
 {{- $values := get .root.Values.groups .group -}}
 {{- $processes := get (include "divisi.groups" .root | fromJson) .group | int -}}
 {{- $each := int ($values.ranksPerPod | default 1) -}}
 {{- $needed := div (add $processes (sub $each 1)) $each -}}
 {{- $first := $needed -}}
-{{- $scaling := .root.Values.divisi.gang.autoscaling -}}
-{{- if and $scaling .root.Values.autoscaling.enabled (eq .group "attention") -}}
-{{- $first = div (add (int ($scaling.min | default 1)) (sub $each 1)) $each -}}
+{{- $least := $needed -}}
+{{- $gang := .root.Values.divisi.gang -}}
+{{- $scaling := get (dict "attention" $gang.autoscaling "experts" $gang.expert_autoscaling) .group -}}
+{{- if and $scaling .root.Values.autoscaling.enabled -}}
+{{- $least = div (add (int ($scaling.min | default 1)) (sub $each 1)) $each -}}
+{{- $begins := eq .group "experts" | ternary (get $gang "expert_shards") "" | default $scaling.min | default 1 -}}
+{{- $first = div (add (int $begins) (sub $each 1)) $each -}}
 {{- end -}}
-{{- $min := kindIs "invalid" $values.minReplicas | ternary $first $values.minReplicas -}}
+{{- $min := kindIs "invalid" $values.minReplicas | ternary $least $values.minReplicas -}}
 {{- $max := kindIs "invalid" $values.maxReplicas | ternary (max $needed (int $min)) $values.maxReplicas -}}
 {{- dict "needed" $needed "first" (max (int $first) (int $min)) "min" (int $min) "max" (int $max) | toJson -}}
 {{- end }}

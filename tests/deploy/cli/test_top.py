@@ -64,6 +64,13 @@ def test_growth_is_told_by_the_second() -> None:
     ]
 
 
+def test_shards_and_what_waits_for_them_are_told() -> None:
+    said = "divisi_expert_shards 2\ndivisi_expert_shards_wanted {}\ndivisi_expert_wait_ratio 0.625\n"
+    for wanted, told in ((2, "expert shards 2, waited for"), (3, "expert shards 2, 3 wanted, waited for")):
+        head = shown(parse(page(1, 1, 0) + said.format(wanted), True, "", 1.0), None)[0]
+        assert head.endswith(f"{told} in 62% of steps' time")
+
+
 def test_what_is_not_known_is_a_dash() -> None:
     now = parse(page(150, 3000, 8), False, "3 of 4 seats filled", 12.0)
     head, requests, _, row, *_ = shown(now, None)

@@ -30,12 +30,15 @@ class ScaleStatus:
     """Of weights, since the change was asked for."""
     processes: frozenset[str] = frozenset()
     """Names of those that hold expert seats."""
+    why: str = ""
+    """It was asked for, for people; empty while nobody has."""
 
 
 @dataclass(slots=True)
 class Scaling:
     """Notes when what has happened. All times are in seconds of one clock."""
 
+    why: str = ""
     _begun: float | None = None
     _known: int = 0
     """Of so many shards there are processes already."""
@@ -44,9 +47,9 @@ class Scaling:
     _asked: set[str] = field(default_factory=set)
     _read: Mapping[str, float] = field(default_factory=dict)
 
-    def begin(self, shards: int, read: Mapping[str, float], now: float) -> None:
+    def begin(self, shards: int, read: Mapping[str, float], why: str, now: float) -> None:
         """A change is asked for. `shards`: as many there are; `read`: bytes of weights that each holder has read."""
-        self._begun, self._known, self._read = now, shards, dict(read)
+        self._begun, self._known, self._read, self.why = now, shards, dict(read), why
         self._at, self._asked = {}, set()
 
     def told(self, now: float) -> None:

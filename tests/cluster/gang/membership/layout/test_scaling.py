@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from divisi.cluster.gang.membership.coordinator import Coordinator
+from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
 from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.seats import Address, GangShape
 
@@ -60,3 +63,44 @@ def test_what_keeps_it_from_coming_is_told() -> None:
         "expert:1 could not load: OSError: no such file",
         "no node of the cluster has room for expert:1",
     )
+
+
+def served(coordinator: Coordinator) -> Coordinator:
+    """A worker and a shard have joined, and are in an epoch."""
+    coordinator.join("w", "attention", Address("h"))
+    coordinator.join("e0", "expert", Address("h", process="expert:0"), 0)
+    for holder in ("w", "e0"):
+        coordinator.serving(holder, coordinator.poll(holder, 0.0).epoch)
+    return coordinator
+
+
+def test_a_policy_asks_for_more_shards_by_what_workers_report() -> None:
+    clock, rule = Clock(), WaitRule(1, 3, high=0.5, low=0.25, upscale_delay_s=15, downscale_delay_s=60)
+    coordinator = served(Coordinator(GangShape(1, 1), Address("s"), clock=clock, virtual_shards=4, wait_rule=rule))
+    seconds = {"mixer": 0.0, "experts": 0.0}
+    wants = []
+    for _ in range(21):
+        clock.now += 1.0
+        seconds = {"mixer": seconds["mixer"] + 0.3, "experts": seconds["experts"] + 0.7}
+        coordinator.poll("w", 0.0, {"step_seconds": dict(seconds), "steps": clock.now, "running": 1.0})
+        coordinator.poll("e0", 0.0)
+        wants.append(coordinator.scale_status().wanted)
+    assert wants == sorted(wants)
+    assert wants.index(2) == 14
+    assert coordinator.wanted_shards(1, 60.0) == 2, "who starts processes hears of it as ever"
+    status = coordinator.scale_status()
+    assert status.waits_for == ("expert:1 is not there yet",)
+    assert "waited for experts for 70% of that" in status.why
+    numbers = coordinator.numbers()
+    assert (numbers["expert_shards"], numbers["expert_shards_wanted"]) == (1, 2)
+    assert numbers["expert_wait"] == pytest.approx(0.7)
+
+
+def test_somebody_may_ask_for_what_the_policy_may_have() -> None:
+    rule = WaitRule(1, 3, high=0.5, low=0.25, upscale_delay_s=15, downscale_delay_s=60)
+    coordinator = served(Coordinator(GangShape(1, 1), Address("s"), virtual_shards=8, wait_rule=rule))
+    with pytest.raises(ValueError, match=r"expert_shards=4: gang\.expert_autoscaling keeps them between 1 and 3; ask"):
+        coordinator.scale(4)
+    status = coordinator.scale(3)
+    assert (status.wanted, status.why) == (3, "it was asked for")
+    assert coordinator.numbers()["expert_shards_wanted"] == 3

@@ -1,0 +1,65 @@
+"""A gang whose worker waits for experts most of the time gets a shard more by itself, and one less once it idles."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from divisi.cluster.dispatch.meter import MeteredExperts
+from divisi.cluster.gang.membership import watch
+from divisi.cluster.gang.membership.layout import step_waits
+from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
+from divisi.cluster.seats import GangShape
+from tests.support.thread_gang import Shard, small_spec, thread_gang
+
+from . import test_scaling
+from .test_adoption import wait_for
+from .test_scaling import Gang
+
+TOKENS, LEAF_S = 80, 0.0003
+ASKED = [replace(request, max_tokens=TOKENS) for request in test_scaling.ASKED]
+RULE = WaitRule(least=2, most=3, high=0.3, low=0.1, upscale_delay_s=0.4, downscale_delay_s=0.4)
+
+
+class SlowShard(Shard):
+    """Its experts take longer, the more virtual shards it serves."""
+
+    def loaded(self, experts: MeteredExperts) -> None:
+        measured = experts.measured
+
+        def slowly(*call: object) -> object:
+            time.sleep(LEAF_S * len(experts._leaves))
+            return measured(*call)  # type: ignore[arg-type]
+
+        experts.measured = slowly  # type: ignore[method-assign, assignment]
+
+
+class SlowGang(Gang):
+    shard_type = SlowShard
+
+
+def test_a_shard_comes_and_goes_by_the_share_of_waiting(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with thread_gang(small_spec(small_model, GangShape(1, 0))) as (worker,):
+        worker.submit(*ASKED)
+        alone = [worker.finish(request.request_id) for request in ASKED]
+    monkeypatch.setattr(watch, "_POLL_S", 0.05)
+    monkeypatch.setattr(step_waits, "WINDOW_S", 0.2)
+    with contextlib.ExitStack() as stack:
+        gang = SlowGang(small_spec(small_model, GangShape(1, 2), wait_rule=RULE), stack)
+        gang.worker.submit(*ASKED)
+        wait_for(lambda: gang.coordinator.scale_status().wanted == 3, "no shard more is wanted")
+        assert "waited for experts" in gang.coordinator.scale_status().why
+        gang.start(2)
+        gang.scaled(3)
+        share = gang.coordinator.numbers()["expert_wait"]
+        assert isinstance(share, float)
+        assert share > RULE.high
+        assert max(len(gang.worker.tokens(request.request_id)) for request in ASKED) < TOKENS, "nothing ran meanwhile"
+        assert [gang.worker.finish(request.request_id) for request in ASKED] == alone
+        wait_for(lambda: gang.coordinator.scale_status().wanted == 2, "it is not taken away")
+        gang.scaled(2)
+        assert gang.worker.engine.stats().aborted_steps == 0, "each change was between two steps"
