@@ -161,8 +161,8 @@ class BatchBuilder:
             return known
         pages_SN = self._tables["draft"][: sizes[0] * width].view(sizes[0], width)
         passes = [
-            self._draft_pass(*(on_device[part] for part in of_passes[first : first + 3]), on_device[slots], pages_SN)
-            for first in range(0, len(of_passes), 3)
+            self._draft_pass(on_device[starts], on_device[positions], on_device[kv_rows], on_device[slots], pages_SN)
+            for starts, positions, kv_rows in zip(of_passes[::3], of_passes[1::3], of_passes[2::3], strict=True)
         ]
         _keep(self._drafts, (sizes, width), passes)
         return passes
