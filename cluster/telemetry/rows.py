@@ -69,6 +69,10 @@ _BY_KEY: Mapping[str, tuple[str, Literal["counter", "gauge"], tuple[str, ...], s
     "leaf_rows": (
         "virtual_shard_tokens", "counter", ("virtual_shard",), "Rows of experts served here, in measured steps",
     ),
+    "stall_seconds": (
+        "epoch_stall_seconds", "counter", ("cause",), "Time between two epochs, in which no step ran, by why one ended",
+    ),
+    "stalls": ("epoch_stalls", "counter", ("cause",), "Times at which the gang stood still between two epochs"),
     "seat_joins": ("seat_joins", "counter", ("seat",), "Processes that have taken a seat"),
 }  # fmt: skip
 

@@ -69,6 +69,13 @@ SERVICE = Dashboard("divisi-service", "Divisi: service", (
 GANG = Dashboard("divisi-gang", "Divisi: gang", (
     Panel("Seats", (("max(divisi_seats_filled)", "filled"), ("max(divisi_seats)", "all"))),
     Panel("Epochs that began", (("increase(divisi_epochs_total[10m])", "in ten minutes"),)),
+    Panel("Standing still between two epochs, by why one ended: mean", ((
+        f"{_rate('divisi_epoch_stall_seconds_total', 'cause')} / {_rate('divisi_epoch_stalls_total', 'cause')}",
+        "{{cause}}",
+    ),), "s"),
+    Panel("Standing still, in ten minutes", (
+        ("sum by (cause) (increase(divisi_epoch_stall_seconds_total[10m]))", "{{cause}}"),
+    ), "s"),
     Panel("Processes that took a seat", (("sum by (seat) (increase(divisi_seat_joins_total[10m]))", "{{seat}}"),)),
     Panel("Running and waiting", (
         ("sum by (worker) (divisi_requests_running)", "worker {{worker}} runs"),
@@ -111,6 +118,20 @@ EXPERTS = Dashboard("divisi-experts", "Divisi: experts", (
     Panel("Rows by shard (in measured steps)", (
         (_rate("divisi_expert_tokens_total", "shard, worker"), "shard {{shard}}{{worker}}"),
     )),
+    Panel("Expert shards", (("max(divisi_expert_shards)", "serve"), ("max(divisi_expert_shards_wanted)", "wanted"))),
+    Panel("Time in steps that is waiting for experts (autoscaling reads this)", (
+        ("max(divisi_expert_wait_ratio)", "share"),
+    ), "percentunit"),
+    Panel("Rows of the busiest shard over the mean, by virtual shards (rebalancing reads this)", (
+        ("max(divisi_expert_imbalance_ratio)", "imbalance"),
+    )),
+    Panel("Moves of virtual shards", (
+        ("sum(increase(divisi_expert_moves_total[10m]))", "in ten minutes"),
+        ("sum(increase(divisi_expert_moves_given_up_total[10m]))", "given up"),
+    )),
+    Panel("Weights read for moves", (
+        ("sum(increase(divisi_expert_moved_bytes_total[10m]))", "in ten minutes"),
+    ), "bytes"),
     Panel("Rows of the busiest shard over the mean", ((
         f"max({_rate('divisi_expert_tokens_total', 'shard, worker')}) / "
         f"avg({_rate('divisi_expert_tokens_total', 'shard, worker')})", "imbalance",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,13 @@ class SlowGang(Gang):
     shard_type = SlowShard
 
 
+def stalls(gang: Gang, name: str) -> Mapping[str, float]:
+    """By cause."""
+    numbers = gang.coordinator.numbers()[name]
+    assert isinstance(numbers, Mapping)
+    return numbers
+
+
 def test_a_shard_comes_and_goes_by_the_share_of_waiting(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with thread_gang(small_spec(small_model, GangShape(1, 0))) as (worker,):
         worker.submit(*ASKED)
@@ -62,4 +70,7 @@ def test_a_shard_comes_and_goes_by_the_share_of_waiting(small_model: Path, monke
         assert [gang.worker.finish(request.request_id) for request in ASKED] == alone
         wait_for(lambda: gang.coordinator.scale_status().wanted == 2, "it is not taken away")
         gang.scaled(2)
+        wait_for(lambda: stalls(gang, "stalls")["scaled"] == 2, "each change is told when all have met")
+        assert 0 < stalls(gang, "stall_seconds")["scaled"] < 10
+        assert sum(stalls(gang, "stalls").values()) == 2, "nothing else has held it up"
         assert gang.worker.engine.stats().aborted_steps == 0, "each change was between two steps"

@@ -96,9 +96,9 @@ def test_the_policy_has_a_second_shard_come_under_load_and_go_after_it(
     (config := tmp_path / "divisi.toml").write_text(POLICY)
     flags = ("--config", str(config), "--device", "cpu")
     with running_cluster(checkpoint_dir(), tmp_path / "log", *flags) as cluster:
+        begun = time.monotonic()
         calm = streams_of(cluster)[0]
         calm.join(120)
-        begun = time.monotonic()
         streams = streams_of(cluster)
         wait_for(lambda: metric(cluster, "expert_shards") == [2.0], 60, "no shard more")
         record_result("the second shard served after, s", round(time.monotonic() - begun, 1))

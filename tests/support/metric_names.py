@@ -59,7 +59,7 @@ def pages() -> dict[str, str]:
     MovedAnswers(made["ingress"])
     show_worker(made["attention"], None, StillWorker())  # type: ignore[arg-type]
     show_shard(made["expert"], StillMeter(), "expert:0", {"weight_bytes": 1.0, "weight_bytes_read": 1.0})
-    coordinator = Coordinator(GangShape(1, 1), Address("127.0.0.1", 1))
+    coordinator = Coordinator(GangShape(1, 1), Address("127.0.0.1", 1), rebalance=True)
     coordinator.join("a", "attention", Address("127.0.0.1", 1))
     show_coordinator(made["coordinator"], coordinator.numbers)
     return {role: generate_latest(telemetry.metrics.registry).decode() for role, telemetry in made.items()}

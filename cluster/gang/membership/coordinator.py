@@ -18,6 +18,7 @@ from divisi.cluster.gang.membership.layout.scaling import ScaleStatus
 from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
 from divisi.cluster.gang.membership.lease import OwnerLease
 from divisi.cluster.gang.membership.roster import Roster
+from divisi.cluster.gang.membership.stalls import Stalls
 from divisi.cluster.gang.membership.status import CoordinatorStatus, Stats
 from divisi.cluster.gang.membership.vacancies import Applicant, Share
 from divisi.cluster.gang.refused_demand import RefusedDemand
@@ -80,7 +81,7 @@ class Coordinator:
         self._drain = Drain(clock)
         self._refused = RefusedDemand(clock)
         self._owner = OwnerLease(owner_lease_s, clock)
-        self._figures = Figures()
+        self._figures, self._stalls = Figures(), Stalls()
         self._experts = ExpertChanges(self._roster, self._figures, virtual_shards, rebalance, wait_rule)
         self.own_target: ScrapeTarget | None = None
         """Where this process is scraped."""
@@ -346,7 +347,8 @@ class Coordinator:
         roster = self._roster
         filled = sum(1 for _ in roster.holders())
         of_gang = self._figures.of_gang(roster.shape, filled, roster.membership)
-        return {**of_gang, **self._experts.numbers(), "refused_tokens": self._refused.tokens()}
+        others = {**self._experts.numbers(), **self._stalls.numbers()}
+        return {**of_gang, **others, "refused_tokens": self._refused.tokens()}
 
     def _note_stats(self, holder_id: str, stats: Stats) -> None:
         self._figures.stats[holder_id] = stats
@@ -355,7 +357,9 @@ class Coordinator:
     def _note_changes(self) -> None:
         if self._experts.look(self._clock()):
             self._changed.notify_all()
-        self._figures.count(self._roster.membership)
+        roster = self._roster
+        self._figures.count(roster.membership)
+        self._stalls.look(roster.serves(), roster.in_order, roster.plan.last_change, self._clock())
 
     def _explain(self) -> str:
         if self._drain.begun:

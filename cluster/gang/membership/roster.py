@@ -65,7 +65,7 @@ class Roster:
         self._epoch = self._order = first_epoch - 1
         self._told_to_change = 0
         """The epoch whose leader was told."""
-        self._in_order = False
+        self.in_order = False
         """The last epoch has ended in good order, and the next one is about to serve."""
         self._strangers: set[Role] = set()
         """Who was told another spec, and asked for a seat."""
@@ -252,7 +252,7 @@ class Roster:
         if current is not None and holder_id == current.holders[0] and self._is_to_change(current):
             self._told_to_change = current.epoch
             return Directive("change", epoch=current.epoch)
-        if (leaves := self.plan.order(holder, current if self._serves() else None)) is not None:
+        if (leaves := self.plan.order(holder, current if self.serves() else None)) is not None:
             self._order += 1
             holder.tell(leaves, self._order)
             return Directive("prepare", leaves=leaves, order=self._order)
@@ -263,7 +263,7 @@ class Roster:
         holder = self._holders.get(holder_id)
         if holder is not None and holder.epoch == epoch:
             holder.serving = True
-            self._in_order = self._in_order and not self._serves()
+            self.in_order = self.in_order and not self.serves()
 
     def left(self, holder_id: str, epoch: int, reason: str, now: float, suspect: str | None = None) -> None:
         """A holder is out of an epoch and touches nothing of it any more. Ends the epoch if it still ran.
@@ -279,7 +279,7 @@ class Roster:
         holder.epoch, holder.told_to_leave, holder.serving, holder.suspected = 0, False, False, False
         if self.membership is not None and self.membership.epoch == epoch:
             self._break(f"{holder.seat}: {reason}", now)
-            self._in_order = suspect is None and self._told_to_change == epoch
+            self.in_order = suspect is None and self._told_to_change == epoch
         suspects = () if suspect is None else suspect.split(", ")
         for other in self._holders.values():
             if str(other.seat) in suspects and other.epoch == epoch:
@@ -288,23 +288,24 @@ class Roster:
 
     def ready(self) -> bool:
         """Whether every rank of the current epoch has reached its peers, or will have in a moment."""
-        return self._in_order or self._serves()
+        return self.in_order or self.serves()
 
     @property
     def settled(self) -> Settled | None:
         """What there is to move, where the epoch serves and nothing else is under way."""
         current = self.membership
-        return None if current is None or not self._serves() else self.plan.settled(current, self._holders.values())
+        return None if current is None or not self.serves() else self.plan.settled(current, self._holders.values())
 
-    def _serves(self) -> bool:
+    def serves(self) -> bool:
+        """Whether every rank of the current epoch has reached its peers."""
         current = self.membership
         return current is not None and all(self._holders[holder_id].serving for holder_id in current.holders)
 
     def explain(self) -> str:
         """Why the gang isn't ready, for people; names the seats that are missing."""
-        if self._in_order:
+        if self.in_order:
             return f"epoch {self._epoch} makes room for others"
-        if self._serves():
+        if self.serves():
             absent = ", ".join(sorted(map(str, self.membership.absent))) if self.membership else ""
             return f"epoch {self._epoch} serves" + (f", without {absent}" if absent else "")
         if self._gathering is not None:
@@ -331,7 +332,7 @@ class Roster:
         """End the epoch. Its holders must show up soon, so that a dead one doesn't hold up the next for a lease."""
         self.membership = None
         self.last_break = reason
-        self._in_order = False
+        self.in_order = False
         for holder in self._holders.values():
             holder.serving = False
             holder.lease_until = min(holder.lease_until, now + self._grace_s)
@@ -366,7 +367,7 @@ class Roster:
             return
         chosen = self.plan.select(self._holders.values(), self.min_attention_workers, self._now)
         if chosen is None:
-            self._in_order = False
+            self.in_order = False
             return
         self._epoch += 1
         members = chosen.members

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from divisi.cluster.gang.membership.layout.balance import most_leaves
 from divisi.model.placement import Layout
@@ -38,6 +39,8 @@ class Layouts:
         self._leaves, self._copies, self._uneven = leaves, copies, uneven
         self.primary = Layout.even(leaves, seats)
         self.goal: Layout | None = None
+        self.last_change: Literal["scaled", "moved", ""] = ""
+        """What the last epoch has brought: the goal, of another number of seats or not, or neither."""
         self._extra: dict[int, frozenset[int]] = {}
         """Copies, by seat."""
 
@@ -92,7 +95,9 @@ class Layouts:
 
     def begin(self, layout: Layout, holdings: Holdings) -> None:
         """An epoch begins with it. What is to be held besides is found out anew: seats may be elsewhere by now."""
+        self.last_change = ""
         if layout == self.goal:
+            self.last_change = "moved" if len(layout.served) == len(self.primary.served) else "scaled"
             self.primary, self.goal = layout, None
         if layout == self.primary:
             self._extra = spread(layout, self._copies, holdings)

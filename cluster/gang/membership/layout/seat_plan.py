@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 from divisi.cluster.gang.membership.holder import Holder
 from divisi.cluster.gang.membership.layout.layouts import Layouts
@@ -58,6 +59,11 @@ class SeatPlan:
     def moves(self) -> Moves | None:
         """What virtual shards are moved by; None where no seat has experts alone."""
         return self._layouts
+
+    @property
+    def last_change(self) -> Literal["scaled", "moved", ""]:
+        """What of the layout the last epoch has changed for good."""
+        return "" if self._layouts is None else self._layouts.last_change
 
     def settled(self, serves: Membership, holders: Holders) -> Settled | None:
         """What there is to move, by whom; None while anything else is under way."""

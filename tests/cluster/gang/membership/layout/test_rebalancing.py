@@ -34,6 +34,9 @@ def end_of_hot_set(shards: int, seed: int = 1, copies: int = 0) -> SimGang:
     assert max(shares(gang.layouts[-1], gang.weights)) < 1.2
     assert 1 <= gang.number("expert_moves") == len(set(gang.layouts)) - 1 <= 20
     assert gang.number("expert_imbalance") < 1.2
+    assert gang.coordinator.numbers()["stalls"] == {
+        "scaled": 0, "moved": gang.number("expert_moves"), "changed": 0, "broken": 0,
+    }  # fmt: skip
     return gang
 
 
