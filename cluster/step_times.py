@@ -21,6 +21,8 @@ _DISTURBED = 0.25
 """What a correction to longer times counts for, beside one to shorter: whatever disturbs a step makes it longer."""
 _CORRECTION = 0.1
 """Of what an unusual step took beside what was expected of it, in the table; more where few steps have been."""
+_READING_CORRECTION = 0.3
+"""The same of what reading costs, which one kind of step was measured for."""
 _MEASURED_STEPS = 2
 """Steps at a place that its measurement counts for."""
 _ANEW_EVERY = 16
@@ -38,6 +40,9 @@ class Reading(NamedTuple):
     """A row of a draft pass."""
 
 
+_DRAFT = Reading._fields.index("draft")
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Seconds of steps that have run."""
@@ -53,7 +58,8 @@ class StepTimes:
     """The table, a factor on each half of it, and what follows from both.
 
     A step like the one before it that takes longer than expected says that the machine has become slower: the factor
-    follows. One of other size than that before it says that the table is wrong there: the table does.
+    follows. One of other size than that before it, or with far more or less to read, says that the table is wrong there:
+    the table does, and what reading costs, each as much as it is of what was expected.
     """
 
     def __init__(self, measured: Measured | None = None) -> None:
@@ -64,8 +70,12 @@ class StepTimes:
         """Of the full pass by sequences, then by rows past the first of each; without the factor."""
         self._drafts: list[float] = [0.0]
         """Of a draft pass by rows; without the factor."""
-        self._before: _Places | None = None
-        """Of the last step."""
+        self._reading = [0.0] * len(Reading._fields)
+        """What reading costs, without the factors."""
+        self._before: tuple[_Places, int] | None = None
+        """Of the last step, and the tokens before the first rows of its sequences."""
+        self._read_before: int | None = None
+        """By the last step's drafts."""
         self._known: dict[tuple[int, int], _Places] = {}
         """By sequences and rows."""
         self._noted = 0
@@ -80,7 +90,7 @@ class StepTimes:
     @property
     def reading(self) -> Reading:
         """As it is now."""
-        first, more, draft = self.measured.reading
+        first, more, draft = self._reading
         return Reading(first * self._full_scale, more * self._full_scale, draft * self._draft_scale)
 
     def learn(self, measured: Measured) -> None:
@@ -88,10 +98,11 @@ class StepTimes:
         self.measured = measured
         self._full = {sequences: _Curve(by_rows) for sequences, by_rows in sorted(measured.full.items()) if by_rows}
         self._draft = _Curve(measured.draft)
+        self._reading = [*measured.reading]
         self._rows.clear()
         self._known.clear()
         self._drafts = [0.0]
-        self._before = None
+        self._before = self._read_before = None
 
     def full(self, sequences: int, most: int) -> list[float]:
         """Seconds of all but drafts with 0, 1, ... `most` rows, or more, besides one of each sequence."""
@@ -116,15 +127,19 @@ class StepTimes:
         """
         if not self.is_known:
             return
-        reading, more = self.measured.reading, rows - sequences
         if (places := self._known.get((sequences, rows))) is None:
             places = self._known[sequences, rows] = self._places(sequences, rows / sequences)
-        expected = self._of(sequences, more)[more] + reading.first * read_first + reading.more * read_more
-        if self._before is None or self._before.between == places.between:
+        more, (first_s, more_s, _) = rows - sequences, self._reading
+        read = first_s * read_first, more_s * read_more
+        expected = self._of(sequences, more)[more] + sum(read)
+        before, self._before = self._before, (places, read_first)
+        if before is None or (before[0].between == places.between and _alike(before[1], read_first)):
             self._full_scale = _followed(self._full_scale, seconds / expected)
         else:
-            self._correct(places, seconds / (self._full_scale * expected))
-        self._before = places
+            ratio = min(max(seconds / (self._full_scale * expected), _SHORTEST), _LONGEST)
+            self._correct(places, ratio, 1 - sum(read) / expected)
+            for index, own in enumerate(read):
+                self._correct_reading(index, ratio, own / expected)
         for steps, index, share in places.steps:
             steps[index] += share
         self._noted += 1
@@ -135,10 +150,16 @@ class StepTimes:
         """All draft passes of a step took so long; `rows` of each, the first has the most; `read`: tokens before all
         of them.
         """
-        if self.is_known and rows:
-            known = self._of_drafts(rows[0])
-            expected = sum([known[count] for count in rows]) + self.measured.reading.draft * read
+        if not self.is_known or not rows:
+            return
+        known, reading = self._of_drafts(rows[0]), self._reading[_DRAFT] * read
+        expected = sum([known[count] for count in rows]) + reading
+        before, self._read_before = self._read_before, read
+        if before is None or _alike(before, read):
             self._draft_scale = _followed(self._draft_scale, seconds / expected)
+        else:
+            ratio = min(max(seconds / (self._draft_scale * expected), _SHORTEST), _LONGEST)
+            self._correct_reading(_DRAFT, ratio, reading / expected)
 
     def _of(self, sequences: int, most: int) -> list[float]:
         rows = self._rows.get(sequences, [])
@@ -160,15 +181,18 @@ class StepTimes:
         }
         return _Places([*around], [(self._full[known].steps, index, share) for (known, index), share in around.items()])
 
-    def _correct(self, places: _Places, ratio: float) -> None:
-        """`ratio`: what a step took to what was expected of it. Places that few steps were at are to blame first."""
-        ratio = min(max(ratio, _SHORTEST), _LONGEST)
-        trusted = _DISTURBED if ratio > 1 else 1.0
+    def _correct(self, places: _Places, ratio: float, part: float) -> None:
+        """`ratio`: what a step took to what was expected of it, of which so large a part comes from these places. Those
+        that few steps were at are to blame first.
+        """
         blame = [share / (1 + steps[index]) for steps, index, share in places.steps]
-        for (known, index), part in zip(places.between, blame, strict=True):
+        for (known, index), own in zip(places.between, blame, strict=True):
             curve = self._full[known]
-            followed = trusted * max(_CORRECTION, 1 / (_MEASURED_STEPS + curve.steps[index]))
-            curve.seconds[index] *= 1 + followed * part / sum(blame) * (ratio - 1)
+            followed = _trusted(ratio) * max(_CORRECTION, 1 / (_MEASURED_STEPS + curve.steps[index]))
+            curve.seconds[index] *= 1 + followed * part * own / sum(blame) * (ratio - 1)
+
+    def _correct_reading(self, index: int, ratio: float, part: float) -> None:
+        self._reading[index] *= 1 + _trusted(ratio) * _READING_CORRECTION * part * (ratio - 1)
 
     def _table(self, sequences: int, rows: int) -> float:
         each, last = rows / sequences, next(reversed(self._full))
@@ -219,6 +243,14 @@ def _around(places: Sequence[int], place: float) -> dict[int, float]:
         return {after: 1.0}
     share = (place - places[after - 1]) / (places[after] - places[after - 1])
     return {after - 1: 1 - share, after: share}
+
+
+def _alike(before: int, read: int) -> bool:
+    return before <= 2 * read and read <= 2 * before
+
+
+def _trusted(ratio: float) -> float:
+    return _DISTURBED if ratio > 1 else 1.0
 
 
 def _followed(scale: float, ratio: float) -> float:

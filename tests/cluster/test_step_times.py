@@ -73,6 +73,21 @@ def test_a_step_unlike_the_one_before_corrects_the_table() -> None:
     assert times.full(4, 4)[4] == pytest.approx(4.0, rel=0.1), "of others nothing was said"
 
 
+def test_what_reading_costs_is_found_out_by_steps_that_read_more_or_less() -> None:
+    """It was measured while something disturbed the machine: eight times as long for further rows, twice for drafts."""
+    times = StepTimes(Measured({1: {1: 1.0, 6: 2.0}}, {1: 0.5}, Reading(0.001, 0.002, 0.0004)))
+    for number in range(600):
+        read = (50, 1000)[number // 3 % 2]
+        if number % 4:
+            times.note_drafts([1] * 5, 5 * read, 2.5 + 0.0002 * 5 * read)
+            times.note_full(1, 6, read, 5 * read, 2.0 + 0.001 * read + 0.00025 * 5 * read)
+        else:
+            times.note_full(1, 1, read, 0, 1.0 + 0.001 * read)
+    first, more, draft = times.reading
+    assert first + 5 * more == pytest.approx(0.001 + 5 * 0.00025, rel=0.25)
+    assert draft == pytest.approx(0.0002, rel=0.15)
+
+
 def test_disturbed_steps_leave_the_table_nearly_as_it_is() -> None:
     """One in ten takes five times as long; the others as is known."""
     times = StepTimes(Measured({1: {1: 1.0, 6: 2.0}}, {1: 0.5}))

@@ -85,9 +85,12 @@ class Samples:
         return len(self._full[cell])
 
     def measured(self) -> Measured:
-        """The table. What takes longer than a step of as many sequences and rows, or more, was disturbed."""
+        """The table, of the shortest times: whatever else a machine does, steps don't become shorter by it.
+
+        What takes longer than a step of as many sequences and rows, or more, was disturbed each time.
+        """
         found = {
-            (cell.sequences, 1 + cell.drafts): _undisturbed(seconds)
+            (cell.sequences, 1 + cell.drafts): min(seconds)
             for cell, seconds in self._full.items()
             if cell.prompt == 1 and seconds
         }
@@ -99,7 +102,7 @@ class Samples:
         for cell, seconds in self._draft.items():
             if cell.prompt == 1:
                 draft[cell.sequences] += seconds
-        passes = {rows: _undisturbed(seconds) for rows, seconds in draft.items() if seconds}
+        passes = {rows: min(seconds) for rows, seconds in draft.items() if seconds}
         by_rows = {rows: min(passes[more] for more in passes if more >= rows) for rows in passes}
         return Measured(dict(full), by_rows, self._reading())
 
@@ -122,10 +125,5 @@ class Samples:
         short = Cell(cell.sequences, cell.drafts)
         if not times.get(cell) or not times.get(short):
             return 0.0
-        longer = min(times[cell]) - min(times[short])  # the difference is small: their quartiles differ by noise
+        longer = min(times[cell]) - min(times[short])
         return max(longer, 0.0) / (cell.prompt - short.prompt)
-
-
-def _undisturbed(seconds: Sequence[float]) -> float:
-    """The lower quartile: whatever else a machine does, steps don't become shorter by it."""
-    return sorted(seconds)[len(seconds) // 4]

@@ -51,7 +51,7 @@ def test_the_table_of_samples() -> None:
         samples.add(Cell(2, 1), seconds, [0.5])
     samples.add(Cell(2, 0), 1.5, [])
     assert samples.count(Cell(2, 1)) == 5
-    assert samples.measured() == Measured({2: {2: 2.0, 1: 1.5}}, {2: 0.5})
+    assert samples.measured() == Measured({2: {2: 1.0, 1: 1.0}}, {2: 0.5})
 
 
 def test_what_takes_longer_than_more_was_disturbed() -> None:
