@@ -232,6 +232,7 @@ class MostTokensPerSecond:
         """How many of the slots to take. Costs jump, so that every number of them is looked at."""
         times, sequences = self._times, len(drafters) + company.plain
         full, draft = times.full(sequences, len(slots)), times.draft(len(drafters))
+        lay_out = times.lay_out(len(drafters))
         others, alone = sequences + company.elsewhere, self._without_s(drafters, company)
         best, taken, tokens, seconds = _WORTHWHILE * others / alone, 0, float(others), alone
         passes, lent, before = [0] * MOST_DRAFTS, _LENT * alone, full[0]
@@ -240,6 +241,8 @@ class MostTokensPerSecond:
             passes[place] = rows + 1
             tokens += chance
             seconds += draft[rows + 1] - draft[rows] + after - before + reading
+            if place == 0:
+                seconds += lay_out[rows + 1] - lay_out[rows]
             before = after
             if tokens > best * seconds and (seconds - alone) * (others - passes[0]) <= lent * passes[0]:
                 best, taken = tokens / seconds, count
@@ -250,7 +253,8 @@ class MostTokensPerSecond:
         times, sequences, most = self._times, len(drafters) + company.plain, len(slots)
         full, draft = times.full(sequences, most), times.draft(len(drafters))
         rows = [sum([slot.place == place for slot in slots]) for place in range(MOST_DRAFTS)]
-        seconds = self._without_s(drafters, company) + full[most] - full[0] + sum([draft[count] for count in rows])
+        drafting = times.lay_out(len(drafters))[rows[0]] + sum([draft[count] for count in rows])
+        seconds = self._without_s(drafters, company) + full[most] - full[0] + drafting
         tokens = sequences + company.elsewhere + sum([slot.chance for slot in slots])
         return tokens / (seconds + sum([slot.seconds for slot in slots]))
 

@@ -52,24 +52,28 @@ class Measured:
     draft: Mapping[int, float] = field(default_factory=dict)
     """Of a draft pass, by its rows."""
     reading: Reading = field(default_factory=Reading)
+    lay_out: Mapping[int, float] = field(default_factory=dict)
+    """Of what precedes a step's draft passes, by the rows of the first."""
 
 
 class StepTimes:
     """The table, a factor on each half of it, and what follows from both.
 
     A step like the one before it that takes longer than expected says that the machine has become slower: the factor
-    follows. One of other size than that before it, or with far more or less to read, says that the table is wrong there:
-    the table does, and what reading costs, each as much as it is of what was expected.
+    follows. One of other size than that before it, or with far more or less to read, says that the table is wrong
+    there: the table does, and what reading costs, each as much as it is of what was expected.
     """
 
     def __init__(self, measured: Measured | None = None) -> None:
         self._full: dict[int, _Curve] = {}
-        self._draft = _Curve({})
+        self._draft = self._lay_out = _Curve({})
         self._full_scale = self._draft_scale = 1.0
         self._rows: dict[int, list[float]] = {}
         """Of the full pass by sequences, then by rows past the first of each; without the factor."""
         self._drafts: list[float] = [0.0]
         """Of a draft pass by rows; without the factor."""
+        self._lay_outs: list[float] = [0.0]
+        """The same of what precedes the first."""
         self._reading = [0.0] * len(Reading._fields)
         """What reading costs, without the factors."""
         self._before: tuple[_Places, int] | None = None
@@ -97,11 +101,11 @@ class StepTimes:
         """Take over a table; empty: nothing is known."""
         self.measured = measured
         self._full = {sequences: _Curve(by_rows) for sequences, by_rows in sorted(measured.full.items()) if by_rows}
-        self._draft = _Curve(measured.draft)
+        self._draft, self._lay_out = _Curve(measured.draft), _Curve(measured.lay_out or {1: 0.0})
         self._reading = [*measured.reading]
         self._rows.clear()
         self._known.clear()
-        self._drafts = [0.0]
+        self._drafts, self._lay_outs = [0.0], [0.0]
         self._before = self._read_before = None
 
     def full(self, sequences: int, most: int) -> list[float]:
@@ -113,6 +117,11 @@ class StepTimes:
         """Seconds of a draft pass with 0, 1, ... `most` rows, or more."""
         scale = self._draft_scale
         return [scale * seconds for seconds in self._of_drafts(most)]
+
+    def lay_out(self, most: int) -> list[float]:
+        """Seconds of what precedes draft passes of which the first has 0, 1, ... `most` rows, or more."""
+        scale = self._draft_scale
+        return [scale * seconds for seconds in self._of_lay_outs(most)]
 
     def prefill(self, rows: int) -> float:
         """What rows of prefills add to a step, about: each as much as in the largest that was measured."""
@@ -147,13 +156,13 @@ class StepTimes:
             self._rows.clear()
 
     def note_drafts(self, rows: Sequence[int], read: int, seconds: float) -> None:
-        """All draft passes of a step took so long; `rows` of each, the first has the most; `read`: tokens before all
-        of them.
+        """All draft passes of a step, and what preceded them, took so long; `rows` of each, the first has the most;
+        `read`: tokens before all of them.
         """
         if not self.is_known or not rows:
             return
         known, reading = self._of_drafts(rows[0]), self._reading[_DRAFT] * read
-        expected = sum([known[count] for count in rows]) + reading
+        expected = self._of_lay_outs(rows[0])[rows[0]] + sum([known[count] for count in rows]) + reading
         before, self._read_before = self._read_before, read
         if before is None or _alike(before, read):
             self._draft_scale = _followed(self._draft_scale, seconds / expected)
@@ -171,6 +180,11 @@ class StepTimes:
     def _of_drafts(self, most: int) -> list[float]:
         known = self._drafts
         known += [self._draft.at(rows) for rows in range(len(known), most + 1)]
+        return known
+
+    def _of_lay_outs(self, most: int) -> list[float]:
+        known = self._lay_outs
+        known += [self._lay_out.at(rows) for rows in range(len(known), most + 1)]
         return known
 
     def _places(self, sequences: int, each: float) -> _Places:

@@ -133,6 +133,8 @@ class Engine:
         """Of its draft passes."""
         self.draft_seconds: list[float] = []
         """What those of the last committed step took, one by one."""
+        self.lay_out_seconds = 0.0
+        """And before the first of them."""
         self._builder = BatchBuilder(scheduler.config, device, padded=padded)
         self._events: list[TokenEvent] = []
         self._drafts = Drafts()
@@ -234,7 +236,7 @@ class Engine:
         batch = self._builder.build_draft(plan, index, self._drafts)
         if index == 0:
             draws = self._sampler.draws(plan.drafting)
-            self._clock.start()  # a step is laid out once for all of its passes
+            self._clock.begin()
             if draws is not None and self._draft_at_once(plan, dispatcher, draws):
                 self._clock.mark(len(plan.counts) - 1)
                 return
@@ -283,13 +285,13 @@ class Engine:
         events = self._commit(plan, choice, prompt_told)
         self._sampler.commit()
         self._stopwatch.lap("scheduler")
-        self.draft_seconds = self._clock.seconds()
+        self.draft_seconds, self.lay_out_seconds = self._clock.seconds(), self._clock.laid_out_s
         if self._times is not None:
             self._note_times(self._times, plan)
         return events
 
     def _note_times(self, times: StepTimes, plan: StepPlan) -> None:
-        drafting = sum(self.draft_seconds)
+        drafting = self.lay_out_seconds + sum(self.draft_seconds)
         more = sum([run.start * run.num_drafts for run in plan.drafting])
         times.note_drafts(plan.counts[: len(self.draft_seconds)], more, drafting)
         if not plan.scans:

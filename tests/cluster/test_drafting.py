@@ -220,6 +220,16 @@ def test_one_that_drafts_slows_sixteen_others_by_a_thirtieth_at_most(company: Co
     assert dearer.depths([taught(dearer, [8] * 60, drafted=8, limit=8)], company) == [0]
 
 
+def test_one_that_drafts_pays_for_what_a_step_with_any_drafts_takes_longer() -> None:
+    """Shared by many it is nothing."""
+    table = {sequences: {each: 1.0 + 0.001 * sequences * each for each in EACH} for sequences in NUMBERS}
+    measured = Measured(table, dict.fromkeys(NUMBERS, 0.001), lay_out=dict.fromkeys(NUMBERS, 0.2))
+    policy = MostTokensPerSecond(StepTimes(measured))
+    many = [taught(policy, [4] * 40) for _ in range(16)]
+    assert policy.depths(many[:1], Company(plain=16)) == [0]
+    assert policy.depths(many, ALONE) == [5] * 16
+
+
 def test_many_that_draft_need_not_wait_for_one_that_does_not() -> None:
     policy = MostTokensPerSecond(times_by(lambda rows: 10.0, lambda rows: 0.6))
     drafters = [taught(policy, [8] * 60, drafted=8, limit=8) for _ in range(15)]

@@ -13,12 +13,20 @@ class PassClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        self._begun = 0.0
+        self.laid_out_s = 0.0
+        """What preceded the first pass; 0 without any."""
         self._events: list[torch.cuda.Event] = []
         self._times: list[float] = []
 
     def start(self) -> None:
-        """The first pass begins, perhaps once more."""
+        """A step begins, perhaps once more."""
         self._events, self._times = [], []
+        self._begun, self.laid_out_s = perf_counter(), 0.0
+
+    def begin(self) -> None:
+        """The first pass begins."""
+        self.laid_out_s = perf_counter() - self._begun
         self.mark()
 
     def mark(self, passes: int = 1) -> None:

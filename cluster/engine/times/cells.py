@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from divisi.cluster.engine.memory.sequence_memory import pages_for
 from divisi.cluster.engine.scheduler import SchedulerConfig
@@ -74,11 +75,14 @@ class Samples:
     def __init__(self) -> None:
         self._full: dict[Cell, list[float]] = defaultdict(list)
         self._draft: dict[Cell, list[float]] = defaultdict(list)
+        self._lay_out: dict[Cell, list[float]] = defaultdict(list)
 
-    def add(self, cell: Cell, full: float, draft: Sequence[float]) -> None:
-        """Seconds of one step: all but its drafts, and each draft pass."""
+    def add(self, cell: Cell, full: float, draft: Sequence[float], lay_out: float = 0.0) -> None:
+        """Seconds of one step: all but its drafts, each draft pass, and what was before these."""
         self._full[cell].append(full)
-        self._draft[cell] += draft
+        if draft:
+            self._draft[cell] += draft
+            self._lay_out[cell].append(lay_out)
 
     def count(self, cell: Cell) -> int:
         """Steps of a kind so far."""
@@ -98,13 +102,7 @@ class Samples:
         for sequences, rows in found:
             larger = [seconds for (most, each), seconds in found.items() if most >= sequences and each >= rows]
             full[sequences][rows] = min(larger)
-        draft: dict[int, list[float]] = defaultdict(list)
-        for cell, seconds in self._draft.items():
-            if cell.prompt == 1:
-                draft[cell.sequences] += seconds
-        passes = {rows: min(seconds) for rows, seconds in draft.items() if seconds}
-        by_rows = {rows: min(passes[more] for more in passes if more >= rows) for rows in passes}
-        return Measured(dict(full), by_rows, self._reading())
+        return Measured(dict(full), _by_sequences(self._draft), self._reading(), _by_sequences(self._lay_out))
 
     def _reading(self) -> Reading:
         """By what the same steps take longer after a long prompt, for each of its tokens."""
@@ -127,3 +125,12 @@ class Samples:
             return 0.0
         longer = min(times[cell]) - min(times[short])
         return max(longer, 0.0) / (cell.prompt - short.prompt)
+
+
+def _by_sequences(times: Mapping[Cell, Sequence[float]]) -> dict[int, float]:
+    """The shortest times of those with short prompts."""
+    found: dict[int, float] = {}
+    for cell, seconds in times.items():
+        if cell.prompt == 1:
+            found[cell.sequences] = min(found.get(cell.sequences, inf), *seconds)
+    return {sequences: min(found[more] for more in found if more >= sequences) for sequences in found}

@@ -29,6 +29,7 @@ class _Content(BaseModel):
     full: dict[int, dict[int, float]]
     draft: dict[int, float]
     reading: tuple[float, float, float]
+    lay_out: dict[int, float]
 
 
 class TimesFile:
@@ -48,12 +49,18 @@ class TimesFile:
             return None
         if content.key != self._key or not content.full or not content.draft:
             return None
-        return Measured(content.full, content.draft, Reading(*content.reading))
+        return Measured(content.full, content.draft, Reading(*content.reading), content.lay_out)
 
     def write(self, measured: Measured) -> None:
         """Keep a table; says so in the log where that fails."""
         full = {sequences: dict(by_rows) for sequences, by_rows in measured.full.items()}
-        content = _Content(key=self._key, full=full, draft=dict(measured.draft), reading=measured.reading)
+        content = _Content(
+            key=self._key,
+            full=full,
+            draft=dict(measured.draft),
+            reading=measured.reading,
+            lay_out=dict(measured.lay_out),
+        )
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix="step-times-", delete=False) as scratch:

@@ -114,6 +114,7 @@ def test_laying_out_a_step_is_no_part_of_its_drafts(
     worker.engine.submit(Request("0", (1, 2, 3), 12, Sampling(temperature=0.0)))
     while worker.step():
         assert sum(worker.engine.draft_seconds) < 500.0
+        assert (worker.engine.lay_out_seconds > 500.0) == bool(worker.engine.draft_seconds)
     assert waited[0] >= 3000.0, "no drafts"
 
 

@@ -51,7 +51,15 @@ def test_the_table_of_samples() -> None:
         samples.add(Cell(2, 1), seconds, [0.5])
     samples.add(Cell(2, 0), 1.5, [])
     assert samples.count(Cell(2, 1)) == 5
-    assert samples.measured() == Measured({2: {2: 1.0, 1: 1.0}}, {2: 0.5})
+    assert samples.measured() == Measured({2: {2: 1.0, 1: 1.0}}, {2: 0.5}, lay_out={2: 0.0})
+
+
+def test_what_precedes_drafts_is_apart() -> None:
+    samples = Samples()
+    for sequences, lay_out in ((1, 0.3), (1, 0.2), (4, 0.6), (8, 0.5)):
+        samples.add(Cell(sequences, 2), 3.0, [0.1, 0.1], lay_out)
+    samples.add(Cell(1, 0), 1.0, [])
+    assert samples.measured().lay_out == {1: 0.2, 4: 0.5, 8: 0.5}
 
 
 def test_what_takes_longer_than_more_was_disturbed() -> None:
@@ -61,7 +69,8 @@ def test_what_takes_longer_than_more_was_disturbed() -> None:
         (Cell(2, 0), 2.0, []), (Cell(2, 1), 2.5, [0.3]), (Cell(2, 2), 4.0, [0.3]),
     ):  # fmt: skip
         samples.add(cell, full, draft)
-    assert samples.measured() == Measured({1: {1: 1.0, 2: 2.5, 3: 3.0}, 2: {1: 2.0, 2: 2.5, 3: 4.0}}, {1: 0.3, 2: 0.3})
+    full = {1: {1: 1.0, 2: 2.5, 3: 3.0}, 2: {1: 2.0, 2: 2.5, 3: 4.0}}
+    assert samples.measured() == Measured(full, {1: 0.3, 2: 0.3}, lay_out={1: 0.0, 2: 0.0})
 
 
 def test_reading_is_what_a_long_prompt_adds() -> None:
