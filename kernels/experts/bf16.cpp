@@ -161,9 +161,9 @@ extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const 
   }
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(dynamic, chunk_of(up_items, t, threads))
+#pragma omp for schedule(dynamic)
     for (long i = 0; i < up_items; i++) up_item(i);
-#pragma omp for schedule(dynamic, chunk_of(down_items, t, threads)) nowait
+#pragma omp for schedule(dynamic) nowait
     for (long i = 0; i < down_items; i++) down_item(i);
   }
 }

@@ -39,7 +39,7 @@ extern "C" void divisi_packed_linear(const float* x, const void* w, float* y, lo
   };
   long items = ceil_div(t, ROWS) * panels;
   if (t * n * k <= ALONE) return for_each(items, work);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk_of(items, t, threads))
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (long item = 0; item < items; item++) work(item);
 }
 

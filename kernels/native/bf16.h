@@ -85,14 +85,6 @@ static inline void tiles(long rows, long blocks, const Tile& tile) {
   }
 }
 
-// Work items, of which neighbours read neighbouring weights, that a thread takes at a time. Of few rows, which are read ahead for,
-// so many that what lies behind an item is its own next one.
-static inline long chunk_of(long items, long rows, int threads) {
-  constexpr long MOST = 64;
-  if (rows > 2) return 1;
-  return items <= MOST ? ceil_div(items, threads) : MOST / 8;
-}
-
 // A matrix that was packed by divisi_pack.
 struct Packed {
   const bf16* data;
