@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import httpx
 import pytest
 
 from divisi.model.demo import checkpoint_dir
@@ -23,6 +24,7 @@ from .test_serve_split import metric, wait_for
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(400)]
 
 STREAMS, TOKENS, ROUNDS, PAUSE_S = 8, 2500, 3, 0.5
+PROMPTS = [f"Tell me a story about the number {number}." for number in range(STREAMS)]
 POLICY = """
 [gang.expert_autoscaling]
 max = 2
@@ -31,6 +33,7 @@ wait_share_low = 0.01
 upscale_delay_s = 5
 downscale_delay_s = 5
 """
+STALLS = re.compile(r"^divisi_epoch_(stall.*?) (\S+)$", re.MULTILINE)
 PARTS = re.compile(r"(decision|process|imports|load|epoch) ([\d.]+) s")
 
 
@@ -51,8 +54,7 @@ def scale(cluster: Cluster, shards: int) -> str:
 
 
 def streams_of(cluster: Cluster) -> list[OpenStream]:
-    prompts = [f"Tell me a story about the number {number}." for number in range(STREAMS)]
-    return [OpenStream(cluster.url, "divisi-demo", prompt, TOKENS) for prompt in prompts]
+    return [OpenStream(cluster.url, "divisi-demo", prompt, TOKENS) for prompt in PROMPTS]
 
 
 def test_two_shards_become_three_and_two_under_eight_streams(
@@ -97,8 +99,6 @@ def test_the_policy_has_a_second_shard_come_under_load_and_go_after_it(
     flags = ("--config", str(config), "--device", "cpu")
     with running_cluster(checkpoint_dir(), tmp_path / "log", *flags) as cluster:
         begun = time.monotonic()
-        calm = streams_of(cluster)[0]
-        calm.join(120)
         streams = streams_of(cluster)
         wait_for(lambda: metric(cluster, "expert_shards") == [2.0], 60, "no shard more")
         record_result("the second shard served after, s", round(time.monotonic() - begun, 1))
@@ -106,10 +106,17 @@ def test_the_policy_has_a_second_shard_come_under_load_and_go_after_it(
         for stream in streams:
             stream.join(120)
             assert not stream.problem
-        assert streams[0].text == calm.text, "scaling has changed an answer"
         wait_for(lambda: len(cluster.shards()) == 1, 60, "it does not go")
         assert metric(cluster, "expert_shards") == metric(cluster, "expert_shards_wanted") == [1.0]
+        page = httpx.get(f"{cluster.url}/metrics", timeout=10).text
+        stood = {name: float(value) for name, value in STALLS.findall(page) if float(value)}
+        record_result("stood still between epochs", stood)
+        assert stood['stalls_total{cause="scaled"}'] == 2
+        assert stood['stall_seconds_total{cause="scaled"}'] < 2 * PAUSE_S
+        calm = OpenStream(cluster.url, "divisi-demo", PROMPTS[0], 500)
+        calm.join(120)
+        assert streams[0].text.startswith(calm.text), "scaling has changed an answer"
     told = [said for _, process, said in ServerLog.read(tmp_path / "divisi").lines if process.startswith("gang:")]
     told = [said for said in told if said.startswith("expert shards: ")]
     assert told[0].startswith("expert shards: 2 wanted, 1 serve: in the last 5 s attention workers were in steps for")
-    assert told[-1].startswith("expert shards: 1 wanted, 2 serve: ")
+    assert told[1].startswith("expert shards: 1 wanted, 2 serve: ")

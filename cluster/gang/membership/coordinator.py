@@ -347,8 +347,8 @@ class Coordinator:
         roster = self._roster
         filled = sum(1 for _ in roster.holders())
         of_gang = self._figures.of_gang(roster.shape, filled, roster.membership)
-        others = {**self._experts.numbers(), **self._stalls.numbers()}
-        return {**of_gang, **others, "refused_tokens": self._refused.tokens()}
+        refused = {"refused_tokens": self._refused.tokens()}
+        return {**of_gang, **self._experts.numbers(), **self._stalls.numbers(), **refused}
 
     def _note_stats(self, holder_id: str, stats: Stats) -> None:
         self._figures.stats[holder_id] = stats

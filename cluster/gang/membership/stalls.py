@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from divisi.cluster.gang.membership.status import Stats
+
 Cause = Literal["scaled", "moved", "changed", "broken"]
 """Another number of expert shards; a virtual shard elsewhere for the sake of balance; somebody came or went, or took up
 its share again; a rank was lost, or a step could not finish."""
@@ -19,8 +21,8 @@ class Stalls:
     """Of one gang, since its coordinator began."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(CAUSES, 0.0)
-        self._counts = dict.fromkeys(CAUSES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+        self._counts: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
         self._has_served = False
         self._since: float | None = None
         self._orderly = True
@@ -39,6 +41,6 @@ class Stalls:
                 self._since, self._orderly = now, True
             self._orderly = self._orderly and orderly
 
-    def numbers(self) -> dict[str, dict[str, float]]:
+    def numbers(self) -> Stats:
         """For metrics."""
-        return {"stall_seconds": {**self._seconds}, "stalls": {**self._counts}}
+        return {"stall_seconds": dict(self._seconds), "stalls": dict(self._counts)}
