@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -32,11 +31,9 @@ BATCHES = (1, 4, 16, 32)
 _SKILLS = ("chat", "recall 1k")
 _SHORTEST, _LONGEST = 16, 64
 """Tokens of each answer that is timed: longer ones are cut, conversations with shorter ones left out."""
-_A_ROUND = 8
-"""Conversations at least, in as many waves as that takes."""
 _CALLS = 8
 _POOL = 32
-"""Conversations, of which each wave takes some."""
+"""Conversations, all of which each round serves, in as many waves as that takes."""
 DEPTHS: dict[str, tuple[int, bool]] = {
     "off": (0, False),
     "k = 1": (1, False),
@@ -64,6 +61,12 @@ class Wave:
         """Tokens per second."""
         return self.tokens / self.seconds
 
+    def add(self, other: Wave) -> None:
+        """Count another one, too, but for its answers."""
+        self.tokens += other.tokens
+        self.steps += other.steps
+        self.seconds += other.seconds
+
 
 class Contender:
     """An engine with one way to draft."""
@@ -81,10 +84,7 @@ class Contender:
         """So many at once, one wave after the other."""
         total = Wave({})
         for first in range(0, len(requests), batch):
-            wave = self.serve(requests[first : first + batch])
-            total.tokens += wave.tokens
-            total.steps += wave.steps
-            total.seconds += wave.seconds
+            total.add(self.serve(requests[first : first + batch]))
         return total
 
     def serve(self, requests: Sequence[Request]) -> Wave:
@@ -119,16 +119,23 @@ def report(rounds: int, batches: Sequence[int] = BATCHES) -> tuple[str, bool]:
             raise SystemExit(f"{contender.name}: other tokens than without drafts; no speed is reported")
     waves: Waves = {(name, batch): [] for name in DEPTHS for batch in batches}
     for turn in tqdm(range(rounds), desc="drafts", unit="round", leave=False):
-        order = contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]
         for batch in batches:
-            count = max(_A_ROUND, batch)
-            taken = list(islice(cycle(pool), turn * count % _POOL, turn * count % _POOL + count))
-            for contender in order:
-                waves[contender.name, batch].append(contender.serve_in_waves(taken, batch))
+            for name, total in _in_turns(contenders, pool, batch, turn).items():
+                waves[name, batch].append(total)
     title = f"checked: the tokens of {len(expected)} answers are the same with any number of drafts"
     verdicts = list(_verdicts(waves, batches))
     tables = [*_table(waves, batches), "", *verdicts, "", *_calls(contenders[0], contenders[-1], rounds)]
     return "\n".join([title, "", *tables]), not any("MISSED" in verdict for verdict in verdicts)
+
+
+def _in_turns(contenders: Sequence[Contender], pool: Sequence[Request], batch: int, turn: int) -> dict[str, Wave]:
+    """Each wave by all contenders, one after the other, so that what disturbs the machine for longer disturbs all."""
+    totals = {contender.name: Wave({}) for contender in contenders}
+    for number, first in enumerate(range(0, len(pool), batch)):
+        begin = (turn + number) % len(contenders)
+        for contender in (*contenders[begin:], *contenders[:begin]):
+            totals[contender.name].add(contender.serve(pool[first : first + batch]))
+    return totals
 
 
 def _calls(off: Contender, adaptive: Contender, rounds: int) -> Iterator[str]:
