@@ -33,6 +33,9 @@ _NEARLY = 0.75
 """Of the best rate, that such a step must promise."""
 _WORTHWHILE = 1.03
 """Times as many tokens per second must be expected of drafts as of none: what isn't known of them is to their harm."""
+_AS_GOOD = 0.97
+"""Of the best rate: as good where it takes more drafts. What a step costs outside of the table (headers, messages,
+caches that others have emptied) is shared by more tokens then."""
 _LENT = 0.5
 """Steps' worth of time that the drafts of one sequence may cost all those together that have none."""
 
@@ -229,12 +232,15 @@ class MostTokensPerSecond:
         return slots if len(drafters) == 1 else sorted(slots)
 
     def _best(self, slots: Sequence[_Slot], drafters: Sequence[Drafter], company: Company) -> int:
-        """How many of the slots to take. Costs jump, so that every number of them is looked at."""
+        """How many of the slots to take: the most that are as good as the best number. Costs jump, so that every number
+        is looked at.
+        """
         times, sequences = self._times, len(drafters) + company.plain
         full, draft = times.full(sequences, len(slots)), times.draft(len(drafters))
         lay_out = times.lay_out(len(drafters))
         others, alone = sequences + company.elsewhere, self._without_s(drafters, company)
-        best, taken, tokens, seconds = _WORTHWHILE * others / alone, 0, float(others), alone
+        least = _WORTHWHILE * others / alone
+        tokens, seconds, rates = float(others), alone, []
         passes, lent, before = [0] * MOST_DRAFTS, _LENT * alone, full[0]
         for count, (_, place, _, chance, reading) in enumerate(slots, 1):
             rows, after = passes[place], full[count]
@@ -244,9 +250,10 @@ class MostTokensPerSecond:
             if place == 0:
                 seconds += lay_out[rows + 1] - lay_out[rows]
             before = after
-            if tokens > best * seconds and (seconds - alone) * (others - passes[0]) <= lent * passes[0]:
-                best, taken = tokens / seconds, count
-        return taken
+            affordable = (seconds - alone) * (others - passes[0]) <= lent * passes[0]
+            rates.append(tokens / seconds if affordable else 0.0)
+        wanted = max(least, _AS_GOOD * max(rates, default=0.0))
+        return next((count for count in range(len(rates), 0, -1) if rates[count - 1] > wanted), 0)
 
     def _rate(self, slots: Sequence[_Slot], drafters: Sequence[Drafter], company: Company) -> float:
         """Expected tokens per second with those drafts."""

@@ -127,6 +127,14 @@ def test_who_has_read_more_drafts_less() -> None:
     assert policy.depths([short, long], ALONE) == [5, 0]
 
 
+@pytest.mark.parametrize(("six_rows", "depth"), [(4.55, 5), (4.9, 3)])
+def test_of_depths_that_are_about_as_good_the_deepest_is_taken(six_rows: float, depth: int) -> None:
+    """Three drafts give 4 tokens in 3 seconds, five 6 in 4.55: one hundredth less; in 4.9 too much less."""
+    seconds = {1: 1.0, 2: 1.9, 3: 2.4, 4: 3.0, 6: six_rows, 9: 9.0}
+    policy = MostTokensPerSecond(StepTimes(Measured({1: seconds}, {1: 1e-6})))
+    assert policy.depths([taught(policy, [5] * 200, drafted=5)], ALONE) == [depth]
+
+
 def test_a_jump_in_costs_is_looked_over() -> None:
     """At 48 rows the kernels change and get cheaper: better past it than just below."""
     policy = MostTokensPerSecond(times_by(lambda rows: rows * (1.0 if rows < 48 else 0.2), lambda rows: 0.01))
