@@ -42,18 +42,20 @@ def scale(
             coordinator: Any = find_coordinator(gang)
             reply: Any = coordinator.scale.remote(expert_shards)
             say(_told(ray.get(reply, timeout=_ANSWER_S)))
-            _wait(coordinator, within_s, say)
+            _wait(coordinator, expert_shards, within_s, say)
         except ValueError as error:  # of the coordinator's, in Ray's wrapping
             raise SettingsError(str(getattr(error, "cause", error))) from None
         except (CoordinatorLost, RayError) as error:
             raise ScaleFailed(f"the gang of {application!r} cannot be asked now: {error}") from None
 
 
-def _wait(coordinator: Any, within_s: float, say: Callable[[str], None]) -> None:
+def _wait(coordinator: Any, expert_shards: int, within_s: float, say: Callable[[str], None]) -> None:
     until, last = time.monotonic() + within_s, ""
     while True:
         reply: Any = coordinator.scale_status.remote()
         status: ScaleStatus = ray.get(reply, timeout=_ANSWER_S)
+        if status.wanted != expert_shards:
+            raise ScaleFailed(f"{expert_shards} are wanted no more, but {status.wanted}: {status.why}")
         if not status.waits_for:
             say(_done(status))
             return

@@ -49,7 +49,7 @@ _GAUGES = {
     "refused_tokens": ("refused_tokens", "Tokens of requests that had no room and may come again"),
     "expert_shards": ("expert_shards", "Expert shards that serve, where everybody is there"),
     "expert_shards_wanted": ("expert_shards_wanted", "Expert shards that there are to be"),
-    "expert_wait": ("expert_wait_ratio", "Of the time in steps that in which workers waited for experts, of late"),
+    "expert_wait": ("expert_wait_ratio", "Of the time in steps that for experts, where that was least, of late"),
     "expert_imbalance": ("expert_imbalance_ratio", "Rows of the busiest shard over the mean, in the last window"),
     "ready": ("ready", "1 when the gang can serve"),
     "epoch": ("epoch", "Number of the epoch that runs, 0 between epochs"),

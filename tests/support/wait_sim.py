@@ -22,6 +22,8 @@ class Load:
     wire_s: float = 0.0
     """Waited for, whatever the number of shards."""
     steps: float | None = None
+    lighter_s: float = 0.0
+    """So much less attention has the second worker, whose rows wait for the first one's."""
 
     def wait_s(self, shards: int) -> float:
         return self.experts_s / shards + self.wire_s
@@ -75,9 +77,9 @@ class ToyGang:
     def _serve(self, load: Load) -> None:
         wait, attention, busy = load.wait_s(self.served), load.attention_s, load.busy(self.served)
         self._steps += busy > 0
-        for who in WORKERS:
+        for who, lighter in zip(WORKERS, (0.0, load.lighter_s), strict=True):
             noisy = wait * self.rng.gauss(1.0, self.noise)
             self._in_steps[who] += busy
-            self._waited[who] += busy * noisy / (noisy + attention)
+            self._waited[who] += busy * (noisy + lighter) / (noisy + attention)
             parts = {"mixer": self._in_steps[who] - self._waited[who], "experts": self._waited[who]}
             self.policy.report(who, {"step_seconds": parts, "steps": self._steps, "running": float(busy > 0)})

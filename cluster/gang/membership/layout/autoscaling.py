@@ -3,8 +3,8 @@ soon again.
 
 What is measured while a change, a move or a recovery is under way counts for nothing. A shard more that lowers the
 share of waiting by less than a quarter of what was to be expected is followed by no other for a while, twice as long
-each time; one that is not there in time is given up, with the same rest. Plain data, no clock; all times are in seconds
-of one clock. Imports no torch.
+each time. More that are not there in time are given up, with the same rest, whoever has asked for them: nothing could
+be voted for meanwhile. Plain data, no clock; all times are in seconds of one clock. Imports no torch.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class _Asked:
     shards: int
     since: float
     before: int
-    share: float
-    """With those from before."""
+    share: float | None
+    """With those from before; None: somebody else has asked, or a former coordinator, and nothing is to be judged."""
 
 
 class ExpertAutoscaling:
@@ -95,7 +95,11 @@ class ExpertAutoscaling:
 
     def look(self, gang: Now, now: float) -> Change | None:
         """What is to be asked for, if anything."""
-        change = None if self._asked is None else self._follow(self._asked, gang, now)
+        change = None
+        if self._asked is not None:
+            change = self._follow(self._asked, gang, now)
+        elif self.rule is not None and gang.wanted > gang.served:  # fewer need nobody to come
+            self._asked = _Asked(gang.wanted, now, gang.served, None)
         if gang.served != self._shards:
             self._votes.clear()
             self._came = self._came if self._came is not None and self._came.shards == gang.served else None
@@ -113,7 +117,7 @@ class ExpertAutoscaling:
         if gang.wanted != asked.shards:
             self._asked = None
         elif gang.served == asked.shards:
-            self._asked, self._came = None, asked if asked.shards > asked.before else None
+            self._asked, self._came = None, asked if asked.shards > asked.before and asked.share is not None else None
         elif now - asked.since >= THERE_WITHIN_S:
             self._asked = None
             self._rest(now)
@@ -132,11 +136,12 @@ class ExpertAutoscaling:
 
     def _judge(self, rule: WaitRule, now: float) -> None:
         """Whether the shards that came last have helped, once that can be told."""
-        if self._came is None or not (seen := last(self._votes, rule.upscale_delay_s)):
+        came, after = self._came, together(last(self._votes, rule.upscale_delay_s))
+        if came is None or came.share is None or not after.step_s:
             return
-        came, self._came, after = self._came, None, together(seen)
+        self._came = None
         hoped = came.share - expected_share(came.share, came.before, came.shards)
-        if after.step_s and after.share > came.share - HELPS * hoped:
+        if after.share > came.share - HELPS * hoped:
             self._rest(now)
         else:
             self._rest_s = REST_S
@@ -157,5 +162,5 @@ def _why(seen: Window) -> str:
         return f"nothing has run for {seen.seconds:.0f} s"
     return (
         f"in the last {seen.seconds:.0f} s attention workers were in steps for {seen.busy:.0%} of the time, and waited "
-        f"for experts for {seen.share:.0%} of that"
+        f"for experts for {seen.share:.0%} of that at least"
     )

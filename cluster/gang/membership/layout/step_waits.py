@@ -1,20 +1,24 @@
 """For how much of their time in steps attention workers wait for experts, by what they report of where steps take it.
 
-What is reported late or not at all counts for nothing: a worker's time is that between its own reports, once a step has
-ended in it. Plain data, no clock; all times are in seconds of one clock. Imports no torch.
+The worker that waits least counts: experts begin once the rows of all have come, so that whoever computes less than the
+others waits for these, too, which no shard more would make shorter. What is reported late or not at all counts for
+nothing: a worker's time is that between its own reports, once a step has ended in it. Plain data, no clock; all times
+are in seconds of one clock. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from divisi.cluster.gang.membership.layout.wait_policy import Window
 from divisi.cluster.gang.membership.status import Stats
 
 WINDOW_S = 5.0
+_OFTEN = 0.5
+"""Of the busiest worker's time in steps: who was in fewer of them does not tell what is waited for in the others."""
 _WAITING = "experts"
-"""The part of a step in which nothing but experts elsewhere is waited for."""
+"""The part of a step in which experts elsewhere are waited for, and the rows of other workers on their way there."""
 _UNFINISHED = ("running", "waiting")
 
 
@@ -57,13 +61,19 @@ class StepWaits:
         pairs = [(first, last) for first, last in reports if last.steps > first.steps]
         if now - self._since < WINDOW_S or (not pairs and any(map(self._unfinished.get, workers))):
             return None
-        in_steps = [last.step_s - first.step_s for first, last in pairs]
-        waits = [last.wait_s - first.wait_s for first, last in pairs]
-        window = Window(now - self._since, sum(in_steps), sum(waits), max(in_steps, default=0.0))
-        self._since = now
+        window, self._since = _least_wait(pairs, now - self._since), now
         self._unfinished = {who: some for who, some in self._unfinished.items() if who in workers}
         self._first |= {who: last for who, last in self._last.items() if last.steps > self._first[who].steps}
         return window
+
+
+def _least_wait(pairs: Sequence[tuple[_Report, _Report]], seconds: float) -> Window:
+    """Of the worker whose share was the least; of each the first report and the last."""
+    spent = [Window(seconds, last.step_s - first.step_s, last.wait_s - first.wait_s) for first, last in pairs]
+    busiest_s = max((each.step_s for each in spent), default=0.0)
+    often = (each for each in spent if each.step_s >= _OFTEN * busiest_s)
+    least = min(often, key=lambda each: each.share, default=Window(seconds))
+    return replace(least, busiest_s=busiest_s)
 
 
 def _number(stats: Stats, name: str) -> float:

@@ -36,7 +36,7 @@ class Window:
 
     seconds: float
     step_s: float = 0.0
-    """In steps, of all of them together."""
+    """In steps, of the one that waited for experts for the least of them."""
     wait_s: float = 0.0
     """Of that, waiting for experts."""
     busiest_s: float = 0.0

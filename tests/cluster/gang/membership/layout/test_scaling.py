@@ -104,3 +104,21 @@ def test_somebody_may_ask_for_what_the_policy_may_have() -> None:
     status = coordinator.scale(3)
     assert (status.wanted, status.why) == (3, "it was asked for")
     assert coordinator.numbers()["expert_shards_wanted"] == 3
+
+
+def test_what_somebody_has_asked_for_is_taken_back_where_it_does_not_come() -> None:
+    """Only a policy does so."""
+    for rule, wanted, why in (
+        (WaitRule(1, 3, 0.5, 0.25, 15, 60), 1, "3 of them were not there after 900 s"),
+        (None, 3, "it was asked for"),
+    ):
+        clock = Clock()
+        coordinator = served(Coordinator(GangShape(1, 1), Address("s"), clock=clock, virtual_shards=4, wait_rule=rule))
+        coordinator.scale(3)
+        for _ in range(903):
+            clock.now += 1.0
+            for holder in ("w", "e0"):
+                coordinator.poll(holder, 0.0)
+        status = coordinator.scale_status()
+        assert (status.expert_shards, status.wanted, status.why) == (1, wanted, why)
+        assert bool(status.waits_for) == (rule is None)

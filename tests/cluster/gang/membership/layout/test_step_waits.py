@@ -17,17 +17,27 @@ def report(
     waits.report(who, {"step_seconds": parts, "steps": ended, "running": running, "waiting": 0})
 
 
-def test_time_is_that_between_a_workers_own_reports() -> None:
+def test_the_time_is_that_between_its_own_reports_of_who_waits_least() -> None:
     waits = StepWaits()
     report(waits, "a", 100.0, 50.0)
     assert waits.window(BOTH, 0.0) is None
     report(waits, "a", 101.0, 52.0)
     report(waits, "b", 7.0, 7.0)  # its first: what was before is not known
     assert waits.window(BOTH, WINDOW_S - 1) is None
-    report(waits, "b", 8.0, 7.0)
-    assert waits.window(BOTH, WINDOW_S) == Window(WINDOW_S, step_s=4.0, wait_s=2.0, busiest_s=3.0)
-    report(waits, "b", 8.5, 8.0)
+    report(waits, "b", 9.0, 7.5)
+    assert waits.window(BOTH, WINDOW_S) == Window(WINDOW_S, step_s=2.5, wait_s=0.5, busiest_s=3.0)
+    report(waits, "b", 9.5, 8.5)
     assert waits.window(BOTH, 2 * WINDOW_S) == Window(WINDOW_S, step_s=1.5, wait_s=1.0, busiest_s=1.5)
+
+
+def test_who_is_in_few_of_the_steps_tells_nothing_of_the_others() -> None:
+    waits = StepWaits()
+    waits.window(BOTH, 0.0)
+    for who in BOTH:
+        report(waits, who, 0.0, 0.0)
+    report(waits, "a", 1.0, 3.0)
+    report(waits, "b", 1.5, 0.4)
+    assert waits.window(BOTH, WINDOW_S) == Window(WINDOW_S, 4.0, 3.0, 4.0)
 
 
 def test_who_is_gone_counts_no_more() -> None:
