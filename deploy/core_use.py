@@ -36,10 +36,11 @@ def rank_threads(settings: Settings, cores: int) -> int:
 def waiting_policy(settings: Settings, cores: int) -> dict[str, str]:
     """The environment of ranks that would wait for work on each other's cores: OpenMP's threads then sleep.
 
-    They spin for milliseconds otherwise, since each process counts only its own threads.
+    They spin for milliseconds otherwise, since each process counts only its own threads. This is settled once, for as
+    many ranks as a policy may have; without a number of threads these share the cores anew in each epoch.
     """
-    threads = rank_threads(settings, cores)
-    crowded = threads > 1 and threads * settings.gang.shape.size > cores
+    threads, ranks = settings.gang.threads_per_process, settings.gang.most_ranks
+    crowded = threads is not None and threads > 1 and threads * ranks > cores
     return {"OMP_WAIT_POLICY": "PASSIVE"} if crowded else {}
 
 
@@ -55,7 +56,10 @@ def core_lines(settings: Settings, cores: int, plan: CorePlan | None, haproxy: b
     ranks = f"  {_count(shape.size, 'rank')} with {_count(threads, 'thread')}{'' if shape.size == 1 else ' each'}"
     lines = [f"{ranks}, {http} with 1, on any of {_count(cores, 'core')}"]
     if waiting_policy(settings, cores):
-        lines.append(f"  more threads than cores: those that wait sleep, as not with {_most(shape, cores)} each")
+        most = settings.gang.most_ranks
+        when = "" if threads * shape.size > cores else f" once there are {most} ranks"
+        less = _count(max(cores // most, 1), "thread")
+        lines.append(f"  more threads than cores{when}: those that wait sleep, as not with {less} each")
     return lines
 
 
@@ -63,10 +67,6 @@ def _pinned_rank(settings: Settings, shape: GangShape, rank: int, plan: CorePlan
     own = plan.ranks[rank]
     threads = settings.gang.threads_per_process or len(own)
     return f"  {shape.seat(rank)}: {_count(threads, 'thread')}, on {_named(own)}"
-
-
-def _most(shape: GangShape, cores: int) -> str:
-    return _count(max(cores // shape.size, 1), "thread")
 
 
 def _named(cores: Sequence[int]) -> str:

@@ -219,9 +219,9 @@ class GangSettings(Group):
                 f"expert_copies={self.expert_copies} needs as many expert shards of their own, and one more, got "
                 f"expert_shards={self.expert_shards} with topology {self.topology!r}; lower it, or give more shards"
             )
-        if self.rebalance and self.expert_shards < 2:
+        if self.rebalance and self.most_shards < 2:  # with one of several at times there is nothing to move then
             raise ValueError(
-                f"rebalance needs two expert shards of their own, or more, got expert_shards={self.expert_shards} "
+                f"rebalance needs two expert shards of their own, or more, got {self.most_shards} at most "
                 f"with topology {self.topology!r}; leave it out, or give more shards"
             )
         if self.min_attention_workers is not None and self.least_workers != self.min_attention_workers:
@@ -244,8 +244,12 @@ class GangSettings(Group):
     @property
     def most_ranks(self) -> int:
         """How many processes the gang has at most, by policy."""
-        scaling = self.expert_autoscaling
-        return self.shape.size + (0 if scaling is None else scaling.max - self.expert_shards)
+        return self.shape.size + self.most_shards - self.expert_shards
+
+    @property
+    def most_shards(self) -> int:
+        """How many expert shards of their own there are at most, by policy."""
+        return self.expert_shards if self.expert_autoscaling is None else self.expert_autoscaling.max
 
     @property
     def wait_rule(self) -> WaitRule | None:

@@ -118,7 +118,7 @@ class TextFormatter(logging.Formatter):
 
 
 def configure_logs(settings: LogSettings, process: str) -> None:
-    """Send this process's `divisi` log where the settings say; `process` (`ingress`, `attention`) names it there.
+    """Send this process's `divisi` log where the settings say; `process` (`ingress`, `attention`, `gang`) names it.
 
     The log does not go to the root logger as well, whose handlers belong to Ray or uvicorn and would write it twice.
     """

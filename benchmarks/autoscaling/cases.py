@@ -58,6 +58,11 @@ def recorded_cases(arrivals: Sequence[Arrival], sizes: Sequence[int], seed: int,
 
     Each begins with one worker, and again with those for the peak. Raises ValueError.
     """
+    if (end := arrivals[-1].at) < _MINUTE:
+        raise ValueError(
+            f"--log: its {len(arrivals)} requests came within {end:.1f} s, and its peak is that of a whole minute; "
+            "give a longer record"
+        )
     for size in sizes:
         every, rest = divmod(sizes[0], size)
         if rest:

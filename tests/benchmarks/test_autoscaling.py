@@ -135,6 +135,8 @@ def test_a_share_of_what_was_recorded_is_for_a_smaller_gang() -> None:
     assert [decider.first for decider in deciders(warm).values()] == [6, 6, 6]
     with pytest.raises(ValueError, match="6 workers are not a number of gangs of 4"):
         list(recorded_cases(arrivals, [6, 4], 0, Model()))
+    with pytest.raises(ValueError, match=r"--log: its 100 requests came within 49.5 s, and its peak"):
+        list(recorded_cases(arrivals[:100], [6], 0, Model()))
 
 
 def test_the_command_writes_what_was_recorded_below(tmp_path: Path) -> None:

@@ -43,6 +43,15 @@ def test_threads_that_wait_on_each_others_cores_sleep(threads: int | None, cores
     assert (len(core_lines(split, cores, None, haproxy=True)) == 2) == sleep
 
 
+@pytest.mark.parametrize(("threads", "line"), [(None, 0), (1, 0), (2, 1)])
+def test_ranks_that_a_policy_may_have_need_cores_too(threads: int | None, line: int) -> None:
+    split = settings(expert_autoscaling={"max": 4}, threads_per_process=threads)
+    assert bool(waiting_policy(split, 5)) == bool(line)
+    told = "  more threads than cores once there are 5 ranks: those that wait sleep, as not with 1 thread each"
+    assert core_lines(split, 5, None, haproxy=True)[1:] == [told] * line
+    assert "than cores: those" in core_lines(split, 3, None, haproxy=True)[-1] or not line, "they are too many at first"
+
+
 def test_a_plan_is_for_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert core_plan(settings()) is None
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3, 1})

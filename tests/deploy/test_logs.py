@@ -31,7 +31,7 @@ def restored() -> Iterator[None]:
 
 def test_json_lines(tmp_path: Path) -> None:
     file = tmp_path / "logs" / "divisi.jsonl"
-    for process in ("ingress", "attention"):
+    for process in ("ingress", "gang"):
         configure_logs(LogSettings(file=file), process)
         log = logging.getLogger("divisi.test")
         log.debug("not shown")
@@ -43,7 +43,7 @@ def test_json_lines(tmp_path: Path) -> None:
     first, second, third = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     assert (first["message"], first["status"], first["key"], first["level"]) == ("request", 200, "t\n€", "info")
     assert first["process"].startswith("ingress:")
-    assert second["process"].startswith("attention:")
+    assert second["process"].startswith("gang:")
     assert "ValueError: no" in third["exception"]
 
 

@@ -79,6 +79,10 @@ def test_sizes(text: str, size: int) -> None:
         ({"model": {"model_dir": "/m"}, "gang": {"kernels": "fast"}}, ["gang.kernels", "'fast'", "use 'auto'"]),
         ({"model": {"model_dir": "/m"}, "gang": {"expert_shards": 1, "rebalance": True}}, ["rebalance", "two expert"]),
         (
+            {"model": {"model_dir": "/m"}, "gang": {"rebalance": True, "expert_autoscaling": {"max": 1}}},
+            ["rebalance", "two expert", "got 1 at most"],
+        ),
+        (
             {"model": {"model_dir": "/m"}, "gang": {"topology": "colocated", "expert_shards": 2}},
             ["gang", "expert_shards=2", "leave it out"],
         ),
@@ -329,6 +333,7 @@ def test_tls_needs_all_its_files(tmp_path: Path) -> None:
         ({"expert_autoscaling": {"max": 4}}, 1, 5),
         ({"expert_autoscaling": {"min": 2, "max": 4}}, 2, 5),
         ({"expert_autoscaling": {"min": 2, "max": 4}, "expert_shards": 3, "attention_workers": 2}, 3, 6),
+        ({"expert_autoscaling": {"min": 1, "max": 4}, "rebalance": True}, 1, 5),  # it has several at times
         ({"expert_shards": 3}, 3, 4),
     ],
 )
