@@ -237,7 +237,7 @@ class MostTokensPerSecond:
         """
         times, sequences = self._times, len(drafters) + company.plain
         full, draft = times.full(sequences, len(slots)), times.draft(len(drafters))
-        lay_out = times.lay_out(len(drafters))
+        first = times.first_draft(len(drafters))
         others, alone = sequences + company.elsewhere, self._without_s(drafters, company)
         least = _WORTHWHILE * others / alone
         tokens, seconds, rates = float(others), alone, []
@@ -246,9 +246,8 @@ class MostTokensPerSecond:
             rows, after = passes[place], full[count]
             passes[place] = rows + 1
             tokens += chance
-            seconds += draft[rows + 1] - draft[rows] + after - before + reading
-            if place == 0:
-                seconds += lay_out[rows + 1] - lay_out[rows]
+            own = draft if place else first
+            seconds += own[rows + 1] - own[rows] + after - before + reading
             before = after
             affordable = (seconds - alone) * (others - passes[0]) <= lent * passes[0]
             rates.append(tokens / seconds if affordable else 0.0)
@@ -260,7 +259,7 @@ class MostTokensPerSecond:
         times, sequences, most = self._times, len(drafters) + company.plain, len(slots)
         full, draft = times.full(sequences, most), times.draft(len(drafters))
         rows = [sum([slot.place == place for slot in slots]) for place in range(MOST_DRAFTS)]
-        drafting = times.lay_out(len(drafters))[rows[0]] + sum([draft[count] for count in rows])
+        drafting = times.first_draft(len(drafters))[rows[0]] + sum([draft[count] for count in rows[1:]])
         seconds = self._without_s(drafters, company) + full[most] - full[0] + drafting
         tokens = sequences + company.elsewhere + sum([slot.chance for slot in slots])
         return tokens / (seconds + sum([slot.seconds for slot in slots]))

@@ -1,9 +1,10 @@
 """What steps take, by what is in them: measured, interpolated, and kept up to date. Plain Python.
 
-Seconds of a draft pass depend on its rows. Those of all else in a step (planning, the full pass, choosing tokens)
-depend on how many sequences decode and on the rows of each: two tokens touch twice the experts of one, forty mostly
-the same, at some sizes kernels change, and each sequence has a state to be read and written whatever its rows. To both
-comes what attention reads: the tokens before each row.
+Seconds of a draft pass depend on its rows, and on whether it is a step's first: that one finds the layer's weights in
+no cache, and what lays out all of them counts with it. Those of all else in a step (planning, the full pass, choosing
+tokens) depend on how many sequences decode and on the rows of each: two tokens touch twice the experts of one, forty
+mostly the same, at some sizes kernels change, and each sequence has a state to be read and written whatever its rows.
+To both comes what attention reads: the tokens before each row.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ class Measured:
     full: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     """Of all but drafts, by decoding sequences and rows of each, at the beginning of their texts."""
     draft: Mapping[int, float] = field(default_factory=dict)
-    """Of a draft pass, by its rows."""
+    """Of a draft pass after a step's first, by its rows."""
     reading: Reading = field(default_factory=Reading)
-    lay_out: Mapping[int, float] = field(default_factory=dict)
-    """Of what precedes a step's draft passes, by the rows of the first."""
+    first: Mapping[int, float] = field(default_factory=dict)
+    """Of a step's first draft pass with all that precedes it, by its rows; empty: as the others."""
 
 
 class StepTimes:
-    """The table, a factor on each half of it, and what follows from both.
+    """The table, a factor on each part of it, and what follows from both.
 
     A step like the one before it that takes longer than expected says that the machine has become slower: the factor
     follows. One of other size than that before it, or with far more or less to read, says that the table is wrong
@@ -66,14 +67,11 @@ class StepTimes:
 
     def __init__(self, measured: Measured | None = None) -> None:
         self._full: dict[int, _Curve] = {}
-        self._draft = self._lay_out = _Curve({})
-        self._full_scale = self._draft_scale = 1.0
+        self._drafts = _DraftTimes({}), _DraftTimes({})
+        """Of a step's first draft pass, and of each further one."""
+        self._full_scale = 1.0
         self._rows: dict[int, list[float]] = {}
         """Of the full pass by sequences, then by rows past the first of each; without the factor."""
-        self._drafts: list[float] = [0.0]
-        """Of a draft pass by rows; without the factor."""
-        self._lay_outs: list[float] = [0.0]
-        """The same of what precedes the first."""
         self._reading = [0.0] * len(Reading._fields)
         """What reading costs, without the factors."""
         self._before: tuple[_Places, int] | None = None
@@ -89,23 +87,22 @@ class StepTimes:
     @property
     def is_known(self) -> bool:
         """Whether anything has been measured."""
-        return bool(self._full) and bool(self._draft.places)
+        return bool(self._full) and self._drafts[1].is_known
 
     @property
     def reading(self) -> Reading:
         """As it is now."""
         first, more, draft = self._reading
-        return Reading(first * self._full_scale, more * self._full_scale, draft * self._draft_scale)
+        return Reading(first * self._full_scale, more * self._full_scale, draft * self._drafts[1].scale)
 
     def learn(self, measured: Measured) -> None:
         """Take over a table; empty: nothing is known."""
         self.measured = measured
         self._full = {sequences: _Curve(by_rows) for sequences, by_rows in sorted(measured.full.items()) if by_rows}
-        self._draft, self._lay_out = _Curve(measured.draft), _Curve(measured.lay_out or {1: 0.0})
+        self._drafts = _DraftTimes(measured.first or measured.draft), _DraftTimes(measured.draft)
         self._reading = [*measured.reading]
         self._rows.clear()
         self._known.clear()
-        self._drafts, self._lay_outs = [0.0], [0.0]
         self._before = self._read_before = None
 
     def full(self, sequences: int, most: int) -> list[float]:
@@ -114,14 +111,12 @@ class StepTimes:
         return [scale * seconds for seconds in self._of(sequences, most)]
 
     def draft(self, most: int) -> list[float]:
-        """Seconds of a draft pass with 0, 1, ... `most` rows, or more."""
-        scale = self._draft_scale
-        return [scale * seconds for seconds in self._of_drafts(most)]
+        """Seconds of a draft pass after a step's first with 0, 1, ... `most` rows, or more."""
+        return self._drafts[1].now(most)
 
-    def lay_out(self, most: int) -> list[float]:
-        """Seconds of what precedes draft passes of which the first has 0, 1, ... `most` rows, or more."""
-        scale = self._draft_scale
-        return [scale * seconds for seconds in self._of_lay_outs(most)]
+    def first_draft(self, most: int) -> list[float]:
+        """The same of a step's first one, with all that precedes it."""
+        return self._drafts[0].now(most)
 
     def prefill(self, rows: int) -> float:
         """What rows of prefills add to a step, about: each as much as in the largest that was measured."""
@@ -155,20 +150,24 @@ class StepTimes:
         if self._noted % _ANEW_EVERY == 0:
             self._rows.clear()
 
-    def note_drafts(self, rows: Sequence[int], read: int, seconds: float) -> None:
-        """All draft passes of a step, and what preceded them, took so long; `rows` of each, the first has the most;
-        `read`: tokens before all of them.
+    def note_drafts(self, rows: Sequence[int], read: int, seconds: Sequence[float]) -> None:
+        """The draft passes of a step took so long; `rows` of each, the first has the most; `read`: tokens before all
+        rows of all passes.
         """
         if not self.is_known or not rows:
             return
-        known, reading = self._of_drafts(rows[0]), self._reading[_DRAFT] * read
-        expected = self._of_lay_outs(rows[0])[rows[0]] + sum([known[count] for count in rows]) + reading
+        (first, *further), each = rows, self._reading[_DRAFT] * read / sum(rows)
+        self._drafts[0].note([first], each * first, seconds[0])
+        if not further:
+            return
+        reading, spent = each * sum(further), sum(seconds[1:])
         before, self._read_before = self._read_before, read
         if before is None or _alike(before, read):
-            self._draft_scale = _followed(self._draft_scale, seconds / expected)
+            self._drafts[1].note(further, reading, spent)
         else:
-            ratio = min(max(seconds / (self._draft_scale * expected), _SHORTEST), _LONGEST)
-            self._correct_reading(_DRAFT, ratio, reading / expected)
+            expected = self._drafts[1].expected(further) + self._drafts[1].scale * reading
+            ratio = min(max(spent / expected, _SHORTEST), _LONGEST)
+            self._correct_reading(_DRAFT, ratio, self._drafts[1].scale * reading / expected)
 
     def _of(self, sequences: int, most: int) -> list[float]:
         rows = self._rows.get(sequences, [])
@@ -176,16 +175,6 @@ class StepTimes:
             rows = [self._table(sequences, sequences + more) for more in range(most + 1)]
             self._rows[sequences] = rows
         return rows
-
-    def _of_drafts(self, most: int) -> list[float]:
-        known = self._drafts
-        known += [self._draft.at(rows) for rows in range(len(known), most + 1)]
-        return known
-
-    def _of_lay_outs(self, most: int) -> list[float]:
-        known = self._lay_outs
-        known += [self._lay_out.at(rows) for rows in range(len(known), most + 1)]
-        return known
 
     def _places(self, sequences: int, each: float) -> _Places:
         around = {
@@ -217,6 +206,37 @@ class StepTimes:
         """The numbers of sequences that were measured around this one, and how much each counts."""
         known = [*self._full]
         return {known[index]: share for index, share in _around(known, sequences).items()}
+
+
+class _DraftTimes:
+    """Seconds of one kind of draft pass by its rows, and a factor on them."""
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        self._curve = _Curve(measured)
+        self._by_rows = [0.0]
+        """Without the factor."""
+        self.scale = 1.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self._curve.places)
+
+    def now(self, most: int) -> list[float]:
+        """With 0, 1, ... `most` rows, or more."""
+        known = self._by_rows
+        known += [self._curve.at(rows) for rows in range(len(known), most + 1)]
+        return [self.scale * seconds for seconds in known]
+
+    def expected(self, rows: Sequence[int]) -> float:
+        """Of passes with so many rows; the first has the most."""
+        known = self.now(rows[0])
+        return sum([known[count] for count in rows])
+
+    def note(self, rows: Sequence[int], reading: float, seconds: float) -> None:
+        """Such passes, and `reading` without the factor, took so long."""
+        expected = self.expected(rows) / self.scale + reading
+        self.scale = _followed(self.scale, seconds / expected)
 
 
 class _Places(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 from torch import Tensor
 
 from divisi.kernels.native.fused import Fused
-from divisi.kernels.native.passes import PARTS, DraftPasses, FusedLayer, FusedPasses, PassRows
+from divisi.kernels.native.passes import PARTS, AllDrafted, DraftPasses, FusedLayer, FusedPasses, PassRows
 from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
@@ -85,8 +85,8 @@ class WholePasses:
         stopwatch.split(PARTS, self._drafts.take_seconds())
         return drafted
 
-    def draft_all(self, batches: Sequence[StepBatch], draws: Draws, stopwatch: Stopwatch) -> list[list[int]]:
-        """The draft passes of a step, each from what the one before it draws; return that, pass by pass."""
+    def draft_all(self, batches: Sequence[StepBatch], draws: Draws, stopwatch: Stopwatch) -> AllDrafted:
+        """The draft passes of a step, each from what the one before it draws."""
         assert self._drafts is not None, "the model drafts"
         passes = self._known(batches, self._passes, lambda: DraftPasses([*map(self._rows_of, batches)]))
         drafted = self._drafts.draft_all(passes, draws)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.mixture.layout import Update
+from divisi.kernels.native.passes import AllDrafted
 from divisi.kernels.pass_memory import PassKind
 from divisi.kernels.sampling.layout import Draws
 from divisi.kernels.select import Kernels
@@ -128,8 +129,8 @@ class ModelRunner:
     @torch.inference_mode()
     def draft_all(
         self, batches: Sequence[StepBatch], dispatcher: Dispatcher, draws: Draws
-    ) -> list[list[int]] | None:
-        """All draft passes of a step in one call: what each draws. None where they are to be run one by one.
+    ) -> AllDrafted | None:
+        """All draft passes of a step in one call. None where they are to be run one by one.
 
         The rows of each pass are the first of those before it; `draws` are of the rows of the first.
         """

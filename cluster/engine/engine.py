@@ -36,6 +36,7 @@ from divisi.cluster.engine.step.sampling import Choice, StepSampler, rows_of, te
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.cluster.step_times import StepTimes
+from divisi.kernels.native.passes import AllDrafted
 from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
@@ -72,8 +73,8 @@ class Runner(Protocol):
 
     def draft_all(
         self, batches: Seq[StepBatch], dispatcher: Dispatcher, draws: Draws
-    ) -> list[list[int]] | None:
-        """All draft passes of a step at once: what each draws. None where they are to be run one by one."""
+    ) -> AllDrafted | None:
+        """All draft passes of a step at once. None where they are to be run one by one."""
         ...
 
     def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
@@ -132,9 +133,7 @@ class Engine:
         self._clock = PassClock(device)
         """Of its draft passes."""
         self.draft_seconds: list[float] = []
-        """What those of the last committed step took, one by one."""
-        self.lay_out_seconds = 0.0
-        """And before the first of them."""
+        """What those of the last committed step took, one by one; the first with all that precedes it."""
         self._builder = BatchBuilder(scheduler.config, device, padded=padded)
         self._events: list[TokenEvent] = []
         self._drafts = Drafts()
@@ -234,22 +233,21 @@ class Engine:
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """One more draft of each sequence that drafts so far; or all that the step is to have, with the first."""
         batch = self._builder.build_draft(plan, index, self._drafts)
-        if index == 0:
-            draws = self._sampler.draws(plan.drafting)
-            self._clock.begin()
-            if draws is not None and self._draft_at_once(plan, dispatcher, draws):
-                self._clock.mark(len(plan.counts) - 1)
-                return
+        if index == 0 and self._draft_at_once(plan, dispatcher):
+            return
         self._draft_one(plan.drafting[: plan.counts[index]], index, batch, dispatcher)
         self._clock.mark()
 
-    def _draft_at_once(self, plan: StepPlan, dispatcher: Dispatcher, draws: Draws) -> bool:
-        """Where nothing but the drafts before it decides about a draft, if the model is in this process."""
+    def _draft_at_once(self, plan: StepPlan, dispatcher: Dispatcher) -> bool:
+        """Where nothing but the drafts before it decides about a draft, and the model is in this process."""
+        if (draws := self._sampler.draws(plan.drafting)) is None:
+            return False
         self._stopwatch.lap("scheduler")
         passes = self._runner.draft_all(self._builder.draft_passes, dispatcher, draws)
         if passes is None:
             return False
-        self._drafts.tell(plan.drafting, self._sampler.drafted(plan.drafting, passes))
+        self._clock.mark_all(passes.seconds)
+        self._drafts.tell(plan.drafting, self._sampler.drafted(plan.drafting, passes.tokens))
         return True
 
     def _draft_one(self, runs: Iterable[Run], index: int, batch: StepBatch, dispatcher: Dispatcher) -> None:
@@ -285,15 +283,15 @@ class Engine:
         events = self._commit(plan, choice, prompt_told)
         self._sampler.commit()
         self._stopwatch.lap("scheduler")
-        self.draft_seconds, self.lay_out_seconds = self._clock.seconds(), self._clock.laid_out_s
+        self.draft_seconds = self._clock.seconds()
         if self._times is not None:
             self._note_times(self._times, plan)
         return events
 
     def _note_times(self, times: StepTimes, plan: StepPlan) -> None:
-        drafting = self.lay_out_seconds + sum(self.draft_seconds)
+        drafting = sum(self.draft_seconds)
         more = sum([run.start * run.num_drafts for run in plan.drafting])
-        times.note_drafts(plan.counts[: len(self.draft_seconds)], more, drafting)
+        times.note_drafts(plan.counts[: len(self.draft_seconds)], more, self.draft_seconds)
         if not plan.scans:
             first = sum([run.start for run in plan.rings])
             seconds = perf_counter() - self._begun - drafting

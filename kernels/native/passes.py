@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,8 +91,17 @@ class DraftPasses:
         self.counts = [rows.count for rows in passes]
         self.structs = (_Rows * len(passes))(*(rows.struct for rows in passes))
         self.drawn_KT = (ctypes.c_int64 * (len(passes) * self.counts[0]))()
-        """What was drawn last."""
+        self.seconds_K = (ctypes.c_double * len(passes))()
+        """What was drawn last, and what it took."""
         self._held = passes
+
+
+class AllDrafted(NamedTuple):
+    """What the draft passes of a step give, one by one."""
+
+    tokens: list[list[int]]
+    """Of each row."""
+    seconds: list[float]
 
 
 class FusedPasses:
@@ -138,17 +148,18 @@ class FusedPasses:
         )  # fmt: skip
         return logits_TV, next_TD
 
-    def draft_all(self, passes: DraftPasses, draws: Draws) -> list[list[int]]:
-        """Run the draft passes of a step. Return what each draws.
+    def draft_all(self, passes: DraftPasses, draws: Draws) -> AllDrafted:
+        """Run the draft passes of a step.
 
         `draws` are of the rows of the first pass. The tokens of later passes' rows are written where these have them.
         """
         self._functions.divisi_draft_passes(
             self._model, passes.structs, len(passes.counts), ctypes.byref(_Draws(*draws.addresses)), passes.drawn_KT,
-            self._seconds, torch.get_num_threads(),
+            passes.seconds_K, self._seconds, torch.get_num_threads(),
         )  # fmt: skip
-        most = passes.counts[0]
-        return [passes.drawn_KT[at * most : at * most + count] for at, count in enumerate(passes.counts)]
+        most, drawn = passes.counts[0], passes.drawn_KT
+        tokens = [drawn[at * most : at * most + count] for at, count in enumerate(passes.counts)]
+        return AllDrafted(tokens, passes.seconds_K[:])
 
     def take_seconds(self) -> list[float]:
         """What the PARTS have taken since the last call."""

@@ -149,20 +149,22 @@ extern "C" void divisi_draft_pass(const Model* model, const Rows* rows, float* b
 }
 
 // Passes of a step, one after the other: the rows of each are the first of those before it, and go on from what these drew.
-// tokens: [count, rows of the first pass].
+// tokens: [count, rows of the first pass]; each: seconds that the passes take, one by one.
 extern "C" void divisi_draft_passes(const Model* model, const Rows* passes, long count, const Draws* draws, int64_t* tokens,
-                                    double* seconds, int threads) {
+                                    double* each, double* seconds, int threads) {
   long t = passes[0].count, d = model->embedding.inputs, vocab = model->head.outputs;
   float *turns[] = {scratch<12>(t * d), scratch<13>(t * d)}, *logits = scratch<14>(t * vocab), *before = nullptr;
   int64_t* positions = scratch<1, int64_t>(t);
   for (long i = 0; i < count; i++) {
     const Rows& r = passes[i];
     float* h = turns[i % 2];
+    auto begin = std::chrono::steady_clock::now();
     if (i) memcpy(r.tokens, tokens + (i - 1) * t, r.count * sizeof(int64_t));
     divisi_draft_pass(model, &r, before, h, logits, seconds, threads);
     for (long row = 0; row < r.count; row++) positions[row] = r.positions[row] + 1;
     divisi_choose(logits, vocab, vocab, positions, draws->seeds, draws->temperature, draws->top_k, draws->top_p, draws->log_min_p,
                   tokens + i * t, r.count, threads);
     before = h;
+    each[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   }
 }

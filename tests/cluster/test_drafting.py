@@ -228,10 +228,10 @@ def test_one_that_drafts_slows_sixteen_others_by_a_thirtieth_at_most(company: Co
     assert dearer.depths([taught(dearer, [8] * 60, drafted=8, limit=8)], company) == [0]
 
 
-def test_one_that_drafts_pays_for_what_a_step_with_any_drafts_takes_longer() -> None:
+def test_one_that_drafts_pays_for_the_first_pass_and_what_precedes_it() -> None:
     """Shared by many it is nothing."""
     table = {sequences: {each: 1.0 + 0.001 * sequences * each for each in EACH} for sequences in NUMBERS}
-    measured = Measured(table, dict.fromkeys(NUMBERS, 0.001), lay_out=dict.fromkeys(NUMBERS, 0.2))
+    measured = Measured(table, dict.fromkeys(NUMBERS, 0.001), first=dict.fromkeys(NUMBERS, 0.2))
     policy = MostTokensPerSecond(StepTimes(measured))
     many = [taught(policy, [4] * 40) for _ in range(16)]
     assert policy.depths(many[:1], Company(plain=16)) == [0]
@@ -270,7 +270,7 @@ def test_a_table_that_makes_drafts_too_dear_is_found_out() -> None:
         found.append(depth)
         policy.note(drafter, depth, depth)
         times.note_full(1, 1 + depth, 0, 0, true.full(1, depth)[depth])
-        times.note_drafts([1] * depth, 0, 0.02 * depth)
+        times.note_drafts([1] * depth, 0, [0.02] * depth)
     assert max(found[:5]) == 1
     assert sorted(found[-100:])[50] == 5
 
@@ -286,7 +286,7 @@ def test_a_table_that_makes_only_many_drafts_too_dear_is_found_out() -> None:
         found.append(depth)
         policy.note(drafter, 5, 3)
         times.note_full(1, 1 + depth, 0, 0, true.full(1, depth)[depth])
-        times.note_drafts([1] * depth, 0, 0.02 * depth)
+        times.note_drafts([1] * depth, 0, [0.02] * depth)
     assert set(found[:5]) == {0}
     assert sorted(found[-100:])[50] >= 3
 

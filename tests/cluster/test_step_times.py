@@ -38,9 +38,10 @@ def test_times_follow_what_steps_take() -> None:
     times = StepTimes(Measured(FULL, {1: 0.5}, Reading(0.01, 0.005, 0.002)))
     for _ in range(80):
         times.note_full(4, 12, 100, 200, 3 * (6.0 + 1.0 + 1.0))
-        times.note_drafts((1, 1), 50, 0.5 * (0.5 + 0.5 + 0.1))
+        times.note_drafts((1, 1), 50, [0.25 * (0.5 + 0.05), 0.5 * (0.5 + 0.05)])
     assert times.full(4, 0)[0] == pytest.approx(6.0, rel=0.01)
     assert times.draft(1)[1] == pytest.approx(0.25, rel=0.01)
+    assert times.first_draft(1)[1] == pytest.approx(0.125, rel=0.01)
     assert times.reading == pytest.approx((0.03, 0.015, 0.001), rel=0.01)
 
 
@@ -79,7 +80,7 @@ def test_what_reading_costs_is_found_out_by_steps_that_read_more_or_less() -> No
     for number in range(600):
         read = (50, 1000)[number // 3 % 2]
         if number % 4:
-            times.note_drafts([1] * 5, 5 * read, 2.5 + 0.0002 * 5 * read)
+            times.note_drafts([1] * 5, 5 * read, [0.5 + 0.0002 * read] * 5)
             times.note_full(1, 6, read, 5 * read, 2.0 + 0.001 * read + 0.00025 * 5 * read)
         else:
             times.note_full(1, 1, read, 0, 1.0 + 0.001 * read)

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from time import perf_counter
 
 import torch
 
 
 class PassClock:
-    """Marks the ends of passes, without waiting for them."""
+    """Marks the ends of passes, without waiting for them. The first one's time is from when the step began."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._begun = 0.0
-        self.laid_out_s = 0.0
-        """What preceded the first pass; 0 without any."""
         self._events: list[torch.cuda.Event] = []
         self._times: list[float] = []
 
     def start(self) -> None:
         """A step begins, perhaps once more."""
         self._events, self._times = [], []
-        self._begun, self.laid_out_s = perf_counter(), 0.0
-
-    def begin(self) -> None:
-        """The first pass begins."""
-        self.laid_out_s = perf_counter() - self._begun
         self.mark()
 
-    def mark(self, passes: int = 1) -> None:
-        """A pass ends, or the first one begins; or `passes` end that were one call: each counts as much of it."""
+    def mark(self) -> None:
+        """A pass ends, or the step begins."""
         if self._on_gpu:
             self._events.append(torch.cuda.Event(enable_timing=True))
             self._events[-1].record()
-            return
-        now = perf_counter()
-        before = self._times[-1] if self._times else now
-        self._times += [before + (now - before) * ended / passes for ended in range(1, passes + 1)]
+        else:
+            self._times.append(perf_counter())
+
+    def mark_all(self, seconds: Sequence[float]) -> None:
+        """All passes have ended, which were one call on the host; `seconds` by pass."""
+        first = perf_counter() - sum(seconds[1:])
+        self._times += accumulate(seconds[1:], initial=first)
 
     def seconds(self) -> list[float]:
         """Of each pass that was marked; asked for once the device is past them, which reading a later result shows."""

@@ -115,8 +115,8 @@ class Calibration:
         if cell is None or plan.scans or plan.num_rows != cell.rows:
             return
         self._turn.append(seconds)
-        drafted_s, laid_out_s = self._engine.draft_seconds, self._engine.lay_out_seconds
-        self._samples.add(cell, seconds - laid_out_s - sum(drafted_s), drafted_s, laid_out_s)
+        drafted_s = self._engine.draft_seconds
+        self._samples.add(cell, seconds - sum(drafted_s), drafted_s)
 
     def _goes_on(self) -> bool:
         """Whether the cell's turn is not over."""

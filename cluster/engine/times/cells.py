@@ -75,14 +75,14 @@ class Samples:
     def __init__(self) -> None:
         self._full: dict[Cell, list[float]] = defaultdict(list)
         self._draft: dict[Cell, list[float]] = defaultdict(list)
-        self._lay_out: dict[Cell, list[float]] = defaultdict(list)
+        self._first: dict[Cell, list[float]] = defaultdict(list)
+        """Of a step's first draft pass."""
 
-    def add(self, cell: Cell, full: float, draft: Sequence[float], lay_out: float = 0.0) -> None:
-        """Seconds of one step: all but its drafts, each draft pass, and what was before these."""
+    def add(self, cell: Cell, full: float, draft: Sequence[float]) -> None:
+        """Seconds of one step: all but its drafts, and each draft pass."""
         self._full[cell].append(full)
-        if draft:
-            self._draft[cell] += draft
-            self._lay_out[cell].append(lay_out)
+        self._first[cell] += draft[:1]
+        self._draft[cell] += draft[1:]
 
     def count(self, cell: Cell) -> int:
         """Steps of a kind so far."""
@@ -102,7 +102,8 @@ class Samples:
         for sequences, rows in found:
             larger = [seconds for (most, each), seconds in found.items() if most >= sequences and each >= rows]
             full[sequences][rows] = min(larger)
-        return Measured(dict(full), _by_sequences(self._draft), self._reading(), _by_sequences(self._lay_out))
+        first, further = _by_sequences(self._first), _by_sequences(self._draft)
+        return Measured(dict(full), further or first, self._reading(), first)
 
     def _reading(self) -> Reading:
         """By what the same steps take longer after a long prompt, for each of its tokens."""
@@ -116,7 +117,8 @@ class Samples:
         # all; noise may say so.
         more = min(max(both - first, 0.0) / drafts, both / (1 + drafts))
         alone = both - drafts * more
-        return Reading(alone, more, min(self._slower(self._draft, deepest), alone))
+        passes = self._draft if drafts > 1 else self._first
+        return Reading(alone, more, min(self._slower(passes, deepest), alone))
 
     @staticmethod
     def _slower(times: Mapping[Cell, Sequence[float]], cell: Cell) -> float:
@@ -131,6 +133,6 @@ def _by_sequences(times: Mapping[Cell, Sequence[float]]) -> dict[int, float]:
     """The shortest times of those with short prompts."""
     found: dict[int, float] = {}
     for cell, seconds in times.items():
-        if cell.prompt == 1:
+        if cell.prompt == 1 and seconds:
             found[cell.sequences] = min(found.get(cell.sequences, inf), *seconds)
     return {sequences: min(found[more] for more in found if more >= sequences) for sequences in found}

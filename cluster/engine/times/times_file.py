@@ -29,7 +29,7 @@ class _Content(BaseModel):
     full: dict[int, dict[int, float]]
     draft: dict[int, float]
     reading: tuple[float, float, float]
-    lay_out: dict[int, float]
+    first: dict[int, float]
 
 
 class TimesFile:
@@ -49,7 +49,7 @@ class TimesFile:
             return None
         if content.key != self._key or not content.full or not content.draft:
             return None
-        return Measured(content.full, content.draft, Reading(*content.reading), content.lay_out)
+        return Measured(content.full, content.draft, Reading(*content.reading), content.first)
 
     def write(self, measured: Measured) -> None:
         """Keep a table; says so in the log where that fails."""
@@ -59,7 +59,7 @@ class TimesFile:
             full=full,
             draft=dict(measured.draft),
             reading=measured.reading,
-            lay_out=dict(measured.lay_out),
+            first=dict(measured.first),
         )
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,15 +51,16 @@ def test_the_table_of_samples() -> None:
         samples.add(Cell(2, 1), seconds, [0.5])
     samples.add(Cell(2, 0), 1.5, [])
     assert samples.count(Cell(2, 1)) == 5
-    assert samples.measured() == Measured({2: {2: 1.0, 1: 1.0}}, {2: 0.5}, lay_out={2: 0.0})
+    assert samples.measured() == Measured({2: {2: 1.0, 1: 1.0}}, {2: 0.5}, first={2: 0.5})
 
 
-def test_what_precedes_drafts_is_apart() -> None:
+def test_a_steps_first_draft_is_apart() -> None:
     samples = Samples()
-    for sequences, lay_out in ((1, 0.3), (1, 0.2), (4, 0.6), (8, 0.5)):
-        samples.add(Cell(sequences, 2), 3.0, [0.1, 0.1], lay_out)
+    for sequences, first in ((1, 0.3), (1, 0.2), (4, 0.6), (8, 0.5)):
+        samples.add(Cell(sequences, 2), 3.0, [first, 0.1])
     samples.add(Cell(1, 0), 1.0, [])
-    assert samples.measured().lay_out == {1: 0.2, 4: 0.5, 8: 0.5}
+    assert samples.measured().first == {1: 0.2, 4: 0.5, 8: 0.5}
+    assert samples.measured().draft == {1: 0.1, 4: 0.1, 8: 0.1}
 
 
 def test_what_takes_longer_than_more_was_disturbed() -> None:
@@ -70,7 +71,7 @@ def test_what_takes_longer_than_more_was_disturbed() -> None:
     ):  # fmt: skip
         samples.add(cell, full, draft)
     full = {1: {1: 1.0, 2: 2.5, 3: 3.0}, 2: {1: 2.0, 2: 2.5, 3: 4.0}}
-    assert samples.measured() == Measured(full, {1: 0.3, 2: 0.3}, lay_out={1: 0.0, 2: 0.0})
+    assert samples.measured() == Measured(full, {1: 0.3, 2: 0.3}, first={1: 0.3, 2: 0.3})
 
 
 def test_reading_is_what_a_long_prompt_adds() -> None:
