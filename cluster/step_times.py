@@ -41,7 +41,7 @@ class Reading(NamedTuple):
     """A row of a draft pass."""
 
 
-_DRAFT = Reading._fields.index("draft")
+_FIRST, _MORE, _DRAFT = range(len(Reading._fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +133,18 @@ class StepTimes:
             return
         if (places := self._known.get((sequences, rows))) is None:
             places = self._known[sequences, rows] = self._places(sequences, rows / sequences)
-        more, (first_s, more_s, _) = rows - sequences, self._reading
-        read = first_s * read_first, more_s * read_more
-        expected = self._of(sequences, more)[more] + sum(read)
+        read = self._reading[_FIRST] * read_first, self._reading[_MORE] * read_more
+        expected = sum([weight * curve.seconds[index] for curve, index, weight, _ in places.around]) + sum(read)
         before, self._before = self._before, (places, read_first)
         if before is None or (before[0].between == places.between and _alike(before[1], read_first)):
             self._full_scale = _followed(self._full_scale, seconds / expected)
         else:
             ratio = min(max(seconds / (self._full_scale * expected), _SHORTEST), _LONGEST)
             self._correct(places, ratio, 1 - sum(read) / expected)
-            for index, own in enumerate(read):
-                self._correct_reading(index, ratio, own / expected)
-        for steps, index, share in places.steps:
-            steps[index] += share
+            for part, own in zip((_FIRST, _MORE), read, strict=True):
+                self._correct_reading(part, ratio, own / expected)
+        for curve, index, _, share in places.around:
+            curve.steps[index] += share
         self._noted += 1
         if self._noted % _ANEW_EVERY == 0:
             self._rows.clear()
@@ -177,20 +176,22 @@ class StepTimes:
         return rows
 
     def _places(self, sequences: int, each: float) -> _Places:
-        around = {
-            (known, index): share * part
-            for known, share in self._curves(sequences).items()
-            for index, part in _around(self._full[known].places, each).items()
-        }
-        return _Places([*around], [(self._full[known].steps, index, share) for (known, index), share in around.items()])
+        beyond = max(sequences / next(reversed(self._full)), 1.0)
+        between, around = [], []
+        for known, share in self._curves(sequences).items():
+            curve = self._full[known]
+            further = beyond * max(each / curve.places[-1], 1.0)
+            for index, part in _around(curve.places, each).items():
+                between.append((known, index))
+                around.append((curve, index, share * part * further, share * part))
+        return _Places(between, around)
 
     def _correct(self, places: _Places, ratio: float, part: float) -> None:
         """`ratio`: what a step took to what was expected of it, of which so large a part comes from these places. Those
         that few steps were at are to blame first.
         """
-        blame = [share / (1 + steps[index]) for steps, index, share in places.steps]
-        for (known, index), own in zip(places.between, blame, strict=True):
-            curve = self._full[known]
+        blame = [share / (1 + curve.steps[index]) for curve, index, _, share in places.around]
+        for (curve, index, *_), own in zip(places.around, blame, strict=True):
             followed = _trusted(ratio) * max(_CORRECTION, 1 / (_MEASURED_STEPS + curve.steps[index]))
             curve.seconds[index] *= 1 + followed * part * own / sum(blame) * (ratio - 1)
 
@@ -244,8 +245,8 @@ class _Places(NamedTuple):
 
     between: list[tuple[int, int]]
     """Numbers of sequences, and places on their curves."""
-    steps: list[tuple[list[float], int, float]]
-    """For each, where its steps are counted, and how much of one counts."""
+    around: list[tuple[_Curve, int, float, float]]
+    """The same as curves; how much of each one's seconds such a step takes, and how much of a step counts for it."""
 
 
 class _Curve:
@@ -288,4 +289,6 @@ def _trusted(ratio: float) -> float:
 
 
 def _followed(scale: float, ratio: float) -> float:
-    return scale + _WEIGHT * (min(max(ratio, scale * _SHORTEST), scale * _LONGEST) - scale)
+    """A longer time counts for as little here as in the table, or the two would drift apart."""
+    to = min(max(ratio, scale * _SHORTEST), scale * _LONGEST)
+    return scale + _WEIGHT * _trusted(to / scale) * (to - scale)
