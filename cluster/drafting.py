@@ -159,7 +159,8 @@ class MostTokensPerSecond:
         self._times = times
         self._all = Survival()
         self._steps = 0
-        self._decided: tuple[Sequence[Drafter], Sequence[int], Company] = ((), (), ALONE)
+        self._decided: tuple[Sequence[Drafter], Sequence[int]] = ((), ())
+        """For whom, and in which company but for its context, the depths are."""
         self._depths: list[int] = []
 
     def depths(self, drafters: Sequence[Drafter], company: Company) -> list[int]:
@@ -170,13 +171,13 @@ class MostTokensPerSecond:
         self._steps += 1
         self._all.fade(_FADE_OF_ALL)
         if self._is_to_explore(company):
-            self._decided = (), (), ALONE
+            self._decided = (), ()
             return self._explored(drafters, company)
         if self._steps % _PROBE_EVERY == 0:
-            self._decided = (), (), ALONE
+            self._decided = (), ()
             return self._probed(self._chosen(drafters, company), drafters, company)
-        circumstances = drafters, limits, company._replace(context=0)
-        if self._steps % _KEPT_STEPS == 0 or circumstances != self._decided:
+        circumstances = drafters, company[:-1]
+        if self._steps % _KEPT_STEPS == 0 or circumstances != self._decided or not _within(self._depths, limits):
             self._decided, self._depths = circumstances, self._chosen(drafters, company)
         return self._depths
 
@@ -283,6 +284,10 @@ class MostTokensPerSecond:
             return depths
         hoped = self._slots(drafters, [[1.0] * drafter.limit for drafter in drafters], company)
         return tried if self._best(hoped, drafters, company) else depths
+
+
+def _within(depths: Sequence[int], limits: Sequence[int]) -> bool:
+    return all(depth <= limit for depth, limit in zip(depths, limits, strict=True))
 
 
 def _deep(slots: Sequence[_Slot], drafters: int) -> list[int]:

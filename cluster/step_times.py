@@ -26,6 +26,8 @@ _READING_CORRECTION = 0.3
 """The same of what reading costs, which one kind of step was measured for."""
 _MEASURED_STEPS = 2
 """Steps at a place that its measurement counts for."""
+_ALIKE_EVERY = 4
+"""Of steps that are like the one before, so many are noted once: noting takes a small model's layer's time."""
 _ANEW_EVERY = 16
 """Steps after which corrections count: until then lists of times are kept."""
 
@@ -78,6 +80,10 @@ class StepTimes:
         """Of the last step, and the tokens before the first rows of its sequences."""
         self._read_before: int | None = None
         """By the last step's drafts."""
+        self._last = (0, 0, 0)
+        """Sequences, rows and what was read before them, of the last step that was due."""
+        self._alike = 0
+        """Steps like it since."""
         self._known: dict[tuple[int, int], _Places] = {}
         """By sequences and rows."""
         self._noted = 0
@@ -123,6 +129,15 @@ class StepTimes:
         sequences = next(reversed(self._full))
         each, seconds = self._full[sequences].last
         return self._full_scale * rows * seconds / (sequences * each)
+
+    def is_due(self, sequences: int, rows: int, read_first: int) -> bool:
+        """Whether a step that was like this is to be noted."""
+        known, read = self._last[:2], self._last[2]
+        if (sequences, rows) == known and _alike(read, read_first) and self._alike < _ALIKE_EVERY - 1:
+            self._alike += 1
+            return False
+        self._last, self._alike = (sequences, rows, read_first), 0
+        return True
 
     def note_full(self, sequences: int, rows: int, read_first: int, read_more: int, seconds: float) -> None:
         """All but the drafts of a step took so long: what others cost on the way shows here.

@@ -289,11 +289,13 @@ class Engine:
         return events
 
     def _note_times(self, times: StepTimes, plan: StepPlan) -> None:
+        first = sum([run.start for run in plan.rings])
+        if not times.is_due(len(plan.rings), plan.num_rows, first):
+            return
         drafting = sum(self.draft_seconds)
         more = sum([run.start * run.num_drafts for run in plan.drafting])
         times.note_drafts(plan.counts[: len(self.draft_seconds)], more, self.draft_seconds)
         if not plan.scans:
-            first = sum([run.start for run in plan.rings])
             seconds = perf_counter() - self._begun - drafting
             times.note_full(len(plan.rings), plan.num_rows, first, more, seconds)
 

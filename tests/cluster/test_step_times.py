@@ -76,6 +76,14 @@ def test_a_step_unlike_the_one_before_corrects_the_table() -> None:
     assert times.full(4, 4)[4] == pytest.approx(4.0, rel=0.1), "of others nothing was said"
 
 
+def test_of_steps_like_the_one_before_every_fourth_is_due() -> None:
+    times = StepTimes(Measured(FULL, {1: 0.5}))
+    assert [times.is_due(1, 3, 100 + step) for step in range(9)] == [True, *[False] * 3, True, *[False] * 3, True]
+    assert times.is_due(1, 2, 108)
+    assert times.is_due(1, 2, 1000)
+    assert not times.is_due(1, 2, 1001)
+
+
 def test_what_reading_costs_is_found_out_by_steps_that_read_more_or_less() -> None:
     """It was measured while something disturbed the machine: eight times as long for further rows, twice for drafts."""
     times = StepTimes(Measured({1: {1: 1.0, 6: 2.0}}, {1: 0.5}, Reading(0.001, 0.002, 0.0004)))
