@@ -72,11 +72,13 @@ class Survival:
             for stood, tried, prior in zip(self.stood, self.tried, priors, strict=False)
         ]
 
-    def chances_in_turn(self, guess: float) -> list[float]:
-        """The same, where a position's prior is the chance of the one before it, and the first one's a guess."""
+    def chances_in_turn(self, guess: float, most: int = MOST_DRAFTS) -> list[float]:
+        """The same of the first so many, where a position's prior is the chance of the one before it, and the first
+        one's a guess.
+        """
         weight, found = _PRIOR * self.unit, []
-        for stood, tried in zip(self.stood, self.tried, strict=True):
-            guess = (stood + weight * guess) / (tried + weight)
+        for place in range(most):
+            guess = (self.stood[place] + weight * guess) / (self.tried[place] + weight)
             found.append(guess)
         return found
 
@@ -210,7 +212,7 @@ class MostTokensPerSecond:
 
     def _likely(self, drafters: Sequence[Drafter], company: Company) -> list[_Slot]:
         """The slots, by what is known of each sequence's drafts."""
-        priors = self._all.chances_in_turn(_FIRST_GUESS)
+        priors = self._all.chances_in_turn(_FIRST_GUESS, max([drafter.limit for drafter in drafters]))
         chances = [drafter.survival.chances(priors[: drafter.limit]) for drafter in drafters]
         return self._slots(drafters, chances, company)
 
@@ -221,11 +223,12 @@ class MostTokensPerSecond:
         for all here; `_best` counts exactly.
         """
         sequences, most = len(drafters) + company.plain, sum(map(len, chances))
-        full, draft, reading = self._times.full(sequences, most), self._times.draft(1), self._times.reading
+        full, draft = self._times.full(sequences, most), self._times.draft(1)
+        _, more, draft_read = self._times.reading
         row = (full[most] - full[0]) / most + draft[1] / len(drafters)
         slots = []
         for index, (drafter, of_one) in enumerate(zip(drafters, chances, strict=True)):
-            seconds, all_stand = drafter.context * (reading.more + reading.draft), 1.0
+            seconds, all_stand = drafter.context * (more + draft_read), 1.0
             cost = max(row + seconds, 1e-9)
             for place, chance in enumerate(of_one):
                 all_stand *= chance
@@ -269,7 +272,7 @@ class MostTokensPerSecond:
         """Seconds of a step without drafts."""
         times = self._times
         read = (company.context + sum([drafter.context for drafter in drafters])) * times.reading.first
-        prefill = times.prefill(company.prefill_rows)
+        prefill = times.prefill(company.prefill_rows) if company.prefill_rows else 0.0
         return times.full(len(drafters) + company.plain, 0)[0] + read + prefill
 
     def _probed(self, depths: list[int], drafters: Sequence[Drafter], company: Company) -> list[int]:
