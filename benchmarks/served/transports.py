@@ -164,7 +164,9 @@ async def _streams_send(folder: Path, steps: Callable[[Hand], None]) -> None:
         await writer.drain()
         done.set()
 
-    server = await asyncio.start_unix_server(serve, folder / "s")
+    # Under its name once it listens: who finds it there connects.
+    server = await asyncio.start_unix_server(serve, folder / "new")
+    (folder / "new").rename(folder / "s")
     await done.wait()
     server.close()
 
