@@ -171,7 +171,7 @@ def copy_of(checkout: Path, file: str, added: str) -> Path:
 
 OTHER_TOKENS = """
 import functools
-Sampling.__init__ = functools.partialmethod(Sampling.__init__, frequency_penalty=0.5)
+Sampling.__init__ = functools.partialmethod(Sampling.__init__, frequency_penalty=2.0)
 """
 LATE = """
 import time
