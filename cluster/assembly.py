@@ -37,7 +37,7 @@ from divisi.cluster.gang.loops.threads import CoreShare
 from divisi.cluster.gang.loops.worker_loop import WorkerNetwork
 from divisi.cluster.passes import PassLayers
 from divisi.cluster.spec import GangSpec
-from divisi.cluster.step_times import StepTimes
+from divisi.cluster.step_times.times import StepTimes
 from divisi.kernels.choice import KernelChoice
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.checkpoint import Checkpoint

@@ -1,7 +1,7 @@
 """How many tokens are drafted for whom: plain Python, without torch or a clock.
 
 Each draft that stands is one token more from a step, and each costs a row in the full pass and one in a draft pass.
-What rows cost is measured (`step_times.py`), never assumed. How likely a draft is to stand is learnt from those before
+What rows cost is measured (`step_times/`), never assumed. How likely a draft is to stand is learnt from those before
 it, by sequence and position.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from divisi.cluster.step_times import StepTimes
+from divisi.cluster.step_times.times import StepTimes
 
 MOST_DRAFTS = 8
 _PRIOR = 4.0

@@ -31,7 +31,7 @@ TABLE = {
     "cluster/engine/times/test_calibration.py": "mtp",
     "cluster/engine/test_drafting.py": "mtp",
     "cluster/test_drafting.py": "mtp",
-    "cluster/test_step_times.py": "mtp",
+    "cluster/step_times": "mtp",
     "cluster/telemetry": "telemetry",
     "cluster/dispatch": "dispatch",
     "cluster/gang/membership/layout/test_balance.py": "scale",

@@ -31,7 +31,9 @@ CLI_MAY_IMPORT = (
 MAY_IMPORT_RAY = re.compile(
     r"cluster/ray/|deploy/(leave_node|redeployed|serve_app|serve_client|local_run|scale|worker_count|ray/instance|ray/shared_cluster)\.py"
 )
-ROOMS = tuple(f"cluster/{room}" for room in ("door", "engine", "dispatch", "gang", "ray", "streams", "telemetry"))
+ROOMS = tuple(
+    f"cluster/{room}" for room in ("door", "engine", "dispatch", "gang", "ray", "step_times", "streams", "telemetry")
+)
 API_ROOMS = tuple(f"deploy/api/{room}" for room in ("schema", "body", "compile", "middleware", "reply"))
 MAY_READ_ENVIRONMENT = {
     "deploy/settings.py": "the one place",

@@ -35,7 +35,7 @@ from divisi.cluster.engine.step.plan import NO_OPS, Outcome, Run, StepPlan
 from divisi.cluster.engine.step.sampling import Choice, StepSampler, rows_of, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
-from divisi.cluster.step_times import StepTimes
+from divisi.cluster.step_times.times import StepTimes
 from divisi.kernels.native.passes import AllDrafted
 from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import StepBatch

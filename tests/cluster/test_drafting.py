@@ -16,7 +16,8 @@ from divisi.cluster.drafting import (
     MostTokensPerSecond,
     Survival,
 )
-from divisi.cluster.step_times import Measured, Reading, StepTimes
+from divisi.cluster.step_times.measured import Measured, Reading
+from divisi.cluster.step_times.times import StepTimes
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
 EACH = (1, 2, 3, 4, 6, 9)

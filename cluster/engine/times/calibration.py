@@ -23,7 +23,7 @@ from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.engine.times.cells import STEPS, Cell, Samples, cells
 from divisi.cluster.engine.times.times_file import TimesFile
 from divisi.cluster.request import Request, Sampling
-from divisi.cluster.step_times import StepTimes
+from divisi.cluster.step_times.times import StepTimes
 from divisi.model.dispatcher import Dispatcher
 from divisi.model.sampling.sampler import ChooseTokens, Sampled, Sampler, SamplingBatch
 

@@ -9,7 +9,7 @@ from math import inf
 
 from divisi.cluster.engine.memory.sequence_memory import pages_for
 from divisi.cluster.engine.scheduler import SchedulerConfig
-from divisi.cluster.step_times import Measured, Reading
+from divisi.cluster.step_times.measured import Measured, Reading
 
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _DRAFTS = (0, 1, 2, 3, 5, 8)

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from divisi.cluster.spec import GangSpec
-from divisi.cluster.step_times import Measured, Reading
+from divisi.cluster.step_times.measured import Measured, Reading
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape
 from divisi.cluster.spec import GangSpec
-from divisi.cluster.step_times import Measured, Reading
+from divisi.cluster.step_times.measured import Measured, Reading
 from divisi.model.demo import checkpoint_dir
 from tests.support.model_steps import LayerByLayer
 from tests.support.thread_gang import small_spec

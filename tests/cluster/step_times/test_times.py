@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from divisi.cluster.step_times import Measured, Reading, StepTimes
+from divisi.cluster.step_times.measured import Measured, Reading
+from divisi.cluster.step_times.times import StepTimes
 
 FULL = {1: {1: 1.0, 3: 2.0}, 4: {1: 2.0, 3: 6.0}}
 """By sequences and rows of each."""
