@@ -1,4 +1,4 @@
-"""Who takes part in an epoch."""
+"""The seats of a gang, their ranks, and who takes part in an epoch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import pytest
 
 from divisi.cluster.seats import Address, GangShape, Membership, Seat
 from divisi.model.placement import Layout
+
+
+def test_ranks_number_workers_first() -> None:
+    shape = GangShape(2, 3)
+    assert [str(seat) for seat in shape.seats] == ["attention:0", "attention:1", "expert:0", "expert:1", "expert:2"]
+    assert [shape.rank(seat) for seat in shape.seats] == list(range(5))
+    assert list(shape.shard_ranks) == [2, 3, 4]
+
+
+def test_colocated_ranks_hold_the_shards() -> None:
+    shape = GangShape(3, 3, colocated=True)
+    assert [str(seat) for seat in shape.seats] == ["attention:0", "attention:1", "attention:2"]
+    assert (shape.size, list(shape.shard_ranks)) == (3, [])
+    with pytest.raises(ValueError, match="as many expert shards"):
+        GangShape(3, 2, colocated=True)
 
 
 def membership(absent: frozenset[Seat], layout: Layout) -> Membership:

@@ -32,6 +32,12 @@ def enter_all(roster: Roster, ids: list[str]) -> int:
     return epoch
 
 
+def seats_of(roster: Roster) -> list[str]:
+    assert roster.membership is not None, roster.explain()
+    assert len(roster.membership.holders) == len(roster.membership.addresses) == roster.membership.size
+    return [str(seat) for seat in roster.membership.seats]
+
+
 def wanted(roster: Roster, applicant: Applicant, now: float) -> int | None:
     """The seat that an applicant is to load for."""
     share = roster.vacancy(applicant, now)
