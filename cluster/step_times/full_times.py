@@ -61,7 +61,7 @@ class FullTimes:
             places.correct(ratio, 1 - reading / expected)
             self._first = corrected_reading(self._first, ratio, first / expected)
             self._more = corrected_reading(self._more, ratio, more / expected)
-        places.count()
+        places.note()
         self._noted += 1
         if self._noted % _ANEW_EVERY == 0:
             self._table.renew()

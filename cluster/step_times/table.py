@@ -47,7 +47,7 @@ class Neighbours(NamedTuple):
         """What such a step takes."""
         return sum([weight * curve.seconds[index] for curve, index, weight, _ in self.around])
 
-    def count(self) -> None:
+    def note(self) -> None:
         """There was a step of this kind."""
         for curve, index, _, share in self.around:
             curve.steps[index] += share
