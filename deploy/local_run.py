@@ -28,14 +28,14 @@ from divisi.cluster.ray.identity import named
 from divisi.cluster.spec import GangSpec
 from divisi.deploy.core_use import JOINED, core_lines, core_plan, waiting_policy
 from divisi.deploy.haproxy.environment import LOOPBACK
-from divisi.deploy.interruptible import Interruptible, Stopped
 from divisi.deploy.logs import LogFileError, with_default_file
 from divisi.deploy.ray.address import find_cluster
 from divisi.deploy.ray.instance import RayInstance, Told, Wish, ray_instance
+from divisi.deploy.ray.interruptible import Interruptible, Stopped
 from divisi.deploy.ray.shared_cluster import Claim, ClusterOccupied
+from divisi.deploy.ray.start_errors import StartFailed, in_one_line, one_line
 from divisi.deploy.serve_app import build_from, gang_spec
 from divisi.deploy.settings import Settings, SettingsError, Surroundings
-from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
 from divisi.deploy.supervision import Orders, say
 from divisi.kernels.choice import kernels_here
 

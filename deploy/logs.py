@@ -13,7 +13,7 @@ from pathlib import Path
 
 from divisi.cluster.errors import DivisiError
 from divisi.cluster.telemetry.context import LOG_IDS
-from divisi.deploy.setting_groups import LogSettings
+from divisi.deploy.settings.groups import LogSettings
 
 _DEFAULT_MAX_BYTES = 64 * 2**20
 

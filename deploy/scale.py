@@ -19,8 +19,8 @@ from divisi.cluster.gang.membership.layout.scaling import PARTS, ScaleStatus
 from divisi.cluster.ray.coordinator import find_coordinator
 from divisi.cluster.ray.identity import gang_of
 from divisi.deploy.ray.address import ClusterAddress, find_cluster
+from divisi.deploy.ray.start_errors import in_one_line
 from divisi.deploy.settings import SettingsError, Surroundings
-from divisi.deploy.start_errors import in_one_line
 
 _LOOK_EVERY_S = 0.1
 _ANSWER_S = 10.0

@@ -31,16 +31,16 @@ from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.spec import TelemetrySpec
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.application.live_settings import refusal, told, with_live
+from divisi.deploy.application.redeployed import keep_told, told_before
+from divisi.deploy.application.serve_client import ServeEngineClient
+from divisi.deploy.application.worker_count import worker_count
 from divisi.deploy.core_use import JOINED
 from divisi.deploy.fit import fit, used_model
 from divisi.deploy.limits import Gate, GateLimits, KeyFile
-from divisi.deploy.live_settings import refusal, told, with_live
 from divisi.deploy.logs import configure_logs
-from divisi.deploy.redeployed import keep_told, told_before
 from divisi.deploy.routing import TOKENS_PER_REQUEST
-from divisi.deploy.serve_client import ServeEngineClient
 from divisi.deploy.settings import Settings, SettingsError
-from divisi.deploy.worker_count import worker_count
 from divisi.kernels.choice import kernels_here
 from divisi.model.config import ModelConfig
 from divisi.model.text import TextCodec
@@ -134,7 +134,7 @@ class AttentionWorker:
             configure_logs(settings.log, "attention")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """For `divisi.deploy.queue_policy`: the queue of this worker, and what the whole gang has no room for."""
+        """For `application.queue_policy`: the queue of this worker, and what the whole gang has no room for."""
         report = self._rank.last_report
         queued = report.queued_tokens + TOKENS_PER_REQUEST * report.unfinished
         return {"queued_tokens": queued, "refused_tokens": self._rank.refused_tokens}

@@ -10,7 +10,7 @@ from typing import Protocol
 from ray.serve.autoscaling_policy import _apply_delay_logic, _apply_scaling_factors
 from ray.serve.config import AutoscalingConfig
 
-from divisi.deploy.queue_policy import QueueDepth, QueueRule
+from divisi.deploy.application.queue_policy import QueueDepth, QueueRule
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from divisi.benchmarks.autoscaling.cases import PEAK_PER_WORKER, SIZES, Case, ma
 from divisi.benchmarks.autoscaling.deciders import ByQueue, ByServe, Decider, Fixed
 from divisi.benchmarks.autoscaling.gang import Model, Outcome, SimulatedGang
 from divisi.benchmarks.autoscaling.plot import Panel, plot
-from divisi.deploy.gang_settings import AutoscalingSettings
-from divisi.deploy.queue_policy import QueueRule
+from divisi.deploy.application.queue_policy import QueueRule
 from divisi.deploy.settings import Settings
+from divisi.deploy.settings.gang import AutoscalingSettings
 
 
 def default_rule(most: int, max_seqs: int) -> QueueRule:

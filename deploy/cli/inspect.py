@@ -184,7 +184,7 @@ def _table(ranks: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _size_of(text: str) -> int:
-    from divisi.deploy.setting_values import parse_bytes
+    from divisi.deploy.settings.values import parse_bytes
 
     try:
         return int(str(parse_bytes(text)))

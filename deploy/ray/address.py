@@ -7,8 +7,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from divisi.deploy.ray.start_errors import StartFailed
 from divisi.deploy.settings import SettingsError, Surroundings
-from divisi.deploy.start_errors import StartFailed
 
 CONNECT_S = 3.0
 _SHORT_TEMP_DIR = Path("/tmp")

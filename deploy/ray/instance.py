@@ -17,13 +17,13 @@ import ray
 from ray import serve
 
 from divisi.deploy.haproxy.environment import PYTHON_PROXY, Front, haproxy
-from divisi.deploy.interruptible import Interruptible
 from divisi.deploy.ray.address import ClusterAddress, find_cluster, short_temp_dir
+from divisi.deploy.ray.interruptible import Interruptible
 from divisi.deploy.ray.port_lock import hold_port, resolve
 from divisi.deploy.ray.shared_cluster import Claim, check_address, check_application, head_is_here, serve_address
-from divisi.deploy.setting_groups import HttpSettings
+from divisi.deploy.ray.start_errors import in_one_line
 from divisi.deploy.settings import Surroundings, set_environment
-from divisi.deploy.start_errors import in_one_line
+from divisi.deploy.settings.groups import HttpSettings
 
 _JOIN_S = 30.0
 """Longest time for joining a cluster at whose address somebody listens; an idle machine needs one second."""

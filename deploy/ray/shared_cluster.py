@@ -20,7 +20,7 @@ from ray.serve.context import _get_global_client
 
 from divisi.cluster.errors import DivisiError
 from divisi.cluster.ray.actors import NAMESPACE
-from divisi.deploy.setting_groups import HttpSettings
+from divisi.deploy.settings.groups import HttpSettings
 
 _CALL_S = 10.0
 _FREE_S = 20.0

@@ -6,7 +6,7 @@ from configparser import RawConfigParser
 from importlib.resources import files
 
 from divisi.deploy.cli.main import build_parser
-from divisi.deploy.setting_groups import LimitSettings
+from divisi.deploy.settings.groups import LimitSettings
 from divisi.deploy.supervision.deadlines import KEEPER_S, TAKE_DOWN_S
 
 

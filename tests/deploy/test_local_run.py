@@ -27,9 +27,9 @@ from divisi.model.random_checkpoint import write_random_checkpoint
 OWN_RAY = """
 import subprocess, sys, threading
 import ray
-from divisi.deploy.interruptible import Interruptible
+from divisi.deploy.ray.interruptible import Interruptible
 from divisi.deploy.ray.instance import Told, Wish, ray_instance
-from divisi.deploy.setting_groups import HttpSettings
+from divisi.deploy.settings.groups import HttpSettings
 from divisi.deploy.settings import Surroundings
 wish = Wish("divisi", HttpSettings(port=0), ranks=1)
 told = Told(lambda joined: None, lambda folder: None, print)

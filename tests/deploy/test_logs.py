@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from divisi.deploy.logs import LogFileError, check_log_file, configure_logs, with_default_file
-from divisi.deploy.setting_groups import LogSettings
+from divisi.deploy.settings.groups import LogSettings
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ WRITER = """
 import logging, sys
 from pathlib import Path
 from divisi.deploy.logs import configure_logs
-from divisi.deploy.setting_groups import LogSettings
+from divisi.deploy.settings.groups import LogSettings
 name, file, lines = sys.argv[1:]
 configure_logs(LogSettings(file=Path(file), max_file_bytes=2**16), name)
 for number in range(int(lines)):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from divisi.deploy.cli.main import main
-from divisi.deploy.setting_values import parse_bytes
+from divisi.deploy.settings.values import parse_bytes
 from divisi.model.demo import checkpoint_dir
 from tests.k8s.helm import preset, render, settings_of
 from tests.support.sparse_checkpoint import write_sparse_checkpoint

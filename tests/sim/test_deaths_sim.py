@@ -10,7 +10,7 @@ import pytest
 
 from divisi.cluster.errors import WorkerLeft, WorkerLost
 from divisi.cluster.request import Request, TokenEvent
-from divisi.deploy.journal import Journal
+from divisi.deploy.application.journal import Journal
 from tests.sim.world import Answer, Worker, World
 from tests.support import tiny_grammar
 

@@ -20,7 +20,7 @@ from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
 from divisi.cluster.engine.sequence import Status
 from divisi.cluster.errors import AnswerLost, RequestRejected, StepAborted, WorkerLeft, WorkerLost
 from divisi.cluster.request import Request, TokenEvent
-from divisi.deploy.journal import MAX_DEATHS, Journal
+from divisi.deploy.application.journal import MAX_DEATHS, Journal
 from divisi.model.sampling.sampler import Sampler
 from divisi.model.stopwatch import Stopwatch
 from tests.sim.test_engine_sim import Trace

@@ -14,8 +14,8 @@ from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.ranks import WorkerStats, show_coordinator, show_shard, show_worker
 from divisi.cluster.telemetry.spec import TelemetrySpec
 from divisi.deploy.api.metrics import Metrics
+from divisi.deploy.application.moved_answers import MovedAnswers
 from divisi.deploy.limits import Gate, GateLimits
-from divisi.deploy.moved_answers import MovedAnswers
 
 ENGINE = EngineStats(
     running=1, waiting=0, queued_tokens=0, free_pages=1, total_pages=2, free_slots=1, total_slots=2, steps=1,

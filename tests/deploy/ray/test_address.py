@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from divisi.deploy.ray.address import ClusterAddress, find_cluster, short_temp_dir
+from divisi.deploy.ray.start_errors import StartFailed
 from divisi.deploy.settings import SettingsError, Surroundings
-from divisi.deploy.start_errors import StartFailed
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from ray.exceptions import RayError
 
 from divisi.cluster.errors import GangNotReady
 from divisi.cluster.gang.membership.status import CoordinatorStatus
-from divisi.deploy import serve_client
-from tests.deploy.serve_client.support import (
+from divisi.deploy.application import serve_client
+from tests.deploy.application.serve_client.support import (
     Coordinator,
     Make,
     at_once,

@@ -29,9 +29,9 @@ from divisi.cluster.telemetry.context import current_traceparent
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.rows import stat_rows
 from divisi.deploy.api.engine_client import GangStatus
-from divisi.deploy.journal import Journal
+from divisi.deploy.application.journal import Journal
+from divisi.deploy.application.moved_answers import MovedAnswers
 from divisi.deploy.limits import Gate, GateLimits
-from divisi.deploy.moved_answers import MovedAnswers
 from divisi.deploy.routing import QueuedTokens, WorkerReport
 
 _FRESH_S = 0.5

@@ -26,9 +26,9 @@ from typing import Any, Self, get_args
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from divisi.deploy.gang_settings import GangSettings
 from divisi.deploy.routing import TOKENS_PER_REQUEST
-from divisi.deploy.setting_groups import (
+from divisi.deploy.settings.gang import GangSettings
+from divisi.deploy.settings.groups import (
     AuthSettings,
     CacheSettings,
     Group,

@@ -10,7 +10,7 @@ from typing import Any
 from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.request import EndReason, Request, Sampling, TokenEvent
 from divisi.cluster.telemetry.process import Telemetry
-from divisi.deploy.serve_client import ServeEngineClient
+from divisi.deploy.application.serve_client import ServeEngineClient
 from tests.support.scripted_worker import ScriptedWorker, token
 
 

@@ -13,9 +13,9 @@ from ray.serve._private.common import DeploymentID, TimeStampedValue
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingContext
 
-from divisi.deploy.queue_policy import QueueDepth, QueueRule, decide, waiting_tokens, wanted
+from divisi.deploy.application.queue_policy import QueueDepth, QueueRule, decide, waiting_tokens, wanted
+from divisi.deploy.application.worker_count import queue_rule, worker_count
 from divisi.deploy.settings import Settings
-from divisi.deploy.worker_count import queue_rule, worker_count
 
 RULE = QueueRule(least=1, most=8, tokens_per_worker=100, upscale_delay_s=2, downscale_delay_s=10)
 

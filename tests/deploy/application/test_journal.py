@@ -8,7 +8,7 @@ import pytest
 
 from divisi.cluster.errors import AnswerLost, WorkerLeft, WorkerLost
 from divisi.cluster.request import Request, Sampling, TokenEvent, TokenLogprob
-from divisi.deploy.journal import MAX_DEATHS, Journal
+from divisi.deploy.application.journal import MAX_DEATHS, Journal
 
 REQUEST = Request("r", (1, 2, 3), 9, Sampling(seed=4), frozenset({0}), logprobs=1, prompt_logprobs=1, arrived=5.0)
 LOST, LEFT = WorkerLost("gone"), WorkerLeft("gone")

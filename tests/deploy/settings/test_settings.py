@@ -10,8 +10,8 @@ import pytest
 
 from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
 from divisi.cluster.seats import GangShape
-from divisi.deploy.setting_values import parse_bytes
 from divisi.deploy.settings import CONFIG_VARIABLE, Settings, SettingsError, Surroundings, read_config_file
+from divisi.deploy.settings.values import parse_bytes
 
 TOML = '[model]\nmodel_dir = "/m/tiny"\n[gang]\nexpert_shards = 2\n[cache]\nkv_memory = "64MiB"\n'
 
@@ -257,7 +257,7 @@ def test_the_shape_of_the_gang(gang: dict[str, object], shape: GangShape) -> Non
     assert Settings.from_args(settings.model_dump(mode="json")).gang.shape == shape
 
 
-@pytest.mark.parametrize("example", sorted((Path(__file__).parents[2] / "deploy/examples").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("example", sorted((Path(__file__).parents[3] / "deploy/examples").glob("*.yaml")), ids=str)
 def test_the_examples_are_valid(example: Path) -> None:
     applications = read_config_file(example)["applications"]
     settings = Settings.from_args(applications[0]["args"])

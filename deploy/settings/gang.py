@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from divisi.cluster.gang.membership.layout.wait_policy import WaitRule
 from divisi.cluster.seats import GangShape
-from divisi.deploy.setting_groups import Group
-from divisi.deploy.setting_values import HerePath
+from divisi.deploy.settings.groups import Group
+from divisi.deploy.settings.values import HerePath
 from divisi.kernels.choice import checked_choice
 
 

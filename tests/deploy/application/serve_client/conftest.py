@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from divisi.cluster.seats import GangShape, StreamAddress
-from divisi.deploy import serve_client
+from divisi.deploy.application import serve_client
+from divisi.deploy.application.serve_client import ServeEngineClient
 from divisi.deploy.limits import Gate, GateLimits
-from divisi.deploy.serve_client import ServeEngineClient
-from tests.deploy.serve_client.support import Coordinator
+from tests.deploy.application.serve_client.support import Coordinator
 from tests.support.scripted_worker import HOST, SECRET, ScriptedWorker, running
 from tests.support.thread_gang import small_spec
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from divisi.deploy.interruptible import Interruptible, Stopped
+from divisi.deploy.ray.interruptible import Interruptible, Stopped
 
 
 def test_what_a_call_returns_and_raises() -> None:

@@ -14,13 +14,13 @@ from divisi.cluster.errors import GangNotReady, Overloaded, RequestRejected
 from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.seats import StreamAddress
 from divisi.cluster.streams.wire import Report
-from divisi.deploy import serve_client
 from divisi.deploy.api.app import build_app
 from divisi.deploy.api.settings import ApiSettings
+from divisi.deploy.application import serve_client
 from divisi.deploy.limits import Gate, GateLimits, ServerStopping
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
 from divisi.model.text import TextCodec
-from tests.deploy.serve_client.support import (
+from tests.deploy.application.serve_client.support import (
     Coordinator,
     Make,
     at_once,

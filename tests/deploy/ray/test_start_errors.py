@@ -6,9 +6,9 @@ import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
 from divisi.cluster.errors import DivisiError
-from divisi.deploy.interruptible import Stopped
+from divisi.deploy.ray.interruptible import Stopped
+from divisi.deploy.ray.start_errors import StartFailed, in_one_line, one_line
 from divisi.deploy.settings import SettingsError
-from divisi.deploy.start_errors import StartFailed, in_one_line, one_line
 
 DEPLOY_FAILED = """\
 Deploying app 'divisi' failed with exception:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyNetwork, model_validator
 
 from divisi.cluster.nodes import NodeChoice, Placement
-from divisi.deploy.setting_values import (
+from divisi.deploy.settings.values import (
     COMMAS,
     Bytes,
     FilePath,

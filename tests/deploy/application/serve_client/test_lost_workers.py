@@ -13,8 +13,8 @@ from divisi.cluster.gang.membership.status import CoordinatorStatus
 from divisi.cluster.request import Request, TokenEvent
 from divisi.cluster.telemetry.process import Telemetry
 from divisi.cluster.telemetry.spec import TelemetrySpec
-from divisi.deploy import journal, serve_client
-from tests.deploy.serve_client.support import (
+from divisi.deploy.application import journal, serve_client
+from tests.deploy.application.serve_client.support import (
     Coordinator,
     Make,
     collect,

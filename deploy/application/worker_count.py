@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from divisi.deploy.queue_policy import QueueDepth, QueueRule
+from divisi.deploy.application.queue_policy import QueueDepth, QueueRule
 from divisi.deploy.settings import Settings
 
 _STATS_EVERY_S = 0.25

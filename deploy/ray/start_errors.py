@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from divisi.cluster.errors import DivisiError
-from divisi.deploy.interruptible import Stopped
+from divisi.deploy.ray.interruptible import Stopped
 from divisi.deploy.settings import SettingsError
 
 

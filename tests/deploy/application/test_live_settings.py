@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from divisi.deploy.live_settings import LIVE, refusal, told, with_live
+from divisi.deploy.application.live_settings import LIVE, refusal, told, with_live
 from divisi.deploy.settings import Settings, SettingsError
 from divisi.model.demo import checkpoint_dir
 

@@ -1,0 +1,1 @@
+"""What the Ray Serve application is made of, besides its deployments: see `serve_app`."""
