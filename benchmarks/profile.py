@@ -29,7 +29,7 @@ from divisi.kernels.choice import OPERATIONS, kernels_here
 from divisi.kernels.native.fused import Fused
 from divisi.kernels.select import Kernels, select_kernels
 from divisi.model.config import ModelConfig
-from divisi.model.packing import matrices_of_a_token
+from divisi.model.footprint.packing import matrices_of_a_token
 
 _CELLS = (("decode", 1), ("decode", 4), ("decode", 16), ("decode", 32), ("prefill", 512), ("prefill", 4096))
 _STEPS = 32

@@ -21,12 +21,12 @@ from divisi.model.dispatcher import Dispatcher, InProcess
 from divisi.model.experts import ExpertBank
 from divisi.model.layers.block import Block
 from divisi.model.layers.head import logits
+from divisi.model.layers.passes import WholePasses
 from divisi.model.layers.rotary import Rotary
+from divisi.model.layers.turns import in_turns
 from divisi.model.mtp import Drafted, MtpLayer
-from divisi.model.passes import WholePasses
 from divisi.model.state import Pairs, StateStore
 from divisi.model.stopwatch import Stopwatch
-from divisi.model.turns import in_turns
 from divisi.model.weights import Weights
 
 

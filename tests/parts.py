@@ -76,7 +76,7 @@ TABLE = {
     "k8s": "chart",
     "kernels": "kernels",
     "model": "step",
-    "model/test_turns.py": "dispatch",
+    "model/layers/test_turns.py": "dispatch",
     "model/sampling/test_coupled.py": "mtp",
     "parity": "step",
     "parity/test_bf16.py": "kernels",

@@ -33,8 +33,8 @@ def kv_memory_left(
     Each page brings the rotations of its positions along, up to the model's last one. Raises SettingsError where
     weights and state slots leave nothing.
     """
+    from divisi.model.footprint.scratch import rotation_bytes
     from divisi.model.placement import Role
-    from divisi.model.scratch import rotation_bytes
 
     shape, cache = settings.gang.shape, settings.cache
     virtual = settings.gang.virtual_shards
@@ -59,7 +59,7 @@ def weight_bytes(role: Role, fitted: Fit, config: ModelConfig, checkpoint: Check
     """Of a rank's weights in memory."""
     from divisi.model.checkpoint import rank_tensors
     from divisi.model.config import DTYPE_BYTES
-    from divisi.model.packing import packing_bytes
+    from divisi.model.footprint.packing import packing_bytes
 
     total = packing_bytes(config, role) if (fitted.device, fitted.dtype) == ("cpu", "bfloat16") else 0
     for label, num_bytes in rank_tensors(config, checkpoint.tensors, role).items():

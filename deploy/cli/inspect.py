@@ -117,7 +117,7 @@ def _rank(role: Role, settings: Settings, fitted: Fit, config: ModelConfig, chec
 def _work_memory(role: Role, tokens: int, settings: Settings, fitted: Fit, config: ModelConfig) -> dict[str, int]:
     """Rotations of the positions that the KV can hold; a step's values, for which a GPU has its fraction's rest."""
     from divisi.kernels.choice import packs_here
-    from divisi.model.scratch import rotation_bytes, scratch_bytes
+    from divisi.model.footprint.scratch import rotation_bytes, scratch_bytes
 
     rotations, cache = rotation_bytes(config, min(config.max_position_embeddings, tokens)), settings.cache
     if fitted.device != "cpu":

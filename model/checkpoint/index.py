@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from divisi.model.config.tensor_names import INDEX_FILE, SINGLE_FILE
 from divisi.model.errors import CheckpointError
-from divisi.model.tensor_names import INDEX_FILE, SINGLE_FILE
 
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from divisi.model.checkpoint.layout import EXPERT_PARTS
 from divisi.model.config import ModelConfig
+from divisi.model.config.tensor_names import SINGLE_FILE
 from divisi.model.demo.network import Network
 from divisi.model.demo.tokenizer import END_OF_TEXT, END_OF_TURN
-from divisi.model.tensor_names import SINGLE_FILE
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],

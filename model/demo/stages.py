@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from divisi.model.config import ModelConfig
+from divisi.model.config.tensor_names import SINGLE_FILE
 from divisi.model.demo.corpus.conversation import render
 from divisi.model.demo.corpus.mixture import Mix, make_conversation
 from divisi.model.demo.corpus.words import Words
@@ -18,7 +19,6 @@ from divisi.model.demo.network import Network
 from divisi.model.demo.network.induction import plant_induction
 from divisi.model.demo.tokenizer import train_tokenizer, write_tokenizer
 from divisi.model.demo.train import TASTE, Job, Stage, train
-from divisi.model.tensor_names import SINGLE_FILE
 from divisi.model.text.template import ChatTemplate
 
 _CONVERSATIONS = 12_000

@@ -1,1 +1,1 @@
-"""The parts of a decoder layer. Each is a function of its weights, its memory and the step's rows."""
+"""The parts of a decoder layer, each a function of its weights, memory and a step's rows; and walks over all layers."""

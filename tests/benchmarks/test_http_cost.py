@@ -11,7 +11,7 @@ from divisi.benchmarks.http_cost.capture import capture, check_answer
 from divisi.benchmarks.http_cost.layers import layer_table, measure_layers
 from divisi.benchmarks.http_cost.report import make_setup, unchunked, with_events
 from divisi.benchmarks.http_cost.servers import APPS, Setup
-from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.random_checkpoint.tokenizer import write_random_tokenizer
 from divisi.model.text import TextCodec
 
 TOKENS = 10

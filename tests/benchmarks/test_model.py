@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from divisi.benchmarks.model import fill_vocabulary
-from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.random_checkpoint.tokenizer import write_random_tokenizer
 from divisi.model.text import TextCodec
 
 

@@ -11,7 +11,7 @@ from llguidance import LLParserLimits
 from numpy.typing import NDArray
 
 from divisi.cluster.engine.grammar import Grammars, Guide, Guided
-from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.random_checkpoint.tokenizer import write_random_tokenizer
 from divisi.model.text.errors import TextError
 from divisi.model.text.grammar.tokens import GrammarVocabulary
 from tests.support.fake_runner import VOCAB

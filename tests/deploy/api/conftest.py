@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from divisi.deploy.api import ApiSettings
-from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.random_checkpoint.tokenizer import write_random_tokenizer
 from divisi.model.text import TextCodec
 from tests.deploy.api.fake_engine import FakeEngine, serve
 

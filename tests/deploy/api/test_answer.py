@@ -18,7 +18,7 @@ from divisi.deploy.api.compile.parsing import ParseRule, ReasoningPart
 from divisi.deploy.api.reply.answer import Answer, Delta
 from divisi.deploy.api.reply.chat import ChatWriter
 from divisi.deploy.api.reply.completions import CompletionWriter
-from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.random_checkpoint.tokenizer import write_random_tokenizer
 from divisi.model.text import TextCodec, Tokenizer
 from divisi.model.text.tags import CALL, CALL_END, TAGS, THINK, THINK_END, tag_ids
 from divisi.model.text.tool_calls import CallPart, RevokedPart, TextPart

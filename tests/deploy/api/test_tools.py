@@ -12,7 +12,7 @@ import openai
 import pytest
 from llguidance import LLMatcher
 
-from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.random_checkpoint.tokenizer import write_random_tokenizer
 from divisi.model.text import ChatTemplate, TextCodec
 from divisi.model.text.grammar.tokens import GrammarVocabulary
 from tests.deploy.api.conftest import MODEL, SETTINGS

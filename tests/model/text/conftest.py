@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from divisi.model.random_tokenizer import write_random_tokenizer
+from divisi.model.random_checkpoint.tokenizer import write_random_tokenizer
 from divisi.model.text import Tokenizer
 
 

@@ -35,7 +35,7 @@ THINKING = (
 )
 CALLS = "{% for t in m.tool_calls or [] %}<tool_call>{{ t.function | tojson }}</tool_call>{% endfor %}"
 TEMPLATES = {
-    "chatml": (ROOT / "model/chatml.jinja").read_text(encoding="utf-8"),
+    "chatml": (ROOT / "model/random_checkpoint/chatml.jinja").read_text(encoding="utf-8"),
     "demo": (ROOT / "model/demo/chat_template.jinja").read_text(encoding="utf-8"),
     "splits": loop(THINKING + turn("{{ c }}") + CALLS),
     "strips": loop(turn("{{ m.content.strip() | trim }}")),

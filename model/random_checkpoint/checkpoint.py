@@ -19,8 +19,8 @@ from torch import Tensor
 
 from divisi.model.checkpoint.layout import ExpertLayout, Shape, expert_shapes, main_shapes, packed_shapes
 from divisi.model.config import ModelConfig
-from divisi.model.random_tokenizer import END_OF_TEXT, END_OF_TURN, write_random_tokenizer
-from divisi.model.tensor_names import INDEX_FILE, SINGLE_FILE
+from divisi.model.config.tensor_names import INDEX_FILE, SINGLE_FILE
+from divisi.model.random_checkpoint.tokenizer import END_OF_TEXT, END_OF_TURN, write_random_tokenizer
 
 _Draw = Callable[[Shape, torch.Generator], Tensor]
 

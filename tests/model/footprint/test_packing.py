@@ -16,7 +16,7 @@ from divisi.model.checkpoint import Checkpoint, rank_tensors
 from divisi.model.config import ModelConfig
 from divisi.model.demo import checkpoint_dir
 from divisi.model.experts import ExpertBank
-from divisi.model.packing import matrices_of_a_token, packing_bytes
+from divisi.model.footprint.packing import matrices_of_a_token, packing_bytes
 from divisi.model.placement import Role, whole_share
 from divisi.model.weights import load_weights
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from divisi.kernels.select import select_kernels
+from divisi.model.layers.turns import in_turns
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
-from divisi.model.turns import in_turns
 from tests.support.model_steps import CPU, LayerByLayer, ModelSteps
 
 CONFIG = SMALL_CONFIG | {

@@ -14,9 +14,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from divisi.model.config.hf_config import normalise
+from divisi.model.config.tensor_names import count_mtp_layers
 from divisi.model.errors import ConfigError
-from divisi.model.hf_config import normalise
-from divisi.model.tensor_names import count_mtp_layers
 
 LayerType = Literal["linear_attention", "full_attention"]
 DType = Literal["bfloat16", "float32", "float16"]

@@ -64,7 +64,7 @@ def _train(vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(_resource("random_text.txt").splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(_resource("text.txt").splitlines(keepends=True), trainer)
     return tokenizer
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from divisi.kernels.choice import packs_here
 from divisi.model.config import ModelConfig
+from divisi.model.footprint.scratch import rotation_bytes, scratch_bytes
 from divisi.model.layers.rotary import Rotary
 from divisi.model.placement import Role
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
-from divisi.model.scratch import rotation_bytes, scratch_bytes
 from tests.parity.engines import CPU
 
 ROWS = 4096

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from divisi.kernels.select import select_kernels
 from divisi.model.checkpoint import Checkpoint, CheckpointError, rank_tensors
 from divisi.model.config import ModelConfig
+from divisi.model.config.tensor_names import count_mtp_layers
 from divisi.model.errors import ConfigError
 from divisi.model.experts import ExpertBank
 from divisi.model.placement import ExpertShare, Role
 from divisi.model.random_checkpoint import SMALL_CONFIG, write_random_checkpoint
-from divisi.model.tensor_names import count_mtp_layers
 
 CPU = torch.device("cpu")
 CONFIG = SMALL_CONFIG | {"num_hidden_layers": 2, "full_attention_interval": 2}
