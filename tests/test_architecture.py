@@ -33,7 +33,7 @@ MAY_IMPORT_RAY = re.compile(
 )
 MAY_READ_ENVIRONMENT = {
     "deploy/settings/settings.py": "the one place",
-    "cluster/dispatch/nccl.py": "reads nothing: it sets what the library takes from nowhere else",
+    "cluster/dispatch/transport/nccl.py": "reads nothing: it sets what the library takes from nowhere else",
 }
 TORCH_FREE = (
     "divisi.kernels.choice",

@@ -23,11 +23,11 @@ from divisi.cluster.activity import Activity
 from divisi.cluster.cores import keep_to, plan_cores
 from divisi.cluster.dispatch.all_to_all import AllToAll
 from divisi.cluster.dispatch.broadcast import Broadcast
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.planner import Load, Mode, hit_rate
 from divisi.cluster.dispatch.protocol import Peers, ShardedMode
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.door import Credentials, Secret
 from divisi.cluster.gang.loops.shard_loop import serve_steps

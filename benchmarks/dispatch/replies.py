@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.host_memory import HostMemory
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.door import Credentials, Secret
 from divisi.cluster.gang.loops.threads import SPIN_S
 from divisi.cluster.seats import Address, GangShape, Membership

@@ -26,10 +26,10 @@ from divisi.cluster.assembly import (
     served_config,
     sharded_mode,
 )
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.door import Credentials, Secret
 from divisi.cluster.engine.step.plan import StepPlan
 from divisi.cluster.gang.loops.shard_loop import serve_steps

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
+from divisi.cluster.dispatch.transport.groups import Transfer
 from divisi.cluster.dispatch.wire import ShardRequest, Transport
 from divisi.cluster.passes import Pass
 from divisi.model.placement import additions

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from divisi.cluster.dispatch.broadcast import ShardBatch, ShardSum, wait_for
-from divisi.cluster.dispatch.groups import Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, WorkerEnd
+from divisi.cluster.dispatch.transport.groups import Transfer
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.passes import Pass
 

@@ -16,7 +16,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import PeerGroup
+from divisi.cluster.dispatch.transport.groups import PeerGroup
 from divisi.cluster.passes import Pass
 from divisi.cluster.seats import Membership
 from divisi.kernels.mixture.layout import Routed

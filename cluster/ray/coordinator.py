@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RaySystemError
 
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.door import Credentials
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost
 from divisi.cluster.gang.membership.directive import Directive

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from divisi.cluster.dispatch.colocated import ColocatedEnd
-from divisi.cluster.dispatch.groups import PeerGroup
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers, WorkerEnd
+from divisi.cluster.dispatch.transport.groups import PeerGroup
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass
 from tests.contract.topologies import (

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.micro_batches import MicroBatches
 from divisi.cluster.dispatch.protocol import Peers, WorkerEnd
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass, PassKind
 from divisi.cluster.seats import GangShape

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import PeerGroup
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
+from divisi.cluster.dispatch.transport.groups import PeerGroup
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
 from divisi.cluster.seats import GangShape
 from tests.contract.topologies import (
     COLOCATED,

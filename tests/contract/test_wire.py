@@ -12,9 +12,9 @@ from torch import Tensor
 
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
-from divisi.cluster.dispatch.groups import PeerGroup, Transfer
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
+from divisi.cluster.dispatch.transport.groups import PeerGroup, Transfer
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.passes import Pass, PassKind

@@ -14,10 +14,10 @@ from torch import Tensor
 from divisi.cluster.dispatch.all_to_all import AllToAll
 from divisi.cluster.dispatch.broadcast import Broadcast
 from divisi.cluster.dispatch.colocated import Colocated
-from divisi.cluster.dispatch.groups import PeerGroup
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.local import Local
 from divisi.cluster.dispatch.protocol import DispatchMode, Peers, ShardedMode, WorkerEnd
+from divisi.cluster.dispatch.transport.groups import PeerGroup
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
 from divisi.cluster.dispatch.wire import Transport, WireFormat
 from divisi.cluster.passes import Pass
 from divisi.cluster.seats import Address, GangShape

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape

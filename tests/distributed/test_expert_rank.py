@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from divisi.cluster import expert_rank
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.expert_rank import ExpertRank
 from divisi.cluster.gang.membership.coordinator import Coordinator
 from divisi.cluster.gang.membership.vacancies import Applicant, Share

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import GangShape
 from tests.support.credentials import CREDENTIALS

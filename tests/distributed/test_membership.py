@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from divisi.cluster.dispatch.groups import join_group
 from divisi.cluster.dispatch.meter import MeteredExperts
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.groups import join_group
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from divisi.cluster.dispatch.meter import MeteredExperts
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request, Sampling

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.gang.membership.coordinator import Coordinator, CoordinatorLost
 from divisi.cluster.request import Request, Sampling
 from divisi.cluster.seats import GangShape

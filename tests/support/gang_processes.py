@@ -10,7 +10,7 @@ from multiprocessing.managers import BaseManager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.gang.membership.coordinator import Coordinator
 from divisi.cluster.request import Request
 from divisi.cluster.spec import GangSpec

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers, ShardedMode
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.loops.shard_loop import serve_steps
 from divisi.cluster.passes import Pass, PassKind, PassLayers

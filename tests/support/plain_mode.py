@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from divisi.cluster.dispatch.broadcast import wait_for
-from divisi.cluster.dispatch.groups import PeerGroup, Transfer
 from divisi.cluster.dispatch.protocol import Experts, Peers, ShardEnd, WorkerEnd
+from divisi.cluster.dispatch.transport.groups import PeerGroup, Transfer
 from divisi.cluster.passes import Pass
 from divisi.model.placement import additions
 

@@ -14,7 +14,7 @@ from divisi.cluster.assembly import dispatch_mode, sharded_mode, transport
 from divisi.cluster.attention_rank import AttentionRank
 from divisi.cluster.dispatch.meter import MeteredExperts
 from divisi.cluster.dispatch.protocol import AllExperts, DispatchMode, ShardedMode
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.dispatch.wire import Transport
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.expert_rank import ExpertRank

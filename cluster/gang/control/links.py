@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.host_memory import HostMemory
 from divisi.cluster.dispatch.protocol import Peers
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
 from divisi.cluster.door import Credentials
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.gang.control.beats import Beats

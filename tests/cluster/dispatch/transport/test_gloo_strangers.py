@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from divisi.cluster.dispatch.gloo_sockets import GlooSockets
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.gloo_sockets import GlooSockets
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import Address, GangShape, Membership
 from tests.support.credentials import CREDENTIALS

@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import pytest
 
-from divisi.cluster.dispatch.door_store import DoorStore
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.door_store import DoorStore
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.door import Credentials, Secret
 from tests.support import strangers
 from tests.support.credentials import CREDENTIALS

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed
 
-from divisi.cluster.dispatch.rendezvous import CHECK, GET, QUESTION, SET, YES
+from divisi.cluster.dispatch.transport.rendezvous import CHECK, GET, QUESTION, SET, YES
 from divisi.cluster.door import Credentials, DoorError, Line
 from divisi.cluster.seats import Address
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from divisi.cluster.dispatch.groups import PeerGroup, join_group
-from divisi.cluster.dispatch.host_memory import HostMemory
-from divisi.cluster.dispatch.rendezvous import StoreServer
+from divisi.cluster.dispatch.transport.groups import PeerGroup, join_group
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
+from divisi.cluster.dispatch.transport.rendezvous import StoreServer
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import GangShape, Membership
 from divisi.kernels.native.loader import load_library
@@ -174,8 +174,8 @@ def test_nothing_is_left_of_it(tmp_path: Path) -> None:
 
 _RANK = """
 import sys, torch
-from divisi.cluster.dispatch.groups import join_group
-from divisi.cluster.dispatch.host_memory import HostMemory
+from divisi.cluster.dispatch.transport.groups import join_group
+from divisi.cluster.dispatch.transport.host_memory import HostMemory
 from divisi.cluster.seats import Address
 from tests.support.credentials import CREDENTIALS
 from tests.support.gangs import CPU, membership_of
@@ -194,7 +194,7 @@ while True:
 def other_process() -> Callable[[int], subprocess.Popen[str]]:
     def start(port: int, *before: str) -> subprocess.Popen[str]:
         command = [*before, sys.executable, "-c", _RANK, str(port)]
-        root = Path(__file__).parents[3]
+        root = Path(__file__).parents[4]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, start_new_session=True)
 
     return start

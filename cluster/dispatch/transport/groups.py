@@ -21,10 +21,10 @@ import torch.distributed
 from torch import Tensor
 
 from divisi.cluster.activity import Activity
-from divisi.cluster.dispatch.door_store import DoorStore
-from divisi.cluster.dispatch.gloo_sockets import GlooSockets
-from divisi.cluster.dispatch.host_memory import HostMemory, Segment
-from divisi.cluster.dispatch.nccl import NcclTransfer, nccl_backend
+from divisi.cluster.dispatch.transport.door_store import DoorStore
+from divisi.cluster.dispatch.transport.gloo_sockets import GlooSockets
+from divisi.cluster.dispatch.transport.host_memory import HostMemory, Segment
+from divisi.cluster.dispatch.transport.nccl import NcclTransfer, nccl_backend
 from divisi.cluster.door import Credentials
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.seats import Membership

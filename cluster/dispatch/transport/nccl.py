@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed
 
 from divisi.cluster.activity import Activity
-from divisi.cluster.dispatch.door_store import DoorStore
+from divisi.cluster.dispatch.transport.door_store import DoorStore
 from divisi.cluster.errors import StepAborted
 
 # The type stubs lack most of what the backends have.
