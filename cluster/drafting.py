@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import NamedTuple, Protocol
 
 from divisi.cluster.step_times.times import StepTimes
@@ -45,16 +46,17 @@ class Survival:
     """How often drafts stood, by position, those before them standing too; older trials count less."""
 
     stood: list[float] = field(default_factory=lambda: [0.0] * MOST_DRAFTS)
+    """Steps in which the drafts up to a position stood, and none after it."""
     tried: list[float] = field(default_factory=lambda: [0.0] * MOST_DRAFTS)
+    """Steps in which those up to it were tried: the last one that stood and the one after it."""
     unit: float = 1.0
-    """What a trial counts as in both: more with each step, in place of less for all before it."""
+    """What a step counts as in both: more with each, in place of less for all before it."""
 
     def note(self, drafted: int, accepted: int) -> None:
-        """So many were drafted in a step, and the first of them accepted."""
-        for place in range(min(accepted + 1, drafted)):
-            self.tried[place] += self.unit
-            if place < accepted:
-                self.stood[place] += self.unit
+        """So many were drafted in a step, at least one, and the first of them accepted."""
+        self.tried[min(accepted + 1, drafted) - 1] += self.unit
+        if accepted:
+            self.stood[accepted - 1] += self.unit
 
     def fade(self, kept: float = _FADE) -> None:
         """A step has passed."""
@@ -69,7 +71,7 @@ class Survival:
         weight = _PRIOR * self.unit
         return [
             (stood + weight * prior) / (tried + weight)
-            for stood, tried, prior in zip(self.stood, self.tried, priors, strict=False)
+            for stood, tried, prior in zip(_reaching(self.stood), _reaching(self.tried), priors, strict=False)
         ]
 
     def chances_in_turn(self, guess: float, most: int = MOST_DRAFTS) -> list[float]:
@@ -77,8 +79,8 @@ class Survival:
         one's a guess.
         """
         weight, found = _PRIOR * self.unit, []
-        for place in range(most):
-            guess = (self.stood[place] + weight * guess) / (self.tried[place] + weight)
+        for stood, tried in islice(zip(_reaching(self.stood), _reaching(self.tried), strict=True), most):
+            guess = (stood + weight * guess) / (tried + weight)
             found.append(guess)
         return found
 
@@ -287,6 +289,11 @@ class MostTokensPerSecond:
             return depths
         hoped = self._slots(drafters, [[1.0] * drafter.limit for drafter in drafters], company)
         return tried if self._best(hoped, drafters, company) else depths
+
+
+def _reaching(up_to: Sequence[float]) -> list[float]:
+    """Of counts by the position up to which something was so: how often it was so at each."""
+    return [*accumulate(reversed(up_to))][::-1]
 
 
 def _within(depths: Sequence[int], limits: Sequence[int]) -> bool:

@@ -45,9 +45,10 @@ class Triggers:
 
     def take(self, token: int) -> bool:
         """Take the next token of the answer; returns whether it stands outside of every span."""
-        first, self._opens_first = self._opens_first, {}
         if self.inside is None:
-            self.inside = first.get(token) or self._opens.get(token)
+            if self._opens or self._opens_first:
+                self.inside = self._opens_first.get(token) or self._opens.get(token)
+                self._opens_first = {}
             return True
         if token != self.inside.end:
             return False
