@@ -34,6 +34,10 @@ _SHORTEST, _LONGEST = 16, 64
 _CALLS = 8
 _POOL = 32
 """Conversations, all of which each round serves, in as many waves as that takes."""
+_TURN = 8
+"""Conversations in a row that a contender serves: by itself, as a server does. What another engine leaves in the caches
+slows the first steps of a turn, of which drafts make an answer to few.
+"""
 DEPTHS: dict[str, tuple[int, bool]] = {
     "off": (0, False),
     "k = 1": (1, False),
@@ -129,12 +133,12 @@ def report(rounds: int, batches: Sequence[int] = BATCHES) -> tuple[str, bool]:
 
 
 def _in_turns(contenders: Sequence[Contender], pool: Sequence[Request], batch: int, turn: int) -> dict[str, Wave]:
-    """Each wave by all contenders, one after the other, so that what disturbs the machine for longer disturbs all."""
-    totals = {contender.name: Wave({}) for contender in contenders}
-    for number, first in enumerate(range(0, len(pool), batch)):
+    """Some waves by all contenders, one after the other, so that what disturbs the machine for longer disturbs all."""
+    totals, each = {contender.name: Wave({}) for contender in contenders}, max(batch, _TURN)
+    for number, first in enumerate(range(0, len(pool), each)):
         begin = (turn + number) % len(contenders)
         for contender in (*contenders[begin:], *contenders[:begin]):
-            totals[contender.name].add(contender.serve(pool[first : first + batch]))
+            totals[contender.name].add(contender.serve_in_waves(pool[first : first + each], batch))
     return totals
 
 
