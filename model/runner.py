@@ -19,6 +19,7 @@ from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
 from divisi.model.dispatcher import Dispatcher, InProcess
 from divisi.model.experts import ExpertBank
+from divisi.model.inference import in_inference_mode
 from divisi.model.layers.block import Block
 from divisi.model.layers.head import logits
 from divisi.model.layers.passes import WholePasses
@@ -62,7 +63,7 @@ class ModelRunner:
         self._whole: WholePasses | None = None
         """Over the bank, the last one that a pass had."""
 
-    @torch.inference_mode()
+    @in_inference_mode
     def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
         """Return ``logits_RV`` (fp32). Nothing that the pass writes counts until the caller commits the step.
 
@@ -73,7 +74,13 @@ class ModelRunner:
             return whole.full(batch, self.stopwatch)
         return self._logits(in_turns([self._layers(batch, dispatcher)]))
 
-    @torch.inference_mode()
+    @in_inference_mode
+    def draw(self, batch: StepBatch, dispatcher: Dispatcher, draws: Draws) -> list[int] | None:
+        """As `forward`, with the token after each row in the same call; None where that needs logits."""
+        whole = self._whole_passes(batch, dispatcher)
+        return None if whole is None else whole.draw(batch, draws, self.stopwatch)
+
+    @in_inference_mode
     def forward_in_turns(self, batches: Sequence[StepBatch], dispatcher: Dispatcher) -> Tensor:
         """As `forward`, of micro-batches: while the rows of one are with the experts, the next one is computed here.
 
@@ -115,7 +122,7 @@ class ModelRunner:
         self.stopwatch.lap("other")
         return logits_RV
 
-    @torch.inference_mode()
+    @in_inference_mode
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         """One pass over the MTP layer, of decoding sequences of one row each; see `MtpLayer.draft`."""
         assert self._mtp is not None, "only a model with an MTP layer drafts"
@@ -126,18 +133,24 @@ class ModelRunner:
             return whole.draft(batch, hidden_SD, self.stopwatch)
         return self._mtp.draft(batch, self._cos_sin(batch.positions_T), hidden_SD, dispatcher, self.stopwatch)
 
-    @torch.inference_mode()
+    def drafts_at_once(self, rows: int, dispatcher: Dispatcher) -> bool:
+        """Whether `draft_all` takes draft passes of at most so many rows."""
+        whole = self._passes_in_process(dispatcher)
+        return whole is not None and whole.takes_rows(rows)
+
+    @in_inference_mode
     def draft_all(
-        self, batches: Sequence[StepBatch], dispatcher: Dispatcher, draws: Draws
-    ) -> AllDrafted | None:
-        """All draft passes of a step in one call. None where they are to be run one by one.
+        self, batch: StepBatch, counts: tuple[int, ...], dispatcher: Dispatcher, draws: Draws
+    ) -> AllDrafted:
+        """All draft passes of a step in one call, where `drafts_at_once`.
 
-        The rows of each pass are the first of those before it; `draws` are of the rows of the first.
+        `batch` has the first one's rows, with all pages of its sequences; of these the first `counts` draft in each.
         """
-        whole = self._whole_passes(batches[0], dispatcher)
-        return None if whole is None else whole.draft_all(batches, draws, self.stopwatch)
+        whole = self._passes_in_process(dispatcher)
+        assert whole is not None, "the experts are in this process"
+        return whole.draft_all(batch, counts, draws, self.stopwatch)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
         """Carry out what a step wants done with memory before its passes; doing it again changes nothing.
 
@@ -161,6 +174,11 @@ class ModelRunner:
 
     def _whole_passes(self, batch: StepBatch, dispatcher: Dispatcher) -> WholePasses | None:
         """What computes such a pass in one call; None where it goes layer by layer."""
+        whole = self._passes_in_process(dispatcher)
+        return whole if whole is not None and whole.takes(batch) else None
+
+    def _passes_in_process(self, dispatcher: Dispatcher) -> WholePasses | None:
+        """Over the dispatcher's experts, where it has all of them."""
         fused = self.kernels.fused
         if fused is None or not isinstance(dispatcher, InProcess) or (bank := dispatcher.bank) is None:
             return None
@@ -169,7 +187,7 @@ class ModelRunner:
             self._whole = WholePasses.of(
                 fused, self._config, self._weights, self._rotary, self._blocks, self._mtp, bank
             )
-        return self._whole if self._whole is not None and self._whole.takes(batch) else None
+        return self._whole
 
     def _cos_sin(self, positions_T: Tensor) -> Tensor:
         shape = positions_T.shape[0], self._config.rotary_dim

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from time import perf_counter
-from typing import Literal
+from typing import Literal, Protocol
 
 Part = Literal["scheduler", "mixer", "router", "dispatch", "shared", "experts", "draft", "sampling", "other"]
+
+
+class TimedApart(Protocol):
+    """Something that times its own parts."""
+
+    def take_seconds(self) -> dict[str, float]:
+        """What each has taken since the last call."""
+        ...
 
 
 class Stopwatch:
@@ -14,6 +21,8 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._totals: dict[str, float] = {}
+        self._apart: dict[TimedApart, float] = {}
+        """Seconds whose parts are not asked for yet."""
         self._last = perf_counter()
         self.seconds = 0.0
         """Over all parts."""
@@ -29,14 +38,19 @@ class Stopwatch:
         self.seconds += now - self._last
         self._last = now
 
-    def split(self, parts: Sequence[str], seconds: Sequence[float]) -> None:
-        """Charge the time since the last lap to several parts; what these leave of it was `other`."""
-        for part, spent in zip(parts, seconds, strict=True):
-            self._totals[part] = self._totals.get(part, 0.0) + spent
-            self.seconds += spent
-            self._last += spent
-        self.lap("other")
+    def lap_of(self, parts: TimedApart) -> None:
+        """Charge the time since the last lap to what was timed by itself meanwhile: to which parts is asked later."""
+        now = perf_counter()
+        self._apart[parts] = self._apart.get(parts, 0.0) + now - self._last
+        self.seconds += now - self._last
+        self._last = now
 
     def totals(self) -> dict[str, float]:
         """Seconds per part since construction."""
+        for parts, whole in self._apart.items():
+            spent = parts.take_seconds()
+            spent["other"] = spent.get("other", 0.0) + whole - sum(spent.values())
+            for part, seconds in spent.items():
+                self._totals[part] = self._totals.get(part, 0.0) + seconds
+        self._apart.clear()
         return dict(self._totals)

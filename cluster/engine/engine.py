@@ -14,17 +14,16 @@ Shapes: R rows of logits, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import islice
 from time import perf_counter
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from divisi.cluster.engine.grammar import Grammars, Guide
+from divisi.cluster.engine.runner import Rehearsal, Runner
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.stats import EngineStats
@@ -32,70 +31,19 @@ from divisi.cluster.engine.step.batch import BatchBuilder
 from divisi.cluster.engine.step.clock import PassClock
 from divisi.cluster.engine.step.drafts import Drafts, Row
 from divisi.cluster.engine.step.plan import NO_OPS, Outcome, Run, StepPlan
-from divisi.cluster.engine.step.sampling import Choice, StepSampler, rows_of, tell_prompt
+from divisi.cluster.engine.step.sampling import Choice, StepSampler, tell_prompt
 from divisi.cluster.errors import RequestRejected, StepAborted
 from divisi.cluster.request import Request, TokenEvent, TokenLogprob
 from divisi.cluster.step_times.times import StepTimes
-from divisi.kernels.native.passes import AllDrafted
-from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import StepBatch
 from divisi.model.dispatcher import Dispatcher
-from divisi.model.mtp import Drafted
+from divisi.model.inference import in_inference_mode
 from divisi.model.sampling.sampler import Sampler
-from divisi.model.state import Pairs
 from divisi.model.stopwatch import Stopwatch
 
 _POISON = (
     "ranks of the gang were lost in every step that computed this request, alone at last; they may have died of it"
 )
-
-
-class Runner(Protocol):
-    """The model and its memory: `model.runner.ModelRunner`, or a stand-in."""
-
-    def forward(self, batch: StepBatch, dispatcher: Dispatcher) -> Tensor:
-        """Run a full pass; return the fp32 logits [R, V] of `batch.logit_rows_R`, valid until the next call.
-
-        Running the same batch again after an aborted run gives the same logits and leaves the same state.
-        """
-        ...
-
-    def forward_in_turns(self, batches: Seq[StepBatch], dispatcher: Dispatcher) -> Tensor:
-        """A full pass of micro-batches of decoding rows: while one is with the experts, the next one is computed here.
-
-        The dispatcher gets a layer's rows micro-batch by micro-batch. Returns the logits of all, as `forward`.
-        """
-        ...
-
-    def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
-        """Run a draft pass, of one row per sequence; `hidden_SD` comes from the pass before, None in the first."""
-        ...
-
-    def draft_all(
-        self, batches: Seq[StepBatch], dispatcher: Dispatcher, draws: Draws
-    ) -> AllDrafted | None:
-        """All draft passes of a step at once. None where they are to be run one by one."""
-        ...
-
-    def prepare(self, flushes: Pairs, slot_copies: Pairs, page_copies: Pairs) -> None:
-        """Carry out the `MemoryOps` of a step, before its first pass. Doing it again changes nothing."""
-        ...
-
-
-class Rehearsal(Protocol):
-    """Steps that nobody asked for, before those of requests; as an engine's own, but without events."""
-
-    def plan(self) -> StepPlan | None:
-        """The next one; None when it is over."""
-        ...
-
-    def run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
-        """Run one of its passes. Raises StepAborted."""
-        ...
-
-    def commit(self, plan: StepPlan) -> None:
-        """Its passes have run."""
-        ...
 
 
 class Engine:
@@ -138,8 +86,8 @@ class Engine:
         self._events: list[TokenEvent] = []
         self._drafts = Drafts()
         """Of the step under way."""
-        self._logits_RV: Tensor | None = None
-        """Of the step under way, once all of its passes have run."""
+        self._found: Tensor | list[int] | None = None
+        """What all passes of the step under way have found: logits [R, V], or the tokens of its rows."""
         self._compiling: dict[str, tuple[Request, Future[Guide]]] = {}
         """Requests whose grammar is being compiled; not in the queue yet, so that they hold up nobody."""
         self._steps = self._aborted_steps = self._aborted_drafting = self._prefill_tokens = self._generated_tokens = 0
@@ -209,13 +157,13 @@ class Engine:
             return
         if 0 < index < len(plan.counts) - 1 and self._drafts.told is not None:
             return  # the first pass has drawn its drafts, too
-        with torch.inference_mode():
-            self._run_pass(plan, index, dispatcher)
+        self._run_pass(plan, index, dispatcher)
 
+    @in_inference_mode
     def _run_pass(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         self._stopwatch.start()
         if index == 0:
-            self._drafts, self._logits_RV = Drafts(), None
+            self._drafts, self._found = Drafts(), None
             self._clock.start()
             self._sampler.start(plan)
             if plan.ops != NO_OPS:
@@ -232,20 +180,20 @@ class Engine:
 
     def _draft(self, plan: StepPlan, index: int, dispatcher: Dispatcher) -> None:
         """One more draft of each sequence that drafts so far; or all that the step is to have, with the first."""
-        batch = self._builder.build_draft(plan, index, self._drafts)
         if index == 0 and self._draft_at_once(plan, dispatcher):
             return
+        batch = self._builder.build_draft(plan, index, self._drafts)
         self._draft_one(plan.drafting[: plan.counts[index]], index, batch, dispatcher)
         self._clock.mark()
 
     def _draft_at_once(self, plan: StepPlan, dispatcher: Dispatcher) -> bool:
         """Where nothing but the drafts before it decides about a draft, and the model is in this process."""
-        if (draws := self._sampler.draws(plan.drafting)) is None:
+        counts, draws = plan.counts[:-1], self._sampler.draws(plan.drafting)
+        if draws is None or not self._runner.drafts_at_once(counts[0], dispatcher):
             return False
+        batch = self._builder.build_first_draft(plan)
         self._stopwatch.lap("scheduler")
-        passes = self._runner.draft_all(self._builder.draft_passes, dispatcher, draws)
-        if passes is None:
-            return False
+        passes = self._runner.draft_all(batch, counts, dispatcher, draws)
         self._clock.mark_all(passes.seconds)
         self._drafts.tell(plan.drafting, self._sampler.drafted(plan.drafting, passes.tokens))
         return True
@@ -261,24 +209,29 @@ class Engine:
 
     def _run_full(self, plan: StepPlan, dispatcher: Dispatcher) -> None:
         batch = self._builder.build(plan, self._drafts)
-        self._sampler.ask(rows_of(plan.choosing), self._drafts)
+        self._sampler.ask_all(plan.choosing, self._drafts)
         self._stopwatch.lap("scheduler")
         if plan.second:
-            self._logits_RV = self._runner.forward_in_turns(batch.cut(*plan.cut), dispatcher)
-        else:
-            self._logits_RV = self._runner.forward(batch, dispatcher)[: plan.num_rows]  # without those of padding
+            self._found = self._runner.forward_in_turns(batch.cut(*plan.cut), dispatcher)
+            return
+        if not plan.scans and (draws := self._sampler.draws_of_all()) is not None:
+            self._found = self._runner.draw(batch, dispatcher, draws)
+        if self._found is None:
+            self._found = self._runner.forward(batch, dispatcher)[: plan.num_rows]  # without those of padding
 
-    @torch.inference_mode()
+    @in_inference_mode
     def commit(self, plan: StepPlan) -> list[TokenEvent]:
         """Choose the tokens of a step whose passes have run, and make it final."""
         if self._rehearsal is not None:
             self._rehearsal.commit(plan)
             return []
-        assert self._logits_RV is not None, "a step is committed once all of its passes have run"
-        logits_RV, self._logits_RV = self._logits_RV, None
+        assert self._found is not None, "a step is committed once all of its passes have run"
+        found, self._found = self._found, None
         self._stopwatch.start()
-        choice = self._sampler.choose(plan, logits_RV, self._drafts)
-        prompt_told = tell_prompt(plan, logits_RV)
+        if isinstance(found, list):
+            choice, prompt_told = self._sampler.take(plan, found, self._drafts), {}
+        else:
+            choice, prompt_told = self._sampler.choose(plan, found, self._drafts), tell_prompt(plan, found)
         self._stopwatch.lap("sampling")
         events = self._commit(plan, choice, prompt_told)
         self._sampler.commit()
@@ -305,6 +258,7 @@ class Engine:
         """
         self._scheduler.elsewhere = min(sequences, self._scheduler.config.max_seqs)
 
+    @in_inference_mode
     def run(self, plan: StepPlan, dispatcher: Dispatcher) -> list[TokenEvent]:
         """Run all passes of a step and commit it, where there is no gang to walk them with. Raises as `run_pass`."""
         for index in range(len(plan.counts)):
@@ -336,8 +290,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefill_tokens=self._prefill_tokens,
             generated_tokens=self._generated_tokens,
-            drafted_tokens=dict(scheduler.drafts.drafted),
-            accepted_tokens=dict(scheduler.drafts.accepted),
+            drafted_tokens=scheduler.drafts.drafted,
+            accepted_tokens=scheduler.drafts.accepted,
             step_seconds=self._stopwatch.totals(),
             aborted_drafting=self._aborted_drafting,
         )

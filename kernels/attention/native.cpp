@@ -1,5 +1,5 @@
 // Gated grouped-query attention over a paged KV pool. A projected row is [q | gate | k | v].
-#include "simd.h"
+#include "team.h"
 #include <vector>
 
 static void norm_rotate(const float* in, const float* scale, const float* cos_sin, long d, long half, float eps, float* out) {
@@ -16,21 +16,18 @@ template <class KV>
 static void inputs(const float* rows, const float* cos_sin, const float* q_scale, const float* k_scale, float eps, KV* keys,
                    KV* values, const int32_t* kv_rows, float* q, long t, long qh, long kvh, long d, long half, int threads) {
   long width = (2 * qh + 2 * kvh) * d;
-#pragma omp parallel num_threads(threads) if (t * width > ALONE / 4)
-  {
-    std::vector<float> k(d);
-#pragma omp for schedule(static)
-    for (long i = 0; i < t; i++) {
-      const float *row = rows + i * width, *cs = cos_sin + i * 2 * half;
-      for (long h = 0; h < qh; h++) norm_rotate(row + h * d, q_scale, cs, d, half, eps, q + (i * qh + h) * d);
-      for (long h = 0; h < kvh; h++) {
-        long at = (kv_rows[i] * kvh + h) * d;
-        norm_rotate(row + (2 * qh + h) * d, k_scale, cs, d, half, eps, k.data());
-        const float* v = row + (2 * qh + kvh + h) * d;
-        for (long c = 0; c < d; c++) { put(keys + at + c, k[c]); put(values + at + c, v[c]); }
-      }
+  share(threads_for(4 * t * width, threads), t, [&](long i) {
+    static thread_local std::vector<float> k;
+    k.resize(d);
+    const float *row = rows + i * width, *cs = cos_sin + i * 2 * half;
+    for (long h = 0; h < qh; h++) norm_rotate(row + h * d, q_scale, cs, d, half, eps, q + (i * qh + h) * d);
+    for (long h = 0; h < kvh; h++) {
+      long at = (kv_rows[i] * kvh + h) * d;
+      norm_rotate(row + (2 * qh + h) * d, k_scale, cs, d, half, eps, k.data());
+      const float* v = row + (2 * qh + kvh + h) * d;
+      for (long c = 0; c < d; c++) { put(keys + at + c, k[c]); put(values + at + c, v[c]); }
     }
-  }
+  });
 }
 
 extern "C" void divisi_attention_inputs(const float* rows, const float* cos_sin, const float* q_scale, const float* k_scale,

@@ -1,4 +1,5 @@
 // Routed SwiGLU experts: gather each expert's tokens, two matrix products, sum per token in a fixed tree.
+#include "team.h"
 #include "tree.h"
 #include <vector>
 
@@ -101,9 +102,8 @@ extern "C" void divisi_experts(const float* x, const int32_t* ids, const float* 
 // y = routed + sigmoid(logit) * shared; the logits of two rows lie `stride` apart
 extern "C" void divisi_add_shared(const float* routed, const float* shared, const float* logits, long stride, float* y, long t,
                                   long d, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (t * d > 65536)
-  for (long i = 0; i < t; i++) {
+  share(threads_for(4 * t * d, threads), t, [&](long i) {
     float gate = sigmoid(logits[i * stride]);
     for (long j = 0; j < d; j++) y[i * d + j] = __builtin_fmaf(gate, shared[i * d + j], routed[i * d + j]);
-  }
+  });
 }

@@ -2,7 +2,7 @@
 //
 // Decode and prefill run the same arithmetic per token, so a prompt cut into chunks anywhere, or decoded token by token,
 // gives the same bits.
-#include "simd.h"
+#include "team.h"
 #include <vector>
 
 struct Delta {  // one layer; field order is that of _Delta in native/delta.py
@@ -16,18 +16,22 @@ struct Delta {  // one layer; field order is that of _Delta in native/delta.py
   float* slot_state(long slot, long h) const { return state + (slot * value_heads + h) * key_dim * value_dim; }
 };
 
-// Causal conv, SiLU, unit-length q and k of one row into mixed [channels]; input(back) is the conv input `back` tokens ago.
+// Causal conv and SiLU of channels `from` to `to` of one row into mixed; input(back) is the conv input `back` tokens ago.
 template <class Input>
-static void mix_row(const Delta& a, Input input, float* mixed) {
+static void convolve(const Delta& a, Input input, float* mixed, long from, long to) {
   long c = a.channels();
-  memset(mixed, 0, c * sizeof(float));
+  memset(mixed + from, 0, (to - from) * sizeof(float));
   for (long tap = 0; tap < a.num_taps; tap++) {
     const float* in = input(a.num_taps - 1 - tap);
     if (!in) continue;  // before the sequence's beginning
     const float* w = a.taps + tap * c;
-    for (long i = 0; i < c; i++) mixed[i] += w[i] * in[i];
+    for (long i = from; i < to; i++) mixed[i] += w[i] * in[i];
   }
-  for (long i = 0; i < c; i++) mixed[i] = silu(mixed[i]);
+  for (long i = from; i < to; i++) mixed[i] = silu(mixed[i]);
+}
+
+// Makes q and k of one row unit-length.
+static void unit_length(const Delta& a, float* mixed) {
   for (long g = 0; g < 2 * a.key_heads; g++) {
     float* v = mixed + g * a.key_dim;
     float f = 1.0f / sqrtf(dot(v, v, a.key_dim) + 1e-6f);
@@ -162,41 +166,39 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
                                           const int32_t* lengths, const int32_t* slots, long sequences, int threads) {
   const Delta& a = *layer;
   long kd = a.key_dim, vd = a.value_dim, c = a.channels(), kx = a.key_heads * kd, x = a.value_heads * vd;
-#pragma omp parallel num_threads(threads) if (starts[sequences] * a.value_heads * 2 * kd * vd > ALONE / 2)
-  {
-    std::vector<float> copy(kd * vd);
-#pragma omp for schedule(static)
-    for (long s = 0; s < sequences; s++) {
-      float* conv = a.conv + slots[s] * a.ring * c;
-      for (long t = starts[s], p = lengths[s]; t < starts[s + 1]; t++, p++) {
-        memcpy(conv + p % a.ring * c, rows + t * a.row_width(), c * sizeof(float));
-        mix_row(a, [&](long back) { return back > p ? nullptr : conv + (p - back) % a.ring * c; }, mixed + t * c);
-        memcpy(a.key + (slots[s] * a.ring + p % a.ring) * kx, mixed + t * c + kx, kx * sizeof(float));
-      }
+  auto mix = [&](long i) {  // queries and keys of a sequence, and its values
+    long s = i / 2, half = i % 2, from = half ? 2 * kx : 0, to = half ? c : 2 * kx;
+    float* conv = a.conv + slots[s] * a.ring * c;
+    for (long t = starts[s], p = lengths[s]; t < starts[s + 1]; t++, p++) {
+      memcpy(conv + p % a.ring * c + from, rows + t * a.row_width() + from, (to - from) * sizeof(float));
+      convolve(a, [&](long back) { return back > p ? nullptr : conv + (p - back) % a.ring * c; }, mixed + t * c, from, to);
+      if (half) continue;
+      unit_length(a, mixed + t * c);
+      memcpy(a.key + (slots[s] * a.ring + p % a.ring) * kx, mixed + t * c + kx, kx * sizeof(float));
     }
-#pragma omp for schedule(static) collapse(2)
-    for (long s = 0; s < sequences; s++)
-      for (long h = 0; h < a.value_heads; h++) {
-        if (starts[s] == starts[s + 1]) continue;
-        long slot = slots[s], first = lengths[s];
-        float *state = a.slot_state(slot, h), *now = state;
-        bool behind = a.position[slot] < first;
-        if (behind) replay(a, slot, h, first - 1);  // the last one is taken up while the first row reads
-        for (long t = starts[s], p = first; t < starts[s + 1]; t++, p++) {
-          float *o = out + t * x + h * vd, *row = a.delta + (slot * a.ring + p % a.ring) * x + h * vd;
-          Read token = asked(a, rows + t * a.row_width(), mixed + t * c, h);
-          if (p == first + 1) { memcpy(copy.data(), state, kd * vd * sizeof(float)); now = copy.data(); }
-          bool take = p > first || behind;
-          Written last = take ? entry_of(a, slot, h, p - 1) : Written{};
-          Scan{now, kd, vd, last, &token, 1, row, o, 0, 0}.run();
-          a.decay[(slot * a.ring + p % a.ring) * a.value_heads + h] = token.g;
-          finish(a, rows + t * a.row_width(), h, o);
-        }
-      }
-#pragma omp for schedule(static)
-    for (long s = 0; s < sequences; s++)
-      if (starts[s] < starts[s + 1]) a.position[slots[s]] = lengths[s];
-  }
+  };
+  auto advance = [&](long i) {  // one head of a sequence
+    static thread_local std::vector<float> copy;
+    long s = i / a.value_heads, h = i % a.value_heads, slot = slots[s], first = lengths[s];
+    if (starts[s] == starts[s + 1]) return;
+    float *state = a.slot_state(slot, h), *now = state;
+    bool behind = a.position[slot] < first;
+    if (behind) replay(a, slot, h, first - 1);  // the last one is taken up while the first row reads
+    for (long t = starts[s], p = first; t < starts[s + 1]; t++, p++) {
+      float *o = out + t * x + h * vd, *row = a.delta + (slot * a.ring + p % a.ring) * x + h * vd;
+      Read token = asked(a, rows + t * a.row_width(), mixed + t * c, h);
+      if (p == first + 1) { copy.assign(state, state + kd * vd); now = copy.data(); }
+      bool take = p > first || behind;
+      Written last = take ? entry_of(a, slot, h, p - 1) : Written{};
+      Scan{now, kd, vd, last, &token, 1, row, o, 0, 0}.run();
+      a.decay[(slot * a.ring + p % a.ring) * a.value_heads + h] = token.g;
+      finish(a, rows + t * a.row_width(), h, o);
+    }
+  };
+  in_phases(threads_for(8 * starts[sequences] * 2 * x * kd, threads),  // states often lie in no cache
+            Phase{[&] { return 2 * sequences; }, mix}, Phase{[&] { return sequences * a.value_heads; }, advance});
+  for (long s = 0; s < sequences; s++)
+    if (starts[s] < starts[s + 1]) a.position[slots[s]] = lengths[s];
 }
 
 // Runs of rows, each from the state of its source (zero where that is -1), leaving states at positions in other slots. The
@@ -205,7 +207,7 @@ extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows
                                            const int32_t* lengths, const int32_t* sources, const int32_t* leaf_starts,
                                            const int32_t* leaf_positions, const int32_t* leaf_slots, long runs, int threads) {
   const Delta& a = *layer;
-  long kd = a.key_dim, vd = a.value_dim, c = a.channels(), kx = a.key_heads * kd, x = a.value_heads * vd;
+  long kd = a.key_dim, vd = a.value_dim, c = a.channels(), x = a.value_heads * vd;
   // conv input `back` tokens before position p of run s: of the call's rows, of the source's ring, or none
   auto input = [&](long s, long p, long back) -> const float* {
     long at = p - back, first = lengths[s];
@@ -218,8 +220,10 @@ extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows
     std::vector<Read> tokens;
     for (long s = 0; s < runs; s++)
 #pragma omp for schedule(static) nowait
-      for (long t = starts[s]; t < starts[s + 1]; t++)
-        mix_row(a, [&](long back) { return input(s, lengths[s] + t - starts[s], back); }, mixed + t * c);
+      for (long t = starts[s]; t < starts[s + 1]; t++) {
+        convolve(a, [&](long back) { return input(s, lengths[s] + t - starts[s], back); }, mixed + t * c, 0, c);
+        unit_length(a, mixed + t * c);
+      }
 #pragma omp barrier
 #pragma omp for schedule(dynamic) collapse(2)
     for (long s = 0; s < runs; s++)

@@ -1,46 +1,11 @@
-// y[t, n] = x[t, :] . w[n, :] with w packed, x rounded to bf16; and the packing.
-#include "bf16.h"
-#include <vector>
-
-// One panel against rows of x.
-struct LinearTile {
-  const bf16* x;
-  const bf16* w;
-  float* y;
-  long pairs, n, column;
-
-  template <int M, int NB>
-  void run(long row) const {
-    const bf16* rows[M];
-    for (int m = 0; m < M; m++) rows[m] = x + (row + m) * 2 * pairs;
-    vf acc[M][NB]{};
-    multiply<M, NB>(rows, w, pairs, acc);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int b = 0; b < NB; b++) {
-        long at = column + b * LANES;
-        _mm512_mask_storeu_ps(y + (row + m) * n + at, lanes(n - at), (__m512)acc[m][b]);
-      }
-  }
-};
+// y[t, n] = x[t, :] . w[n, :] with w packed, x rounded to bf16, see packed.h; and the packing.
+#include "team.h"
+#include "packed.h"
 
 extern "C" void divisi_packed_linear(const float* x, const void* w, float* y, long t, long n, long k, int threads) {
-  static thread_local std::vector<bf16> rounded;  // of the calling thread; it grows to the largest step
-  Packed packed{(const bf16*)w, ceil_div(n, LANES), pairs_of(k)};
-  long width = 2 * packed.pairs, panels = packed.panels();
-  if ((long)rounded.size() < t * width) rounded.resize(t * width);
-  bf16* to = rounded.data();
-  round_rows(x, to, t, k, threads);
-  auto work = [&](long item) {
-    long first = item / panels * ROWS, panel = item % panels, rows = t - first < ROWS ? t - first : ROWS;
-    LinearTile tile{to + first * width, packed.panel(panel), y + first * n, packed.pairs, n, panel * PANEL};
-    tiles(rows, packed.blocks_of(panel), tile);
-  };
-  long items = ceil_div(t, ROWS) * panels;
-  if (t * n * k <= ALONE) return for_each(items, work);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (long item = 0; item < items; item++) work(item);
+  static thread_local std::vector<bf16> rounded;
+  Product product{{(const bf16*)w, ceil_div(n, LANES), pairs_of(k)}, round_rows(x, rounded, t, k, threads), y, t, n};
+  share(threads_for(t * n * k, threads), product.items(), [&](long i) { product.item(i); });
 }
 
 // Packs `count` matrices [n, k]. With `halves` a matrix is two of n / 2 rows, gate and up, whose blocks take turns.

@@ -7,7 +7,9 @@
 // Every output is one chain of sums over the pairs in their order, whatever the size of the tile that it is computed in: what a
 // row gives does not depend on the rows beside it.
 #pragma once
-#include "simd.h"
+#include "team.h"
+#include <algorithm>
+#include <vector>
 
 constexpr long LANES = 16;  // rows of a block
 constexpr long BLOCKS = 4;  // blocks of a panel
@@ -34,11 +36,17 @@ static inline void round_row(const float* in, bf16* out, long k) {
   }
 }
 
-static inline void round_rows(const float* in, bf16* out, long rows, long k, int threads) {
-  auto round = [&](long i) { round_row(in + i * k, out + i * 2 * pairs_of(k), k); };
-  if (rows * k <= ALONE / 4) return for_each(rows, round);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long i = 0; i < rows; i++) round(i);
+// Rows of k floats to memory of the calling thread, which grows to the largest step.
+static inline const bf16* round_rows(const float* in, std::vector<bf16>& rounded, long rows, long k, int threads) {
+  long width = 2 * pairs_of(k);
+  if ((long)rounded.size() < rows * width) rounded.resize(rows * width);
+  bf16* out = rounded.data();
+  auto round = [&](long i) { round_row(in + i * k, out + i * width, k); };
+  constexpr long EACH = 16;  // rows
+  share(threads_for(4 * rows * k, threads), ceil_div(rows, EACH), [&](long i) {
+    for (long row = i * EACH; row < rows && row < (i + 1) * EACH; row++) round(row);
+  });
+  return out;
 }
 
 // acc[m][n] += the dot products of M rows of x with NB blocks of a panel over all pairs.

@@ -17,7 +17,7 @@ from divisi.kernels.native.variants import VARIANTS, Variant
 KERNELS = Path(__file__).parent.parent
 BUILT_AHEAD = KERNELS / "native" / "built"
 """Where libraries are looked for first; a package or an image brings them along."""
-_HEADERS = KERNELS / "native"
+_INCLUDES = f"-I{KERNELS / 'native'}", f"-I{KERNELS}"
 _ROUNDING = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 _FLAGS = ("-std=c++17", "-O3", *_ROUNDING, "-fopenmp", "-fPIC", "-shared")
 
@@ -52,7 +52,7 @@ def build(variant: Variant, directory: Path) -> Path:
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
                 built = Path(scratch) / "kernels.so"
-                command = [compiler, *_FLAGS, *variant.flags, f"-I{_HEADERS}", *map(str, sources(variant))]
+                command = [compiler, *_FLAGS, *variant.flags, *_INCLUDES, *map(str, sources(variant))]
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
                 built.replace(target)
     return target

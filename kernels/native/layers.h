@@ -13,6 +13,7 @@ struct QkNorm { const float *query, *key; float eps; };
 struct Pool { void *keys, *values; long is_bf16, page_size, heads, dim; };
 struct AttentionLayer { Projection in; QkNorm norm; Pool pool; Matrix out; long heads, half, tiled, first; };
 struct Router { Projection in; long experts, chosen, normalise; };
+struct Experts { Matrix gate_up, down; const int32_t* leaves; long count; };  // matrices of one expert, one after the other
 struct DraftInput { Matrix embedding; Norm token, hidden; Matrix fc; };
 struct DraftEntry { DraftInput input; Projection in; QkNorm norm; Pool pool; long half; float* hidden; long entries; };
 
@@ -54,6 +55,8 @@ void divisi_attention_layer(const AttentionLayer* layer, float* residual, const 
                             long max_pages, float* y, long t, long sequences, int threads);
 void divisi_norm_route(const Router* router, float* residual, const float* update, float* x, float* logits, int32_t* ids,
                        float* gates, long t, int threads);
+void divisi_packed_mixture(const Router* router, const Experts* shared, const Experts* routed, const float* x, float* y, long t,
+                           int threads);
 void divisi_draft_input(const DraftEntry* entry, const int64_t* tokens, float* h, const int32_t* starts, const int32_t* lengths,
                         const int32_t* slots, float* y, long t, long sequences, int threads);
 void divisi_draft_record(const DraftEntry* entry, const int64_t* tokens, const float* h, const float* cos_sin,

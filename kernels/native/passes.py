@@ -33,8 +33,8 @@ from divisi.kernels.native.fused import (
 from divisi.kernels.native.loader import Library, pointer
 from divisi.kernels.sampling.layout import Draws
 
-PARTS = ("mixer", "router", "shared", "experts", "draft", "other")
-"""Of a pass, in the order of passes/native.cpp."""
+PARTS = ("mixer", "router", "shared", "experts", "draft", "sampling", "other")
+"""Of a pass, in the order of passes/native.cpp. Of packed weights, `experts` is router and shared expert, too."""
 
 _Experts = structure("Experts", gate_up=MatrixStruct, down=MatrixStruct, leaves=Address, count=Long)
 _Layer = structure(
@@ -84,16 +84,13 @@ class PassRows:
         self.reference = ctypes.byref(self.struct)
 
 
-class DraftPasses:
-    """All draft passes of a step; the rows of each are the first of those before it."""
+class _DraftPasses:
+    """What draft passes of so many rows each are told, and give."""
 
-    def __init__(self, passes: Sequence[PassRows]) -> None:
-        self.counts = [rows.count for rows in passes]
-        self.structs = (_Rows * len(passes))(*(rows.struct for rows in passes))
-        self.drawn_KT = (ctypes.c_int64 * (len(passes) * self.counts[0]))()
-        self.seconds_K = (ctypes.c_double * len(passes))()
-        """What was drawn last, and what it took."""
-        self._held = passes
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = (ctypes.c_int64 * len(counts))(*counts)
+        self.drawn_KT = (ctypes.c_int64 * (len(counts) * counts[0]))()
+        self.seconds_K = (ctypes.c_double * len(counts))()
 
 
 class AllDrafted(NamedTuple):
@@ -126,14 +123,27 @@ class FusedPasses:
         self._model = ctypes.byref(model)
         self._width, self._vocabulary = model.embedding.inputs, model.head.outputs
         self._seconds = _Seconds()
+        self._drawn = (ctypes.c_int64 * 1)()
+        self._passes: dict[tuple[int, ...], _DraftPasses] = {}
+        self._last_draws: tuple[Draws | None, object] = None, None
+        """As Python has them, and as C++ does: they mostly come again."""
 
     def full(self, rows: PassRows) -> Tensor:
         """Return ``logits_TV`` of the model."""
         logits_TV = torch.empty((rows.count, self._vocabulary))
         self._functions.divisi_full_pass(
-            self._model, rows.reference, logits_TV.data_ptr(), self._seconds, torch.get_num_threads()
+            self._model, rows.reference, logits_TV.data_ptr(), None, None, self._seconds, torch.get_num_threads()
         )
         return logits_TV
+
+    def draw(self, rows: PassRows, draws: Draws) -> list[int]:
+        """The token after each row, drawn from the model's logits. Nothing is allocated, no operation of torch runs."""
+        if len(self._drawn) < rows.count:
+            self._drawn = (ctypes.c_int64 * rows.count)()
+        self._functions.divisi_full_pass(
+            self._model, rows.reference, None, self._draws(draws), self._drawn, self._seconds, torch.get_num_threads()
+        )
+        return self._drawn[: rows.count]
 
     def draft(self, rows: PassRows, hidden_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return ``logits_TV`` of the token after each row's, and what the next pass goes on from [T, D].
@@ -148,24 +158,31 @@ class FusedPasses:
         )  # fmt: skip
         return logits_TV, next_TD
 
-    def draft_all(self, passes: DraftPasses, draws: Draws) -> AllDrafted:
-        """Run the draft passes of a step.
+    def draft_all(self, rows: PassRows, counts: tuple[int, ...], draws: Draws) -> AllDrafted:
+        """Run the draft passes of a step: `rows` of the first one, of which the first so many draft in each.
 
-        `draws` are of the rows of the first pass. The tokens of later passes' rows are written where these have them.
+        Their pages reach as far as the last pass. `draws` are of the rows of the first.
         """
+        if (passes := self._passes.get(counts)) is None:
+            passes = self._passes[counts] = _DraftPasses(counts)
         self._functions.divisi_draft_passes(
-            self._model, passes.structs, len(passes.counts), ctypes.byref(_Draws(*draws.addresses)), passes.drawn_KT,
+            self._model, rows.reference, passes.counts, len(counts), self._draws(draws), passes.drawn_KT,
             passes.seconds_K, self._seconds, torch.get_num_threads(),
         )  # fmt: skip
-        most, drawn = passes.counts[0], passes.drawn_KT
-        tokens = [drawn[at * most : at * most + count] for at, count in enumerate(passes.counts)]
+        most, drawn = counts[0], passes.drawn_KT
+        tokens = [drawn[at * most : at * most + count] for at, count in enumerate(counts)]
         return AllDrafted(tokens, passes.seconds_K[:])
 
-    def take_seconds(self) -> list[float]:
-        """What the PARTS have taken since the last call."""
-        seconds = list(self._seconds)
+    def take_seconds(self) -> dict[str, float]:
+        """What each of PARTS has taken since the last call."""
+        seconds = dict(zip(PARTS, self._seconds, strict=True))
         ctypes.memset(self._seconds, 0, ctypes.sizeof(self._seconds))
         return seconds
+
+    def _draws(self, draws: Draws) -> object:
+        if self._last_draws[0] is not draws:
+            self._last_draws = draws, ctypes.byref(_Draws(*draws.addresses))
+        return self._last_draws[1]
 
     def _layer(self, layer: FusedLayer, tree: Tree, eps: float) -> ctypes.Structure:
         mixer, router = layer.mixer.address, None if layer.router is None else layer.router.address

@@ -1,9 +1,9 @@
 // A pass through all layers in one call, where the experts are in this process: for steps of few rows, which take longer to be
 // called layer by layer than to be computed. The parts are those of the other files, so the bits are theirs.
 #include "layers.h"
+#include "team.h"
 #include <chrono>
 
-struct Experts { Matrix gate_up, down; const int32_t* leaves; long count; };  // matrices of one expert, one after the other
 struct Layer {  // one of two mixers; without a router, `shared` is a dense layer behind `norm`
   const DeltaLayer* delta;
   const AttentionLayer* attention;
@@ -33,7 +33,7 @@ struct Draws {  // how each row's token is drawn, see sampling/
   const double* top_p;
   const float* log_min_p;
 };
-enum Part { MIXER, ROUTER, SHARED, EXPERTS, DRAFT, OTHER };
+enum Part { MIXER, ROUTER, SHARED, EXPERTS, DRAFT, SAMPLING, OTHER };
 
 // Charges the time since the last lap to a part of the pass.
 struct Clock {
@@ -85,6 +85,13 @@ static void feed(const Layer& layer, float* residual, const float* mixed, float*
     return clock.lap(EXPERTS);
   }
   const Router& router = *layer.router;
+#if defined(__AVX512BF16__)
+  if (router.in.weight.format == PACKED && layer.shared.down.format == PACKED && layer.routed.down.format == PACKED) {
+    normed(router.in.norm, residual, mixed, x, t, d);
+    divisi_packed_mixture(layer.router, &layer.shared, &layer.routed, x, update, t, threads);
+    return clock.lap(EXPERTS);
+  }
+#endif
   long width = router.in.weight.outputs, k = router.chosen;
   float *logits = scratch<5>(t * width), *gates = scratch<6>(t * k);
   int32_t* ids = scratch<0, int32_t>(t * k);
@@ -104,6 +111,14 @@ static const float* rotations_of(const Model& model, const Rows& r) {
   return found;
 }
 
+// How many threads are worth a crew: one for what is computed before others have taken notice. Other formats' operations make
+// teams of their own.
+static int crew_of(const Model& model, long t, int threads) {
+  const Layer& first = model.layers[0];
+  const Matrix& in = first.delta ? first.delta->in.weight : first.attention->in.weight;
+  return model.head.format == PACKED && in.format == PACKED && t * in.outputs * in.inputs > ALONE ? threads : 1;
+}
+
 // residual [t, d] through all layers; h is the last norm's output.
 static void run_layers(const Model& model, const Rows& r, const float* cos_sin, float* residual, float* h, Clock& clock,
                        int threads) {
@@ -117,10 +132,20 @@ static void run_layers(const Model& model, const Rows& r, const float* cos_sin, 
   normed(model.last, residual, update, h, t, d);
 }
 
-// Of the full model: logits of all rows. Where it drafts, h and the rows' entries are kept.
-extern "C" void divisi_full_pass(const Model* model, const Rows* rows, float* logits, double* seconds, int threads) {
+// The token after each row.
+static void draw(const Rows& r, const float* logits, long vocab, const Draws& draws, int64_t* tokens, int threads) {
+  int64_t* positions = scratch<1, int64_t>(r.count);
+  for (long row = 0; row < r.count; row++) positions[row] = r.positions[row] + 1;
+  divisi_choose(logits, vocab, vocab, positions, draws.seeds, draws.temperature, draws.top_k, draws.top_p, draws.log_min_p, tokens,
+                r.count, threads);
+}
+
+// Of the full model: logits of all rows, or what is drawn from them. Where it drafts, h and the rows' entries are kept.
+static void full_pass(const Model* model, const Rows* rows, float* logits, const Draws* draws, int64_t* tokens, double* seconds,
+                      int threads) {
   const Rows& r = *rows;
-  long t = r.count, d = model->embedding.inputs;
+  long t = r.count, d = model->embedding.inputs, vocab = model->head.outputs;
+  if (draws) logits = scratch<14>(t * vocab);
   float *residual = scratch<9>(t * d), *h = scratch<10>(t * d);
   Clock clock{seconds};
   embed(model->embedding, r.tokens, residual, t);
@@ -133,6 +158,13 @@ extern "C" void divisi_full_pass(const Model* model, const Rows* rows, float* lo
   }
   product(h, model->head, logits, t, threads);
   clock.lap(OTHER);
+  if (!draws) return;
+  draw(r, logits, vocab, *draws, tokens, threads);
+  clock.lap(SAMPLING);
+}
+extern "C" void divisi_full_pass(const Model* model, const Rows* rows, float* logits, const Draws* draws, int64_t* tokens,
+                                 double* seconds, int threads) {
+  Crew::lead(crew_of(*model, rows->count, threads), [&] { full_pass(model, rows, logits, draws, tokens, seconds, threads); });
 }
 
 // Of the layers that draft, from h of the pass before, or null: h is what the next pass goes on from.
@@ -148,23 +180,32 @@ extern "C" void divisi_draft_pass(const Model* model, const Rows* rows, float* b
   clock.lap(DRAFT);
 }
 
-// Passes of a step, one after the other: the rows of each are the first of those before it, and go on from what these drew.
-// tokens: [count, rows of the first pass]; each: seconds that the passes take, one by one.
-extern "C" void divisi_draft_passes(const Model* model, const Rows* passes, long count, const Draws* draws, int64_t* tokens,
-                                    double* each, double* seconds, int threads) {
-  long t = passes[0].count, d = model->embedding.inputs, vocab = model->head.outputs;
+static void draft_passes(const Model* model, const Rows* first, const int64_t* counts, long count, const Draws* draws,
+                         int64_t* tokens, double* each, double* seconds, int threads) {
+  long t = first->count, d = model->embedding.inputs, vocab = model->head.outputs, page_size = model->drafts->pool.page_size;
   float *turns[] = {scratch<12>(t * d), scratch<13>(t * d)}, *logits = scratch<14>(t * vocab), *before = nullptr;
-  int64_t* positions = scratch<1, int64_t>(t);
+  int32_t *positions = scratch<1, int32_t>(t), *kv_rows = scratch<2, int32_t>(t);
+  Rows r = *first;
   for (long i = 0; i < count; i++) {
-    const Rows& r = passes[i];
-    float* h = turns[i % 2];
     auto begin = std::chrono::steady_clock::now();
-    if (i) memcpy(r.tokens, tokens + (i - 1) * t, r.count * sizeof(int64_t));
+    r.count = r.sequences = counts[i];
+    for (long row = 0; i && row < r.count; row++) {
+      long at = positions[row] = first->positions[row] + i;
+      kv_rows[row] = first->pages[row * first->max_pages + at / page_size] * page_size + at % page_size;
+    }
+    if (i) r.tokens = tokens + (i - 1) * t, r.positions = r.lengths = positions, r.kv_rows = kv_rows;
+    float* h = turns[i % 2];
     divisi_draft_pass(model, &r, before, h, logits, seconds, threads);
-    for (long row = 0; row < r.count; row++) positions[row] = r.positions[row] + 1;
-    divisi_choose(logits, vocab, vocab, positions, draws->seeds, draws->temperature, draws->top_k, draws->top_p, draws->log_min_p,
-                  tokens + i * t, r.count, threads);
+    draw(r, logits, vocab, *draws, tokens + i * t, threads);
     before = h;
     each[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   }
+}
+
+// All draft passes of a step: the rows of each are the first of those before it, a position further, and go on from what these
+// drew. counts: rows of each; tokens: [count, rows of the first pass]; each: seconds that the passes take, one by one.
+extern "C" void divisi_draft_passes(const Model* model, const Rows* first, const int64_t* counts, long count, const Draws* draws,
+                                    int64_t* tokens, double* each, double* seconds, int threads) {
+  Crew::lead(crew_of(*model, first->count, threads),
+             [&] { draft_passes(model, first, counts, count, draws, tokens, each, seconds, threads); });
 }

@@ -1,11 +1,10 @@
 // Choosing experts: one pass over a row of logits.
-#include "simd.h"
+#include "team.h"
 
 // Softmax over e logits, then the k largest, best first; the lowest id wins a tie.
 extern "C" void divisi_route(const float* logits, long stride, int32_t* ids, float* gates, long t, long e, long k, int normalise,
                              int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (t > 16)
-  for (long i = 0; i < t; i++) {
+  share(t > 16 ? threads : 1, t, [&](long i) {
     const float* l = logits + i * stride;
     float best = l[0], total = 0, kept = 0;
     for (long j = 1; j < e; j++) best = l[j] > best ? l[j] : best;
@@ -21,5 +20,5 @@ extern "C" void divisi_route(const float* logits, long stride, int32_t* ids, flo
     }
     for (long j = 0; j < k; j++) { g[j] = fast_exp(g[j] - best) / total; kept += g[j]; }
     if (normalise) for (long j = 0; j < k; j++) g[j] /= kept;
-  }
+  });
 }

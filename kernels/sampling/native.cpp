@@ -1,5 +1,5 @@
 // Draws a token from each row of logits, as reference.py tells: temperature, min_p, top_k, top_p, then the Gumbel-max.
-#include "simd.h"
+#include "team.h"
 #include <algorithm>
 #include <vector>
 
@@ -144,13 +144,12 @@ static long best_of(const float* logits, long vocab) {
 extern "C" void divisi_choose(const float* logits, long stride, long vocab, const int64_t* positions, const int64_t* seeds,
                               const float* temperature, const int64_t* top_k, const double* top_p, const float* log_min_p,
                               int64_t* tokens, long rows, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows > 1 && rows * vocab > ALONE / 4)
-  for (long r = 0; r < rows; r++) {
+  share(rows > 1 ? threads_for(4 * rows * vocab, threads) : 1, rows, [&](long r) {
     const float* own = logits + r * stride;
     long best = best_of(own, vocab);
     tokens[r] = best;
-    if (!(temperature[r] > 0) || !(own[best] > -INFINITY)) continue;
+    if (!(temperature[r] > 0) || !(own[best] > -INFINITY)) return;
     Row row{own, vocab, key_of((uint64_t)seeds[r], positions[r]), own[best], temperature[r], log_min_p[r]};
     tokens[r] = top_k[r] > 0 || top_p[r] < 1 ? row.filtered(top_k[r], top_p[r]) : row.plain();
-  }
+  });
 }

@@ -5,13 +5,13 @@ A small model's layer takes longer to be asked for than to be computed; their re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Self, TypeVar
+from collections.abc import Sequence
+from typing import Self
 
 from torch import Tensor
 
 from divisi.kernels.native.fused import Fused
-from divisi.kernels.native.passes import PARTS, AllDrafted, DraftPasses, FusedLayer, FusedPasses, PassRows
+from divisi.kernels.native.passes import AllDrafted, FusedLayer, FusedPasses, PassRows
 from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import StepBatch
 from divisi.model.config import ModelConfig
@@ -24,8 +24,6 @@ from divisi.model.weights import LayerWeights, MlpWeights, Weights
 
 _MOST_KEPT = 4096
 """Batches."""
-KeyT = TypeVar("KeyT")
-ValueT = TypeVar("ValueT")
 
 
 class WholePasses:
@@ -35,8 +33,6 @@ class WholePasses:
         self._most_rows, self._full, self._drafts = most_rows, full, drafts
         self._rows: dict[int, tuple[StepBatch, PassRows]] = {}
         """Of batches, which come again with other numbers in the same memory."""
-        self._passes: dict[int, tuple[Sequence[StepBatch], DraftPasses]] = {}
-        """Of lists of batches, which come again, too."""
 
     @classmethod
     def of(
@@ -67,6 +63,10 @@ class WholePasses:
             drafting = passes([layer], mtp.weights.final_scale_D)
         return cls(fused.most_rows(weights.head_VD), passes(found, weights.final_scale_D), drafting)
 
+    def takes_rows(self, count: int) -> bool:
+        """Whether a pass of so many decoding rows is one call."""
+        return count <= self._most_rows
+
     def takes(self, batch: StepBatch) -> bool:
         """Whether a pass of such rows is one call."""
         rows = batch.num_tokens
@@ -75,35 +75,38 @@ class WholePasses:
     def full(self, batch: StepBatch, stopwatch: Stopwatch) -> Tensor:
         """Return ``logits_RV`` of every row; what `MtpLayer.record` keeps is kept."""
         logits_RV = self._full.full(self._rows_of(batch))
-        stopwatch.split(PARTS, self._full.take_seconds())
+        stopwatch.lap_of(self._full)
         return logits_RV
+
+    def draw(self, batch: StepBatch, draws: Draws, stopwatch: Stopwatch) -> list[int]:
+        """As `full`; return the token that is drawn after each row."""
+        tokens = self._full.draw(self._rows_of(batch), draws)
+        stopwatch.lap_of(self._full)
+        return tokens
 
     def draft(self, batch: StepBatch, hidden_SD: Tensor | None, stopwatch: Stopwatch) -> Drafted:
         """See `MtpLayer.draft`."""
         assert self._drafts is not None, "the model drafts"
         drafted = Drafted(*self._drafts.draft(self._rows_of(batch), hidden_SD))
-        stopwatch.split(PARTS, self._drafts.take_seconds())
+        stopwatch.lap_of(self._drafts)
         return drafted
 
-    def draft_all(self, batches: Sequence[StepBatch], draws: Draws, stopwatch: Stopwatch) -> AllDrafted:
-        """The draft passes of a step, each from what the one before it draws."""
+    def draft_all(
+        self, batch: StepBatch, counts: tuple[int, ...], draws: Draws, stopwatch: Stopwatch
+    ) -> AllDrafted:
+        """The draft passes of a step, each from what the one before it draws; `batch` is the first one's."""
         assert self._drafts is not None, "the model drafts"
-        passes = self._known(batches, self._passes, lambda: DraftPasses([*map(self._rows_of, batches)]))
-        drafted = self._drafts.draft_all(passes, draws)
-        stopwatch.split(PARTS, self._drafts.take_seconds())
+        drafted = self._drafts.draft_all(self._rows_of(batch), counts, draws)
+        stopwatch.lap_of(self._drafts)
         return drafted
 
     def _rows_of(self, batch: StepBatch) -> PassRows:
-        return self._known(batch, self._rows, lambda: _rows(batch))
-
-    @staticmethod
-    def _known(key: KeyT, known: dict[int, tuple[KeyT, ValueT]], make: Callable[[], ValueT]) -> ValueT:
         """What was made of this very object before, or is now."""
-        found = known.get(id(key))
-        if found is None or found[0] is not key:
-            if len(known) >= _MOST_KEPT:
-                known.clear()
-            found = known[id(key)] = key, make()
+        found = self._rows.get(id(batch))
+        if found is None or found[0] is not batch:
+            if len(self._rows) >= _MOST_KEPT:
+                self._rows.clear()
+            found = self._rows[id(batch)] = batch, _rows(batch)
         return found[1]
 
 

@@ -145,17 +145,20 @@ def test_rows_have_them_for_all_counts(two_threads: None, deterministic: bool) -
     check_bits(select_kernels(torch.device("cpu"), "avx512-bf16", deterministic=deterministic), [*range(1, MOST + 1)])
 
 
-def test_long_contexts_have_the_same_bits_on_any_number_of_threads(kernels: Kernels) -> None:
+@pytest.mark.parametrize(("kv_heads", "length"), [(2, 2999), (4, 400), (4, 800), (3, 400), (1, 400)])
+def test_contexts_have_the_same_bits_on_any_number_of_threads(kernels: Kernels, kv_heads: int, length: int) -> None:
+    """Long ones are cut into spans; heads are shared out where there are fewer spans than threads."""
     torch.manual_seed(2)
-    pool = KvPool(rounded(3008, 2, 64), rounded(3008, 2, 64), 16)
-    q, projected, table = torch.randn(3, 8, 64), torch.randn(3, 20 * 64), torch.randperm(188).int()[None]
+    pool, heads = KvPool(rounded(3008, kv_heads, 64), rounded(3008, kv_heads, 64), 16), 4 * kv_heads
+    q, projected = torch.randn(6, heads, 64), torch.randn(6, 2 * (heads + kv_heads) * 64)
+    table = torch.randperm(188).int()[None]
 
     def attend() -> torch.Tensor:
-        starts, length = torch.tensor([0, 3]).int(), torch.tensor([2999]).int()
-        return kernels.attention_decode(q, projected, pool, starts, length, table)
+        starts, lengths = torch.tensor([0, 6]).int(), torch.tensor([length]).int()
+        return kernels.attention_decode(q, projected, pool, starts, lengths, table)
 
     found = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 4):
         torch.set_num_threads(threads)
         found.append(attend())
     torch.set_num_threads(2)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from divisi.cluster.errors import StepAborted
 from divisi.cluster.request import Request
+from divisi.kernels.native.passes import AllDrafted
 from divisi.kernels.sampling.layout import Draws
 from divisi.model.batch import PrefillRows, StepBatch
 from divisi.model.dispatcher import Dispatcher, Pending
@@ -145,12 +146,21 @@ class FakeRunner:
         self._record(batch)
         return _BANK[[hash(tuple(values)) % len(_BANK) for values in found]]
 
+    def draw(self, batch: StepBatch, dispatcher: Dispatcher, draws: Draws) -> None:
+        """Tokens are drawn from logits."""
+
     def forward_in_turns(self, batches: Sequence[StepBatch], dispatcher: Dispatcher) -> Tensor:
         """One after another: the fake's experts give nothing."""
         return torch.cat([self.forward(batch, dispatcher) for batch in batches])
 
-    def draft_all(self, batches: Sequence[StepBatch], dispatcher: Dispatcher, draws: Draws) -> None:
+    def drafts_at_once(self, rows: int, dispatcher: Dispatcher) -> bool:
         """Passes are run one by one."""
+        return False
+
+    def draft_all(
+        self, batch: StepBatch, counts: tuple[int, ...], dispatcher: Dispatcher, draws: Draws
+    ) -> AllDrafted:
+        raise AssertionError("passes are run one by one")
 
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         """One scripted draft of each row."""

@@ -5,8 +5,7 @@ Shapes: T rows, S sequences, N pages, R rows of logits, M page tables, L states 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,26 +16,18 @@ from divisi.cluster.engine.memory.sequence_memory import PageGrowth
 from divisi.cluster.engine.scheduler import SchedulerConfig
 from divisi.cluster.engine.step.buckets import bucket
 from divisi.cluster.engine.step.drafts import Drafts
+from divisi.cluster.engine.step.int_buffer import IntBuffer, Mirrored, filled, keep
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.kernels.gated_delta.layout import Leaves
 from divisi.model.batch import DecodeRows, PrefillRows, StepBatch
-
-_ALIGNED = 4
-"""Integers; 16 bytes, at which GPU kernels like their arrays to begin."""
-
-
-_MOST_KEPT = 4096
-"""Shapes of batches."""
-KeyT = TypeVar("KeyT")
-ValueT = TypeVar("ValueT")
 
 
 class BatchBuilder:
     """Builds batches in preallocated buffers: a batch is valid until the next one is built.
 
     The page tables live on the device, one per admitted sequence, and only their new entries are written. What decoding
-    rows need lies at the same addresses for as many rows and sequences, and on a GPU their page tables are as wide as
-    the next power of two: two steps then differ in numbers only.
+    rows need lies at the same addresses for as many rows and sequences, and their page tables are as wide as the next
+    power of two: two steps then mostly differ in numbers only, and share their batches.
     """
 
     def __init__(self, config: SchedulerConfig, device: torch.device, *, padded: bool = False) -> None:
@@ -45,12 +36,12 @@ class BatchBuilder:
         self._device, self._padded = device, padded
         self._most_sequences, self._most_rows = min(config.max_seqs, config.max_step_tokens), config.max_step_tokens
         size = config.max_step_tokens
-        self._token_ids_T = _Mirrored(size, torch.int64, device)
+        self._token_ids_T = Mirrored(size, torch.int64, device)
         self._token_ids = self._token_ids_T.host.numpy()
         # Of a full pass eleven integers a row at most, four of its own, five of a run, two of a state that is left; of
         # all draft passes two a run and three for each of its drafts; and rounding.
         rounding = 64 * (1 + config.max_draft_tokens)
-        self._ints = _IntBuffer(max(12, 4 + 3 * config.max_draft_tokens) * size + rounding, device)
+        self._ints = IntBuffer(max(12, 4 + 3 * config.max_draft_tokens) * size + rounding, device)
         self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
@@ -58,6 +49,7 @@ class BatchBuilder:
         """Of the step under way, once the first of them was built."""
         self._decoding: dict[tuple[int, int, int], StepBatch] = {}
         self._drafts: dict[tuple[tuple[int, ...], int], list[StepBatch]] = {}
+        self._first_drafts: dict[tuple[int, int], StepBatch] = {}
         """Batches of decoding rows and of draft passes, by their shapes: the same memory with other numbers in it."""
         shape = (config.max_seqs, config.max_pages_per_sequence)
         self._page_tables_MN = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -69,6 +61,8 @@ class BatchBuilder:
         self._host_tables: dict[str, NDArray[np.int32]] = {}
         self._grown = 0
         """How often page tables have changed."""
+        self._rows: tuple[StepPlan | None, list[int], list[int]] = None, [], []
+        """Of ring runs: positions and KV rows, and in which plan."""
         self._taken: dict[str, tuple[list[int], int, int]] = {}
         """Which tables lie side by side on the host, how wide, and what had changed by then."""
 
@@ -96,18 +90,14 @@ class BatchBuilder:
         if padded:
             num_rows, sequences = bucket(num_rows, self._most_rows), bucket(sequences, self._most_sequences)
         ints.clear()
-        positions, kv_rows = ints.reserve(num_rows), ints.reserve(num_rows)
-        self._fill_rings(plan.rings, ints[positions], ints[kv_rows])
+        positions, kv_rows, *decode = self._lay_out_rings(plan, num_rows, sequences)
         for run in plan.scans:
             self._fill_scan(run, ints[positions], ints[kv_rows])
-        decode = self._decode_slices(plan.rings, sequences) if plan.rings else []
-        if padded:
-            decode.append(self._pad(plan.rings, ints[positions], ints[kv_rows]))
         prefill = self._prefill_slices(plan.scans) if plan.scans else []
-        drafted, drafts_by_pass = ints.put(_drafted_rows(plan)), drafts.by_pass
-        if drafts.told is not None:
-            self._token_ids[ints[drafted]] = [token for tokens in drafts.told for token in tokens]
-        on_device, token_ids_T = ints.on_device(), self._token_ids_T.on_device(num_rows)
+        self._fill_ring_tokens(plan, drafts, num_rows)
+        drafts_by_pass = drafts.by_pass
+        drafted = ints.put(_drafted_rows(plan)) if drafts_by_pass else slice(0)
+        on_device, token_ids_T = ints.sent(), self._token_ids_T.sent(num_rows)
         if drafts_by_pass:
             token_ids_T.index_copy_(0, on_device[drafted].long(), torch.cat(drafts_by_pass).clamp_(min=0))
         width = self._take_tables("decode", plan.rings, decode.pop(0), on_device) if plan.rings else 0
@@ -115,7 +105,7 @@ class BatchBuilder:
         if not plan.scans and (known := self._decoding.get(shape)) is not None:
             return known
         batch = StepBatch(
-            token_ids_T=token_ids_T,
+            token_ids_T=token_ids_T[:num_rows],
             positions_T=on_device[positions],
             kv_rows_T=on_device[kv_rows],
             decode=self._decode_rows(width, [on_device[part] for part in decode]) if plan.rings else None,
@@ -124,7 +114,7 @@ class BatchBuilder:
             logit_rows_R=self._logit_rows(plan) if plan.scans else self._logit_rows_T[:num_rows],
         )
         if not plan.scans:
-            _keep(self._decoding, shape, batch)
+            keep(self._decoding, shape, batch)
         return batch
 
     def build_draft(self, plan: StepPlan, index: int, drafts: Drafts) -> StepBatch:
@@ -136,42 +126,67 @@ class BatchBuilder:
         if index == 0:
             self.draft_passes = self._lay_out_drafting(plan)
             self._token_ids[:count] = [run.sequence.tokens[run.start] for run in plan.drafting[:count]]
-            self._token_ids_T.on_device(count)
+            self._token_ids_T.sent(count)
         else:
             torch.clamp(drafts.by_pass[-1][:count], min=0, out=self._token_ids_T.device[:count])
         return self.draft_passes[index]
 
+    def build_first_draft(self, plan: StepPlan) -> StepBatch:
+        """Lay out the first draft pass alone, with all pages that the others reach: these follow from it."""
+        runs, ints = plan.drafting, self._ints
+        positions, kv_rows = self._ring_rows(plan)
+        count = len(runs)
+        self._token_ids[:count] = [run.sequence.tokens[run.start] for run in runs]
+        arrays = [
+            [run.sequence.holding.table for run in runs],
+            [positions[run.row] for run in runs],
+            [kv_rows[run.row] for run in runs],
+            [run.source for run in runs],
+        ]
+        ints.clear()
+        tables, *parts = ints.put_all(arrays)
+        on_device = ints.sent()
+        width = self._take_tables("draft", runs, tables, on_device)
+        if (known := self._first_drafts.get((count, width))) is None:
+            pages_SN = self._tables["draft"][: count * width].view(count, width)
+            positions_T, kv_rows_T, slots_S = (on_device[part] for part in parts)
+            known = self._draft_pass(self._starts_S1[: count + 1], positions_T, kv_rows_T, slots_S, pages_SN)
+            keep(self._first_drafts, (count, width), known)
+        return known
+
     def _lay_out_drafting(self, plan: StepPlan) -> list[StepBatch]:
         """Slots and page tables of a step's draft passes, and positions and KV rows of each; its passes."""
-        runs, ints, page_size = plan.drafting, self._ints, self._page_size
-        sizes = tuple([bucket(n, self._most_sequences) if self._padded else n for n in plan.counts[:-1]])
-        ints.clear()
+        runs, counts, ints = plan.drafting, plan.counts[:-1], self._ints
+        sizes = tuple([bucket(count, self._most_sequences) for count in counts]) if self._padded else counts
+        positions, kv_rows = self._ring_rows(plan)
+        rows = [run.row for run in runs]
         arrays = [
-            _filled([run.source for run in runs], sizes[0], -1),
-            _filled([run.sequence.holding.table for run in runs], sizes[0], 0),
+            filled([run.source for run in runs], sizes[0], -1),
+            filled([run.sequence.holding.table for run in runs], sizes[0], 0),
         ]
-        for index, (count, size) in enumerate(zip(plan.counts, sizes, strict=False)):
-            arrays.append(_filled([*range(count)], size + 1, count) if self._padded else [])
-            arrays.append(_filled([run.start + index for run in runs[:count]], size, 0))
-            arrays.append(_filled([_kv_row(run, run.start + index, page_size) for run in runs[:count]], size, -1))
+        for ahead, (count, size) in enumerate(zip(counts, sizes, strict=True)):  # the full pass has the same positions
+            arrays.append(filled([positions[row + ahead] for row in rows[:count]], size, 0))
+            arrays.append(filled([kv_rows[row + ahead] for row in rows[:count]], size, -1))
+        if self._padded:
+            arrays += [filled([*range(count)], size + 1, count) for count, size in zip(counts, sizes, strict=True)]
+        ints.clear()
         slots, tables, *of_passes = ints.put_all(arrays)
-        on_device = ints.on_device()
+        on_device = ints.sent()
         width = self._take_tables("draft", runs, tables, on_device)
         if (known := self._drafts.get((sizes, width))) is not None:
             return known
-        pages_SN = self._tables["draft"][: sizes[0] * width].view(sizes[0], width)
-        passes = [
-            self._draft_pass(on_device[starts], on_device[positions], on_device[kv_rows], on_device[slots], pages_SN)
-            for starts, positions, kv_rows in zip(of_passes[::3], of_passes[1::3], of_passes[2::3], strict=True)
-        ]
-        _keep(self._drafts, (sizes, width), passes)
+        parts, pages_SN = [on_device[part] for part in of_passes], self._tables["draft"][: sizes[0] * width]
+        starts = parts[2 * len(sizes) :] or [self._starts_S1[: size + 1] for size in sizes]
+        rows_of_passes = zip(starts, parts[::2], parts[1::2], strict=False)
+        passes = [self._draft_pass(*own, on_device[slots], pages_SN.view(sizes[0], width)) for own in rows_of_passes]
+        keep(self._drafts, (sizes, width), passes)
         return passes
 
     def _draft_pass(
         self, starts_S1: Tensor, positions_T: Tensor, kv_rows_T: Tensor, slots_S: Tensor, pages_SN: Tensor
     ) -> StepBatch:
         count = len(positions_T)
-        slots_S, starts_S1 = slots_S[:count], starts_S1 if self._padded else self._starts_S1[: count + 1]
+        slots_S = slots_S[:count]
         return StepBatch(
             token_ids_T=self._token_ids_T.device[:count],
             positions_T=positions_T,
@@ -182,22 +197,48 @@ class BatchBuilder:
             logit_rows_R=self._logit_rows_T[:count],
         )
 
-    def _fill_rings(self, runs: Sequence[Run], positions: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
-        """All but the drafts, which are on the device."""
-        size, count = self._page_size, _end(runs)
-        rows = [(run, position) for run in runs for position in range(run.start, run.end)]
-        self._token_ids[:count] = 0
-        self._token_ids[[run.row for run in runs]] = [run.sequence.tokens[run.start] for run in runs]
-        positions[:count] = [position for _, position in rows]
-        kv_rows[:count] = [_kv_row(run, position, size) for run, position in rows]
+    def _ring_rows(self, plan: StepPlan) -> tuple[list[int], list[int]]:
+        """Positions and KV rows of the rows of ring runs; the passes of a plan share them."""
+        if self._rows[0] is not plan:
+            positions: list[int] = []
+            kv_rows: list[int] = []
+            for run in plan.rings:
+                positions += range(run.start, run.end)
+                kv_rows += _kv_rows(run, self._page_size)
+            self._rows = plan, positions, kv_rows
+        return self._rows[1:]
 
-    def _pad(self, runs: Sequence[Run], positions: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> slice:
-        """Rows that are nobody's, after those of the runs; returns where the slots of all rows are."""
-        count, num_rows = _end(runs), len(positions)
-        self._token_ids[count:num_rows] = 0
-        positions[count:] = 0
-        kv_rows[count:] = -1
-        return self._ints.put(_filled([run.source for run in runs for _ in range(run.num_rows)], num_rows, -1))
+    def _lay_out_rings(self, plan: StepPlan, num_rows: int, sequences: int) -> list[slice]:
+        """Positions and KV rows of the step's rows, those of prefills left open; of its ring runs the page tables, then
+        as in DecodeRows. Rows and sequences that are nobody's come last.
+        """
+        runs, ints = plan.rings, self._ints
+        positions, kv_rows = self._ring_rows(plan)
+        if not runs:
+            return [ints.reserve(num_rows), ints.reserve(num_rows)]
+        arrays = [
+            filled([run.sequence.holding.table for run in runs], sequences, 0),
+            filled([run.row for run in runs], sequences + 1, len(positions)),
+            filled([run.start for run in runs], sequences, 0),
+            filled([run.source for run in runs], sequences, -1),
+        ]
+        if plan.scans:
+            of_rows = [ints.reserve(num_rows), ints.reserve(num_rows)]
+            for part, values in zip(of_rows, (positions, kv_rows), strict=True):
+                ints[part][: len(values)] = values
+            return of_rows + ints.put_all(arrays)
+        if self._padded:
+            arrays.append(filled([run.source for run in runs for _ in range(run.num_rows)], num_rows, -1))
+        return ints.put_all([filled(positions, num_rows, 0), filled(kv_rows, num_rows, -1), *arrays])
+
+    def _fill_ring_tokens(self, plan: StepPlan, drafts: Drafts, num_rows: int) -> None:
+        """Those of ring runs, drafts where they are known here, and of rows that are nobody's."""
+        tokens: list[int] = []
+        for run in plan.rings:
+            tokens.append(run.sequence.tokens[run.start])
+            tokens += drafts.here(run)
+        tokens = tokens if plan.scans else filled(tokens, num_rows, 0)
+        self._token_ids[: len(tokens)] = tokens
 
     def _fill_scan(self, run: Run, positions_T: NDArray[np.int32], kv_rows: NDArray[np.int32]) -> None:
         page_size, rows = self._page_size, slice(run.row, run.row + run.num_rows)
@@ -207,16 +248,6 @@ class BatchBuilder:
         self._token_ids[rows] = run.sequence.tokens[run.start : run.end]
         positions_T[rows] = positions
         kv_rows[rows] = pages[positions // page_size - first_page] * page_size + positions % page_size
-
-    def _decode_slices(self, runs: Sequence[Run], sequences: int) -> list[slice]:
-        """Page tables first, then as in DecodeRows."""
-        arrays = [
-            _filled([run.sequence.holding.table for run in runs], sequences, 0),
-            _filled([run.row for run in runs], sequences + 1, _end(runs)),
-            _filled([run.start for run in runs], sequences, 0),
-            _filled([run.source for run in runs], sequences, -1),
-        ]
-        return self._ints.put_all(arrays)
 
     def _decode_rows(self, width: int, parts: Sequence[Tensor]) -> DecodeRows:
         starts_S1, lengths_S, slots_S, *slots_T = parts
@@ -248,10 +279,9 @@ class BatchBuilder:
         return self._page_tables_MN[:, :num_pages].index_select(0, tables_S)
 
     def _take_tables(self, kind: str, runs: Sequence[Run], tables: slice, on_device: Tensor) -> int:
-        """Have the page tables of some runs lie side by side; returns their width: on a GPU a power of two."""
+        """Have the page tables of some runs lie side by side; returns their width, a power of two."""
         width, most = -(-max([run.end for run in runs]) // self._page_size), self._page_tables_MN.shape[1]
-        if not self._on_host:
-            width = min(1 << (width - 1).bit_length(), most)
+        width = min(1 << (width - 1).bit_length(), most)
         if not self._tables[kind].numel():
             self._tables[kind] = torch.empty_like(self._page_tables_MN).flatten()
             if self._on_host:
@@ -274,79 +304,19 @@ class BatchBuilder:
         return torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(self._device)
 
 
-class _Mirrored:
-    """Integers on the host, and their copy on the device."""
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Pageable on purpose: a copy from pinned memory could still be reading when the next step is laid out. What is
-        # copied from here is in the driver's own memory when the call returns, which waits for no work of the device.
-        self.host = torch.zeros(size, dtype=dtype)
-        self.device = self.host if device.type == "cpu" else torch.zeros_like(self.host, device=device)
-
-    def on_device(self, count: int) -> Tensor:
-        """The first so many, at the same address each time."""
-        if self.device is self.host:
-            return self.host[:count]
-        return self.device[:count].copy_(self.host[:count], non_blocking=True)
-
-
-class _IntBuffer:
-    """Arrays of int32 side by side, so that they reach the device in one copy."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._mirrored = _Mirrored(size, torch.int32, device)
-        self._values = self._mirrored.host.numpy()
-        self._used = 0
-
-    def clear(self) -> None:
-        self._used = 0
-
-    def reserve(self, count: int) -> slice:
-        start = self._used
-        self._used = start + -(-count // _ALIGNED) * _ALIGNED
-        return slice(start, start + count)
-
-    def put(self, values: list[int], *more: int) -> slice:
-        values = [*values, *more]
-        part = self.reserve(len(values))
-        self._values[part] = values
-        return part
-
-    def put_all(self, arrays: Sequence[list[int]]) -> list[slice]:
-        """Several at once, which takes little longer than one."""
-        first, parts, values = self._used, [], []
-        for array in arrays:
-            parts.append(self.reserve(len(array)))
-            values += array
-            values += [0] * (self._used - first - len(values))
-        self._values[first : self._used] = values
-        return parts
-
-    def __getitem__(self, part: slice) -> NDArray[np.int32]:
-        return self._values[part]
-
-    def on_device(self) -> Tensor:
-        return self._mirrored.on_device(self._used)
-
-
 def _drafted_rows(plan: StepPlan) -> list[int]:
     """The rows of drafts, pass by pass."""
     return [run.row + 1 + index for index, count in enumerate(plan.counts[:-1]) for run in plan.drafting[:count]]
 
 
-def _filled(values: list[int], count: int, filler: int) -> list[int]:
-    return values + [filler] * (count - len(values))
-
-
-def _keep(known: dict[KeyT, ValueT], key: KeyT, value: ValueT) -> None:
-    """Remember a value, and forget all others once there are too many."""
-    if len(known) >= _MOST_KEPT:
-        known.clear()
-    known[key] = value
-
-
-def _kv_row(run: Run, position: int, page_size: int) -> int:
-    return run.sequence.holding.pages[position // page_size] * page_size + position % page_size
+def _kv_rows(run: Run, page_size: int) -> Iterator[int]:
+    """Where its rows' keys and values lie, page by page."""
+    pages, at = run.sequence.holding.pages, run.start
+    while at < run.end:
+        page = at // page_size
+        end, shift = min(run.end, (page + 1) * page_size), (pages[page] - page) * page_size
+        yield from range(at + shift, end + shift)
+        at = end
 
 
 def _end(runs: Sequence[Run]) -> int:

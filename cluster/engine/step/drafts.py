@@ -61,6 +61,10 @@ class Drafts:
             for run, token in zip(runs, tokens, strict=False):
                 self._tokens.setdefault(run.row, []).append(token)
 
+    def here(self, run: Run) -> list[int]:
+        """A run's drafts where they were told, else as many zeros: waits for nobody."""
+        return [0] * run.num_drafts if self.told is None else self._tokens.get(run.row, [])
+
     def of(self, run: Run) -> list[int]:
         """A run's drafts; NO_TOKEN where its rules left none. Waits for the device."""
         for runs, token_ids_S in self._passes[self._read :]:

@@ -74,6 +74,11 @@ class Run(NamedTuple):
         return self.num_rows - 1 if self.kind is RunKind.RING else 0
 
     @property
+    def chosen_positions(self) -> range:
+        """Where the tokens stand that it chooses, if it chooses any."""
+        return range(self.end - self.num_drafts, self.end + 1)
+
+    @property
     def choosing_rows(self) -> range:
         """The rows of logits that choose tokens, if it chooses any."""
         end = self.logit_row + len(self.logit_positions)
@@ -135,8 +140,12 @@ class StepPlan:
     """Rows of the full pass's second micro-batch, its last ones; 0: it has one."""
     counts: tuple[int, ...] = field(init=False)
     """Rows by pass: of the draft passes, then of the one over all layers."""
+    choosing: tuple[Run, ...] = field(init=False)
+    """The runs that choose tokens, in the order of their rows."""
 
     def __post_init__(self) -> None:
+        scans = tuple([run for run in self.scans if run.chooses]) if self.scans else ()
+        object.__setattr__(self, "choosing", self.rings + scans)
         most = self.drafting[0].num_drafts if self.drafting else 0
         drafts = [sum([run.num_drafts > ahead for run in self.drafting]) for ahead in range(most)]
         object.__setattr__(self, "counts", (*drafts, self.num_rows))
@@ -151,11 +160,6 @@ class StepPlan:
         """Where the second micro-batch begins: its first run and row."""
         row = self.num_rows - self.second
         return next(index for index, run in enumerate(self.rings) if run.row == row), row
-
-    @property
-    def choosing(self) -> list[Run]:
-        """The runs that choose tokens, in the order of their rows."""
-        return [*self.rings, *(run for run in self.scans if run.chooses)]
 
 
 class PlanLayout:

@@ -16,20 +16,21 @@ from torch import Tensor
 from divisi.cluster.engine.grammar import Grammars
 from divisi.cluster.engine.sequence import Sequence
 from divisi.cluster.engine.step.drafts import Drafts, Row, StepMasks
+from divisi.cluster.engine.step.parameters import sequence_sampling
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.cluster.request import EndReason, TokenLogprob
 from divisi.kernels.sampling.layout import Draws
-from divisi.model.sampling.logit_rules import SequenceRules
 from divisi.model.sampling.sampler import (
     NO_TOKEN,
     Logprobs,
     Sampled,
     Sampler,
     SamplingBatch,
-    SequenceSampling,
     token_logprobs,
 )
-from divisi.model.sampling.token_counts import History
+
+_MOST_KEPT = 64
+"""Parameters of steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +60,44 @@ class StepSampler:
         self._sampler = sampler
         self._grammars = grammars
         self._device = device
-        self._sampled: list[tuple[Sequence, int]] = []
+        self._sampled: list[Sequence] = []
+        self._batches: dict[tuple[int, ...], SamplingBatch] = {}
+        """Of these, by the rows of each."""
         self._batch = SamplingBatch(())
+        """Of the step under way."""
         self._draft_batches: dict[int, tuple[list[Sequence], SamplingBatch]] = {}
         self._masks = StepMasks(None)
         self._chosen: list[list[int]] = []
 
     def start(self, plan: StepPlan) -> None:
         """A step begins, perhaps once more."""
-        runs = plan.choosing
-        sampled = [(run.sequence, 1 + run.num_drafts) for run in runs]
-        if sampled and sampled != self._sampled:
-            sequences = [_sequence_sampling(run.sequence) for run in runs]
-            owners = [owner for owner, (_, rows) in enumerate(sampled) for _ in range(rows)]
-            self._sampled = sampled
-            self._batch = SamplingBatch(sequences, self._batch, self._device, owners)
+        if plan.choosing:
+            self._batch = self._batch_of(plan.choosing)
         self._masks = StepMasks(self._grammars)
 
     def ask(self, rows: Seq[Row], drafts: Drafts) -> None:
         """Begin what can be done while the rows are computed: masks by the requests' grammars."""
         self._masks.ask(rows, drafts)
 
+    def ask_all(self, runs: Seq[Run], drafts: Drafts) -> None:
+        """The same of all rows of some runs, which are the step's."""
+        if self._batch.rules is not None:
+            self._masks.ask(rows_of(runs), drafts)
+
     def draft(self, rows: list[Row], logits_SV: Tensor, drafts: Drafts) -> Tensor:
         """Choose one more draft for each of the rows' runs, int64 [S]; NO_TOKEN where its rules leave none."""
-        batch = self._draft_batch(rows)
-        return self._sample(rows, batch, logits_SV, drafts).token_ids_R
+        batch = self._draft_batch([row.run.sequence for row in rows])
+        return self._sample(rows, [row.position for row in rows], batch, logits_SV, drafts).token_ids_R
 
     def draws(self, runs: Seq[Run]) -> Draws | None:
         """How the drafts of some runs are drawn, one row each; None where rules or a grammar have a say in that."""
-        batch = self._draft_batch([Row(run, 0) for run in runs])
+        batch = self._draft_batch([run.sequence for run in runs])
         return batch.free if batch.rules is None else None
 
     def drafted(self, runs: Seq[Run], passes: list[list[int]]) -> list[list[int]]:
         """The drafts of some runs that were drawn at once, as the sampler has them."""
-        rows = [Row(run, 0) for run in runs]
-        return self._sampler.drawn(passes, self._draft_batch(rows), [row.position for row in rows])
+        batch = self._draft_batch([run.sequence for run in runs])
+        return self._sampler.drawn(passes, batch, [run.chosen_positions[0] for run in runs])
 
     def choose(self, plan: StepPlan, logits_RV: Tensor, drafts: Drafts) -> Choice:
         """Sample the next tokens of each run that chooses any. The step may still be given up after this."""
@@ -101,18 +105,44 @@ class StepSampler:
         self._chosen = []
         if not choosing:
             return Choice([[] for _ in plan.runs])
-        rows = rows_of(choosing)
-        if len(rows) != logits_RV.shape[0]:
+        batch = self._batch
+        rows = [] if batch.rules is None and not batch.logprob_rows else rows_of(choosing)
+        if batch.size != logits_RV.shape[0]:
             logits_RV = logits_RV[[row for run in choosing for row in run.choosing_rows]]
-        found = self._sample(rows, self._batch, logits_RV, drafts)
-        proposed = iter(found.token_ids_R.tolist())
-        self._chosen = [_stands(run, [next(proposed) for _ in run.choosing_rows], drafts.of(run)) for run in choosing]
-        stuck = [run.sequence for run, tokens in zip(choosing, self._chosen, strict=True) if not tokens]
+        positions = [position for run in choosing for position in run.chosen_positions]
+        found = self._sample(rows, positions, batch, logits_RV, drafts)
+        return self._choice(plan, found.token_ids_R.tolist(), drafts, self._told(rows, found))
+
+    def draws_of_all(self) -> Draws | None:
+        """How the step's rows are drawn from; None where there is more to it than the tokens."""
+        batch = self._batch
+        return batch.free if batch.size and batch.rules is None and not batch.logprob_rows else None
+
+    def take(self, plan: StepPlan, drawn: list[int], drafts: Drafts) -> Choice:
+        """The same as `choose`, of the tokens that its rows were drawn with by `draws_of_all`."""
+        positions = [position for run in plan.choosing for position in run.chosen_positions]
+        (token_ids,) = self._sampler.drawn([drawn], self._batch, positions)
+        return self._choice(plan, token_ids, drafts, {})
+
+    def _choice(
+        self, plan: StepPlan, token_ids: list[int], drafts: Drafts, told: dict[Sequence, list[TokenLogprob]]
+    ) -> Choice:
+        """`token_ids` of all rows that choose."""
+        choosing, at = plan.choosing, 0
+        self._chosen = []
+        for run in choosing:
+            end = at + 1 + run.num_drafts
+            self._chosen.append(_stands(run, token_ids[at:end], drafts.of(run)))
+            at = end
+        chosen = zip(choosing, self._chosen, strict=True)
+        stuck = [] if all(self._chosen) else [run.sequence for run, tokens in chosen if not tokens]
         ends = {sequence: _how_stuck(sequence) for sequence in stuck}
         failed = {sequence: _why_stuck(sequence) for sequence in stuck if ends[sequence] != "stop"}
-        by_row = {run.row: tokens for run, tokens in zip(choosing, self._chosen, strict=True)}
-        by_run = [by_row.get(run.row, []) for run in plan.runs]
-        return Choice(by_run, self._told(rows, found), ends, failed)
+        by_run = self._chosen
+        if plan.scans:
+            by_row = {run.row: tokens for run, tokens in zip(choosing, self._chosen, strict=True)}
+            by_run = [by_row.get(run.row, []) for run in plan.runs]
+        return Choice(by_run, told, ends, failed)
 
     def commit(self) -> None:
         """Count the tokens of a step that is final: those chosen last."""
@@ -122,23 +152,41 @@ class StepSampler:
             column = [tokens[place] if place < len(tokens) else NO_TOKEN for tokens in self._chosen]
             self._batch.add(torch.tensor(column, device=self._device))
 
-    def _sample(self, rows: list[Row], batch: SamplingBatch, logits_RV: Tensor, drafts: Drafts) -> Sampled:
-        positions_R = np.array([row.position for row in rows])
+    def _sample(
+        self, rows: list[Row], positions: list[int], batch: SamplingBatch, logits_RV: Tensor, drafts: Drafts
+    ) -> Sampled:
+        """`rows` are looked at where there are rules."""
+        positions_R = np.array(positions)
+        if batch.rules is None:
+            return self._sampler.sample(logits_RV, batch, positions_R)
         masks = self._masks.of([rows[index] for index in batch.masked_rows])
-        ahead_RA = None if batch.rules is None else drafts.ahead(rows)
+        ahead_RA = drafts.ahead(rows)
         if ahead_RA is not None:
             ahead_RA = ahead_RA.to(self._device)
         return self._sampler.sample(logits_RV, batch, positions_R, masks, ahead_RA)
 
-    def _draft_batch(self, rows: list[Row]) -> SamplingBatch:
+    def _batch_of(self, runs: Seq[Run]) -> SamplingBatch:
+        """Parameters of the step's rows: those of a step with the same sequences and drafts, if no rule tells them
+        apart, or new ones.
+        """
+        sequences, rows = [run.sequence for run in runs], tuple([1 + run.num_drafts for run in runs])
+        if sequences != self._sampled or len(self._batches) > _MOST_KEPT:
+            self._sampled, self._batches = sequences, {}
+        elif (known := self._batches.get(rows)) is not None and (known is self._batch or known.rules is None):
+            return known
+        owners = [owner for owner, count in enumerate(rows) for _ in range(count)]
+        batch = SamplingBatch([sequence_sampling(each) for each in sequences], self._batch, self._device, owners)
+        self._batches[rows] = batch
+        return batch
+
+    def _draft_batch(self, sequences: list[Sequence]) -> SamplingBatch:
         """Parameters of a draft pass, kept while they need no history: that is the step's own batch's to follow."""
-        sequences = [row.run.sequence for row in rows]
-        kept = self._draft_batches.get(len(rows))
+        kept = self._draft_batches.get(len(sequences))
         if kept is not None and kept[0] == sequences and kept[1].rules is None:
             return kept[1]
-        parameters = [replace(_sequence_sampling(sequence), logprobs=None) for sequence in sequences]
+        parameters = [replace(sequence_sampling(sequence), logprobs=None) for sequence in sequences]
         batch = SamplingBatch(parameters, self._batch, self._device)
-        self._draft_batches[len(rows)] = sequences, batch
+        self._draft_batches[len(sequences)] = sequences, batch
         return batch
 
     def _told(self, rows: list[Row], found: Sampled) -> dict[Sequence, list[TokenLogprob]]:
@@ -186,37 +234,6 @@ def tell_prompt(plan: StepPlan, logits_RV: Tensor) -> dict[Sequence, list[TokenL
             found = token_logprobs(logits_RV[run.logit_row : run.logit_row + len(targets)], targets_L, num_top)
             told[sequence] = _told(found, targets, [num_top] * len(targets))
     return told
-
-
-def _sequence_sampling(sequence: Sequence) -> SequenceSampling:
-    sampling = sequence.request.sampling
-    rules = _sequence_rules(sequence)
-    return SequenceSampling(
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.seed,
-        logprobs=sequence.request.logprobs,
-        min_p=sampling.min_p,
-        rules=None if rules.is_empty else rules,
-        history=History(sequence, sequence.tokens, len(sequence.request.prompt)),
-    )
-
-
-def _sequence_rules(sequence: Sequence) -> SequenceRules:
-    request, sampling = sequence.request, sequence.request.sampling
-    early = request.min_tokens > sequence.num_generated
-    return SequenceRules(
-        masked=request.grammar is not None,
-        allowed_token_ids=sequence.allowed_ids,
-        bad_words=sampling.bad_words,
-        stop_ids=tuple(sorted(request.stop_ids | request.content_stop_ids)) if early else (),
-        min_position=len(request.prompt) + request.min_tokens if early else 0,
-        logit_bias=sampling.logit_bias,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-    )
 
 
 def _how_stuck(sequence: Sequence) -> EndReason:

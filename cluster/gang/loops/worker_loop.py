@@ -33,6 +33,7 @@ from divisi.cluster.gang.loops.threads import CoreShare
 from divisi.cluster.passes import Pass, PassKind, PassLayers, plain_elsewhere
 from divisi.cluster.request import Request, TokenEvent
 from divisi.model.dispatcher import Dispatcher
+from divisi.model.inference import in_inference_mode
 
 log = logging.getLogger(__name__)
 
@@ -238,6 +239,7 @@ class WorkerLoop(Generic[PlanT]):
             while True:
                 self._step(links.mesh, links.peers.seat, end)
 
+    @in_inference_mode
     def _step(self, mesh: LeaderMesh | FollowerMesh, seat: int, end: WorkerEnd) -> None:
         """Take part in one step of the gang, or wait for something to do."""
         self._carry_out_commands()
@@ -298,7 +300,7 @@ class WorkerLoop(Generic[PlanT]):
         index, passes = self._at
         return f" in pass {index + 1} of {len(passes)} ({passes[index].kind.name.lower()})"
 
-    @torch.inference_mode()
+    @in_inference_mode
     def _idle(self, layers: Sequence[int], end: WorkerEnd) -> None:
         for layer in layers:
             end.idle(layer)

@@ -102,14 +102,15 @@ def test_laying_out_a_step_is_of_its_first_draft(
     """It takes as long for one as for many: counted with them, it would make each further one look dear."""
     worker = Worker(checkpoint, 3)
     if one_by_one:
-        monkeypatch.setattr(worker.runner, "draft_all", lambda *_: None)
-    waited, lay_out = [0.0], worker.engine._builder._lay_out_drafting
+        monkeypatch.setattr(worker.runner, "drafts_at_once", lambda *_: False)
+    waited, ring_rows = [0.0], worker.engine._builder._ring_rows
 
-    def slowly(plan: StepPlan) -> list[StepBatch]:
-        waited[0] += 1000.0
-        return lay_out(plan)
+    def slowly(plan: StepPlan) -> tuple[list[int], list[int]]:
+        if worker.engine._builder._rows[0] is not plan and plan.drafting:
+            waited[0] += 1000.0
+        return ring_rows(plan)
 
-    monkeypatch.setattr(worker.engine._builder, "_lay_out_drafting", slowly)
+    monkeypatch.setattr(worker.engine._builder, "_ring_rows", slowly)
     monkeypatch.setattr(clock, "perf_counter", lambda: perf_counter() + waited[0])
     worker.engine.submit(Request("0", (1, 2, 3), 12, Sampling(temperature=0.0)))
     while worker.step():
@@ -127,9 +128,11 @@ class ScriptedRunner:
         self._runner, self._worker, self._answers, self._right = worker.runner, worker, answers, right
         self._random = random.Random(seed)
         self.store, self.forward, self.prepare = worker.runner.store, worker.runner.forward, worker.runner.prepare
+        self.draw = worker.runner.draw
 
-    def draft_all(self, *_: object) -> None:
+    def drafts_at_once(self, *_: object) -> bool:
         """One by one."""
+        return False
 
     def draft(self, batch: StepBatch, dispatcher: Dispatcher, hidden_SD: Tensor | None) -> Drafted:
         drafted = self._runner.draft(batch, dispatcher, hidden_SD)
@@ -242,8 +245,8 @@ def test_where_no_draft_stands_nothing_drifts(checkpoint: Path, dtype: str, full
         if count % 250 == 20 or count == length - 2:
             pairs = zip(*(worker.memory(request.request_id) for worker in (without, drafting)), strict=True)
             assert all(torch.equal(expected, found) for expected, found in pairs)
-    assert drafting.scheduler.drafts.accepted.total() == 0
-    assert drafting.scheduler.drafts.drafted.total() > 4 * length
+    assert sum(drafting.scheduler.drafts.accepted.values()) == 0
+    assert sum(drafting.scheduler.drafts.drafted.values()) > 4 * length
 
 
 @pytest.mark.timeout(1800)

@@ -89,6 +89,21 @@ def test_the_same_bits(checkpoint: Path, build: str, dtype: torch.dtype, determi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_threads(checkpoint: Path, dtype: torch.dtype) -> None:
+    """The same bits of passes that one thread, two and five compute: of 80 rows, which are worth a crew, and of 20."""
+    kernels, before, found = select_kernels(CPU, "native", deterministic=True), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            model = load(checkpoint, kernels, dtype)
+            found.append([*walk(model, (1, 4)), *memory(model)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_drafts_at_once_are_those_of_one_pass_after_another(checkpoint: Path, dtype: torch.dtype) -> None:
     """Of nine, six and two sequences, greedy, drawn, and drawn with filters: the same tokens, and the same memory."""
     kernels, rng = select_kernels(CPU, "native"), random.Random(3)
@@ -104,13 +119,32 @@ def test_drafts_at_once_are_those_of_one_pass_after_another(checkpoint: Path, dt
         logits, hidden = in_turn.draft(now, ahead, None if hidden is None else hidden[:count])
         positions = np.array([len(prompts[index]) + ahead + 1 for index in range(count)])
         drafted.append(kernels.choose_tokens(logits, Draws(parameters[:count]), positions).tolist())
-    batches = [at_once.draft_batch(dict(list(last.items())[:count]), ahead) for ahead, count in enumerate(counts)]
-    passes = at_once.runner.draft_all(batches, at_once.dispatcher, Draws(parameters))
-    assert passes is not None
+    assert at_once.runner.drafts_at_once(9, at_once.dispatcher)
+    passes = at_once.runner.draft_all(at_once.draft_batch(last, 0), counts, at_once.dispatcher, Draws(parameters))
     assert passes.tokens == drafted
     assert len(passes.seconds) == len(counts)
     for actual, expected in zip(memory(at_once), memory(in_turn), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_are_drawn_with_the_pass(
+    checkpoint: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that its logits would give: greedy, drawn, and drawn with filters."""
+    kernels, rng = select_kernels(CPU, "native"), random.Random(3)
+    by_logits, at_once = (load(checkpoint, kernels, dtype) for _ in range(2))
+    prompts = {index: tokens(rng, 3 + index) for index in range(9)}
+    parameters = Draws([Draw(seed=row, temperature=0.7 * (row % 3), top_k=5 * (row % 2)) for row in range(3 * 9)])
+    for model in (by_logits, at_once):
+        model.step({}, prompts)
+    rows = {index: tokens(rng, 3) for index in prompts}
+    logits = torch.cat([*by_logits.step(rows, {}).values()])
+    positions = np.array([len(prompts[index]) + ahead + 1 for index in prompts for ahead in range(3)])
+    draw = at_once.runner.draw
+    monkeypatch.setattr(at_once.runner, "forward", lambda *step: torch.tensor(draw(*step, parameters)))
+    drawn = torch.cat([*at_once.step(rows, {}).values()])
+    assert torch.equal(drawn, kernels.choose_tokens(logits, parameters, positions))
 
 
 def test_a_measured_step_goes_layer_by_layer(checkpoint: Path) -> None:

@@ -59,9 +59,9 @@ def test_decode_steps_differ_in_numbers_only() -> None:
     assert all(step == places[0] for step in places)
 
 
-def test_on_the_hosts_device_page_tables_are_as_wide_as_needed() -> None:
+def test_page_tables_are_as_wide_as_the_next_power_of_two() -> None:
     widths = [inputs(batch)[-1].shape[1] for batch in decode_steps(torch.device("cpu"))]
-    assert sorted(set(widths)) == [5, 6, 7, 8]
+    assert set(widths) == {8}
     assert next(decode_steps(torch.device("cpu"))).positions_T.tolist() == [5, 9, 17]
 
 
@@ -143,6 +143,26 @@ def test_drafts_are_laid_out_for_buckets_too() -> None:
     assert full.decode is not None
     assert (full.num_tokens, len(full.decode.slots_S)) == (16, 8)
     assert full.kv_rows_T[13:].tolist() == [-1] * 3
+
+
+def test_a_first_draft_alone_is_that_of_all_passes() -> None:
+    """With the pages that the last one reaches."""
+    config = WIDE.model_copy(update={"max_draft_tokens": 3})
+    scheduler = Scheduler(config)
+    alone, together = (BatchBuilder(config, torch.device("cpu")) for _ in range(2))
+    for index in range(5):
+        scheduler.submit(Request(str(index), (1, 2, 3 + index), 14, Sampling(temperature=0.0)), None)
+    for chosen in ([[7]] * 5, [[7, 8]] * 5, [[7]] * 5):
+        plan = scheduler.plan()
+        assert plan is not None
+        for builder in (alone, together):
+            builder.grow(plan.growths)
+        if plan.drafting:
+            own, wanted = alone.build_first_draft(plan), together.build_draft(plan, 0, Drafts())
+            for actual, expected in zip(inputs(own), inputs(wanted), strict=True):
+                assert torch.equal(actual, expected)
+        scheduler.commit(plan, chosen)
+    assert plan.drafting
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from divisi.cluster.engine.request_check import check_request
 from divisi.cluster.engine.sequence import Sequence
-from divisi.cluster.engine.step.sampling import _sequence_sampling
+from divisi.cluster.engine.step.parameters import sequence_sampling
 from divisi.cluster.errors import RequestRejected
 from divisi.cluster.request import SAMPLING_LIMITS, Request, Sampling
 from divisi.deploy.api.body.sampling_fields import SamplingFields
@@ -40,5 +40,5 @@ def test_a_number_reaches_the_sampler(name: str) -> None:
     value = 0.5 if name not in ("top_k", "seed") else 7
     given = Sequence(request(**{name: value}), 0, [1, 2], 5)
     left_out = Sequence(request(), 0, [1, 2], 5)
-    ours, defaults = (dataclasses.replace(_sequence_sampling(each), history=None) for each in (given, left_out))
+    ours, defaults = (dataclasses.replace(sequence_sampling(each), history=None) for each in (given, left_out))
     assert ours != defaults
