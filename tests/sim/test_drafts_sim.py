@@ -11,7 +11,7 @@ from divisi.cluster.engine.engine import Engine
 from divisi.cluster.engine.grammar import Guide
 from divisi.cluster.engine.scheduler import Scheduler
 from divisi.cluster.engine.step import sampling as step_sampling
-from divisi.cluster.engine.step.drafts import Drafts, Row
+from divisi.cluster.engine.step.drafts import Drafts
 from divisi.cluster.engine.step.plan import Run, StepPlan
 from divisi.model.dispatcher import Dispatcher
 from tests.sim.test_engine_sim import Trace, run_traces
@@ -91,9 +91,12 @@ def _judge_by_the_drafts_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _shift_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of drafts take the noise, and the early stops, of the position before."""
-    monkeypatch.setattr(
-        Row, "position", property(lambda row: row.run.end - row.run.num_drafts + max(row.ahead - 1, 0))
-    )
+
+    def shifted(run: Run) -> list[int]:
+        first = run.end - run.num_drafts
+        return [first, *range(first, run.end)]
+
+    monkeypatch.setattr(Run, "chosen_positions", property(shifted))
 
 
 def _keep_the_drafts_of_an_aborted_attempt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 from unittest import mock
@@ -25,7 +26,7 @@ from divisi.benchmarks.gpu.ahead import EmptyCheckpoint
 from divisi.benchmarks.gpu.shapes import PUBLISHED
 from divisi.cluster.dispatch.local import LocalEnd
 from divisi.cluster.engine.scheduler import Scheduler, SchedulerConfig
-from divisi.cluster.engine.step import batch
+from divisi.cluster.engine.step import batch, int_buffer
 from divisi.cluster.engine.step.batch import BatchBuilder
 from divisi.cluster.engine.step.drafts import Drafts
 from divisi.cluster.engine.step.plan import StepPlan
@@ -164,7 +165,7 @@ class FakeCheckpoint(EmptyCheckpoint):
     device = CUDA
 
 
-class RealHost(batch._Mirrored):
+class RealHost(int_buffer.Mirrored):
     """The host's side has numbers, the device's has none."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -172,8 +173,15 @@ class RealHost(batch._Mirrored):
             self.host = torch.zeros(size, dtype=dtype)
         self.device = torch.zeros(size, dtype=dtype, device=device)
 
-    def on_device(self, count: int) -> Tensor:
-        return self.device[:count]
+    def sent(self, count: int) -> Tensor:
+        return self.device
+
+
+@contextmanager
+def real_hosts() -> Iterator[None]:
+    """Wherever integers are laid out."""
+    with mock.patch.object(batch, "Mirrored", RealHost), mock.patch.object(int_buffer, "Mirrored", RealHost):
+        yield
 
 
 def decode_steps(sequences: int, drafts: int, later: int) -> Iterator[tuple[StepPlan, StepBatch]]:
@@ -206,7 +214,7 @@ def main() -> None:
     stub = stub_driver.install(arch)
     config = ModelConfig.from_hf(PUBLISHED | {"num_hidden_layers": 4})
     kernels = assembled({"triton": triton_operations(Chip(arch))}, "triton")
-    with FakeTensorMode(), torch.inference_mode(), WithoutCuda(), mock.patch.object(batch, "_Mirrored", RealHost):
+    with FakeTensorMode(), torch.inference_mode(), WithoutCuda(), real_hosts():
         record = Record(stub)
         checkpoint = cast(Checkpoint, FakeCheckpoint())
         store = StateStore(
