@@ -19,7 +19,7 @@ class DraftCounts:
         """The same by how many stood."""
 
     def note(self, part: Slice, drafted: int, accepted: int) -> None:
-        """A step drafted so many tokens for a sequence, of which the first `accepted` stood."""
+        """A step drafted so many tokens for a sequence, at least one, of which the first `accepted` stood."""
         deep, stood = self._deep[part], self._stood[part]
         while len(deep) < drafted:
             deep.append(0)

@@ -29,7 +29,7 @@ struct Pool {  // the keys and values of one run's pages; a row holds all heads
 struct KeyTile {
   long d;
   std::vector<vf> keys, values;
-  std::vector<bf16> nothing;  // the row of a position that is not there
+  std::vector<bf16> nothing;  // the row, of all heads, of a position that is not there
   const bf16 *key[2 * KEYS], *value[2 * KEYS];  // of this tile and of the next
   KeyTile(long d, long heads) : d(d), keys(pairs_of(d) * BLOCKS), values(ceil_div(d, LANES) * KEYS / 2), nothing(heads * d) {}
   const bf16* key_panel() const { return (const bf16*)keys.data(); }

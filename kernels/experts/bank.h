@@ -90,7 +90,7 @@ static void sort_experts(Scratch& s, const int32_t* leaves, long experts) {
   for (long e = 0; e < experts; e++) s.order[s.next[leaves[e]]++] = (int32_t)e;
 }
 
-// Sums of one panel that wait to be added up, by token. Memory of the calling thread.
+// Sums of one panel that wait to be added up, by token. Memory of the thread that adds them.
 struct Sums {
   std::vector<TreeSum> trees;
   std::vector<float> rows;

@@ -52,6 +52,8 @@ _Draws = structure(
     "Draws", seeds=Address, temperature=Address, top_k=Address, top_p=Address, log_min_p=Address
 )  # fmt: skip
 _Seconds = ctypes.c_double * len(PARTS)
+_MOST_KEPT = 4096
+"""Shapes of a step's draft passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,10 @@ class PassRows:
         self.count = len(tokens_T)
         vectors = tokens_T, positions_T, kv_rows_T, starts_S1, lengths_S, slots_S
         self._held = *vectors, pages_SN
-        self.struct = _Rows(
+        struct = _Rows(
             *map(pointer, vectors), pages_SN.data_ptr(), pages_SN.stride(0), self.count, len(slots_S)
         )  # fmt: skip
-        self.reference = ctypes.byref(self.struct)
+        self.reference = ctypes.byref(struct)
 
 
 class _DraftPasses:
@@ -164,6 +166,8 @@ class FusedPasses:
         Their pages reach as far as the last pass. `draws` are of the rows of the first.
         """
         if (passes := self._passes.get(counts)) is None:
+            if len(self._passes) >= _MOST_KEPT:
+                self._passes.clear()
             passes = self._passes[counts] = _DraftPasses(counts)
         self._functions.divisi_draft_passes(
             self._model, rows.reference, passes.counts, len(counts), self._draws(draws), passes.drawn_KT,

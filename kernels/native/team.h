@@ -4,8 +4,16 @@
 #pragma once
 #include "simd.h"
 #include <atomic>
+#include <cstdlib>
 #include <omp.h>
 #include <sched.h>
+#include <strings.h>
+
+// Whether waiting threads are to sleep, since others have the cores: OpenMP's own ways are taken then.
+static inline bool sleeps() {
+  static const bool asked = [] { const char* policy = getenv("OMP_WAIT_POLICY"); return policy && !strcasecmp(policy, "PASSIVE"); }();
+  return asked;
+}
 
 template <class Reached>
 static inline void wait_until(const Reached& reached) {
@@ -42,19 +50,21 @@ class Crew {
     static thread_local Crew* crew = nullptr;
     return crew;
   }
-  // All of the crew do the work, each told how many they are.
+  // All of the crew do the work, each told how many they are. What that does in phases each does alone.
   template <class Work>
   void call(const Work& each) {
     work = &each;
     run = [](const void* work, long size) { (*(const Work*)work)(size); };
     announce();
+    own() = nullptr;
     each(size);
+    own() = this;
     wait_until([&] { return ended.load(std::memory_order_acquire) == calls.load(std::memory_order_relaxed) * (size - 1); });
   }
   // The calling thread does the work, and has a crew for what that does in phases.
   template <class Work>
   static void lead(int threads, const Work& leader) {
-    if (threads == 1) return leader();
+    if (threads == 1 || sleeps()) return leader();
     Crew crew;
 #pragma omp parallel num_threads(threads)
     {
@@ -87,7 +97,9 @@ static void in_phases(int threads, const P&... phases) {
   auto each = [&](long team) {
     long number = 0;
     auto run = [&](const auto& phase) {
-      if (number) {
+      if (number && sleeps()) {
+#pragma omp barrier
+      } else if (number) {
         arrived.count.fetch_add(1);
         wait_until([&] { return arrived.count.load(std::memory_order_acquire) >= number * team; });
       }

@@ -12,7 +12,7 @@ struct Layer {  // one of two mixers; without a router, `shared` is a dense laye
   Experts shared, routed;
 };
 struct Rows {
-  int64_t* tokens;
+  const int64_t* tokens;
   const int32_t *positions, *kv_rows, *starts, *lengths, *slots, *pages;
   long max_pages, count, sequences;
 };
@@ -196,7 +196,9 @@ static void draft_passes(const Model* model, const Rows* first, const int64_t* c
     if (i) r.tokens = tokens + (i - 1) * t, r.positions = r.lengths = positions, r.kv_rows = kv_rows;
     float* h = turns[i % 2];
     divisi_draft_pass(model, &r, before, h, logits, seconds, threads);
+    Clock clock{seconds};
     draw(r, logits, vocab, *draws, tokens + i * t, threads);
+    clock.lap(SAMPLING);
     before = h;
     each[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   }

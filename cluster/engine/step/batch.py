@@ -45,7 +45,7 @@ class BatchBuilder:
         self._starts_S1 = torch.arange(config.max_seqs + 1, dtype=torch.int32, device=device)
         self._offsets_T = np.arange(size, dtype=np.int32)
         self._logit_rows_T = torch.arange(size, dtype=torch.int64, device=device)
-        self.draft_passes: list[StepBatch] = []
+        self._draft_passes: list[StepBatch] = []
         """Of the step under way, once the first of them was built."""
         self._decoding: dict[tuple[int, int, int], StepBatch] = {}
         self._drafts: dict[tuple[tuple[int, ...], int], list[StepBatch]] = {}
@@ -124,12 +124,12 @@ class BatchBuilder:
         """
         count = plan.counts[index]
         if index == 0:
-            self.draft_passes = self._lay_out_drafting(plan)
+            self._draft_passes = self._lay_out_drafting(plan)
             self._token_ids[:count] = [run.sequence.tokens[run.start] for run in plan.drafting[:count]]
             self._token_ids_T.sent(count)
         else:
             torch.clamp(drafts.by_pass[-1][:count], min=0, out=self._token_ids_T.device[:count])
-        return self.draft_passes[index]
+        return self._draft_passes[index]
 
     def build_first_draft(self, plan: StepPlan) -> StepBatch:
         """Lay out the first draft pass alone, with all pages that the others reach: these follow from it."""

@@ -130,7 +130,7 @@ def test_drafts_are_laid_out_for_buckets_too() -> None:
     assert plan.counts == (5, 3, 13)
     builder.grow(plan.growths)
     first = builder.build_draft(plan, 0, Drafts())
-    _, second = builder.draft_passes
+    _, second = builder._draft_passes
     for batch, rows, padding in ((first, 5, 3), (second, 3, 1)):
         assert batch.decode is not None
         assert batch.num_tokens == len(batch.decode.slots_S) == rows + padding
