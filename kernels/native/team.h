@@ -8,6 +8,7 @@
 #include <omp.h>
 #include <sched.h>
 #include <strings.h>
+#include <time.h>
 
 // Whether waiting threads are to sleep, since others have the cores: OpenMP's own ways are taken then.
 static inline bool sleeps() {
@@ -15,12 +16,16 @@ static inline bool sleeps() {
   return asked;
 }
 
+// Spins for as long as passes have serial parts; then somebody else may have the other one's core, and at last this one too.
 template <class Reached>
 static inline void wait_until(const Reached& reached) {
-  for (long spins = 0; !reached(); spins++) {
-    if (spins > 4096) { sched_yield(); continue; }  // somebody else has the other one's core
+  constexpr long SPINS = 4096, YIELDS = 64;
+  constexpr timespec NAP{0, 50000};
+  for (long waited = 0; !reached(); waited++) {
+    if (waited > SPINS + YIELDS) nanosleep(&NAP, nullptr);
+    else if (waited > SPINS) sched_yield();
 #if defined(__x86_64__)
-    _mm_pause();
+    else _mm_pause();
 #endif
   }
 }
