@@ -1,8 +1,8 @@
 """Fixed depths and the adaptive one beside none, on the demo model: the same tokens first, then the time.
 
-Held-out conversations are decoded greedily, so many at once, by engines that take turns. All prompts of a wave are
-taken in by its first step; the steps after it are timed while all its answers go on: drafts let some end before others,
-and what remains is a smaller batch.
+Held-out conversations are decoded greedily, so many at once, by engines that take turns, some waves each. All prompts
+of a wave are taken in by its first step; the steps after it are timed while all its answers go on: drafts let some end
+before others, and what remains is a smaller batch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 // Work of several threads, phase by phase: they take the items of a phase one by one, and none begins the next phase before all
-// have ended this one. A meeting of two threads takes a fifth of the time of OpenMP's own loops, a call of a crew a fifth of that of
-// a parallel region.
+// have ended this one. They meet at counters: an OpenMP region takes 1.1 us with two threads on Zen 4, each loop in it 1.3 more.
 #pragma once
 #include "simd.h"
 #include <atomic>
