@@ -53,21 +53,19 @@ def stalls(gang: Gang, name: str) -> Mapping[str, float]:
 def test_a_shard_comes_and_goes_by_the_share_of_waiting(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with thread_gang(small_spec(small_model, GangShape(1, 0))) as (worker,):
         worker.submit(*ASKED)
-        alone = [worker.finish(request.request_id) for request in ASKED]
+        alone = {request.request_id: worker.finish(request.request_id) for request in ASKED}
     monkeypatch.setattr(watch, "_POLL_S", 0.05)
     monkeypatch.setattr(step_waits, "WINDOW_S", 0.2)
     with contextlib.ExitStack() as stack:
         gang = SlowGang(small_spec(small_model, GangShape(1, 2), wait_rule=RULE), stack)
-        gang.worker.submit(*ASKED)
-        wait_for(lambda: gang.coordinator.scale_status().wanted == 3, "no shard more is wanted")
-        assert "waited for experts" in gang.coordinator.scale_status().why
-        gang.start(2)
-        gang.scaled(3)
-        share = gang.coordinator.numbers()["expert_wait"]
-        assert isinstance(share, float)
-        assert share > RULE.high
-        assert max(len(gang.worker.tokens(request.request_id)) for request in ASKED) < TOKENS, "nothing ran meanwhile"
-        assert [gang.worker.finish(request.request_id) for request in ASKED] == alone
+        with gang.answering(alone, ASKED):
+            wait_for(lambda: gang.coordinator.scale_status().wanted == 3, "no shard more is wanted")
+            assert "waited for experts" in gang.coordinator.scale_status().why
+            gang.start(2)
+            gang.scaled(3)
+            share = gang.coordinator.numbers()["expert_wait"]
+            assert isinstance(share, float)
+            assert share > RULE.high
         wait_for(lambda: gang.coordinator.scale_status().wanted == 2, "it is not taken away")
         gang.scaled(2)
         wait_for(lambda: stalls(gang, "stalls")["scaled"] == 2, "each change is told when all have met")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,6 @@ from .test_adoption import Replaceable, wait_for
 
 TOKENS = 300
 ASKED = [Request(f"r{i}", tuple(range(3 + i, 12 + 5 * i)), TOKENS, Sampling(0.7, seed=30 + i)) for i in range(4)]
-
-LATE = Request("late", ASKED[0].prompt, TOKENS, ASKED[0].sampling)
-
 
 @pytest.fixture(scope="module")
 def alone(small_model: Path) -> dict[str, list[int]]:
@@ -75,11 +75,35 @@ class Gang:
         self.shards.append(shard)
         return shard
 
-    def ask(self) -> None:
-        """Answers that are under way."""
-        self.worker.submit(*ASKED)
-        for request in ASKED:
-            self.worker.wait_for_tokens(request.request_id, 5)
+    @contextlib.contextmanager
+    def answering(self, alone: dict[str, list[int]], requests: Sequence[Request] = ASKED) -> Iterator[None]:
+        """Meanwhile the requests are under way, over and over, and their tokens are those of a model alone."""
+        ended = threading.Event()
+
+        def ask() -> None:
+            for round_ in itertools.count():
+                asked = [replace(request, request_id=f"{request.request_id} {round_}") for request in requests]
+                self.worker.submit(*asked)
+                assert [self.worker.finish(request.request_id) for request in asked] == list(alone.values())
+                if ended.is_set():
+                    return
+
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(ask)
+            try:
+                self.answers_go_on()
+                yield
+            finally:
+                ended.set()
+            answers.result()
+
+    def answers_go_on(self) -> None:
+        """Steps are taken, from now on."""
+        seen = self.generated()
+        wait_for(lambda: self.generated() > seen + 20, "no tokens come")
+
+    def generated(self) -> int:
+        return self.worker.loop.ask(self.worker.engine.stats).result(20).generated_tokens
 
     def scaled(self, shards: int) -> None:
         """They serve, and every one of them reaches all others."""
@@ -112,11 +136,6 @@ def gang_of(spec: GangSpec) -> Iterator[Gang]:
         yield Gang(spec, stack)
 
 
-def same(worker: Worker, alone: dict[str, list[int]]) -> None:
-    for request in ASKED:
-        assert worker.finish(request.request_id) == alone[request.request_id]
-
-
 def test_two_shards_become_three_and_two_again(small_model: Path, alone: dict[str, list[int]]) -> None:
     spec = small_spec(small_model, GangShape(1, 2))
     leaves = leaves_of(spec)
@@ -124,20 +143,19 @@ def test_two_shards_become_three_and_two_again(small_model: Path, alone: dict[st
         first, stored = gang.read(), gang.stored()
         per_leaf = first[0] / (leaves / 2)
         assert first == [per_leaf * leaves / 2] * 2
-        gang.ask()
-        assert gang.coordinator.scale(3).waits_for == ("expert:2 is not there yet",)
-        gang.start(2)
-        gang.scaled(3)
-        third = leaves // 3
-        assert gang.read() == [*first, per_leaf * third], "the new one reads its share, and nobody else anything"
-        assert gang.coordinator.scale_status().bytes_read == per_leaf * third
-        wait_for(lambda: sum(gang.stored()) == sum(stored), "it is not given up")
-        seen = [len(gang.worker.tokens(request.request_id)) for request in ASKED]
-        assert max(seen) < TOKENS, "nothing ran meanwhile"
-        gang.coordinator.scale(2)
-        gang.scaled(2)
-        assert sum(gang.read()) == sum(first) + 2 * per_leaf * third, "what the third had is read by the others"
-        same(gang.worker, alone)
+        with gang.answering(alone):
+            assert gang.coordinator.scale(3).waits_for == ("expert:2 is not there yet",)
+            gang.start(2)
+            gang.scaled(3)
+            third = leaves // 3
+            assert gang.read() == [*first, per_leaf * third], "the new one reads its share, and nobody else anything"
+            assert gang.coordinator.scale_status().bytes_read == per_leaf * third
+            wait_for(lambda: sum(gang.stored()) == sum(stored), "it is not given up")
+            gang.answers_go_on()
+            gang.coordinator.scale(2)
+            gang.scaled(2)
+            assert sum(gang.read()) == sum(first) + 2 * per_leaf * third, "what the third had is read by the others"
+            gang.answers_go_on()
         assert gang.worker.engine.stats().aborted_steps == 0, "each change was between two steps"
         wait_for(lambda: gang.shards[2].rank.is_spare, "the third still takes itself to be wanted")
         wait_for(lambda: gang.stored() == [*stored, 0.0], f"{gang.stored()} are held")
@@ -151,28 +169,26 @@ def test_a_shard_that_dies_meanwhile_is_replaced_as_ever(
     """No epoch waits for the change; and it comes all the same."""
     with gang_of(small_spec(small_model, GangShape(1, 2))) as gang:
         spare = gang.start(None)
-        gang.ask()
-        gang.coordinator.scale(3)
-        if victim == "one that serves":
-            gang.shards[0].close()
-            wait_for(lambda: spare.rank.serves, "the spare does not take the place")
-            assert gang.coordinator.scale_status().expert_shards == 2
-            wait_for(lambda: gang.coordinator.status().ready, "it does not serve")
-        else:
-            new = gang.start(2)
-            wait_for(lambda: new.rank._watch is not None and new.rank._watch.seat is not None, "it has no seat")
-            new.close()
-        gang.start(2)
-        gang.scaled(3)
-        same(gang.worker, alone)
+        with gang.answering(alone):
+            gang.coordinator.scale(3)
+            if victim == "one that serves":
+                gang.shards[0].close()
+                wait_for(lambda: spare.rank.serves, "the spare does not take the place")
+                assert gang.coordinator.scale_status().expert_shards == 2
+                wait_for(lambda: gang.coordinator.status().ready, "it does not serve")
+            else:
+                new = gang.start(2)
+                wait_for(lambda: new.rank._watch is not None and new.rank._watch.seat is not None, "it has no seat")
+                new.close()
+            gang.start(2)
+            gang.scaled(3)
 
 
 @pytest.mark.verify
 def test_a_coordinator_that_follows_goes_on_with_the_change(small_model: Path, alone: dict[str, list[int]]) -> None:
     """It knows how many there were and are to be, and hears from the shards what they hold."""
     spec = small_spec(small_model, GangShape(1, 2))
-    with gang_of(spec) as gang:
-        gang.ask()
+    with gang_of(spec) as gang, gang.answering(alone):
         gang.coordinator.scale(3)
         epoch = gang.coordinator.status().epoch
         gang.follow(served=2, wanted=3)
@@ -182,23 +198,19 @@ def test_a_coordinator_that_follows_goes_on_with_the_change(small_model: Path, a
         epoch = gang.coordinator.status().epoch
         gang.follow(served=3, wanted=3)
         assert gang.coordinator.status().epoch == epoch
-        same(gang.worker, alone)
-        gang.worker.submit(LATE)
+        gang.answers_go_on()
         gang.coordinator.scale(1)
         gang.scaled(1)
-        assert gang.worker.finish("late") == alone["r0"]
 
 
 def test_copies_serve_at_once_what_a_dead_shard_served(small_model: Path, alone: dict[str, list[int]]) -> None:
     """Nobody comes in its place meanwhile; once somebody does, it serves its share again."""
     with gang_of(small_spec(small_model, GangShape(1, 2), expert_copies=1)) as gang:
         wait_for(lambda: gang.held() == [leaves_of(gang.spec)] * 2, "each is to hold a copy of what the other serves")
-        gang.ask()
-        gang.shards[1].close()
-        wait_for(lambda: gang.served() == [leaves_of(gang.spec), 0], "the other does not serve it all")
-        wait_for(lambda: gang.coordinator.status().ready, "it does not serve")
-        seen = len(gang.worker.tokens("r0"))
-        gang.worker.wait_for_tokens("r0", seen + 5)
-        gang.start(1)
-        wait_for(lambda: gang.served() == [leaves_of(gang.spec) / 2] * 2, "it does not serve its share again")
-        same(gang.worker, alone)
+        with gang.answering(alone):
+            gang.shards[1].close()
+            wait_for(lambda: gang.served() == [leaves_of(gang.spec), 0], "the other does not serve it all")
+            wait_for(lambda: gang.coordinator.status().ready, "it does not serve")
+            gang.answers_go_on()
+            gang.start(1)
+            wait_for(lambda: gang.served() == [leaves_of(gang.spec) / 2] * 2, "it does not serve its share again")
