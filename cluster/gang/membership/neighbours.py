@@ -68,7 +68,8 @@ class Neighbours:
                 if fd in by_fd:
                     os.close(fd)
                     watched[by_fd[fd]] = None
-                    self._ended(by_fd[fd])
+                    if by_fd[fd] in self._wanted:  # not any more, perhaps, since this waited
+                        self._ended(by_fd[fd])
         self._wanted = {}
         self._follow(watched)
 
