@@ -4,7 +4,7 @@
 
 // residual += update (unless null); x = its norm, y = x . w
 static void project(const Projection& in, float* residual, const float* update, float* x, float* y, long t, int threads) {
-  normed(in.norm, residual, update, x, t, in.weight.inputs);
+  normed(in.norm, residual, update, x, t, in.weight.inputs, threads);
   product(x, in.weight, y, t, threads);
 }
 
@@ -56,8 +56,8 @@ static void draft_input(const DraftInput& in, const int64_t* tokens, float* h, f
   float *embedded = scratch<0>(t * d), *both = scratch<1>(t * 2 * d);
   embed(in.embedding, tokens, embedded, t);
   for (long i = 0; i < t; i++) {
-    normed(in.token, embedded + i * d, nullptr, both + i * 2 * d, 1, d);
-    normed(in.hidden, h + i * d, nullptr, both + i * 2 * d + d, 1, d);
+    normed(in.token, embedded + i * d, nullptr, both + i * 2 * d, 1, d, 1);
+    normed(in.hidden, h + i * d, nullptr, both + i * 2 * d + d, 1, d, 1);
   }
   product(both, in.fc, y, t, threads);
 }

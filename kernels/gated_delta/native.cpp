@@ -3,6 +3,7 @@
 // Decode and prefill run the same arithmetic per token, so a prompt cut into chunks anywhere, or decoded token by token,
 // gives the same bits.
 #include "team.h"
+#include <algorithm>
 #include <vector>
 
 struct Delta {  // one layer; field order is that of _Delta in native/delta.py
@@ -74,15 +75,20 @@ struct Scan {
   void pass(const Written& before, const Read& token, long j, float* delta, float* o) const {
     vf sk[C]{}, sq[C]{}, written[C];
     for (int c = 0; LAST && c < C; c++) written[c] = load(before.u + j + c * VL);
-    for (long i = 0; i < kd; i++)
+    // Held by this function: what is stored could be the structs, for all that the compiler knows.
+    const float *k = token.k, *q = token.q, *last = before.k;
+    const float g = before.g;
+    float* at = s + j;
+    for (long i = 0, rows = kd, step = vd; i < rows; i++, at += step) {
+      vf ki = all(k[i]), qi = all(q[i]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; c++) {
-        float* at = s + i * vd + j + c * VL;
-        vf row = load(at);
-        if (LAST) store(at, row = applied(row, before.k[i], written[c], before.g));
-        sk[c] = fma(row, all(token.k[i]), sk[c]);
-        sq[c] = fma(row, all(token.q[i]), sq[c]);
+        vf row = load(at + c * VL);
+        if (LAST) store(at + c * VL, row = applied(row, last[i], written[c], g));
+        sk[c] = fma(row, ki, sk[c]);
+        sq[c] = fma(row, qi, sq[c]);
       }
+    }
     for (int c = 0; c < C; c++) {
       vf d = fma(sk[c], all(-token.g), load(token.v + j + c * VL)) * token.beta;
       store(delta + j + c * VL, d);
@@ -201,8 +207,37 @@ extern "C" void divisi_gated_delta_decode(const Delta* layer, const float* rows,
     if (starts[s] < starts[s + 1]) a.position[slots[s]] = lengths[s];
 }
 
+// A few rows of a run, which end where a state is left or before.
+struct Piece {
+  long run, row, count, leaf;
+  long mixed;   // the first of its rows among those of its turn
+  bool begins;  // and takes over the source's state, or that of the leaf before
+};
+constexpr long PIECE = 128, SLICE = 8;  // rows, and those whose conv is one thread's
+
+// Pieces by turns: the n-th of every run, then the next ones. A run's piece, after its conv, stays in a cache of 1 MiB.
+static void cut_runs(const int32_t* starts, const int32_t* lengths, const int32_t* leaf_starts, const int32_t* leaf_positions,
+                     long runs, std::vector<std::vector<Piece>>& turns) {
+  turns.clear();
+  for (long s = 0; s < runs; s++) {
+    size_t turn = 0;
+    long row = starts[s];
+    for (long leaf = leaf_starts[s]; leaf < leaf_starts[s + 1]; leaf++) {
+      long end = starts[s] + leaf_positions[leaf] - lengths[s];
+      for (bool begins = true; begins || row < end; begins = false) {
+        if (turn == turns.size()) turns.emplace_back();
+        std::vector<Piece>& beside = turns[turn++];
+        long count = std::min(PIECE, end - row), mixed = beside.empty() ? 0 : beside.back().mixed + beside.back().count;
+        beside.push_back({s, row, count, leaf, mixed, begins});
+        row += count;
+      }
+    }
+  }
+}
+
 // Runs of rows, each from the state of its source (zero where that is -1), leaving states at positions in other slots. The
 // state is carried in the slot that the run leaves next, so that it is stored once for each and never rounded or copied out.
+// mixed: scratch [rows, channels].
 extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows, float* mixed, float* out, const int32_t* starts,
                                            const int32_t* lengths, const int32_t* sources, const int32_t* leaf_starts,
                                            const int32_t* leaf_positions, const int32_t* leaf_slots, long runs, int threads) {
@@ -214,37 +249,42 @@ extern "C" void divisi_gated_delta_prefill(const Delta* layer, const float* rows
     if (at >= first) return rows + (starts[s] + at - first) * a.row_width();
     return at < 0 ? nullptr : a.conv + (sources[s] * a.ring + at % a.ring) * c;
   };
+  auto mix = [&](const Piece& piece, long slice) {
+    for (long r = slice * SLICE; r < std::min(piece.count, (slice + 1) * SLICE); r++) {
+      float* to = mixed + (piece.mixed + r) * c;
+      long p = lengths[piece.run] + piece.row + r - starts[piece.run];
+      convolve(a, [&](long back) { return input(piece.run, p, back); }, to, 0, c);
+      unit_length(a, to);
+    }
+  };
+  auto scan = [&](const Piece& piece, long h) {
+    static thread_local std::vector<float> u;
+    static thread_local std::vector<Read> tokens;
+    long n = piece.count, before = piece.leaf == leaf_starts[piece.run] ? sources[piece.run] : leaf_slots[piece.leaf - 1];
+    float *state = a.slot_state(leaf_slots[piece.leaf], h), *o = out + piece.row * x + h * vd;
+    if (piece.begins && before < 0) memset(state, 0, kd * vd * sizeof(float));
+    else if (piece.begins) memcpy(state, a.slot_state(before, h), kd * vd * sizeof(float));
+    if (!n) return;
+    const float *row = rows + piece.row * a.row_width(), *from = mixed + piece.mixed * c;
+    u.resize(n * vd);
+    tokens.clear();
+    for (long r = 0; r < n; r++) tokens.push_back(asked(a, row + r * a.row_width(), from + r * c, h));
+    Scan{state, kd, vd, {}, tokens.data(), n, u.data(), o, vd, x}.run();
+    for (long r = 0; r < n; r++) finish(a, row + r * a.row_width(), h, o + r * x);
+    apply(state, {tokens[n - 1].k, &u[(n - 1) * vd], tokens[n - 1].g}, kd, vd);
+  };
+  static thread_local std::vector<std::vector<Piece>> cut;
+  cut_runs(starts, lengths, leaf_starts, leaf_positions, runs, cut);
+  const auto& turns = cut;  // the calling thread's
 #pragma omp parallel num_threads(threads) if (starts[runs] * a.value_heads * 2 * kd * vd > ALONE / 2)
-  {
-    std::vector<float> u;
-    std::vector<Read> tokens;
-    for (long s = 0; s < runs; s++)
-#pragma omp for schedule(static) nowait
-      for (long t = starts[s]; t < starts[s + 1]; t++) {
-        convolve(a, [&](long back) { return input(s, lengths[s] + t - starts[s], back); }, mixed + t * c, 0, c);
-        unit_length(a, mixed + t * c);
-      }
-#pragma omp barrier
+  for (const std::vector<Piece>& turn : turns) {
+    long pieces = (long)turn.size();
 #pragma omp for schedule(dynamic) collapse(2)
-    for (long s = 0; s < runs; s++)
-      for (long h = 0; h < a.value_heads; h++) {
-        const float* before = sources[s] < 0 ? nullptr : a.slot_state(sources[s], h);
-        long t = starts[s];
-        for (long i = leaf_starts[s]; i < leaf_starts[s + 1]; i++) {
-          float* state = a.slot_state(leaf_slots[i], h);
-          if (before) memcpy(state, before, kd * vd * sizeof(float));
-          else memset(state, 0, kd * vd * sizeof(float));
-          long n = starts[s] + leaf_positions[i] - lengths[s] - t;
-          u.resize(n * vd);
-          tokens.clear();
-          for (long r = t; r < t + n; r++) tokens.push_back(asked(a, rows + r * a.row_width(), mixed + r * c, h));
-          Scan{state, kd, vd, {}, tokens.data(), n, u.data(), out + t * x + h * vd, vd, x}.run();
-          for (long r = t; r < t + n; r++) finish(a, rows + r * a.row_width(), h, out + r * x + h * vd);
-          if (n) apply(state, {tokens[n - 1].k, &u[(n - 1) * vd], tokens[n - 1].g}, kd, vd);
-          t += n;
-          before = state;
-        }
-      }
+    for (long i = 0; i < pieces; i++)
+      for (long slice = 0; slice < PIECE / SLICE; slice++) mix(turn[i], slice);
+#pragma omp for schedule(dynamic) collapse(2)
+    for (long i = 0; i < pieces; i++)
+      for (long h = 0; h < a.value_heads; h++) scan(turn[i], h);
   }
   for (long s = 0; s < runs; s++)
     for (long i = leaf_starts[s]; i < leaf_starts[s + 1]; i++) {

@@ -7,7 +7,8 @@ extern "C" {
 void divisi_linear(const float* x, const void* w, int w_is_bf16, float* y, long t, long n, long k, int threads);
 void divisi_packed_linear(const float* x, const void* w, float* y, long t, long n, long k, int threads);
 void divisi_packed_rows(const void* w, const int64_t* rows, float* out, long t, long n, long k);
-void divisi_add_rms_norm(float* residual, const float* update, const float* scale, float* out, long t, long d, float eps);
+void divisi_add_rms_norm(float* residual, const float* update, const float* scale, float* out, long t, long d, float eps,
+                         int threads);
 void divisi_silu_mul(const float* gate_up, float* out, long t, long inner, int threads);
 void divisi_mlp(const float* x, const void* gate_up, const void* down, int w_is_bf16, float* y, long t, long d, long f,
                 int threads);

@@ -86,8 +86,9 @@ class Dense:
     def _norm(self, x_TD: Tensor, update: int | None, scale_D: Tensor, eps: float) -> Tensor:
         out_TD = torch.empty_like(x_TD)
         self._functions.divisi_add_rms_norm(
-            pointer(x_TD), update, scale_D.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], x_TD.shape[1], eps
-        )
+            pointer(x_TD), update, scale_D.data_ptr(), out_TD.data_ptr(), x_TD.shape[0], x_TD.shape[1], eps,
+            torch.get_num_threads(),
+        )  # fmt: skip
         return out_TD
 
     def silu_mul(self, gate_up_TI2: Tensor) -> Tensor:

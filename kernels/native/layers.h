@@ -43,8 +43,8 @@ static T* scratch(long count) {
     }
 }
 
-[[maybe_unused]] static void normed(const Norm& norm, float* residual, const float* update, float* x, long t, long d) {
-  divisi_add_rms_norm(residual, update, norm.scale, x, t, d, norm.eps);
+[[maybe_unused]] static void normed(const Norm& norm, float* residual, const float* update, float* x, long t, long d, int threads) {
+  divisi_add_rms_norm(residual, update, norm.scale, x, t, d, norm.eps, threads);
 }
 
 extern "C" {

@@ -53,6 +53,18 @@ static inline vf once(vf v) {
   return v;
 }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
+// A bit for each lane where a is above b.
+static inline uint32_t above(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < VL; i++) bits |= (uint32_t)(a[i] > b[i]) << i;
+  return bits;
+#endif
+}
 // Fused wherever the machine can, in every tile alike: left to the compiler, two tiles may round differently.
 static inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)

@@ -123,3 +123,12 @@ template <class Work>
 static void share(int threads, long items, const Work& work) {
   in_phases(threads, Phase{[&] { return items; }, work});
 }
+
+// work(row) for each, several at a time: taking one costs as much as a short row.
+template <class Work>
+static void share_rows(int threads, long rows, const Work& work) {
+  constexpr long EACH = 8;
+  share(rows > EACH ? threads : 1, (rows + EACH - 1) / EACH, [&](long i) {
+    for (long row = i * EACH; row < rows && row < (i + 1) * EACH; row++) work(row);
+  });
+}

@@ -80,14 +80,14 @@ static void feed(const Layer& layer, float* residual, const float* mixed, float*
   long d = layer.shared.down.outputs;
   float *x = scratch<2>(t * d), *shared = scratch<3>(t * d), *routed = scratch<4>(t * d);
   if (!layer.router) {
-    normed(layer.norm, residual, mixed, x, t, d);
+    normed(layer.norm, residual, mixed, x, t, d, threads);
     mlp(layer.shared, x, update, t, threads);
     return clock.lap(EXPERTS);
   }
   const Router& router = *layer.router;
 #if defined(__AVX512BF16__)
   if (router.in.weight.format == PACKED && layer.shared.down.format == PACKED && layer.routed.down.format == PACKED) {
-    normed(router.in.norm, residual, mixed, x, t, d);
+    normed(router.in.norm, residual, mixed, x, t, d, threads);
     divisi_packed_mixture(layer.router, &layer.shared, &layer.routed, x, update, t, threads);
     return clock.lap(EXPERTS);
   }
@@ -129,7 +129,7 @@ static void run_layers(const Model& model, const Rows& r, const float* cos_sin, 
     clock.lap(MIXER);
     feed(model.layers[i], residual, mixed, update, t, clock, threads);
   }
-  normed(model.last, residual, update, h, t, d);
+  normed(model.last, residual, update, h, t, d, threads);
 }
 
 // The token after each row.

@@ -36,7 +36,7 @@ def test_linear_row_does_not_depend_on_its_neighbours(native: Kernels, dtype: to
         assert torch.equal(native.linear(x[row : row + 1], weight)[0], together[row])
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(0, 16), (1, 1), (2, 61), (19, 256)])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 16), (1, 1), (2, 61), (19, 256), (80, 4099)])
 def test_norms(native: Kernels, reference: Kernels, tokens: int, width: int) -> None:
     torch.manual_seed(2)
     x, update, scale = torch.randn(tokens, width), torch.randn(tokens, width), torch.randn(width)
@@ -57,9 +57,10 @@ def test_silu_mul(native: Kernels, reference: Kernels, tokens: int, inner: int) 
     expect_close("activation", native.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
-def test_add_shared(native: Kernels, reference: Kernels) -> None:
+@pytest.mark.parametrize(("tokens", "width"), [(9, 61), (80, 4099)])
+def test_add_shared(native: Kernels, reference: Kernels, tokens: int, width: int) -> None:
     torch.manual_seed(7)
-    logits, routed, shared = torch.randn(9, 5) * 10, torch.randn(9, 61), torch.randn(9, 61)
+    logits, routed, shared = torch.randn(tokens, 5) * 10, torch.randn(tokens, width), torch.randn(tokens, width)
     actual = native.add_shared(routed, shared, logits[:, 4])
     expect_close("activation", actual, reference.add_shared(routed, shared, logits[:, 4]))
 
@@ -81,7 +82,9 @@ def test_silu_mul_extremes(native: Kernels) -> None:
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize(("tokens", "experts", "chosen"), [(0, 4, 2), (1, 1, 1), (9, 7, 7), (40, 512, 10)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen"), [(0, 4, 2), (1, 1, 1), (9, 7, 7), (40, 512, 10), (100, 45, 8)]
+)
 def test_route(native: Kernels, reference: Kernels, normalise: bool, tokens: int, experts: int, chosen: int) -> None:
     torch.manual_seed(4)
     logits = torch.randn(tokens, experts + 3)[:, :experts]  # a view, as where the shared gate's logit sits beside

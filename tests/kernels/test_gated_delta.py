@@ -214,6 +214,26 @@ def test_lent_slot_is_only_read(kernels: Kernels) -> None:
     expect_bits(state.state_SHKV[[0, 1, 2, 4]], left)
 
 
+def test_long_runs_beside_each_other_are_as_alone(native: Kernels) -> None:
+    """They are cut into pieces, which threads take in turns; one leaves the state it begins with."""
+    torch.manual_seed(14)
+    shape = (2, 4, 32, 32, 4)
+    weights, state, width = make_layer(shape)
+    rows = torch.randn(9 + 300 + 129, width)
+    scan(native, rows[:9], weights, state, (9, 0, -1, {9: 4}))
+    runs = [(300, 0, -1, {128: 0, 300: 1}), (129, 9, 4, {9: 2, 138: 3})]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        together = scan(native, rows[9:438], weights, state, *runs)
+        left = state.state_SHKV[:4].clone()
+        parts = rows[9:309], rows[309:438]
+        alone = [scan(native, part, weights, state, run) for part, run in zip(parts, runs, strict=True)]
+        expect_bits(together, torch.cat(alone))
+        expect_bits(state.state_SHKV[:4], left)
+        expect_bits(left[2], state.state_SHKV[4])
+    torch.set_num_threads(2)
+
+
 def test_sources_that_stand_elsewhere_or_would_be_written_are_refused(kernels: Kernels) -> None:
     weights, state, width = make_layer(SHAPES[0])
     rows = torch.zeros(4, width)
