@@ -106,8 +106,8 @@ def _add_gang_flags(gang: argparse._ArgumentGroup) -> None:
     )
     gang.add_argument(
         "--kernels", metavar="[OP=]KIND,...",
-        help="auto, reference, native (CPU; the fastest that runs of its builds avx512-bf16, avx512, avx2, or one of "
-        "these) or triton (GPU), and exceptions by operation, as in auto,route=reference",
+        help="auto, reference, native (CPU; the fastest that runs of its builds amx, avx512-bf16, avx512, avx2, or one "
+        "of these) or triton (GPU), and exceptions by operation, as in auto,route=reference",
     )  # fmt: skip
     gang.add_argument(
         "--deterministic",

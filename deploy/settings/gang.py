@@ -116,8 +116,8 @@ class GangSettings(Group):
     """Each rank keeps to cores of its own, ingress replicas and HAProxy to the others; only in a Ray that is started
     for the server, on whose one machine the cores are known."""
     kernels: Annotated[str, AfterValidator(checked_choice)] = "auto"
-    """Which implementation does what: `auto`, `reference`, `native` (CPU; or one of its builds `avx512-bf16`, `avx512`,
-    `avx2`) or `triton` (GPU), and exceptions by operation, as in `auto,route=reference`."""
+    """Which implementation does what: `auto`, `reference`, `native` (CPU; or one of its builds `amx`, `avx512-bf16`,
+    `avx512`, `avx2`) or `triton` (GPU), and exceptions by operation, as in `auto,route=reference`."""
     deterministic: bool = False
     """A request's logits do not depend on what is served beside it, to the bit; on CPUs only. See kernels/README.md."""
     step_deadline_s: float = Field(default=30.0, gt=0)

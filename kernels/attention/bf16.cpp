@@ -47,43 +47,29 @@ struct Rows {  // some KV heads of some rows of one run, of which the first sees
 };
 
 struct ScoreTile {
-  const bf16* q;
-  const bf16* keys;
-  float* scores;
+  Strided rows;
+  const bf16* w;
+  float* scores;  // there is room for further rows
   long pairs;
-  template <int M, int NB>
-  void run(long row) const {
-    const bf16* rows[M];
-    for (int m = 0; m < M; m++) rows[m] = q + (row + m) * 2 * pairs;
-    vf acc[M][NB]{};
-    multiply<M, NB>(rows, keys, pairs, acc);
+  Stored straight(long row, long, long) const { return {scores + row * KEYS, KEYS}; }
+  template <int NB>
+  void take(long row, const vf (&sums)[NB]) const {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int b = 0; b < NB; b++) store(scores + (row + m) * KEYS + b * LANES, acc[m][b]);
+    for (int b = 0; b < NB; b++) store(scores + row * KEYS + b * LANES, sums[b]);
   }
 };
 
-struct ValueTile {
-  const bf16* weights;
-  const bf16* values;
+struct ValueTile : Taken {
+  Strided rows;
+  const bf16* w;
   const float* keep;
   float* sums;
-  long width;
-  template <int M, int NB>
-  void run(long row) const {
-    const bf16* rows[M];
-    for (int m = 0; m < M; m++) rows[m] = weights + (row + m) * KEYS;
-    vf acc[M][NB];
+  long pairs, width;
+  template <int NB>
+  void take(long row, const vf (&parts)[NB]) const {
+    float* out = sums + row * width;
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int b = 0; b < NB; b++) acc[m][b] = load(sums + (row + m) * width + b * LANES) * keep[row + m];
-    multiply<M, NB>(rows, values, KEYS / 2, acc);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int b = 0; b < NB; b++) store(sums + (row + m) * width + b * LANES, acc[m][b]);
+    for (int b = 0; b < NB; b++) store(out + b * LANES, fma(load(out + b * LANES), all(keep[row]), parts[b]));
   }
 };
 
@@ -92,29 +78,22 @@ struct Attend {
   long group, heads, d, rows, width;
   vf scale;
   KeyTile tile;
-  std::vector<bf16> q, weights;
+  RowMemory q_memory, weight_memory;
+  bf16 *q, *weights;
   std::vector<float> scores, keep;
   std::vector<vf> totals;  // of each query's weights, lane by lane
   Partial sum, part;
   Attend(long group, long heads, long d, long rows)
       : group(group), heads(heads), d(d), rows(rows), width(padded(d)), scale(all(1.44269504f / sqrtf((float)d))), tile(d, heads),
-        q(rows * group * heads * 2 * pairs_of(d)), weights(rows * group * KEYS), scores(rows * group * KEYS), keep(rows * group),
+        q(q_memory.hold(rows * group * heads, width_of(d))), weights(weight_memory.hold(rows * group, KEYS)), scores((rows * group + LANES - 1) * KEYS), keep(rows * group),
         totals(rows * group * heads), sum(rows * group * heads, width), part(rows * group * heads, width) {}
-
-  // The calling thread's, which lasts: it grows to the most rows of a step.
-  static Attend& own(long group, long heads, long d, long rows) {
-    static thread_local std::unique_ptr<Attend> kept;
-    bool fits = kept && kept->group == group && kept->heads == heads && kept->d == d && kept->rows >= rows;
-    if (!fits) kept = std::make_unique<Attend>(group, heads, d, rows);
-    return *kept;
-  }
 
   // The softmax over positions `from` to `to` (`first` is the first that has a key), into `out`.
   void span(const Rows& own, const Pool& pool, long first, long from, long to, Partial& out) {
-    long queries = own.count * group, pairs = pairs_of(d);
+    long queries = own.count * group, pairs = pairs_of(d), step = width_of(d);
     for (long m = 0; m < queries * own.heads; m++) {
       long head = m / queries * group + m % group, row = m % queries / group;
-      round_query(own.q + row * own.stride + head * d, &q[m * 2 * pairs]);
+      round_query(own.q + row * own.stride + head * d, &q[m * step]);
     }
     out.clear(queries * own.heads);
     std::fill_n(totals.begin(), queries * own.heads, vf{});
@@ -126,7 +105,7 @@ struct Attend {
         long base = h * queries + row;
         tile.load_keys(h);
         tile.fetch_next(h);
-        tiles(count, BLOCKS, ScoreTile{&q[base * 2 * pairs], tile.key_panel(), scores.data(), pairs});
+        tiles(count, BLOCKS, ScoreTile{{&q[base * step], step}, tile.key_panel().data, scores.data(), pairs});
         for (long m = 0; m < count; m++) {
           long begin = first - at, end = own.visible + (row + m) / group - at;
           if (begin <= 0 && end >= KEYS) soften<false>(m, ~0ull, base + m, out);
@@ -136,7 +115,7 @@ struct Attend {
         Packed values = tile.turned();
         for (long p = 0; p < values.panels(); p++) {
           float* sums = &out.sums[base * width + p * PANEL];
-          tiles(count, values.blocks_of(p), ValueTile{weights.data(), values.panel(p), keep.data(), sums, width});
+          tiles(count, values.blocks_of(p), ValueTile{{}, {weights, KEYS}, values.panel(p), keep.data(), sums, KEYS / 2, width});
         }
       }
     }
@@ -145,10 +124,8 @@ struct Attend {
 
   // In powers of 2, so that scores need no factor.
   void round_query(const float* in, bf16* to) const {
-    for (long c = 0; c < d; c += LANES) {
-      vf scaled = (vf)_mm512_maskz_loadu_ps(lanes(d - c), in + c) * scale;
-      _mm256_mask_storeu_epi16(to + c, lanes(2 * pairs_of(d) - c), narrow(scaled));
-    }
+    for (long c = 0; c < 2 * pairs_of(d); c += LANES)
+      _mm256_storeu_si256((__m256i*)(to + c), narrow((vf)_mm512_maskz_loadu_ps(lanes(d - c), in + c) * scale));
   }
 
   static uint64_t between(long begin, long end) {
@@ -177,6 +154,14 @@ struct Attend {
     totals[query] = total;
   }
 };
+
+// The calling thread's, which lasts: it grows to the most rows of a step.
+static Attend& attend_with(long group, long heads, long d, long rows) {
+  static thread_local std::unique_ptr<Attend> kept;
+  bool fits = kept && kept->group == group && kept->heads == heads && kept->d == d && kept->rows >= rows;
+  if (!fits) kept = std::make_unique<Attend>(group, heads, d, rows);
+  return *kept;
+}
 
 // Some KV heads of some rows of a run over some positions; part: where its partial softmax goes; -1: it is the whole.
 struct Work { long run, row, count, head, heads, from, to, part; };
@@ -245,7 +230,7 @@ extern "C" void divisi_tiled_attention(const float* q, const float* rows, const 
   };
   auto attend = [&](long i) {
     const Work& w = cut.work[cut.work.size() - 1 - i];  // the last rows of a prompt have the most to see
-    Attend& own = Attend::own(group, kvh, d, cut.most);
+    Attend& own = attend_with(group, kvh, d, cut.most);
     Rows some{q + (w.row * qh + w.head * group) * d, qh * d, w.count, w.heads, lengths[w.run] + w.row - starts[w.run] + 1};
     Pool pool{(const bf16*)keys + w.head * d, (const bf16*)values + w.head * d, pages + w.run * max_pages, page_size, kvh * d};
     if (w.part >= 0) return own.span(some, pool, first, w.from, w.to, cut.partial[w.part]);
@@ -259,7 +244,7 @@ extern "C" void divisi_tiled_attention(const float* q, const float* rows, const 
   auto put_together = [&](long i) {
     const Work& w = cut.whole[i];
     if (w.part < 0) return;
-    Partial& sum = Attend::own(group, kvh, d, cut.most).sum;
+    Partial& sum = attend_with(group, kvh, d, cut.most).sum;
     long queries = w.count * w.heads * group;
     sum.clear(queries);
     for (long p = 0; p < ceil_div(w.to, SPAN); p++) sum.add(cut.partial[w.part + p], queries);

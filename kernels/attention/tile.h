@@ -32,7 +32,7 @@ struct KeyTile {
   std::vector<bf16> nothing;  // the row, of all heads, of a position that is not there
   const bf16 *key[2 * KEYS], *value[2 * KEYS];  // of this tile and of the next
   KeyTile(long d, long heads) : d(d), keys(pairs_of(d) * BLOCKS), values(ceil_div(d, LANES) * KEYS / 2), nothing(heads * d) {}
-  const bf16* key_panel() const { return (const bf16*)keys.data(); }
+  Packed key_panel() const { return {(const bf16*)keys.data(), BLOCKS, pairs_of(d)}; }
   Packed turned() const { return {(const bf16*)values.data(), ceil_div(d, LANES), KEYS / 2}; }
 
   void begin(const Pool& pool, long at, long from, long to) {
@@ -45,13 +45,15 @@ struct KeyTile {
   }
 
   void load_keys(long head) {
+    Packed packed = key_panel();
+    long step = packed.step(0) / (2 * LANES);
     for (long block = 0; block < BLOCKS; block++)
       for (long c = 0; c < d; c += 2 * LANES) {
         __m512i rows[LANES];
         for (int l = 0; l < LANES; l++) rows[l] = channels(key[block * LANES + l] + head * d, c);
         transpose16(rows);
-        long first = c / 2, count = std::min(LANES, pairs_of(d) - first);
-        for (long p = 0; p < count; p++) keys[(first + p) * BLOCKS + block] = (vf)rows[p];
+        vf* to = &keys[block * packed.block() / (2 * LANES) + c / 2 * step];
+        for (long p = 0; p < LANES; p++) to[p * step] = (vf)rows[p];
       }
   }
 
@@ -60,12 +62,12 @@ struct KeyTile {
     const __m512i lower = _mm512_load_si512(INTERLEAVED), upper = _mm512_add_epi16(lower, _mm512_set1_epi16(LANES));
     Packed packed = turned();
     for (long b = 0; b < packed.blocks; b += 2) {
-      long width = packed.blocks_of(b / BLOCKS);
-      vf* to = &values[b / BLOCKS * BLOCKS * KEYS / 2 + b % BLOCKS];
-      for (long p = 0; p < KEYS / 2; p++, to += width) {
+      long step = packed.step(b / BLOCKS) / (2 * LANES), next = packed.block() / (2 * LANES);
+      vf* to = &values[b / BLOCKS * BLOCKS * KEYS / 2 + b % BLOCKS * next];
+      for (long p = 0; p < KEYS / 2; p++, to += step) {
         __m512i even = channels(value[2 * p] + head * d, b * LANES), odd = channels(value[2 * p + 1] + head * d, b * LANES);
         to[0] = (vf)_mm512_permutex2var_epi16(even, lower, odd);
-        if (b + 1 < packed.blocks) to[1] = (vf)_mm512_permutex2var_epi16(even, upper, odd);
+        if (b + 1 < packed.blocks) to[next] = (vf)_mm512_permutex2var_epi16(even, upper, odd);
       }
     }
   }

@@ -6,7 +6,7 @@ extern "C" void divisi_packed_experts(const float* x, const int32_t* ids, const 
                                       const void* gate_up, const void* down, float* y, long t, long k, long d, long f,
                                       long experts, int threads) {
   static thread_local Scratch scratch;
-  static thread_local std::vector<bf16> rounded;
+  static thread_local RowMemory rounded;
   Bank bank{scratch, leaves, (const bf16*)gate_up, (const bf16*)down, d, f, experts, round_rows(x, rounded, t, d, threads), y, t};
   bank.sort(ids, gates, k);
   in_phases(threads_for(bank.products(), threads),

@@ -9,7 +9,7 @@ struct Job { long expert, first, count; };  // pairs[first : first + count] go t
 static void sum_choices(const float* parts, const int32_t* ids, const float* gates, const int32_t* leaves, const long* at,
                         std::vector<long>& chosen, float* y, long k, long d) {
   constexpr long BLOCK = 128;
-  float rows[TreeSum::MOST * BLOCK];
+  float rows[TreeOrder::MOST * BLOCK];
   chosen.clear();
   for (long c = 0; c < k; c++) {
     if (at[c] < 0) continue;
@@ -20,14 +20,17 @@ static void sum_choices(const float* parts, const int32_t* ids, const float* gat
   }
   for (long j = 0; j < d; j += BLOCK) {
     long width = d - j < BLOCK ? d - j : BLOCK;
-    TreeSum tree;
+    TreeOrder order;
     for (long c : chosen) {
-      float* o = tree.open(rows, width, leaves[ids[c]]);
+      TreeOrder::Step step = order.next(leaves[ids[c]]);
+      merge_sums(rows, width, step.at, step.merges);
+      float* o = rows + step.at * width;
+      if (step.first) memset(o, 0, width * sizeof(float));
       const float* part = parts + at[c] * d + j;
       float g = gates[c];
       for (long i = 0; i < width; i++) o[i] = __builtin_fmaf(g, part[i], o[i]);
     }
-    tree.close(rows, width, y + j, width);
+    close_sums(rows, width, order.depth, y + j, width);
   }
 }
 
@@ -102,7 +105,7 @@ extern "C" void divisi_experts(const float* x, const int32_t* ids, const float* 
 // y = routed + sigmoid(logit) * shared; the logits of two rows lie `stride` apart
 extern "C" void divisi_add_shared(const float* routed, const float* shared, const float* logits, long stride, float* y, long t,
                                   long d, int threads) {
-  share(threads_for(4 * t * d, threads), t, [&](long i) {
+  share_rows(threads_for(4 * t * d, threads), t, [&](long i) {
     float gate = sigmoid(logits[i * stride]);
     for (long j = 0; j < d; j++) y[i * d + j] = __builtin_fmaf(gate, shared[i * d + j], routed[i * d + j]);
   });

@@ -3,8 +3,8 @@
 #include "packed.h"
 
 extern "C" void divisi_packed_linear(const float* x, const void* w, float* y, long t, long n, long k, int threads) {
-  static thread_local std::vector<bf16> rounded;
-  Product product{{(const bf16*)w, ceil_div(n, LANES), pairs_of(k)}, round_rows(x, rounded, t, k, threads), y, t, n};
+  static thread_local RowMemory rounded;
+  Product product{{(const bf16*)w, ceil_div(n, LANES), pairs_of(k)}, round_rows(x, rounded, t, k, threads), y, t, n, width_of(k)};
   share(threads_for(t * n * k, threads), product.items(), [&](long i) { product.item(i); });
 }
 
@@ -16,13 +16,13 @@ extern "C" void divisi_pack(const void* from, void* to, long count, long n, long
     for (long b = 0; b < blocks; b++) {
       const bf16* in = (const bf16*)from + e * n * k;
       Packed packed{(bf16*)to + e * blocks * LANES * 2 * pairs, blocks, pairs};
-      long panel = b / BLOCKS, step = packed.blocks_of(panel) * 2 * LANES;
-      bf16* out = (bf16*)packed.panel(panel) + b % BLOCKS * 2 * LANES;
+      long panel = b / BLOCKS, step = packed.step(panel);
+      bf16* out = (bf16*)packed.panel(panel) + b % BLOCKS * packed.block();
       for (long l = 0; l < LANES; l++) {
         long row = (halves ? b / 2 : b) * LANES + l;
         const bf16* values = row < part ? in + (halves ? b % 2 * part + row : row) * k : nullptr;
         for (long p = 0; p < pairs; p++) {
-          out[p * step + 2 * l] = values ? values[2 * p] : 0;
+          out[p * step + 2 * l] = values && 2 * p < k ? values[2 * p] : 0;
           out[p * step + 2 * l + 1] = values && 2 * p + 1 < k ? values[2 * p + 1] : 0;
         }
       }
@@ -33,8 +33,8 @@ extern "C" void divisi_pack(const void* from, void* to, long count, long n, long
 extern "C" void divisi_packed_rows(const void* w, const int64_t* rows, float* out, long t, long n, long k) {
   Packed packed{(const bf16*)w, ceil_div(n, LANES), pairs_of(k)};
   for (long i = 0; i < t; i++) {
-    long block = rows[i] / LANES, panel = block / BLOCKS, step = packed.blocks_of(panel) * 2 * LANES;
-    const bf16* in = packed.panel(panel) + (block % BLOCKS * LANES + rows[i] % LANES) * 2;
+    long block = rows[i] / LANES, panel = block / BLOCKS, step = packed.step(panel);
+    const bf16* in = packed.panel(panel) + block % BLOCKS * packed.block() + rows[i] % LANES * 2;
     for (long c = 0; c < k; c++) out[i * k + c] = scalar(in + c / 2 * step + c % 2);
   }
 }

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from divisi.kernels.native.memory import advise_huge_pages
 
-LANES = 16
+LANES, TILE = 16, 32
 
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A bf16 matrix [N, K], or a stack of E alike, in the order of native/bf16.h: what `pack_linear` makes of it."""
+    """A bf16 matrix [N, K], or a stack of E alike: what `pack_linear` makes of it.
+
+    In the order of native/bf16.h, by the build that packed it: another one does not understand it.
+    """
 
     data: Tensor
     """bf16, flat; of a stack [E, values of one matrix]."""
@@ -40,7 +43,7 @@ class PackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, with the zeros that fill up blocks and pairs."""
+        """Bytes held, with the zeros that fill up blocks and tiles."""
         return self.data.nbytes
 
 
@@ -92,7 +95,7 @@ def plain_rows(matrix: Matrix) -> Tensor:
 
 def packed_values(outputs: int, inputs: int) -> int:
     """Values that a packed matrix holds."""
-    return -(-outputs // LANES) * LANES * 2 * -(-inputs // 2)
+    return -(-outputs // LANES) * LANES * -(-inputs // TILE) * TILE
 
 
 def restacked(stacks: Sequence[Matrix], picks: Sequence[tuple[int, int]]) -> Matrix:

@@ -4,24 +4,22 @@
 
 // One panel against rows of x.
 struct LinearTile {
-  const bf16* x;
+  Strided rows;
   const bf16* w;
   float* y;
   long pairs, n, column;
 
-  template <int M, int NB>
-  void run(long row) const {
-    const bf16* rows[M];
-    for (int m = 0; m < M; m++) rows[m] = x + (row + m) * 2 * pairs;
-    vf acc[M][NB]{};
-    multiply<M, NB>(rows, w, pairs, acc);
+  Stored straight(long row, long count, long blocks) const {
+    bool whole = count % LANES == 0 && column + blocks * LANES <= n;
+    return {whole ? y + row * n + column : nullptr, n};
+  }
+  template <int NB>
+  void take(long row, const vf (&sums)[NB]) const {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int b = 0; b < NB; b++) {
-        long at = column + b * LANES;
-        _mm512_mask_storeu_ps(y + (row + m) * n + at, lanes(n - at), (__m512)acc[m][b]);
-      }
+    for (int b = 0; b < NB; b++) {
+      long at = column + b * LANES;
+      _mm512_mask_storeu_ps(y + row * n + at, lanes(n - at), (__m512)sums[b]);
+    }
   }
 };
 
@@ -29,12 +27,12 @@ struct Product {
   Packed w;
   const bf16* x;
   float* y;
-  long t, n;
+  long t, n, width;  // width: from one row of x to the next
 
   long items() const { return ceil_div(t, ROWS) * w.panels(); }
   void item(long i) const {
     long first = i / w.panels() * ROWS, panel = i % w.panels();
-    LinearTile tile{x + first * 2 * w.pairs, w.panel(panel), y + first * n, w.pairs, n, panel * PANEL};
+    LinearTile tile{{x + first * width, width}, w.panel(panel), y + first * n, w.pairs, n, panel * PANEL};
     tiles(std::min(t - first, ROWS), w.blocks_of(panel), tile);
   }
 };

@@ -14,13 +14,13 @@ static Bank bank(const Experts& e, Scratch& s, const bf16* x, float* y, long t) 
 extern "C" void divisi_packed_mixture(const Router* router, const Experts* shared, const Experts* routed, const float* x, float* y,
                                       long t, int threads) {
   static thread_local Scratch memory[2];
-  static thread_local std::vector<bf16> rounded;
+  static thread_local RowMemory rounded;
   const Matrix& w = router->in.weight;
   long d = w.inputs, n = w.outputs, k = router->chosen;
   float *logits = scratch<0>(t * n), *gates = scratch<1>(t * k), *one = scratch<2>(t * d), *many = scratch<3>(t * d);
   int32_t* ids = scratch<0, int32_t>(t * k);
   const bf16* rows = round_rows(x, rounded, t, d, threads);
-  Product product{{(const bf16*)w.values, ceil_div(n, LANES), pairs_of(d)}, rows, logits, t, n};
+  Product product{{(const bf16*)w.values, ceil_div(n, LANES), pairs_of(d)}, rows, logits, t, n, width_of(d)};
   Bank own = bank(*shared, memory[0], rows, one, t), all = bank(*routed, memory[1], rows, many, t);
   own.sort(nullptr, nullptr, 1);
   long panels = product.items();

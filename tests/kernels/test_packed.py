@@ -13,16 +13,26 @@ from divisi.kernels.linear.layout import PackedMatrix, restacked
 from divisi.kernels.native.variants import VARIANTS, runnable_variants
 from divisi.kernels.select import Kernels, select_kernels
 
-pytestmark = pytest.mark.skipif(
-    VARIANTS["avx512-bf16"] not in runnable_variants(), reason="the processor has no dot products of bf16"
+from .conftest import expect_close
+
+BUILDS = [variant.name for variant in VARIANTS.values() if variant.bf16]
+pytestmark = pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(
+            name, marks=pytest.mark.skipif(VARIANTS[name] not in runnable_variants(), reason=f"it cannot run {name}")
+        )
+        for name in BUILDS
+    ],
+    scope="module",
 )
 MOST = 300
 FEW = [*range(1, 15), 47, 48, 49, 64, 239, 241, MOST]
 
 
 @pytest.fixture(scope="module")
-def kernels(two_threads: None) -> Kernels:
-    return select_kernels(torch.device("cpu"), "avx512-bf16")
+def kernels(two_threads: None, build: str) -> Kernels:
+    return select_kernels(torch.device("cpu"), build)
 
 
 def rounded(*shape: int) -> torch.Tensor:
@@ -97,6 +107,50 @@ def test_stacks_of_experts_are_cut_and_joined_as_they_lie(kernels: Kernels) -> N
         assert torch.equal(joined.data, whole.data)
 
 
+def test_a_token_may_choose_an_expert_twice(kernels: Kernels) -> None:
+    torch.manual_seed(4)
+    x, packed = rounded(20, 40).float(), kernels.pack_experts(rounded(3, 32, 40), rounded(3, 40, 16))
+    ids, gates = torch.tensor([[0, 0], [1, 2], [0, 1], *[[2, 1]] * 17]).int(), torch.rand(20, 2)
+
+    def routed(rows: slice) -> torch.Tensor:
+        return kernels.routed_experts(x[rows], ids[rows], gates[rows], Tree.of([0, 1, 2], 4), *packed)
+
+    assert torch.equal(routed(slice(20)), torch.cat([routed(slice(row, row + 1)) for row in range(20)]))
+
+
+def test_what_is_too_small_for_a_float_is_so_in_any_company(kernels: Kernels) -> None:
+    torch.manual_seed(6)
+    x, packed = torch.randn(9, 96) * 1e-19, kernels.pack_linear(rounded(64, 96) * 2**-64)
+    together = kernels.linear(x, packed)
+    assert torch.equal(together, torch.cat([kernels.linear(x[row : row + 1], packed) for row in range(9)]))
+
+
+def test_products_of_torch_in_between_change_nothing(kernels: Kernels) -> None:
+    """Its own lay out the registers of AMX otherwise."""
+    torch.manual_seed(5)
+    x, packed, other = torch.randn(70, 96), kernels.pack_linear(rounded(130, 96)), rounded(300, 300)
+    before = kernels.linear(x, packed)
+    for _ in range(3):
+        torch.nn.functional.linear(other[:, :250], other[:50, :250])
+        assert torch.equal(kernels.linear(x, packed), before)
+
+
+@pytest.mark.parametrize("dim", [16, 48, 80, 128, 256])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_attention_of_other_heads(kernels: Kernels, reference: Kernels, dim: int, rows: int) -> None:
+    torch.manual_seed(dim)
+    kv_heads, heads, length = 3, 6, 100
+    pool = KvPool(rounded(112, kv_heads, dim), rounded(112, kv_heads, dim), 16)
+    q, projected = torch.randn(rows, heads, dim), torch.randn(rows, 2 * (heads + kv_heads) * dim)
+    starts, lengths = torch.tensor([0, rows]).int(), torch.tensor([length - rows]).int()
+    table = torch.randperm(7).int()[None]
+    found, expected = (
+        (each.attention_prefill if rows > 7 else each.attention_decode)(q, projected, pool, starts, lengths, table)
+        for each in (kernels, reference)
+    )
+    expect_close("tiled attention", found, expected, torch.bfloat16)
+
+
 def test_strangers_are_not_read(kernels: Kernels) -> None:
     gate_up, down = torch.full((3, 32, 8), torch.nan), torch.full((3, 8, 16), torch.nan)
     gate_up[1], down[1] = torch.randn(32, 8), torch.randn(8, 16)
@@ -141,8 +195,8 @@ def test_rows_have_the_bits_that_they_have_alone(kernels: Kernels) -> None:
 
 @pytest.mark.verify
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_rows_have_them_for_all_counts(two_threads: None, deterministic: bool) -> None:
-    check_bits(select_kernels(torch.device("cpu"), "avx512-bf16", deterministic=deterministic), [*range(1, MOST + 1)])
+def test_rows_have_them_for_all_counts(two_threads: None, build: str, deterministic: bool) -> None:
+    check_bits(select_kernels(torch.device("cpu"), build, deterministic=deterministic), [*range(1, MOST + 1)])
 
 
 @pytest.mark.parametrize(("kv_heads", "length"), [(2, 2999), (4, 400), (4, 800), (3, 400), (1, 400)])

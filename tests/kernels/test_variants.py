@@ -24,7 +24,9 @@ def on_processor(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str]) -> None
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
+        (AVX512 | {"avx512_bf16", "amx_bf16", "amx_tile"}, "amx"),
         (AVX512 | {"avx512_bf16", "amx_bf16"}, "avx512-bf16"),
+        (AVX512 | {"amx_bf16", "amx_tile"}, "avx512"),
         (AVX512, "avx512"),
         (AVX2 | {"avx512_bf16"}, "avx2"),
         (AVX2, "avx2"),
@@ -35,6 +37,13 @@ def on_processor(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str]) -> None
 def test_the_fastest_that_runs_is_taken(monkeypatch: pytest.MonkeyPatch, flags: frozenset[str], name: str) -> None:
     on_processor(monkeypatch, flags)
     assert find_variant().name == name
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_amx_is_for_processes_that_may_use_its_registers(monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
+    monkeypatch.setattr(variants, "_told_flags", lambda: VARIANTS["amx"].needs)
+    monkeypatch.setattr(variants, "_may_use_tiles", lambda: allowed)
+    assert variants.processor_flags.__wrapped__() == VARIANTS["amx" if allowed else "avx512-bf16"].needs
 
 
 def test_one_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
