@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from divisi.cluster.drafting import (
+    _AS_GOOD,
     ALONE,
     MOST_DRAFTS,
     Company,
@@ -128,9 +129,9 @@ def test_who_has_read_more_drafts_less() -> None:
     assert policy.depths([short, long], ALONE) == [5, 0]
 
 
-@pytest.mark.parametrize(("six_rows", "depth"), [(4.55, 5), (4.9, 3)])
+@pytest.mark.parametrize(("six_rows", "depth"), [(4.55, 5), (5.2, 3)])
 def test_of_depths_that_are_about_as_good_the_deepest_is_taken(six_rows: float, depth: int) -> None:
-    """Three drafts give 4 tokens in 3 seconds, five 6 in 4.55: one hundredth less; in 4.9 too much less."""
+    """Three drafts give 4 tokens in 3 seconds, five 6 in 4.55: one hundredth less; in 5.2 too much less."""
     seconds = {1: 1.0, 2: 1.9, 3: 2.4, 4: 3.0, 6: six_rows, 9: 9.0}
     policy = MostTokensPerSecond(StepTimes(Measured({1: seconds}, {1: 1e-6})))
     assert policy.depths([taught(policy, [5] * 200, drafted=5)], ALONE) == [depth]
@@ -145,7 +146,7 @@ def test_a_jump_in_costs_is_looked_over() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_choice_beats_the_one_made(seed: int) -> None:
-    """Neither nothing, nor everything, nor one draft less of a sequence alone gives more tokens per second."""
+    """Neither nothing, nor everything, nor one draft less of a sequence gives more tokens per second than is as good."""
     rng = random.Random(seed)
     knots = sorted(rng.sample(range(2, 60), 4))
     costs = [rng.uniform(0.02, 0.4) for _ in knots]
@@ -177,8 +178,8 @@ def test_no_choice_beats_the_one_made(seed: int) -> None:
     assert rate([0] * len(depths)) <= best + 1e-9
     if min(depths) > 0:
         for index in range(len(depths)):
-            assert rate([depth - (at == index) for at, depth in enumerate(depths)]) <= best + 1e-9
-    assert best * 1.03 >= rate(limits)
+            assert _AS_GOOD * rate([depth - (at == index) for at, depth in enumerate(depths)]) <= best + 1e-9
+    assert best >= _AS_GOOD * rate(limits)
 
 
 def test_who_does_not_draft_is_tried_again_now_and_then() -> None:
