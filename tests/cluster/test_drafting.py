@@ -146,7 +146,7 @@ def test_a_jump_in_costs_is_looked_over() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_choice_beats_the_one_made(seed: int) -> None:
-    """Neither nothing, nor everything, nor one draft less of a sequence gives more tokens per second than is as good."""
+    """Neither nothing, nor everything, nor one draft less of a sequence gives more tokens a second than is as good."""
     rng = random.Random(seed)
     knots = sorted(rng.sample(range(2, 60), 4))
     costs = [rng.uniform(0.02, 0.4) for _ in knots]
