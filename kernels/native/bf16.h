@@ -69,9 +69,9 @@ struct Strided {
 };
 
 // A tile is a struct of `rows` (by their numbers), `w` (a panel) and its `pairs`, that takes the sums of a row with NB blocks in
-// take<NB>(row, sums). tiles(rows, blocks, tile) computes them for all rows. `straight` tells where those of `count` rows from
-// `row` on may be stored as they are, and which rows lie behind them: whole tiles of AMX need no taking.
-struct Stored { float* first; long width; };
+// take<NB>(row, sums). tiles(rows, blocks, tile) computes them for all rows. straight(row, count, blocks) tells where
+// the sums of so many rows may be stored as they are, a tile of AMX at a time; null: they are to be taken.
+struct Stored { float* first; long width; };  // width: floats from one row to the next
 struct Taken {
   Stored straight(long, long, long) const { return {}; }
 };

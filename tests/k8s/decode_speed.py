@@ -29,7 +29,7 @@ OWN_FLAGS = ("-march=native",)
 def native() -> variants.Variant:
     """The variant that is chosen here, under other flags; from now on it is chosen."""
     fastest = variants.runnable_variants()[0]
-    own = replace(fastest, flags=OWN_FLAGS)
+    own = replace(fastest, flags=(*OWN_FLAGS, *(flag for flag in fastest.flags if flag.startswith("-D"))))
     variants.VARIANTS[fastest.name] = own  # type: ignore[index]
     return own
 
